@@ -1,0 +1,55 @@
+"""The NamedTuples that cross module boundaries.
+
+Sizes: `B` batch rows, `L` length, `N` tokens (B x L flattened), `D` student width, `E` teacher width,
+`V` padded vocabulary. Per-token weights are floats and are called `weights`, never a mask.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Float, Int
+
+Scalar = float | Callable[[Any], Any]
+"""A number, or a schedule `step -> value`."""
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+"""name -> (sum, weight); divided when read, so that sums over micro-batches and devices stay exact."""
+
+PyTree = Any
+
+
+class Batch(NamedTuple):
+    """Packed rows. `targets[b, t]` is the token after `tokens[b, t]`; its weight is 0 where there is none."""
+
+    tokens: Int[jax.Array, "B L"]
+    targets: Int[jax.Array, "B L"]
+    weights: Float[jax.Array, "B L"]  # 0 on padding, on prompts and at a segment's end
+    segments: Int[jax.Array, "B L"]  # 1, 2, ... per document in the row; 0 is padding
+    positions: Int[jax.Array, "B L"]  # restart at 0 in each segment
+    row: Int[jax.Array, " B"]  # index in the row's own domain
+    domain: Int[jax.Array, " B"]
+
+
+class Head(NamedTuple):
+    """Logits left unmultiplied: `softcap * tanh((hidden @ unembed * scale + bias) / softcap)`."""
+
+    hidden: Float[jax.Array, "*tokens D"]
+    unembed: Float[jax.Array, "D V"]
+    bias: Float[jax.Array, " V"] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+
+
+class Output(NamedTuple):
+    """What a model's forward pass returns: the head, and by name what was tapped on the way."""
+
+    head: Head
+    taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers
+
+
+Signal = Output
+"""What a teacher tells about a batch."""
+
+Forward = Callable[..., Output]
+"""`forward(params, batch, *, taps=()) -> Output`."""
