@@ -18,6 +18,10 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 PyTree = Any
 
+LOG_FLOOR = -80.0
+"""Log-probabilities below this are read as this: exp(-80) is still a normal float32, and 80 nats is a large,
+finite price. The floor changes values only; gradients pass straight through it."""
+
 
 class Batch(NamedTuple):
     """Packed rows. `targets[b, t]` is the token after `tokens[b, t]`; its weight is 0 where there is none."""
@@ -39,6 +43,12 @@ class Head(NamedTuple):
     bias: Float[jax.Array, " V"] | None = None
     scale: float | None = None
     softcap: float | None = None
+
+
+class Side(NamedTuple):
+    """What a divergence may know of a vocabulary entry beside the two log-probabilities. No gradient flows here."""
+
+    hit: jax.Array  # [N, v] bool: the entry is the data's next token
 
 
 class Output(NamedTuple):

@@ -1,0 +1,253 @@
+"""One decoder for every Llama-like family; what differs between families is data in `Config`.
+
+The module declares parameters with logical axes and is only ever used through `apply`. It returns a `Head`,
+never logits. Layers are stacked on a leading axis and scanned; a scan is split only where a layer is tapped.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxkd.kernels.attention import segment_attention
+from jaxkd.sharding import constrain
+from jaxkd.types import Batch, Head, Output, PyTree
+
+REMAT = ("none", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretch of the slow rotary frequencies (its model card's `rope_scaling`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape and options of a decoder. `vocab` is the true vocabulary; arrays are padded to a multiple."""
+
+    vocab: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    max_length: int = 2048
+    tied: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    vocab_multiple: int = 128
+
+    @property
+    def padded_vocab(self) -> int:
+        """Columns of the embedding and the head: `vocab` rounded up to `vocab_multiple`."""
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+
+def _scaled(config: Config, frequency: jax.Array) -> jax.Array:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    # Fast frequencies stay, slow ones are divided by the factor, those between are blended by wave length.
+    turns = scaling.original_length * frequency / (2 * jnp.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
+
+
+def rotate(config: Config, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary embedding on half-split pairs, computed in float32.
+
+    Args:
+        config: for the base and its scaling.
+        x: [B L H d].
+        positions: [B L].
+
+    Source: RoFormer (arXiv 2104.09864), Eq. 34, with dimension i paired with i + d/2.
+    """
+    half = x.shape[-1] // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) * _scaled(config, frequency)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (arXiv 1910.07467, Eq. 4)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype)
+
+
+class Layer(nn.Module):
+    """A pre-norm block: grouped-query attention, then a gated MLP."""
+
+    config: Config
+    dtype: Any = jnp.float32
+
+    def _declare(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=None) -> jax.Array:
+        init = init or nn.initializers.normal(0.02)
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+    def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
+        c = self.config
+        kernel = self._declare(name, (c.embed, heads, c.head_dim), ("embed", axis, "head_dim"))
+        y = jnp.einsum("bld,dhk->blhk", x, kernel.astype(self.dtype))
+        if c.qkv_bias:
+            bias = self._declare(f"{name}_bias", (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros)
+            y = y + bias.astype(self.dtype)
+        return y
+
+    def _norm(self, name: str, x: jax.Array, axis: str = "embed") -> jax.Array:
+        scale = self._declare(name, (x.shape[-1],), (axis,), nn.initializers.ones)
+        return rms_norm(x, scale, self.config.norm_eps)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> tuple[jax.Array, None]:
+        """[B L D] -> [B L D]; the None is what a scan stacks."""
+        c = self.config
+        y = self._norm("attn_norm", x)
+        query = self._project("q", y, c.heads, "heads")
+        key = self._project("k", y, c.kv_heads, "kv_heads")
+        value = self._project("v", y, c.kv_heads, "kv_heads")
+        if c.qk_norm:
+            query, key = self._norm("q_norm", query, "head_dim"), self._norm("k_norm", key, "head_dim")
+        query, key = rotate(c, query, positions), rotate(c, key, positions)
+        y = segment_attention(query, key, value, segments)
+        out = self._declare("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
+        x = constrain(x + jnp.einsum("blhk,hkd->bld", y, out.astype(self.dtype)), "batch", "length", None)
+
+        y = self._norm("mlp_norm", x)
+        gate = self._declare("gate", (c.embed, c.mlp), ("embed", "mlp")).astype(self.dtype)
+        up = self._declare("up", (c.embed, c.mlp), ("embed", "mlp")).astype(self.dtype)
+        down = self._declare("down", (c.mlp, c.embed), ("mlp", "embed")).astype(self.dtype)
+        y = nn.silu(y @ gate) * (y @ up)
+        return constrain(x + y @ down, "batch", "length", None), None
+
+
+class Transformer(nn.Module):
+    """Embedding, the stacked layers, a final norm, and the head left unmultiplied."""
+
+    config: Config
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens, segments, positions, taps: tuple[str, ...] = ()) -> Output:
+        """See `forward`."""
+        c = self.config
+
+        def declare(name, shape, axes, init):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+        shape = (c.padded_vocab, c.embed)
+        table = declare("embed", shape, ("vocab", "embed"), nn.initializers.normal(0.02))
+        x = constrain(table.astype(self.dtype)[tokens], "batch", "length", None)
+        tapped: dict[str, jax.Array] = {}
+        if self.is_initializing():
+            stack = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=c.layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x, _ = stack(c, self.dtype, name="layers")(x, segments, positions)
+        else:
+            x, tapped = self._layers(x, segments, positions, taps)
+        x = rms_norm(x, declare("norm", (c.embed,), ("embed",), nn.initializers.ones), c.norm_eps)
+        if c.tied:
+            unembed = table.T
+        else:
+            unembed = declare("unembed", shape[::-1], ("embed", "vocab"), nn.initializers.normal(0.02))
+        return Output(Head(x, unembed), tapped)
+
+    def _layers(self, x, segments, positions, taps) -> tuple[jax.Array, dict[str, jax.Array]]:
+        stacked = self.variables["params"]["layers"]
+        layer = Layer(self.config, self.dtype, parent=None)
+
+        def body(x, params):
+            return layer.apply({"params": params}, x, segments, positions)
+
+        if self.remat == "layer":
+            body = jax.checkpoint(body, prevent_cse=False)
+        tapped, start = {}, 0
+        for stop in sorted({tap_layer(name, self.config.layers) for name in taps} | {self.config.layers}):
+            whole = (start, stop) == (0, self.config.layers)
+            part = stacked if whole else jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], stacked)
+            x, _ = jax.lax.scan(body, x, part)
+            if f"layer_{stop}" in taps:
+                tapped[f"layer_{stop}"] = x
+            start = stop
+        return x, tapped
+
+
+def tap_layer(name: str, layers: int) -> int:
+    """How many layers come before the tap `layer_N`.
+
+    Raises:
+        ValueError: for another form, or a layer that the model does not have.
+    """
+    prefix, _, number = name.partition("_")
+    if prefix != "layer" or not number.isdigit() or not 1 <= int(number) <= layers:
+        raise ValueError(f"no tap '{name}': this model has layer_1 to layer_{layers}")
+    return int(number)
+
+
+def forward(
+    config: Config, params: PyTree, batch: Batch, *, taps: tuple[str, ...] = (), dtype=jnp.float32, remat: str = "none"
+) -> Output:
+    """The decoder on packed rows, as a pure function.
+
+    Args:
+        config: the decoder's shape.
+        params: nested dict of arrays, layers stacked on the leading axis.
+        batch: tokens, segments and positions [B L] are read.
+        taps: `layer_N` for the residual stream after N layers; static, and free when empty.
+        dtype: of activations and matmul operands; parameters stay as they are.
+        remat: "none", or "layer" to keep only each layer's input for the backward pass.
+    """
+    module = Transformer(config, dtype, remat)
+    return module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
+
+
+@partial(jax.jit, static_argnums=0)
+def init(config: Config, key: jax.Array) -> PyTree:
+    """Random parameters, normal(0.02) for matrices and ones for norms."""
+    return nn.meta.unbox(_boxed(config, key))
+
+
+def abstract(config: Config) -> tuple[PyTree, PyTree]:
+    """Shapes and logical axes of the parameters, with nothing computed.
+
+    Returns:
+        (tree of ShapeDtypeStruct, tree of tuples of logical names).
+    """
+    boxed = jax.eval_shape(partial(_boxed, config), jax.random.key(0))
+    shapes = nn.meta.unbox(boxed)
+    axes = jax.tree.map(lambda s: tuple(s), nn.get_partition_spec(boxed), is_leaf=lambda s: isinstance(s, tuple))
+    return shapes, axes
+
+
+def _boxed(config: Config, key: jax.Array) -> PyTree:
+    dummy = jnp.zeros((1, 2), jnp.int32)
+    return Transformer(config).init(key, dummy, dummy, dummy)["params"]
+
+
+def parameter_count(config: Config) -> int:
+    """Number of parameters, padding left out and a tied head counted once."""
+    padding = (config.padded_vocab - config.vocab) * config.embed * (1 if config.tied else 2)
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[0])) - padding
