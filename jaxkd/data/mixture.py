@@ -1,0 +1,165 @@
+"""Which rows an interval trains on: how many of each domain, which ones, and in what order.
+
+`Mixture` is half of what a checkpoint holds. Everything here is a pure function of it, the seed and the
+domain sizes, in numpy on the host, so that any number of processes agree and a resumed run reads the same
+rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxkd.data.permute import permute
+
+# Tags keep the two uses of a seed apart: rows within a domain, and the shuffle of an interval.
+_ROWS, _SHUFFLE = 1, 2
+
+
+class Mixture(NamedTuple):
+    """What decides the rows of an interval."""
+
+    sampling: np.ndarray  # float64 [domains], sums to 1: the shares that rows are drawn with
+    rule_state: dict[str, Any]  # what a re-weighting rule keeps between intervals
+    drawn: np.ndarray  # int64 [domains], rows drawn from each domain before this interval
+    interval: int
+
+
+def _checked_sizes(sizes: Sequence[int]) -> np.ndarray:
+    array = np.asarray(sizes, np.int64)
+    if array.ndim != 1 or array.size == 0 or (array < 0).any():
+        raise ValueError(f"domain sizes must be a list of row counts, got {sizes}")
+    return array
+
+
+def natural(sizes: Sequence[int]) -> np.ndarray:
+    """Shares in proportion to the domains' sizes: `size / sum(sizes)`, [domains].
+
+    Raises:
+        ValueError: there are no rows at all.
+    """
+    return fixed([float(size) for size in _checked_sizes(sizes)], sizes)
+
+
+def uniform(sizes: Sequence[int]) -> np.ndarray:
+    """The same share for every domain: `1 / domains`, [domains].
+
+    Raises:
+        ValueError: a domain has no rows.
+    """
+    return fixed([1.0] * len(sizes), sizes)
+
+
+def fixed(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
+    """Shares in proportion to given weights: `weight / sum(weights)`, [domains].
+
+    Args:
+        weights: one number per domain, at least 0; a domain of weight 0 is never drawn.
+        sizes: rows in each domain.
+
+    Raises:
+        ValueError: wrong length, a negative or non-finite weight, all zero, or a weight on a domain without
+            rows.
+    """
+    rows, shares = _checked_sizes(sizes), np.asarray(weights, np.float64)
+    if shares.shape != rows.shape:
+        raise ValueError(f"{shares.size} domain weights were given for {rows.size} domains: give one per domain")
+    if not np.isfinite(shares).all() or (shares < 0).any():
+        raise ValueError(f"domain weights must be finite and not negative, got {list(weights)}")
+    if shares.sum() <= 0:
+        raise ValueError("all domain weights are zero: give at least one domain a positive weight")
+    empty = np.nonzero((shares > 0) & (rows == 0))[0]
+    if empty.size:
+        raise ValueError(f"domain {empty[0]} has a positive weight but no rows")
+    return shares / shares.sum()
+
+
+def init(sampling: np.ndarray) -> Mixture:
+    """The mixture of the first interval.
+
+    Args:
+        sampling: float [domains], not negative, sums to 1.
+
+    Raises:
+        ValueError: it is not such a vector.
+    """
+    return Mixture(_checked_sampling(sampling), {}, np.zeros(len(sampling), np.int64), 0)
+
+
+def _checked_sampling(sampling: np.ndarray) -> np.ndarray:
+    shares = np.asarray(sampling, np.float64)
+    if shares.ndim != 1 or not np.isfinite(shares).all() or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
+        raise ValueError(f"sampling must be a vector of shares >= 0 that sum to 1, got {shares.tolist()}")
+    return shares
+
+
+def counts(sampling: np.ndarray, rows: int) -> np.ndarray:
+    """Rows per domain by the largest remainder: they sum to `rows`, each within 1 of `sampling * rows`.
+
+    Args:
+        sampling: float [domains], sums to 1.
+        rows: rows to share out.
+
+    Returns:
+        int64 [domains]; 0 where the share is 0.
+    """
+    if rows < 0:
+        raise ValueError(f"the number of rows must not be negative, got {rows}")
+    shares = _checked_sampling(sampling)
+    exact = shares / shares.sum() * rows
+    whole = np.floor(exact).astype(np.int64)
+    left = rows - int(whole.sum())
+    whole[np.argsort(whole - exact, kind="stable")[:left]] += 1
+    return whole
+
+
+def order(mixture: Mixture, sizes: Sequence[int], seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of an interval, in training order.
+
+    The n-th row ever drawn from a domain is `permute(n % size, size, key)` with a key per epoch `n // size`:
+    each epoch visits every row once. The rows of all domains are then shuffled with a key per interval.
+
+    Args:
+        mixture: the interval's mixture.
+        sizes: rows in each domain.
+        seed: the run's seed.
+        rows: rows in the whole interval. Another number gives another order, so pass the interval's, always.
+
+    Returns:
+        domain int64 [rows], row int64 [rows] (an index in that domain).
+
+    Raises:
+        ValueError: sizes and sampling differ in length, or a domain to draw from is empty.
+    """
+    size = _checked_sizes(sizes)
+    if size.shape != mixture.sampling.shape:
+        raise ValueError(f"the mixture has {mixture.sampling.size} domains, but {size.size} sizes were given")
+    share = counts(mixture.sampling, rows)
+    if ((share > 0) & (size == 0)).any():
+        raise ValueError(f"domain {int(np.argmax((share > 0) & (size == 0)))} is drawn from but has no rows")
+    domain = np.repeat(np.arange(size.size, dtype=np.int64), share)
+    row = np.empty(rows, np.int64)
+    for d in np.nonzero(share)[0]:
+        n = int(mixture.drawn[d]) + np.arange(share[d], dtype=np.int64)
+        row[domain == d] = permute(n % size[d], int(size[d]), (seed, _ROWS, int(d), n // size[d]))
+    shuffle = permute(np.arange(rows), max(rows, 1), (seed, _SHUFFLE, mixture.interval))
+    return domain[shuffle], row[shuffle]
+
+
+def advance(mixture: Mixture, rows: int, sampling: np.ndarray | None = None) -> Mixture:
+    """The mixture of the next interval.
+
+    Args:
+        mixture: the finished interval's.
+        rows: rows the finished interval had.
+        sampling: new shares [domains]; `None` keeps the present ones.
+
+    Raises:
+        ValueError: `sampling` is not a vector of shares over the same domains.
+    """
+    new = mixture.sampling if sampling is None else _checked_sampling(sampling)
+    if new.shape != mixture.sampling.shape:
+        raise ValueError(f"the mixture has {mixture.sampling.size} domains, the new sampling has {new.size}")
+    return mixture._replace(
+        sampling=new, drawn=mixture.drawn + counts(mixture.sampling, rows), interval=mixture.interval + 1
+    )

@@ -1,0 +1,101 @@
+"""Packed rows of one domain and split, read back in any order.
+
+A stored row holds tokens, segments and positions; targets and weights follow from them here, so that they
+cannot disagree.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+
+class Rows:
+    """A prepared domain's rows in one split."""
+
+    def __init__(self, path: epath.PathLike, split: str) -> None:
+        """Open the rows and read the first and the last, so that a damaged file is known before training.
+
+        Args:
+            path: directory of the prepared dataset, as `prepare` returns it.
+            split: "train" or "valid".
+
+        Raises:
+            FileNotFoundError: there is no prepared dataset.
+            ValueError: the split does not exist, or files are missing, cut short or damaged.
+        """
+        self.path, self.split = epath.Path(path), split
+        if not (self.path / "dataset_info.json").is_file():
+            raise FileNotFoundError(f"{self.path} holds no prepared rows: prepare the domain first")
+        try:
+            builder = tfds.builder_from_directory(self.path)
+        except Exception as error:  # broken JSON, missing features, another format: the same to a user
+            raise self._damaged(error) from None
+        if split not in builder.info.splits:
+            raise ValueError(f"{self.path} has no split {split!r}, it has {sorted(builder.info.splits)}")
+        self._size = int(builder.info.splits[split].num_examples)
+        try:
+            self._data: Any = builder.as_data_source(split=split)
+            stored = len(self._data)
+            ends = self._data.__getitems__([0, self._size - 1])
+        except Exception as error:
+            raise self._damaged(error) from None
+        if stored != self._size:
+            raise self._damaged(f"{stored} of {self._size} rows are there")
+        self.length = int(ends[0]["tokens"].shape[0])
+
+    def _damaged(self, why: object) -> ValueError:
+        reason = (str(why).strip() or type(why).__name__).splitlines()[0]
+        return ValueError(
+            f"the rows in {self.path} ({self.split}) are damaged: {reason}. Delete that directory and prepare it again"
+        )
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """Rows by index.
+
+        `targets[t] = tokens[t + 1]` and `weights[t] = 1` where both belong to one segment; elsewhere both are
+        0.
+
+        Args:
+            indices: integers [n] in `[0, len)`, in any order, repeats allowed.
+
+        Returns:
+            tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64
+            [n], of the text that a row's scored targets stand for.
+
+        Raises:
+            IndexError: an index is outside the range.
+            ValueError: the files are damaged.
+        """
+        wanted = [int(index) for index in indices]
+        if not wanted:
+            return self._derive([])
+        if min(wanted) < 0 or max(wanted) >= self._size:
+            raise IndexError(f"rows {min(wanted)} to {max(wanted)} were asked for, {self.path} has {self._size}")
+        try:
+            return self._derive(self._data.__getitems__(wanted))
+        except Exception as error:
+            raise self._damaged(error) from None
+
+    def _derive(self, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        shape = (len(rows), self.length)
+        stored = {
+            name: np.array([row[name] for row in rows], np.int32).reshape(shape)
+            for name in ("tokens", "segments", "positions")
+        }
+        same = np.zeros(shape, bool)
+        here, after = stored["segments"][:, :-1], stored["segments"][:, 1:]
+        same[:, :-1] = (here == after) & (here > 0)
+        targets = np.zeros(shape, np.int32)
+        targets[:, :-1] = stored["tokens"][:, 1:]
+        return {
+            **stored,
+            "targets": np.where(same, targets, 0).astype(np.int32),
+            "weights": same.astype(np.float32),
+            "bytes": np.array([row["bytes"] for row in rows], np.int64),
+        }

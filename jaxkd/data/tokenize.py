@@ -1,0 +1,229 @@
+"""Tokenizers as the files of a model define them, reduced to what building rows needs.
+
+Everything goes through the `tokenizers` library, so that ids equal those of `transformers`. Text is encoded
+as text: strings that look like control tokens do not become control tokens, and documents get their start and
+end token from here alone.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+_END_OF_TEXT = "<|endoftext|>"
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_BYTE_LEVEL_SPLIT = (
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and the facts about it that data and models share."""
+
+    tokenizer: tokenizers.Tokenizer = field(repr=False)
+    vocab: int  # ids are below this; added tokens count
+    start: int | None  # put before each document
+    end: int | None  # put after each document
+    fingerprint: str  # sha256 of the definition
+    chat_template: str | None = field(repr=False)
+    json: str = field(repr=False)  # the definition, as the `tokenizers` library writes it
+
+    def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids of each text and the bytes of text each token stands for.
+
+        A token stands for the bytes up to its end that no token before it stands for; the sum is
+        `len(text.encode())`.
+
+        Args:
+            texts: any text without lone surrogates.
+
+        Returns:
+            per text: ids int32 [n], bytes int64 [n]. No start and end tokens.
+        """
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings)
+        ]
+
+    def documents(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode`, with the start and end token around each document; those stand for 0 bytes."""
+        before = np.asarray([] if self.start is None else [self.start], np.int32)
+        after = np.asarray([] if self.end is None else [self.end], np.int32)
+        return [
+            (np.concatenate([before, ids, after]), np.pad(sizes, (len(before), len(after))))
+            for ids, sizes in self.encode(texts)
+        ]
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """Text of token ids [n], control tokens left out."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """Bytes per token from character offsets; a character that tokens share counts for the first."""
+    if not offsets:
+        return np.zeros(0, np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    width = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    before = np.concatenate([[0], np.cumsum(width)])
+    ends = np.maximum.accumulate(np.asarray(offsets, np.int64)[:, 1])
+    ends[-1] = len(points)  # what a normaliser dropped at the end belongs to the last token
+    return np.diff(before[ends], prepend=0)
+
+
+def _finish(
+    tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None, chat_template: str | None
+) -> Tokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    definition = tokenizer.to_str()
+    canonical = json.dumps(json.loads(definition), sort_keys=True, ensure_ascii=True)
+    # Not part of the definition: text that spells a control token is text.
+    tokenizer.encode_special_tokens = True
+    whole_text = tokenizer.token_to_id(_END_OF_TEXT)
+    if whole_text is not None:
+        # Chat models name their turn markers as bos and eos; this token is what separated documents in
+        # pre-training.
+        start = end = whole_text
+    return Tokenizer(
+        tokenizer=tokenizer,
+        vocab=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        start=start,
+        end=end,
+        fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
+        chat_template=chat_template,
+        json=definition,
+    )
+
+
+def _byte_level(kind: str) -> tuple[Any, Any, bool]:
+    """Normaliser, pre-tokenizer and `ignore_merges` for a GGUF pre-tokenizer name."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if kind == "gpt-2":
+        return None, gpt2, False
+    if kind == "smollm":
+        return None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]), False
+    if kind in ("qwen2", "llama-bpe"):
+        pattern = _BYTE_LEVEL_SPLIT.replace("DIGITS", "" if kind == "qwen2" else "{1,3}")
+        split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
+        return (normalizers.NFC() if kind == "qwen2" else None), split, kind == "llama-bpe"
+    raise ValueError(
+        f"the GGUF file's pre-tokenizer {kind!r} is not supported (gpt-2, llama-bpe, qwen2, smollm are): "
+        "use the model's tokenizer.json through a directory instead"
+    )
+
+
+def from_gguf(fields: dict[str, Any]) -> Tokenizer:
+    """The byte-level BPE tokenizer inside a GGUF file.
+
+    Args:
+        fields: the file's metadata, "tokenizer.ggml.model" and so on, as Python values.
+
+    Raises:
+        ValueError: a field is missing, or the tokenizer is of another kind.
+    """
+    model = fields.get("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise ValueError(
+            f"the GGUF file's tokenizer model is {model!r}, only 'gpt2' (byte-level BPE) can be read: "
+            "use the model's tokenizer.json through a directory instead"
+        )
+    for key in ("tokens", "merges", "token_type"):
+        if f"tokenizer.ggml.{key}" not in fields:
+            raise ValueError(f"the GGUF file has no field 'tokenizer.ggml.{key}': it holds no complete tokenizer")
+    words = list(fields["tokenizer.ggml.tokens"])
+    kinds = list(fields["tokenizer.ggml.token_type"])
+    normalizer, splitter, ignore_merges = _byte_level(fields.get("tokenizer.ggml.pre", "gpt-2"))
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    vocab = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.ByteLevel()
+    for word, kind in zip(words, kinds):
+        if kind in (_CONTROL, _USER_DEFINED):
+            added = tokenizers.AddedToken(word, special=kind == _CONTROL, normalized=False)
+            (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
+    start, end = (fields.get(f"tokenizer.ggml.{side}_token_id") for side in ("bos", "eos"))
+    return _finish(tokenizer, start, end, fields.get("tokenizer.chat_template"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def _marker(tokenizer: tokenizers.Tokenizer, files: list[dict[str, Any]], side: str) -> int | None:
+    """Id of the first `bos` or `eos` that the files name, as a word or as an id."""
+    for content in files:
+        word = content.get(f"{side}_token")
+        word = word.get("content") if isinstance(word, dict) else word
+        if isinstance(word, str) and tokenizer.token_to_id(word) is not None:
+            return tokenizer.token_to_id(word)
+        number = content.get(f"{side}_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int):
+            return number
+    return None
+
+
+def from_directory(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory: `tokenizer.json` and the small files beside it.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        FileNotFoundError: it holds no `tokenizer.json`.
+        ValueError: a file cannot be parsed.
+    """
+    folder = Path(path).expanduser()
+    definition = folder / "tokenizer.json"
+    if not definition.is_file():
+        raise FileNotFoundError(
+            f"{definition} does not exist: a tokenizer directory needs tokenizer.json "
+            "(save it with transformers' save_pretrained of a fast tokenizer)"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(definition))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{definition} cannot be read as a tokenizer: {error}") from None
+    names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+    files = [_read_json(folder / name) for name in names]
+    template = files[0].get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = next((item["template"] for item in template if item.get("name") == "default"), None)
+    jinja = folder / "chat_template.jinja"
+    if jinja.is_file():
+        template = jinja.read_text(encoding="utf-8")
+    return _finish(tokenizer, _marker(tokenizer, files, "bos"), _marker(tokenizer, files, "eos"), template)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, id = byte, and `<|endoftext|>` as id 256: needs no file and has no unknown text."""
+    # Byte-level tokenizers write a byte as a visible character: itself where it is printable, the next free
+    # one from code point 256 on where it is not.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    vocab = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(_END_OF_TEXT, special=True, normalized=False)])
+    return _finish(tokenizer, None, None, None)

@@ -1,0 +1,281 @@
+"""Building: nothing twice, nothing on both sides, nothing half-made, and nothing again without a reason."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+from conftest import sentences, write_jsonl
+
+from jaxkd.data import build
+from jaxkd.data.builtin import Document
+from jaxkd.data.rows import Rows
+from jaxkd.data.sources import Source, open_source
+from jaxkd.data.tokenize import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+def source_of(documents, fingerprint="f"):
+    return Source("made up", fingerprint, lambda: iter([Document(*document) for document in documents]))
+
+
+def prepare(documents, directory, **options):
+    options = {"length": 32, "train_rows": 0, "valid_rows": 0, "progress": False, **options}
+    source = documents if isinstance(documents, Source) else source_of(documents)
+    return build.prepare(options.pop("name", "made"), source, TOKENIZER, directory=directory, **options)
+
+
+def stored_documents(path, split):
+    """Texts back out of the rows: for documents that fit into one piece."""
+    rows = Rows(path, split)
+    stored = rows.read(range(len(rows)))
+    result = set()
+    for tokens, segments in zip(stored["tokens"], stored["segments"]):
+        for segment in range(1, segments.max() + 1):
+            result.add(TOKENIZER.decode(tokens[segments == segment]))
+    return result
+
+
+def left_in(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def test_rows_hold_the_text(tmp_path):
+    texts = [text[:30] for text in dict.fromkeys(sentences(100))]
+    prepared = prepare([(str(i), text) for i, text in enumerate(texts)], tmp_path, length=64)
+    assert prepared.built
+    assert prepared.documents == 100
+    train, valid = (stored_documents(prepared.path, split) for split in ("train", "valid"))
+    assert sorted(train | valid) == sorted(texts)
+    assert not train & valid
+    assert prepared.bytes == sum(len(text.encode()) for text in texts)  # every byte is scored once
+    assert prepared.tokens == prepared.bytes + 2 * 100
+    rows = [Rows(prepared.path, split) for split in ("train", "valid")]
+    assert [len(side) for side in rows] == [prepared.train_rows, prepared.valid_rows]
+    assert sum(int(side.read(range(len(side)))["bytes"].sum()) for side in rows) == prepared.bytes
+
+
+def test_duplicates_are_dropped(tmp_path):
+    texts = sentences(40)
+    again = [text.upper().replace(" ", " \n ") for text in texts[:15]]
+    documents = [(str(i), text) for i, text in enumerate(texts + again + ["", " \n"])]
+    prepared = prepare(documents, tmp_path)
+    assert (prepared.documents, prepared.duplicates) == (40, 15)
+
+
+def test_groups_stay_on_one_side(tmp_path):
+    documents = [(f"group {i % 20}", f"g{i % 20} number {i}") for i in range(200)]
+    prepared = prepare(documents, tmp_path, valid_share=0.2, length=64)
+    sides = [{text.split()[0] for text in stored_documents(prepared.path, split)} for split in ("train", "valid")]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 20
+    assert 2 <= len(sides[1]) <= 6
+
+
+@pytest.mark.parametrize("big", ["a", "b"])
+def test_two_groups_give_two_sides(tmp_path, big):
+    """A group that is nearly all of the text stays in training."""
+    documents = [(big, f"{big} long {i} " * 20) for i in range(50)] + [("other", "short text")]
+    prepared = prepare(documents, tmp_path)
+    assert stored_documents(prepared.path, "valid") == {"short text"}
+    assert prepared.train_rows > 100
+
+
+def test_caps_stop_early(tmp_path, monkeypatch):
+    seen = []
+    encode = type(TOKENIZER).documents
+    monkeypatch.setattr(type(TOKENIZER), "documents", lambda self, t: seen.extend(t) or encode(self, t))
+    monkeypatch.setattr(build, "_BATCH_CHARACTERS", 100)
+    prepared = prepare([(str(i), f"text {i} " * 10) for i in range(2000)], tmp_path, train_rows=9, valid_rows=5)
+    assert (prepared.train_rows, prepared.valid_rows) == (9, 5)
+    assert len(seen) < 200
+
+
+def test_a_capped_side_takes_many_documents(tmp_path):
+    documents = [(str(i), f"doc{i:02d} " * 2000) for i in range(60)]
+    prepared = prepare(documents, tmp_path, valid_share=0.5, valid_rows=16, train_rows=16)
+    for split in ("train", "valid"):
+        assert len({text[-6:] for text in stored_documents(prepared.path, split)}) >= 10
+    few = prepare(documents[:4], tmp_path, valid_share=0.5, valid_rows=300, train_rows=300)
+    assert (few.train_rows, few.valid_rows) == (300, 300)  # the rest of the documents follows their windows
+
+
+def test_spread_keeps_every_target_once():
+    documents = [(np.arange(n) + 1000 * n, np.ones(n, np.int64)) for n in (1, 2, 8, 9, 10, 100, 57)]
+    for seed in range(20):
+        spread = list(build._spread(documents, 8, 2, seed))
+        targets = sorted(token for ids, _ in spread for token in ids[1:])
+        assert targets == sorted(token for ids, _ in documents for token in ids[1:])
+
+
+def test_rerun_does_nothing(tmp_path):
+    path = write_jsonl(tmp_path / "text.jsonl", sentences(50))
+    first = prepare(open_source(str(path)), tmp_path / "rows")
+    times = [file.stat().st_mtime_ns for file in sorted(tmp_path.rglob("*"))]
+
+    def forbidden():
+        raise AssertionError("a prepared domain was read again")
+
+    began = time.monotonic()
+    again = prepare(dataclasses.replace(open_source(str(path)), documents=forbidden), tmp_path / "rows")
+    assert time.monotonic() - began < 0.5
+    assert again == first._replace(built=False)
+    assert [file.stat().st_mtime_ns for file in sorted(tmp_path.rglob("*"))] == times
+
+
+def test_the_same_build_gives_the_same_rows(tmp_path):
+    documents = [(str(i), text) for i, text in enumerate(sentences(60))]
+    one = prepare(documents, tmp_path / "one")
+    two = prepare(documents[::-1], tmp_path / "two")  # the order of reading does not matter
+    three = prepare(documents, tmp_path / "three", seed=1)
+    stored = [Rows(p.path, "train") for p in (one, two, three)]
+    tokens = [rows.read(range(10))["tokens"] for rows in stored]
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+    assert not np.array_equal(tokens[0], tokens[2])
+
+
+def test_fingerprint_covers_everything(tmp_path):
+    source = source_of([(str(i), text) for i, text in enumerate(sentences(60))])
+    other_tokenizer = dataclasses.replace(TOKENIZER, fingerprint="other")
+    base = {"length": 32, "train_rows": 4, "valid_rows": 2, "valid_share": 0.1, "seed": 0}
+    variants = [
+        (source, TOKENIZER, base),
+        (dataclasses.replace(source, fingerprint="other"), TOKENIZER, base),
+        (source, other_tokenizer, base),
+        (source, dataclasses.replace(TOKENIZER, start=None), base),
+        *[
+            (source, TOKENIZER, {**base, key: value})
+            for key, value in [
+                ("length", 33),
+                ("train_rows", 5),
+                ("valid_rows", 3),
+                ("valid_share", 0.2),
+                ("seed", 1),
+            ]
+        ],
+    ]
+    made = [build.prepare("made", s, t, directory=tmp_path, progress=False, **o) for s, t, o in variants]
+    assert all(prepared.built for prepared in made)
+    assert len({prepared.fingerprint for prepared in made}) == len({p.path for p in made}) == len(variants)
+
+
+def test_killed_build(tmp_path):
+    """SIGKILL when training rows are written and validation rows are not."""
+    path = write_jsonl(tmp_path / "text.jsonl", sentences(50))
+    script = """
+        import os, signal, sys
+        from jaxkd.data import build
+        from jaxkd.data.sources import open_source
+        from jaxkd.data.tokenize import byte_tokenizer
+
+        generate = build.PackedRows._generate_examples
+        def dying(self, split):
+            for example in generate(self, split):
+                if split == "valid":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield example
+        build.PackedRows._generate_examples = dying
+        build.prepare("made", open_source(sys.argv[1]), byte_tokenizer(), 32, 0, 0, sys.argv[2])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path), str(tmp_path / "rows")]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    left = [file.name for file in (tmp_path / "rows" / "packed_rows").glob("*/*")]
+    assert left
+    assert all(name.startswith("incomplete.") for name in left)
+    prepared = prepare(open_source(str(path)), tmp_path / "rows")
+    assert prepared.built
+    assert len(Rows(prepared.path, "train")) == prepared.train_rows
+    assert [file.name for file in (tmp_path / "rows" / "packed_rows").glob("*/*")] == ["1.0.0"]
+
+
+def test_failing_builds_leave_nothing(tmp_path, monkeypatch):
+    def full_disk():
+        yield Document("a", "text")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="the disk is full while preparing domain 'made'"):
+        prepare(Source("made up", "f", full_disk), tmp_path)
+    assert left_in(tmp_path) == []
+
+    def late(self, texts):
+        raise RuntimeError("write(): No space left on device; writing x")
+
+    monkeypatch.setattr(type(TOKENIZER), "documents", late)
+    with pytest.raises(OSError, match="the disk is full"):
+        prepare([("a", "text"), ("b", "other")], tmp_path)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([("a", "text")], r"domain 'made' \(made up\) has 1 distinct documents in 1 groups"),
+        ([("a", "text"), ("b", "TEXT ")], "has 1 distinct documents in 1 groups"),
+        ([("a", "text"), ("a", "more")], "has 2 distinct documents in 1 groups"),
+        ([], "has 0 distinct documents"),
+    ],
+)
+def test_too_little_text(tmp_path, documents, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(documents, tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_a_side_without_rows(tmp_path):
+    bare = dataclasses.replace(TOKENIZER, start=None, end=None)
+    source = source_of([("a", "long enough"), ("b", "x")])  # one token is no target
+    with pytest.raises(ValueError, match=r"domain 'made' \(made up\) gives no valid rows"):
+        build.prepare("made", source, bare, 32, 0, 0, tmp_path, progress=False)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "a/b"}, "domain name 'a/b'"),
+        ({"length": 1}, "at least 2 tokens"),
+        ({"train_rows": -1}, r"must be 0 \(no limit\) or more"),
+        ({"valid_share": 1.0}, "between 0 and 1"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare([("a", "x"), ("b", "y")], tmp_path, **options)
+
+
+def test_damaged_metadata(tmp_path):
+    prepared = prepare([("a", "text"), ("b", "other")], tmp_path)
+    (prepared.path / "metadata.json").write_text("{")
+    with pytest.raises(ValueError, match=r"is damaged .* delete that directory"):
+        prepare([("a", "text"), ("b", "other")], tmp_path)
+
+
+def test_odd_text(tmp_path):
+    """Lone surrogates, which JSON can spell, and null characters."""
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["a \ud800 b", "nul \0 nul", "plain"]))
+    assert prepare(open_source(str(path)), tmp_path / "rows").documents == 3
+
+
+def test_what_is_shown(tmp_path, capfd):
+    prepared = prepare([("a", "text"), ("b", "other")], tmp_path, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert f"made: rows written to {prepared.path}" in err
+    assert "absl" not in err
+    assert "Downloading" not in err
+    prepare([("a", "text"), ("b", "other")], tmp_path, progress=False, seed=1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_tensorflow_is_not_imported():
+    code = "import sys, jaxkd.data.loader, jaxkd.data.build; sys.exit('tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ}).returncode == 0

@@ -1,0 +1,104 @@
+"""An interval's rows: right counts, each row once per epoch, and a pure function of the state."""
+
+import numpy as np
+import pytest
+from conftest import quick
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxkd.data import mixture as mixtures
+
+shares = st.lists(st.floats(0, 10), min_size=1, max_size=6).filter(lambda w: sum(w) > 0.01)
+
+
+@quick
+@given(shares, st.integers(0, 5000))
+def test_counts_within_one_row(weights, rows):
+    sampling = mixtures.fixed(weights, [1] * len(weights))
+    counts = mixtures.counts(sampling, rows)
+    assert counts.sum() == rows
+    assert (np.abs(counts - sampling * rows) < 1 + 1e-6).all()
+    assert (counts[np.array(weights) == 0] == 0).all()
+
+
+def test_a_share_of_zero_gets_no_row():
+    for rows in range(1, 200):
+        assert mixtures.counts(np.array([0.0, 0.1, 0.2, 0.7]), rows)[0] == 0
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.05, 1)), min_size=1, max_size=4),
+    st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    st.integers(0, 100),
+)
+def test_each_epoch_visits_each_row_once(domains, intervals, seed):
+    sizes = [size for size, _ in domains]
+    mixture = mixtures.init(mixtures.fixed([weight for _, weight in domains], sizes))
+    seen: list[list[int]] = [[] for _ in sizes]
+    for rows in intervals:
+        before = mixture.drawn.copy()
+        domain, row = mixtures.order(mixture, sizes, seed, rows)
+        mixture = mixtures.advance(mixture, rows)
+        np.testing.assert_array_equal(np.bincount(domain, minlength=len(sizes)), mixture.drawn - before)
+        for d, size in enumerate(sizes):
+            drawn = row[domain == d]
+            assert ((drawn >= 0) & (drawn < size)).all()
+            seen[d].extend(drawn)
+            # Within an interval the order is shuffled, so whole epochs are compared as counts.
+            times = np.bincount(seen[d], minlength=size)
+            assert times.max() - times.min() <= 1
+
+
+def test_epochs_differ():
+    mixture = mixtures.init(np.array([1.0]))
+    first = mixtures.order(mixture, [100], 0, 50)[1]
+    second = mixtures.order(mixtures.advance(mixture, 100), [100], 0, 50)[1]
+    assert set(first) != set(second)  # half an epoch each: the same half only if the key ignored the epoch
+
+
+def test_order_is_a_pure_function():
+    sizes, mixture = [30, 50], mixtures.init(np.array([0.3, 0.7]))
+    once, again = mixtures.order(mixture, sizes, 3, 40), mixtures.order(mixture, sizes, 3, 40)
+    np.testing.assert_array_equal(once, again)
+    assert not np.array_equal(once, mixtures.order(mixture, sizes, 4, 40))
+    assert not np.array_equal(once[0], mixtures.order(mixture._replace(interval=1), sizes, 3, 40)[0])
+
+
+def test_domains_are_interleaved():
+    domain, _ = mixtures.order(mixtures.init(np.array([0.5, 0.5])), [1000, 1000], 0, 1000)
+    assert 200 < domain[:500].sum() < 300
+
+
+def test_samplings():
+    np.testing.assert_allclose(mixtures.natural([1, 3]), [0.25, 0.75])
+    np.testing.assert_allclose(mixtures.uniform([1, 3]), [0.5, 0.5])
+    np.testing.assert_allclose(mixtures.fixed([0, 3], [1, 1]), [0, 1])
+
+
+def test_advance():
+    mixture = mixtures.advance(mixtures.init(np.array([0.25, 0.75])), 8, np.array([0.5, 0.5]))
+    assert mixture.drawn.tolist() == [2, 6]
+    assert mixture.interval == 1
+    assert mixture.sampling.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mixtures.fixed([1], [1, 1]), "1 domain weights were given for 2 domains"),
+        (lambda: mixtures.fixed([1, -1], [1, 1]), "not negative"),
+        (lambda: mixtures.fixed([1, float("nan")], [1, 1]), "finite"),
+        (lambda: mixtures.fixed([0, 0], [1, 1]), "all domain weights are zero"),
+        (lambda: mixtures.fixed([1, 1], [1, 0]), "domain 1 has a positive weight but no rows"),
+        (lambda: mixtures.uniform([]), "list of row counts"),
+        (lambda: mixtures.init(np.array([0.5, 0.6])), "sum to 1"),
+        (lambda: mixtures.order(mixtures.init(np.array([1.0])), [1, 2], 0, 4), "1 domains, but 2 sizes"),
+        (lambda: mixtures.order(mixtures.init(np.array([1.0])), [0], 0, 4), "drawn from but has no rows"),
+        (lambda: mixtures.advance(mixtures.init(np.array([1.0])), 4, np.array([0.5, 0.5])), "new sampling"),
+        (lambda: mixtures.counts(np.array([1.0]), -1), "must not be negative"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,79 @@
+"""Packing loses no token, scores each once and keeps documents apart."""
+
+import numpy as np
+import pytest
+from conftest import quick
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxkd.data.pack import pack, pieces
+
+lengths = st.lists(st.integers(0, 70), max_size=40)
+
+
+def corpus(sizes):
+    """Documents whose tokens are all different, and as many bytes per token as its number modulo 5."""
+    starts = np.cumsum([0, *sizes])
+    return [(np.arange(a, a + n), np.arange(a, a + n) % 5) for a, n in zip(starts, sizes)]
+
+
+@quick
+@given(st.integers(0, 200), st.integers(2, 40))
+def test_pieces_cover_a_document(size, length):
+    cuts = pieces(np.arange(size), length)
+    assert all(2 <= cut.stop - cut.start <= length for cut in cuts)
+    targets = [t for cut in cuts for t in range(cut.start + 1, cut.stop)]
+    assert targets == list(range(1, size))
+
+
+@quick
+@given(lengths, st.integers(2, 32), st.integers(1, 8))
+def test_every_token_is_a_target_once(sizes, length, open_rows):
+    documents = corpus(sizes)
+    targets, scored_bytes = [], 0
+    for row in pack(documents, length, open_rows):
+        tokens, segments, positions = row["tokens"], row["segments"], row["positions"]
+        assert tokens.shape == segments.shape == positions.shape == (length,)
+        assert tokens.dtype == segments.dtype == positions.dtype == np.int32
+        assert row["bytes"].dtype == np.int64
+        scored = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+        new = tokens[1:][scored]
+        np.testing.assert_array_equal(new, tokens[:-1][scored] + 1)  # the token after it, of the same document
+        assert row["bytes"] == (new % 5).sum()
+        targets.extend(new)
+        scored_bytes += row["bytes"]
+        for segment in range(1, segments.max() + 1):
+            inside = np.nonzero(segments == segment)[0]
+            assert len(inside) >= 2
+            np.testing.assert_array_equal(inside, np.arange(inside[0], inside[-1] + 1))
+            np.testing.assert_array_equal(positions[inside], np.arange(len(inside)))
+        assert (segments[np.count_nonzero(segments) :] == 0).all()
+        assert (tokens[segments == 0] == 0).all()
+    expected = [token for ids, _ in documents for token in ids[1:]]
+    assert sorted(targets) == expected
+    assert scored_bytes == sum(size[1:].sum() for _, size in documents)
+
+
+def test_rows_are_well_filled():
+    sizes = np.random.default_rng(0).integers(2, 60, 500).tolist()
+    rows = list(pack(corpus(sizes), 64))
+    assert len(rows) <= 1.1 * sum(sizes) / 64
+
+
+def test_rows_come_while_documents_are_read():
+    """A limit on rows must not read the whole corpus."""
+    read = []
+
+    def documents():
+        for i in range(1000):
+            read.append(i)
+            yield np.arange(10), np.ones(10, np.int64)
+
+    next(pack(documents(), 20, open_rows=4))
+    assert len(read) < 20
+
+
+@pytest.mark.parametrize(("arguments", "message"), [((1, 64), "at least 2 tokens"), ((8, 0), "one row must be open")])
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        list(pack(corpus([5]), *arguments))

