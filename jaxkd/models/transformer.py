@@ -99,7 +99,8 @@ class Layer(nn.Module):
 
     def _declare(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=None) -> jax.Array:
         init = init or nn.initializers.normal(0.02)
-        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        value: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        return value
 
     def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
@@ -208,7 +209,13 @@ def tap_layer(name: str, layers: int) -> int:
 
 
 def forward(
-    config: Config, params: PyTree, batch: Batch, *, taps: tuple[str, ...] = (), dtype=jnp.float32, remat: str = "none"
+    config: Config,
+    params: PyTree,
+    batch: Batch,
+    *,
+    taps: tuple[str, ...] = (),
+    dtype=jnp.float32,
+    remat: str = "none",
 ) -> Output:
     """The decoder on packed rows, as a pure function.
 
@@ -221,7 +228,8 @@ def forward(
         remat: "none", or "layer" to keep only each layer's input for the backward pass.
     """
     module = Transformer(config, dtype, remat)
-    return module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
+    output: Any = module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
+    return output
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,362 @@
+"""Model families as data: what a config file means, and where each parameter is found in a file of weights.
+
+The decoder knows options, not families; a family is a translation of somebody's `config.json` or GGUF fields
+into those options, plus a table of tensor names. An option the decoder does not have is refused by name: a
+model that loads and computes something slightly different is the most expensive kind of error.
+"""
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxkd.models.transformer import Config, RopeScaling
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter: its place in the tree, its names in files, and the shapes on both sides.
+
+    Files hold matrices as [out, in]; ours are [in, out] with the head axes split, so that `transposed` and
+    `shape` say the whole mapping. GGUF files of the llama architecture hold the rows of q and k with each
+    head's two rotary halves interleaved: `rotary_heads` is how many heads to undo that for, 0 for none.
+    """
+
+    path: tuple[str, ...]
+    hf: str  # "{layer}" stands for the layer number
+    gguf: str
+    stored: tuple[int, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False
+    rotary_heads: int = 0
+    vocab_axis: int | None = None  # the axis of `shape` that is padded
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one such tensor per layer, stacked on a leading axis in the tree."""
+        return self.path[0] == "layers"
+
+    def leaf(self, config: Config) -> tuple[int, ...]:
+        """The shape in the tree: stacked over layers, and the vocabulary padded."""
+        shape = list(self.shape)
+        if self.vocab_axis is not None:
+            shape[self.vocab_axis] = config.padded_vocab
+        return (config.layers, *shape) if self.stacked else tuple(shape)
+
+
+def table(config: Config) -> tuple[Tensor, ...]:
+    """Every parameter of `config`'s decoder. Shapes are one layer's, with the true vocabulary."""
+    d, f, h, kv, hd, v = (
+          config.embed, config.mlp, config.heads, config.kv_heads, config.head_dim, config.vocab,
+    )  # fmt: skip
+
+    def layer(name: str, hf: str, gguf: str, stored: tuple, shape: tuple, **more: Any) -> Tensor:
+        hf, gguf = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
+        return Tensor(("layers", name), hf, gguf, stored, shape, **more)
+
+    def matrix(name: str, hf: str, gguf: str, out: tuple, into: tuple, heads: int = 0) -> Tensor:
+        stored = (int(np.prod(out)), int(np.prod(into)))
+        hf, gguf = f"{hf}.weight", f"{gguf}.weight"
+        return layer(name, hf, gguf, stored, into + out, transposed=True, rotary_heads=heads)
+
+    entries = [
+        Tensor(("embed",), "model.embed_tokens.weight", "token_embd.weight", (v, d), (v, d), vocab_axis=0),
+        layer("attn_norm", "input_layernorm.weight", "attn_norm.weight", (d,), (d,)),
+        matrix("q", "self_attn.q_proj", "attn_q", (h, hd), (d,), heads=h),
+        matrix("k", "self_attn.k_proj", "attn_k", (kv, hd), (d,), heads=kv),
+        matrix("v", "self_attn.v_proj", "attn_v", (kv, hd), (d,)),
+        matrix("o", "self_attn.o_proj", "attn_output", (d,), (h, hd)),
+        layer("mlp_norm", "post_attention_layernorm.weight", "ffn_norm.weight", (d,), (d,)),
+        matrix("gate", "mlp.gate_proj", "ffn_gate", (f,), (d,)),
+        matrix("up", "mlp.up_proj", "ffn_up", (f,), (d,)),
+        matrix("down", "mlp.down_proj", "ffn_down", (d,), (f,)),
+        Tensor(("norm",), "model.norm.weight", "output_norm.weight", (d,), (d,)),
+    ]
+    if config.qkv_bias:
+        for name, heads in (("q", h), ("k", kv), ("v", kv)):
+            hf, gguf = f"self_attn.{name}_proj.bias", f"attn_{name}.bias"
+            entries.append(layer(f"{name}_bias", hf, gguf, (heads * hd,), (heads, hd)))
+    if config.qk_norm:
+        for name in ("q", "k"):
+            hf, gguf = f"self_attn.{name}_norm.weight", f"attn_{name}_norm.weight"
+            entries.append(layer(f"{name}_norm", hf, gguf, (hd,), (hd,)))
+    if not config.tied:
+        entries.append(Tensor(("unembed",), "lm_head.weight", "output.weight", (v, d), (d, v), True, vocab_axis=1))
+    return tuple(entries)
+
+
+def from_stored(tensor: Tensor, array: np.ndarray, *, interleaved: bool = False) -> np.ndarray:
+    """One stored tensor `[*stored]` as `[*shape]`; `interleaved` undoes GGUF llama's order of rows."""
+    if interleaved and tensor.rotary_heads:
+        half = array.shape[0] // tensor.rotary_heads // 2
+        array = array.reshape(tensor.rotary_heads, half, 2, -1).swapaxes(1, 2)
+    array = array.reshape(tensor.stored)
+    return (array.T if tensor.transposed else array).reshape(tensor.shape)
+
+
+def to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
+    """One parameter `[*shape]` as it stands in a Hugging Face file, `[*stored]`."""
+    return array.reshape(tensor.stored[::-1]).T if tensor.transposed else array.reshape(tensor.stored)
+
+
+# --------------------------------------------------------------------------------------------- Hugging Face
+
+
+def from_hf(config: Mapping[str, Any], source: str) -> Config:
+    """The decoder's config from a Hugging Face `config.json`.
+
+    Args:
+        config: the parsed file, as transformers 4 or 5 writes it.
+        source: what to call it in errors.
+
+    Raises:
+        ValueError: an unknown family, a missing key, or an option that this decoder does not have.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"{source}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
+    _refuse_hf(config, family, source)
+
+    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    needed += ["max_position_embeddings", "rms_norm_eps"]
+    needed += [] if family == "llama" else ["num_key_value_heads"]  # the first llamas predate the key
+    needed += ["head_dim"] if family == "qwen3" else []  # elsewhere it follows from the width
+    missing = [key for key in needed if config.get(key) is None]
+    if missing:
+        raise ValueError(f"{source}: missing {', '.join(missing)}")
+
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if config.get("head_dim") is None and width % heads:
+        raise ValueError(f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    theta, scaling = _rope_hf(config, family, source)
+    return _checked(
+        source,
+        vocab=config["vocab_size"],
+        embed=width,
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or width // heads,
+        mlp=config["intermediate_size"],
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=config["rms_norm_eps"],
+        max_length=config["max_position_embeddings"],
+        tied=bool(config.get("tie_word_embeddings", False)),  # the four families' own default
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> dict[str, Any]:
+    """A `config.json` that transformers 4 and 5 both read.
+
+    Args:
+        config: the decoder's config; its true vocabulary is written.
+        family: a name in `FAMILIES`; `None` takes the one that `config`'s options belong to.
+        dtype: what the weights are stored in.
+
+    Raises:
+        ValueError: no family has these options.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("no Hugging Face family has qkv_bias and qk_norm together: cannot export")
+    # The two compute the same, but a llama config insists that its heads divide its width.
+    plain = "mistral" if config.embed % config.heads else "llama"
+    natural = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else plain
+    family = family or natural
+    if family != natural and {family, natural} != {"llama", "mistral"}:
+        raise ValueError(f"family {family!r} does not have this model's options; {natural!r} does")
+
+    scaling = config.rope_scaling
+    written: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab,
+        "hidden_size": config.embed,
+        "intermediate_size": config.mlp,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "attention_dropout": 0.0,
+        # The older of two layouts: transformers 5 reads it and turns it into its own `rope_parameters`.
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+    if scaling:
+        numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length)
+        written["rope_scaling"] = {"rope_type": "llama3", **dict(zip(_LLAMA3_KEYS, numbers))}
+    if family in ("llama", "qwen3"):
+        written["attention_bias"] = False
+    if family == "llama":
+        written["mlp_bias"] = False
+    if family != "llama":
+        written["sliding_window"] = None
+    if family.startswith("qwen"):
+        written["use_sliding_window"] = False
+    return written
+
+
+def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
+    """Raises on whatever would be computed wrongly without a word."""
+    refused = {
+        "quantization_config": "quantised weights are not read; save the model in bfloat16 or float32",
+        "attention_bias": "biases on all four attention projections are not supported",
+        "mlp_bias": "biases in the MLP are not supported",
+        "num_experts": "mixtures of experts are not supported",
+        "num_local_experts": "mixtures of experts are not supported",
+    }
+    for key, why in refused.items():
+        if config.get(key):
+            raise ValueError(f"{source}: {key} is {config[key]!r}: {why}")
+    act = config.get("hidden_act", "silu")
+    if act != "silu":
+        raise ValueError(f"{source}: hidden_act is {act!r}: only silu is supported")
+    names = config.get("architectures") or []
+    if names and not any(name.endswith("ForCausalLM") for name in names):
+        raise ValueError(f"{source}: architectures is {names}: only a ...ForCausalLM model is supported")
+    _refuse_window(config, family, source)
+
+
+def _refuse_window(config: Mapping[str, Any], family: str, source: str) -> None:
+    """Raises if attention is cut to a window that is shorter than the model's length, in any layer."""
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    if not window or family == "llama" or (length and window >= length):
+        return
+    if family.startswith("qwen"):
+        kinds, layers = config.get("layer_types"), config.get("num_hidden_layers") or 0
+        everywhere_full = all(kind == "full_attention" for kind in kinds) if kinds else (
+              config.get("max_window_layers", 28) >= layers
+          )  # fmt: skip
+        if not config.get("use_sliding_window") or everywhere_full:
+            return
+    raise ValueError(
+        f"{source}: sliding_window {window} is shorter than max_position_embeddings {length}, and windowed"
+        f" attention is not supported; up to {window} tokens the model is the same without it: set"
+        f" sliding_window to null and max_position_embeddings to {window}"
+    )
+
+
+def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[float, RopeScaling | None]:
+    """The rotary base and scaling, from the layout of transformers 4 or that of 5."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is None and family == "llama" and not rope:
+        theta = 10000.0  # the first llamas predate the key
+    if theta is None:
+        raise ValueError(f"{source}: missing rope_theta")
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1, 1.0):
+        raise ValueError(f"{source}: partial_rotary_factor is {part}: only 1 is supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3":
+        raise ValueError(f"{source}: rope_type {kind!r} is not supported; supported: default, llama3")
+    missing = [key for key in _LLAMA3_KEYS if rope.get(key) is None]
+    if missing:
+        raise ValueError(f"{source}: rope_type llama3 without {', '.join(missing)}")
+    return float(theta), RopeScaling(*(rope[key] for key in _LLAMA3_KEYS))
+
+
+# ----------------------------------------------------------------------------------------------------- GGUF
+
+
+def from_gguf(fields: Mapping[str, Any], source: str, *, tied: bool) -> Config:
+    """The decoder's config from the metadata of a GGUF file.
+
+    Args:
+        fields: the file's keys and values; of `tokenizer.ggml.tokens` only the length is used.
+        source: what to call the file in errors.
+        tied: whether the file has no `output.weight`, its way to say that the embedding is shared.
+
+    Raises:
+        ValueError: an unknown architecture, a missing key, or an option that this decoder does not have.
+    """
+    family = fields.get("general.architecture")
+    if family not in GGUF_FAMILIES:
+        raise ValueError(f"{source}: general.architecture {family!r} is not known; known: {', '.join(GGUF_FAMILIES)}")
+    needed = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
+    missing = [f"{family}.{key}" for key in (*needed, "context_length") if f"{family}.{key}" not in fields]
+    if missing:
+        raise ValueError(f"{source}: missing {', '.join(missing)}")
+
+    def field(key: str, default: Any = None) -> Any:
+        value = fields.get(f"{family}.{key}", default)
+        if isinstance(value, Sized) and not isinstance(value, str):
+            raise ValueError(f"{source}: {family}.{key} differs from layer to layer, which is not supported")
+        return value
+
+    width, heads, length = field("embedding_length"), field("attention.head_count"), field("context_length")
+    head_dim = field("attention.key_length", width // heads)
+    scaling, window = field("rope.scaling.type", "none"), field("attention.sliding_window")
+    if scaling != "none":
+        raise ValueError(f"{source}: {family}.rope.scaling.type {scaling!r} is not supported")
+    if window and window < length:
+        raise ValueError(f"{source}: {family}.attention.sliding_window {window} < {length} is not supported")
+    if field("expert_count"):
+        raise ValueError(f"{source}: {family}.expert_count is set: mixtures of experts are not supported")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if field(key, head_dim) != head_dim:
+            raise ValueError(f"{source}: {family}.{key} is {field(key)}, not the head size {head_dim}")
+
+    vocab = field("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))
+    # Stored as float32; its shortest decimal form is the number that was meant (1e-5, not 9.99999975e-06).
+    eps = float(str(np.float32(field("attention.layer_norm_rms_epsilon", 1e-5))))
+    return _checked(
+        source,
+        vocab=vocab,
+        embed=width,
+        layers=field("block_count"),
+        heads=heads,
+        kv_heads=field("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        mlp=field("feed_forward_length"),
+        rope_theta=float(field("rope.freq_base", 10000.0)),
+        norm_eps=eps,
+        max_length=length,
+        tied=tied,
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+    )
+
+
+def interleaved(fields: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file's q and k rows have their rotary halves interleaved: llama's do, Qwen's do not."""
+    return fields.get("general.architecture") == "llama"
+
+
+def _checked(source: str, **numbers: Any) -> Config:
+    """`Config(**numbers)`, after a look at the sizes, so that a wrong one is named with its file."""
+    for key in ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_length"):
+        value = numbers[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{source}: {key} must be a whole number of at least 1, got {value!r}")
+    if numbers["heads"] % numbers["kv_heads"]:
+        raise ValueError(f"{source}: {numbers['heads']} heads do not share {numbers['kv_heads']} kv heads evenly")
+    if numbers["head_dim"] % 2:
+        raise ValueError(f"{source}: head_dim {numbers['head_dim']} is odd, and rotary embedding needs pairs")
+    return Config(**numbers)

