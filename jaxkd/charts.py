@@ -27,7 +27,6 @@ STYLE = """
 body { margin: 0; background: var(--back); color: var(--ink); print-color-adjust: exact;
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 2.2rem 1.6rem 4rem; }
-@media print { main { max-width: none; padding: 0; } h2 { break-after: avoid; } }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .9rem; padding: 0 0 .3rem; border-bottom: 1px solid var(--edge); }
 h3 { font-size: .95rem; margin: 0 0 .4rem; }
@@ -79,6 +78,11 @@ figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
 .hit { fill: transparent; }
 .hit:hover { fill: currentColor; fill-opacity: .35; }
 .s0 { color: var(--c0); } .s1 { color: var(--c1); } .s2 { color: var(--c2); } .s3 { color: var(--c3); }
+@media print {
+  body { font-size: 11px; } main { max-width: none; padding: 0; } h2 { break-after: avoid; }
+  .tiles { grid-template-columns: repeat(5, 1fr); } .tiles dd { font-size: .8rem; } td { padding: .25rem; }
+  .wide { overflow: visible; } .wide table { font-size: .62rem; } .lead, .note { max-width: none; }
+  .two { grid-template-columns: 1fr 1fr; } .three { grid-template-columns: 1fr 1fr 1fr; } }
 .s4 { color: var(--c4); } .s5 { color: var(--c5); } .s6 { color: var(--c6); }
 """
 
@@ -91,9 +95,7 @@ class Line(NamedTuple):
     y: Sequence[float]
     style: int = 0
     dashed: bool = False
-    raw: Sequence[float] | None = (
-        None  # the same before smoothing, drawn faintly behind and told by the tooltip
-    )
+    raw: Sequence[float] | None = None  # the same before smoothing, drawn faintly behind and told by the tooltip
 
 
 class Axis(NamedTuple):
@@ -136,9 +138,7 @@ def number(value: float | None, digits: int = 4) -> str:
         if "." in text and (size >= 1000 or float(text) == int(float(text))):
             text = text.rstrip("0").rstrip(".")
     else:
-        power, suffix = next(
-            (p, s) for p, s in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= p
-        )
+        power, suffix = next((p, s) for p, s in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= p)
         text = f"{value / power:.{digits}g}" if size < 1e15 else f"{value:.{digits - 1}e}"
         text += suffix if size < 1e15 else ""
     return text.replace("-", "−", 1) if value < 0 else text
@@ -171,9 +171,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, last: bool = Fa
     cells = "".join(f"<th>{cell}</th>" for cell in head)
     total = len(rows) - 1 if last else -1
     body = "".join(
-        ('<tr class="total">' if index == total else "<tr>")
-        + "".join(f"<td>{cell}</td>" for cell in row)
-        + "</tr>"
+        ('<tr class="total">' if index == total else "<tr>") + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
         for index, row in enumerate(rows)
     )
     return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -287,6 +285,9 @@ def curve(line: Line, x_axis: Axis, y_axis: Axis, unit: str) -> str:
         out.append(f'<path class="line faint {color}" d="{path(place(line.raw))}"/>')
     out.append(f'<path class="line {color}{dashes}" d="{path(points)}"/>')
     if line.dashed:  # a reference line: the curve it belongs to carries the points
+        level = points[0] if len(points) == 1 else None
+        if level is not None:
+            out = [f'<path class="line {color}{dashes}" d="M{x_axis.start} {level[1]:.1f}H{x_axis.end}"/>']
         return "".join(out)
     if len(points) <= MARKED_POINTS:
         out += [marker(line.style, *point) for point in points if point is not None]
@@ -316,9 +317,7 @@ def frame(x_axis: Axis, y_axis: Axis, x_name: str, y_name: str) -> str:
     for value, text in zip(x_axis.ticks, tick_labels(x_axis.ticks)):
         x = x_axis.at(value)
         out.append(f'<path class="rule" d="M{x:.1f} {y_axis.start:.1f}v4"/>')
-        out.append(
-            f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{y_axis.start + 16:.1f}">{text}</text>'
-        )
+        out.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{y_axis.start + 16:.1f}">{text}</text>')
     out.append(f'<path class="rule" d="M{x_axis.start:.1f} {y_axis.start:.1f}H{x_axis.end:.1f}"/>')
     middle = (y_axis.start + y_axis.end) / 2
     out.append(
@@ -370,11 +369,12 @@ def figure(
         return head + '<p class="empty">No values to draw.</p></figure>'
     y_ticks = log_ticks(*span) if log else ticks(*span)
     x_low, x_high = steps
-    if x_high - x_low < 1 or len({x for line in lines for x in line.x}) == 1:
-        x_low, x_high = math.floor(x_low) - 1, math.ceil(x_high) + 1  # a single step stands in the middle
-    x_ticks = [
-        v for v in ticks(x_low, x_high, 6, whole=True) if x_low - 1e-9 <= v <= x_high + 1e-9 and v >= 0
-    ]
+    alone = {x for line in lines for x in line.x}
+    if len(alone) == 1:
+        x_low, x_high = min(alone) - 1, max(alone) + 1  # a single step stands in the middle
+    elif 0 < x_low < 0.1 * x_high:
+        x_low = 0.0
+    x_ticks = [v for v in ticks(x_low, x_high, 6, whole=True) if x_low - 1e-9 <= v <= x_high + 1e-9 and v >= 0]
     x_axis = Axis(x_low, x_high, LEFT, width - RIGHT, x_ticks)
     y_axis = Axis(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP, y_ticks, log)
     drawn = "".join(curve(line, x_axis, y_axis, unit) for line in lines)

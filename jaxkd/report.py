@@ -42,9 +42,7 @@ def write(workdir: Path) -> Path:
     target = workdir / "report.html"
     partial = workdir / f".report.html.{os.getpid()}"
     try:
-        partial.write_text(
-            page(workdir.resolve().name, config, run, metrics or [], evals or []), encoding="utf-8"
-        )
+        partial.write_text(page(workdir.resolve().name, config, run, metrics or [], evals or []), encoding="utf-8")
         os.replace(partial, target)  # a reader sees the old page or the new one, never half of one
     finally:
         partial.unlink(missing_ok=True)
@@ -100,7 +98,7 @@ def value_of(row: Row, key: str) -> float:
 
 
 def by_domain(evals: Iterable[Row]) -> dict[str, list[Row]]:
-    """Domain -> its evaluations in the order of their steps, the mean last; of one step the latest counts."""
+    """Domain -> its evaluations by step, the mean last; where a step occurs twice, the later line counts."""
     found: dict[str, dict[int, Row]] = {}
     for row in evals:
         found.setdefault(str(row.get("domain", "?")), {})[int(row["step"])] = row
@@ -137,16 +135,16 @@ def summary(metrics: Sequence[Row], domains: dict[str, list[Row]]) -> str:
     kl = value_of(first, "kl"), value_of(last, "kl")
     if len(rows) == 1:
         text = (
-            f"At step {int(last['step'])} the student's mean validation loss is {fixed(after)} nats per token "
-            f"(teacher {fixed(teacher)}), its KL from the teacher {fixed(kl[1])} nats, and the two agree on "
+            f"At step {int(last['step'])} the student's mean validation loss is {fixed(after)} nats per "
+            f"token (teacher {fixed(teacher)}), its KL from it {fixed(kl[1])} nats, and the two agree on "
             f"{percent(value_of(last, 'agreement'))} of next tokens; there is no second evaluation yet."
         )
     else:
         closed = f": {percent(gap)} of the gap is closed" if math.isfinite(gap) else ""
         text = (
-            f"In {trained} the student's mean validation loss {went(before, after)} from {fixed(before)} to "
-            f"{fixed(after)} nats per token, where the teacher stands at {fixed(teacher)}{closed}; its KL from "
-            f"the teacher {went(*kl)} from {fixed(kl[0])} to {fixed(kl[1])} nats, and the two agree on "
+            f"In {trained} the student's mean validation loss {went(before, after)} from {fixed(before)} "
+            f"to {fixed(after)} nats per token, where the teacher stands at {fixed(teacher)}{closed}; its KL "
+            f"from the teacher {went(*kl)} from {fixed(kl[0])} to {fixed(kl[1])} nats, and the two agree on "
             f"{percent(value_of(last, 'agreement'))} of next tokens "
             f"({percent(value_of(first, 'agreement'))} at the start)."
         )
@@ -181,7 +179,7 @@ def results(domains: dict[str, list[Row]]) -> str:
             change(found, "agreement", percent),
             change(found, "student_bits_per_byte"),
             fixed(value_of(found[-1], "teacher_bits_per_byte")),
-            number(value_of(found[-1], "tokens"), 3),
+            count(value_of(found[-1], "tokens")),
         ]
         for name, found in domains.items()
     ]
@@ -190,42 +188,49 @@ def results(domains: dict[str, list[Row]]) -> str:
     note = (
         f'<p class="note">{span}, on validation rows. Nats per token and bits per byte: lower is better. KL '
         "is KL(teacher || student) in nats at temperature 1; agreement is how often both put the same token "
-        "first. Gap closed is how much of the distance to the teacher's nats at the start is gone at the end.</p>"
+        "first. Gap closed is how much of the first distance to the teacher's nats is gone at the end.</p>"
     )
     return table([*head, "teacher bits/byte", "tokens"], rows, last=MEAN in domains) + note
 
 
+def styles(domains: Iterable[str]) -> dict[str, int]:
+    """A domain's colour and marker, the same in every chart; the grey one is kept for the mean."""
+    names = [name for name in domains if name != MEAN]
+    return {MEAN: 6} | {name: index if index < 6 else index + 1 for index, name in enumerate(names)}
+
+
 def evaluation_charts(domains: dict[str, list[Row]]) -> str:
-    """A panel per domain with student and teacher, then KL and agreement of all domains together."""
+    """The mean and the gap closed, a panel per domain with student and teacher, then KL and agreement."""
     if not domains:
         return ""
+    style = styles(domains)
 
-    def values(rows: Sequence[Row], key: str) -> list[float]:
-        return [value_of(row, key) for row in rows]
+    def line(domain: str, key: str, name: str, scale: float = 1.0, dashed: bool = False) -> Line:
+        rows = domains[domain]
+        y = [scale * value_of(row, key) for row in rows]
+        return Line(name, [value_of(row, "step") for row in rows], y, style[domain], dashed)
 
-    steps = {name: values(rows, "step") for name, rows in domains.items()}
-    every = [
-        v for rows in domains.values() for key in ("student_nats", "teacher_nats") for v in values(rows, key)
+    def together(title: str, key: str, unit: str, scale: float = 1.0) -> str:
+        return figure(title, [line(name, key, name, scale) for name in domains], unit=unit, zero=True)
+
+    pairs = {
+        name: [line(name, "student_nats", "student"), line(name, "teacher_nats", "teacher", dashed=True)]
+        for name in domains
+    }
+    shared = limits(v for pair in pairs.values() for one in pair for v in one.y)  # comparable by eye
+    mean = pairs.pop(MEAN, None)
+    first = figure("Mean over domains", mean, unit="nats per token", y_range=shared) if mean else ""
+    panels = [
+        figure(name, pair, unit="nats per token", y_range=shared, width=PANEL[0], height=PANEL[1])
+        for name, pair in pairs.items()
     ]
-    shared = limits(every)  # one range, so that the panels can be compared by eye
-    panels = []
-    for style, (name, rows) in enumerate(domains.items()):
-        student = Line(f"{name}: student", steps[name], values(rows, "student_nats"), style)
-        teacher = Line(f"{name}: teacher", steps[name], values(rows, "teacher_nats"), style, dashed=True)
-        pair = [student._replace(name="student"), teacher._replace(name="teacher")]
-        panels.append(
-            figure(name, pair, unit="nats per token", y_range=shared, width=PANEL[0], height=PANEL[1])
-        )
-
-    def together(key: str, scale: float = 1.0) -> list[Line]:
-        return [
-            Line(name, steps[name], [scale * v for v in values(rows, key)], style)
-            for style, (name, rows) in enumerate(domains.items())
-        ]
-
-    pairs = figure("KL(teacher || student)", together("kl"), unit="nats", zero=True)
-    pairs += figure("Top-1 agreement with the teacher", together("agreement", 100.0), unit="%", zero=True)
-    return f'<div class="three">{"".join(panels)}</div><div class="two">{pairs}</div>'
+    return (
+        f'<div class="two">{first}{together("Gap closed", "gap_closed", "%", 100.0)}</div>'
+        f'<div class="three">{"".join(panels)}</div><div class="two">'
+        + together("KL(teacher || student)", "kl", "nats")
+        + together("Top-1 agreement with the teacher", "agreement", "%", 100.0)
+        + "</div>"
+    )
 
 
 def series(metrics: Sequence[Row], key: str, name: str, style: int, *, gaps: bool = True) -> Line:
@@ -237,7 +242,7 @@ def series(metrics: Sequence[Row], key: str, name: str, style: int, *, gaps: boo
     return Line(name, x, [float(v) for v in smooth(y, max(5, len(x) // 20))], style, raw=y)
 
 
-def training_charts(config: Row, metrics: Sequence[Row]) -> str:
+def training_charts(config: Row, metrics: Sequence[Row], domains: Iterable[str]) -> str:
     """Loss and its terms, each term by domain, learning rate, gradient norm and speed."""
     if not metrics:
         return '<p class="note">No training step was logged.</p>'
@@ -246,43 +251,32 @@ def training_charts(config: Row, metrics: Sequence[Row]) -> str:
     terms = [key for key in (objective if isinstance(objective, dict) else {}) if key in keys]
     loss = [series(metrics, key, key, style) for style, key in enumerate(["loss", *terms]) if key in keys]
     charts = [figure("Loss and its terms", loss, unit="nats per token")]
+    style = styles(domains)
     for term in terms:
-        names = sorted(key.split("/", 1)[1] for key in keys if key.startswith(f"{term}/"))
-        lines = [series(metrics, f"{term}/{n}", n, style, gaps=False) for style, n in enumerate(names)]
-        if lines:
-            charts.append(
-                figure(
-                    f"{term} by domain", [line._replace(raw=None) for line in lines], unit="nats per token"
-                )
-            )
-    # the schedule is exact, so it is drawn as it is
+        names = [name for name in style if f"{term}/{name}" in keys]
+        lines = [series(metrics, f"{term}/{name}", name, style[name], gaps=False) for name in names]
+        bare = [line._replace(raw=None) for line in lines]  # the faint values of six domains hide the curves
+        charts += [figure(f"{term} by domain", bare, unit="nats per token")] if bare else []
     rate = series(metrics, "lr", "learning rate", 0)
+    norm = series(metrics, "grad_norm", "gradient norm", 1)
+    speed = series(metrics, "tokens_per_s", "speed", 2)
+    # a schedule is exact: not smoothed
     charts.append(figure("Learning rate", [rate._replace(y=rate.raw or rate.y, raw=None)], zero=True))
-    charts.append(
-        figure("Gradient norm", [series(metrics, "grad_norm", "gradient norm", 1)], zero=True, log=True)
-    )
-    charts.append(
-        figure("Speed", [series(metrics, "tokens_per_s", "speed", 2)], unit="tokens per second", zero=True)
-    )
-    smoothed = any(line.raw is not None for line in loss)
-    note = (
-        '<p class="note">Bold lines are moving averages, faint ones the logged values.</p>'
-        if smoothed
-        else ""
-    )
-    return f'{broken(metrics, ["loss", *terms, "grad_norm"])}<div class="two">{"".join(charts)}</div>{note}'
+    charts.append(figure("Gradient norm", [norm], zero=True, log=True))
+    charts.append(figure("Speed", [speed], unit="tokens per second", zero=True))
+    note = '<p class="note">Bold lines are moving averages, faint ones the logged values.</p>'
+    shown = note if any(line.raw for line in loss) else ""
+    return f'{broken(metrics, ["loss", *terms, "grad_norm"])}<div class="two">{"".join(charts)}</div>{shown}'
 
 
 def broken(metrics: Sequence[Row], keys: Sequence[str]) -> str:
     """A warning that counts the steps with a value that is not a finite number."""
-    steps = [
-        int(r["step"]) for r in metrics if any(k in r and not math.isfinite(value_of(r, k)) for k in keys)
-    ]
+    steps = [int(r["step"]) for r in metrics if any(k in r and not math.isfinite(value_of(r, k)) for k in keys)]
     if not steps:
         return ""
     return (
-        f'<p class="warning">{len(steps)} of {len(metrics)} logged steps have a loss, term or gradient norm that '
-        f"is not a finite number, first at step {steps[0]}; the curves break there.</p>"
+        f'<p class="warning">{len(steps)} of {len(metrics)} logged steps have a loss, term or gradient norm '
+        f"that is not a finite number, first at step {steps[0]}; the curves break there.</p>"
     )
 
 
@@ -302,9 +296,7 @@ def facts(run: Row, metrics: Sequence[Row]) -> str:
     """The command in one piece to copy, and what it ran on and with."""
     teacher, student = run.get("teacher") or {}, run.get("student") or {}
     parameters = value_of(teacher, "parameters"), value_of(student, "parameters")
-    smaller = (
-        f" ({parameters[0] / parameters[1]:.2f} times fewer)" if parameters[1] > 0 < parameters[0] else ""
-    )
+    smaller = f" ({parameters[0] / parameters[1]:.2f} times fewer)" if parameters[1] > 0 < parameters[0] else ""
     mesh = run.get("mesh") or {}
     rows = {
         "teacher": f"{number(parameters[0])} parameters, {teacher.get('layers', '–')} layers, "
@@ -319,15 +311,10 @@ def facts(run: Row, metrics: Sequence[Row]) -> str:
     }
     cells = [[escape(name), escape(value)] for name, value in rows.items() if value]
     cells += [
-        ["sharding" if not index else "", escape(note)]
-        for index, note in enumerate(run.get("sharding_notes") or [])
+        ["sharding" if not index else "", escape(note)] for index, note in enumerate(run.get("sharding_notes") or [])
     ]
     body = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
-    command = (
-        f'<pre title="one click selects all">{escape(run.get("command", ""))}</pre>'
-        if run.get("command")
-        else ""
-    )
+    command = f'<pre title="one click selects all">{escape(run.get("command", ""))}</pre>' if run.get("command") else ""
     return f'{command}<table class="facts"><tbody>{body}</tbody></table>'
 
 
@@ -347,12 +334,8 @@ def pace(metrics: Sequence[Row]) -> str:
 def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
     """Dotted names and JSON texts of a nested dict's leaves."""
     if isinstance(value, dict) and value:
-        return [
-            pair
-            for key, inner in value.items()
-            for pair in leaves(inner, f"{name}.{key}" if name else str(key))
-        ]
-    return [(name, value if isinstance(value, str) else json.dumps(value))]
+        return [pair for key, inner in value.items() for pair in leaves(inner, f"{name}.{key}" if name else str(key))]
+    return [(name, value if isinstance(value, str) and value else json.dumps(value))]
 
 
 def config_cards(config: Row) -> str:
@@ -360,12 +343,10 @@ def config_cards(config: Row) -> str:
     cards = []
     for block, value in config.items():
         rows = "".join(
-            f"<tr><th>{escape(name or block)}</th><td>{escape(shown)}</td></tr>"
-            for name, shown in leaves(value)
+            f"<tr><th>{escape(name or block)}</th><td>{escape(shown)}</td></tr>" for name, shown in leaves(value)
         )
         cards.append(
-            f'<div class="card"><h3>{escape(block)}</h3><table class="facts">'
-            f"<tbody>{rows}</tbody></table></div>"
+            f'<div class="card"><h3>{escape(block)}</h3><table class="facts"><tbody>{rows}</tbody></table></div>'
         )
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
@@ -376,6 +357,7 @@ def page(title: str, config: Row, run: Row, metrics: Sequence[Row], evals: Seque
     Args: title: the run's name. config, run, metrics, evals: what the four files hold.
     """
     domains = by_domain(evals)
+    drawn = dict.fromkeys([*domains, *(str(d.get("name", "?")) for d in run.get("domains") or [])])
     version = escape((run.get("versions") or {}).get("jaxkd", ""))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -385,7 +367,7 @@ def page(title: str, config: Row, run: Row, metrics: Sequence[Row], evals: Seque
         f"{summary(metrics, domains)}</header>"
         + section("Results", results(domains))
         + section("Evaluation", evaluation_charts(domains))
-        + section("Training", training_charts(config, metrics))
+        + section("Training", training_charts(config, metrics, drawn))
         + section("Data", domains_table(run))
         + section("Run", facts(run, metrics))
         + section("Configuration", config_cards(config))
