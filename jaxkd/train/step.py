@@ -78,8 +78,8 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
-        metrics["grad_norm"] = (optax.global_norm(grads), one)
-        metrics["param_norm"] = (optax.global_norm(params), one)
+        metrics["grad_norm"] = (optax.tree.norm(grads), one)
+        metrics["param_norm"] = (optax.tree.norm(params), one)
         metrics["tokens"] = (batch.weights.sum(), one)
         return TrainState(state.step + 1, params, opt_state), metrics
 

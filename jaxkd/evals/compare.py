@@ -1,0 +1,155 @@
+"""Student beside teacher on held-out rows: loss, bits per byte, KL and agreement, per domain."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.divergences import Divergence, forward_kl, next_token
+from jaxkd.kernels.api import linear_comparison
+from jaxkd.types import Batch, Forward, PyTree
+
+Row = dict[str, Any]
+
+
+class Sums(NamedTuple):
+    """Over the weighted tokens of some rows."""
+
+    student_nats: Any
+    teacher_nats: Any
+    kl: Any
+    agreement: Any
+    tokens: Any
+
+
+def _teacher_next_token() -> Divergence:
+    return Divergence(lambda lp, lq, side: (jnp.where(side.hit, -lp, 0.0),))
+
+
+def make_comparison(student: Forward, teacher: Forward, vocab: int) -> Callable[[PyTree, PyTree, Batch], Sums]:
+    """`comparison(student_params, teacher_params, batch) -> Sums`, at temperature 1, to be jitted.
+
+    Args:
+        student: forward pass.
+        teacher: forward pass.
+        vocab: true vocabulary size.
+    """
+    terms = (next_token(), _teacher_next_token(), forward_kl())
+
+    def comparison(student_params: PyTree, teacher_params: PyTree, batch: Batch) -> Sums:
+        q, p = student(student_params, batch).head, teacher(teacher_params, batch).head
+        rows = linear_comparison(terms, q, p, batch.targets, vocab=vocab)
+        live = batch.weights != 0
+        names = ("student_nats", "teacher_nats", "kl", "agreement")
+        totals = {n: jnp.where(live, row * batch.weights, 0.0).sum() for n, row in zip(names, rows, strict=True)}
+        return Sums(**totals, tokens=batch.weights.sum())
+
+    return comparison
+
+
+def evaluate(
+    comparison: Callable[[Batch], Sums],
+    domains: Mapping[str, Iterable[tuple[Batch, np.ndarray]]],
+    step: int,
+    start: Mapping[str, float] | None = None,
+) -> list[Row]:
+    """One row per domain and one for their plain mean, as in `evals.jsonl`.
+
+    Args:
+        comparison: sums of a batch.
+        domains: name -> batches of the domain's held-out rows, each with the bytes of its rows' targets.
+        step: of the student.
+        start: the student's nats per token per domain at step 0; None when this is step 0.
+
+    Raises:
+        ValueError: when a domain has no token to score, or a figure is not finite.
+    """
+    first = start or {}
+    rows: list[Row] = []
+    for name, batches in domains.items():
+        parts, size = [], 0
+        for batch, length in batches:
+            parts.append(comparison(batch))
+            size += int(np.sum(length))
+        total = Sums(*(math.fsum(float(x) for x in column) for column in zip(*jax.device_get(parts), strict=True)))
+        if not total.tokens:
+            raise ValueError(f"the held-out rows of domain '{name}' have no token to score")
+        means = {field: getattr(total, field) / total.tokens for field in Sums._fields[:-1]}
+        for field, mean in means.items():
+            if not math.isfinite(mean):
+                raise ValueError(
+                    f"{field} of domain '{name}' is {mean} at step {step}: check the weights of that model"
+                )
+        bits = total.tokens / math.log(2) / max(size, 1)
+        rows.append(
+            {
+                "step": step,
+                "domain": name,
+                "student_nats": means["student_nats"],
+                "teacher_nats": means["teacher_nats"],
+                "student_bits_per_byte": means["student_nats"] * bits,
+                "teacher_bits_per_byte": means["teacher_nats"] * bits,
+                "kl": means["kl"],
+                "agreement": means["agreement"],
+                "gap_closed": _closed(means["student_nats"], means["teacher_nats"], first.get(name)),
+                "tokens": int(total.tokens),
+            }
+        )
+    rows.append(_mean(rows, step, first.get("mean")))
+    return rows
+
+
+def _closed(student: float, teacher: float, start: float | None) -> float | None:
+    """Share of the student's first deficit that is gone: 0 at the start, 1 level with the teacher.
+
+    None where there was no deficit to close.
+    """
+    if start is None:
+        return 0.0 if student > teacher else None
+    return (start - student) / (start - teacher) if start > teacher else None
+
+
+def _mean(rows: list[Row], step: int, start: float | None) -> Row:
+    skip = ("step", "domain", "gap_closed", "tokens")
+    mean: Row = {"step": step, "domain": "mean"}
+    mean |= {k: math.fsum(row[k] for row in rows) / len(rows) for k in rows[0] if k not in skip}
+    mean["gap_closed"] = _closed(mean["student_nats"], mean["teacher_nats"], start)
+    mean["tokens"] = sum(row["tokens"] for row in rows)
+    return mean
+
+
+def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
+    """The rows as aligned text.
+
+    Args:
+        rows: of one evaluation.
+        before: the student's nats per token per domain at step 0, for a column beside today's.
+    """
+    head = ["domain", "tokens", "teacher", "start", "student", "gap closed", "KL", "agree", "bits/byte"]
+    lines = [head]
+    for row in rows:
+        first = (before or {}).get(row["domain"])
+        closed = row["gap_closed"]
+        lines.append(
+            [
+                row["domain"],
+                f"{row['tokens']:,}",
+                f"{row['teacher_nats']:.3f}",
+                "-" if first is None else f"{first:.3f}",
+                f"{row['student_nats']:.3f}",
+                "-" if closed is None else f"{closed:.1%}",
+                f"{row['kl']:.3f}",
+                f"{row['agreement']:.1%}",
+                f"{row['student_bits_per_byte']:.3f}",
+            ]
+        )
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width, strict=True)))
+        for line in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text)

@@ -1,0 +1,184 @@
+"""An experiment's six blocks as frozen dataclasses, strict about every key and type.
+
+This is the config once it has passed the door: nothing further in sees `ml_collections`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A scalar over the run's steps: `schedule` names a function of `jaxkd/schedules.py`."""
+
+    schedule: str
+    peak: float
+    warmup: int = 0
+    end: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherBlock:
+    """`path`: a known name, a GGUF file, a Hugging Face directory, or "random" with `shape`."""
+
+    path: str
+    dtype: str = "float32"
+    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentBlock:
+    """`path`: "teacher", a checkpoint as the teacher's, or "random" with `shape`.
+
+    Of a teacher or checkpoint, `layers` are kept, or the `keep` whose loss is largest when each is left out.
+    """
+
+    path: str = "teacher"
+    layers: tuple[int, ...] = ()
+    keep: int = 0
+    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A term of the objective: `divergence` is a call of `jaxkd/divergences.py`, such as "forward_kl"."""
+
+    divergence: str
+    weight: float | Schedule
+    temperature: float | Schedule = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataBlock:
+    """Domains by name, each a source that `jaxkd prepare --help` lists."""
+
+    domains: Mapping[str, str]
+    batch: int  # rows in a global batch
+    length: int  # tokens in a row
+    directory: str = "rows"
+    tokenizer: str = "teacher"  # or "bytes", or a directory with tokenizer.json
+    text_key: str = "text"
+    mixture: str = "natural"  # or "uniform", or weights such as "code=2,math=1"
+    interval: int = 100  # steps in which the counts of the domains match their weights
+    train_rows: int = 0  # a domain's limit, 0 for none
+    valid_rows: int = 0
+    valid_share: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimBlock:
+    """AdamW, its learning rate, clipping and gradient accumulation."""
+
+    lr: Schedule
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    micro_batches: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshBlock:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: int = -1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunBlock:
+    """How long, how precise, and how often what is written."""
+
+    steps: int
+    seed: int = 0
+    dtype: str = "float32"
+    remat: str = "none"
+    mesh: MeshBlock = MeshBlock()
+    eval_every: int = 0  # 0: only before and after
+    eval_batch: int = 8
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The six blocks of every recipe."""
+
+    student: StudentBlock
+    teacher: TeacherBlock
+    objective: Mapping[str, Term]
+    data: DataBlock
+    optim: OptimBlock
+    run: RunBlock
+
+
+# ------------------------------------------------------------------------------- from plain values
+
+
+def experiment(values: Mapping[str, Any]) -> Experiment:
+    """The blocks as dataclasses.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known ones), a missing one, or a value of another type.
+    """
+    return from_mapping(Experiment, values, "config")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest known ones, or all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def from_mapping(kind: Any, values: Any, where: str) -> Any:
+    """A frozen dataclass from a mapping.
+
+    Args:
+        kind: the dataclass.
+        values: its fields.
+        where: the block's name, for messages.
+
+    Raises:
+        ValueError: as `experiment`.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a block of keys, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"unknown key {where}.{key}: {nearest(key, hints)}")
+    for field in dataclasses.fields(kind):
+        default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if default and field.name not in values:
+            raise ValueError(f"missing key {where}.{field.name}")
+    return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return from_mapping(kind, value, where)
+    if origin in (typing.Union, types.UnionType):
+        block, number = (a for a in sorted(typing.get_args(kind), key=lambda a: not dataclasses.is_dataclass(a)))
+        return _value(block if isinstance(value, Mapping) else number, value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where} must be a sequence, got {value!r}")
+        return tuple(_value(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a block of keys, got {value!r}")
+        inner = typing.get_args(kind)[1]
+        return {k: v if inner is Any else _value(inner, v, f"{where}.{k}") for k, v in value.items()}
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,302 @@
+"""What follows from an experiment without loading a weight or a row.
+
+`build` turns the config's blocks into forward functions, an objective, an optimiser, abstract trees and their
+shardings: all that compiling the step needs.
+"""
+
+import ast
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxkd import divergences, objectives, schedules, sharding
+from jaxkd.data import mixture as mixtures
+from jaxkd.data import tokenize
+from jaxkd.experiment import Experiment, Schedule, from_mapping, nearest
+from jaxkd.models import transformer, weights
+from jaxkd.models.transformer import Config
+from jaxkd.objectives import Objective
+from jaxkd.train import optim
+from jaxkd.train.state import TrainState, init_state
+from jaxkd.types import Batch, Forward, PyTree, Scalar
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+VOCAB_MULTIPLE = 128
+_SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
+
+
+def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
+    """A number as it is, a `Schedule` as a function of the step.
+
+    Raises:
+        ValueError: for a schedule that `jaxkd/schedules.py` does not have.
+    """
+    if not isinstance(spec, Schedule):
+        return spec
+    if spec.schedule not in schedules.__all__:
+        raise ValueError(f"unknown {where}.schedule '{spec.schedule}': {nearest(spec.schedule, schedules.__all__)}")
+    return getattr(schedules, spec.schedule)(spec.peak, steps, spec.warmup, spec.end)
+
+
+def divergence(call: str, where: str) -> divergences.Divergence:
+    """The divergence that `call` spells, such as "reverse_kl" or "generalized_jsd(beta=0.1)".
+
+    Raises:
+        ValueError: for another name, or arguments that are not plain numbers.
+    """
+    try:
+        node = ast.parse(call, mode="eval").body
+        if isinstance(node, ast.Call):
+            name, arguments = ast.unparse(node.func), [ast.literal_eval(a) for a in node.args]
+            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        else:
+            name, arguments, options = ast.unparse(node), [], {}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"{where} must be a name or a call with numbers, got '{call}'") from None
+    if name not in divergences.__all__:
+        raise ValueError(f"unknown {where} '{name}': {nearest(name, divergences.__all__)}")
+    try:
+        return getattr(divergences, name)(*arguments, **options)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------- the job
+
+
+class Model(NamedTuple):
+    """One side of the distillation, abstractly."""
+
+    config: Config
+    forward: Forward
+    shapes: PyTree  # ShapeDtypeStruct leaves
+    axes: PyTree  # logical names
+    shardings: PyTree
+    checkpoint: weights.Checkpoint | None  # where its weights are, None for random ones
+
+
+class Job(NamedTuple):
+    """Everything about a run but its arrays."""
+
+    experiment: Experiment
+    mesh: Mesh
+    tokenizer: tokenize.Tokenizer
+    teacher: Model
+    student: Model
+    objective: Objective
+    tx: optax.GradientTransformation
+    lr: Scalar
+    state: TrainState  # ShapeDtypeStruct leaves with shardings
+    notes: tuple[str, ...]  # what the mesh could not shard
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the data domains, in their order."""
+        return tuple(self.experiment.data.domains)
+
+
+def build(experiment: Experiment) -> Job:
+    """Functions, abstract trees and shardings of an experiment; reads headers, loads no weights.
+
+    Raises:
+        ValueError, FileNotFoundError: for values that do not fit together or paths that are not there.
+    """
+    e = experiment
+    mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model)
+    _check(e, mesh)
+    teacher_checkpoint, teacher_config = _open(e.teacher.path, e.teacher.shape, "teacher")
+    tokenizer = _tokenizer(e.data.tokenizer, teacher_checkpoint)
+    student_checkpoint, student_config = teacher_checkpoint, teacher_config
+    if e.student.path != "teacher":
+        student_checkpoint, student_config = _open(e.student.path, e.student.shape, "student")
+    depth = len(e.student.layers) or e.student.keep
+    if depth:
+        student_config = dataclasses.replace(student_config, layers=depth)
+    _check_vocabulary(tokenizer, {"teacher": teacher_config, "student": student_config})
+    if e.student.path not in ("teacher", "random"):
+        _check_same_tokenizer(tokenizer, _tokenizer("teacher", student_checkpoint))
+
+    # Both heads get the same number of columns, a multiple that the mesh divides.
+    multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
+    columns = -(-max(teacher_config.vocab, student_config.vocab) // multiple) * multiple
+    teacher = _model(teacher_config, teacher_checkpoint, columns, mesh, e.teacher.dtype, e.teacher.dtype, "none")
+    student = _model(student_config, student_checkpoint, columns, mesh, "float32", e.run.dtype, e.run.remat)
+
+    terms = {
+        name: (
+            scalar(term.weight, e.run.steps, f"objective.{name}.weight"),
+            objectives.match(
+                divergence(term.divergence, f"objective.{name}.divergence"),
+                scalar(term.temperature, e.run.steps, f"objective.{name}.temperature"),
+            ),
+        )
+        for name, term in e.objective.items()
+    }
+    objective = objectives.total(terms, vocab=tokenizer.vocab, domains=tuple(e.data.domains))
+    lr = scalar(e.optim.lr, e.run.steps, "optim.lr")
+    o = e.optim
+    tx = optim.adamw(
+        lr,
+        {"student": student.axes, "objective": {}},
+        b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip,
+    )  # fmt: skip
+    notes = {*sharding.replicated_axes(teacher.axes, teacher.shapes, mesh)}
+    notes |= {*sharding.replicated_axes(student.axes, student.shapes, mesh)}
+    state = _abstract_state(student, objective, tx, mesh)
+    return Job(e, mesh, tokenizer, teacher, student, objective, tx, lr, state, tuple(sorted(notes)))
+
+
+def sampling(job: Job, sizes: list[int]) -> mixtures.Mixture:
+    """The mixture that `data.mixture` names, before the first interval.
+
+    Args:
+        job: for its domains.
+        sizes: rows per domain.
+
+    Raises:
+        ValueError: for an unknown name or domain.
+    """
+    name = job.experiment.data.mixture
+    if name == "natural":
+        return mixtures.init(mixtures.natural(sizes))
+    if name == "uniform":
+        return mixtures.init(mixtures.uniform(sizes))
+    given = dict.fromkeys(job.domains, 0.0)
+    for part in name.split(","):
+        domain, _, weight = part.partition("=")
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"data.mixture '{name}' must be natural, uniform, or weights such as code=2,math=1"
+            ) from None
+        if domain.strip() not in given:
+            raise ValueError(f"data.mixture names no domain '{domain.strip()}': {nearest(domain, job.domains)}")
+        given[domain.strip()] = number
+    return mixtures.init(mixtures.fixed(list(given.values()), sizes))
+
+
+def abstract_batch(job: Job) -> Batch:
+    """Shapes and shardings of a global batch."""
+    rows, length = job.experiment.data.batch, job.experiment.data.length
+    place = sharding.batch_sharding(job.mesh)
+    shapes: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(
+            (rows,) if name in ("row", "domain") else (rows, length),
+            jnp.float32 if name == "weights" else jnp.int32,
+            sharding=place,
+        )
+        for name in Batch._fields
+    }
+    return Batch(**shapes)
+
+
+def _check(e: Experiment, mesh: Mesh) -> None:
+    for where, name in (("run.dtype", e.run.dtype), ("teacher.dtype", e.teacher.dtype)):
+        if name not in DTYPES:
+            raise ValueError(f"unknown {where} '{name}': {nearest(name, DTYPES)}")
+    if e.run.remat not in transformer.REMAT:
+        raise ValueError(f"unknown run.remat '{e.run.remat}': {nearest(e.run.remat, transformer.REMAT)}")
+    if not e.data.domains:
+        raise ValueError("data.domains is empty: name at least one domain and its source")
+    if e.student.layers and e.student.keep:
+        raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
+    if e.student.path == "random" and (e.student.layers or e.student.keep):
+        raise ValueError("a random student is not cut: set its depth in student.shape.layers")
+    counts = {
+        "run.steps": e.run.steps,
+        "run.checkpoint_every": e.run.checkpoint_every,
+        "run.log_every": e.run.log_every,
+        "run.keep_checkpoints": e.run.keep_checkpoints,
+        "run.eval_batch": e.run.eval_batch,
+        "data.interval": e.data.interval,
+        "data.batch": e.data.batch,
+        "optim.micro_batches": e.optim.micro_batches,
+    }
+    for where, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{where} must be at least 1, got {number}")
+    rows, parts, devices = e.data.batch, e.optim.micro_batches, mesh.shape["data"]
+    if rows % (parts * devices):
+        raise ValueError(
+            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on the data axis"
+        )
+    if e.run.eval_batch % devices:
+        raise ValueError(
+            f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on the data axis"
+        )
+
+
+def _open(path: str, shape: Mapping[str, Any], where: str) -> tuple[weights.Checkpoint | None, Config]:
+    if path != "random":
+        checkpoint = weights.open_checkpoint(path)
+        return checkpoint, checkpoint.config
+    if not shape:
+        raise ValueError(f"{where}.path is 'random', so {where}.shape must say how large: " + ", ".join(_sizes()))
+    return None, from_mapping(Config, shape, f"{where}.shape")
+
+
+def _sizes() -> list[str]:
+    return [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
+
+
+def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tokenizer:
+    if name == "bytes":
+        return tokenize.byte_tokenizer()
+    if name != "teacher":
+        return tokenize.from_directory(name)
+    if checkpoint is None:
+        raise ValueError("data.tokenizer is 'teacher', but a random model has none: give 'bytes' or a directory")
+    if checkpoint.tokenizer_dir is not None:
+        return tokenize.from_directory(checkpoint.tokenizer_dir)
+    return tokenize.from_gguf(checkpoint.tokenizer_fields or {})
+
+
+def _check_vocabulary(tokenizer: tokenize.Tokenizer, configs: dict[str, Config]) -> None:
+    for side, config in configs.items():
+        if not tokenizer.vocab <= config.vocab <= tokenizer.vocab + _SPARE_IDS:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab} ids but the {side}'s weights have {config.vocab}: they do not "
+                "belong together; give data.tokenizer the directory of the model's own tokenizer"
+            )
+
+
+def _check_same_tokenizer(teacher: tokenize.Tokenizer, student: tokenize.Tokenizer) -> None:
+    ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (teacher, student))
+    differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if differ:
+        raise ValueError(
+            f"teacher and student have different vocabularies: {len(differ)} tokens have other ids, "
+            f"such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
+        )
+
+
+def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, compute: str, remat: str) -> Model:
+    config = dataclasses.replace(config, vocab_multiple=columns)
+    shapes, axes = transformer.abstract(config)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, DTYPES[stored]), shapes)
+    forward = partial(transformer.forward, config, dtype=DTYPES[compute], remat=remat)
+    if checkpoint is not None:
+        # A student cut from the file has fewer layers than the file: it is loaded whole and cut then.
+        whole = dataclasses.replace(checkpoint.config, vocab_multiple=columns)
+        checkpoint = dataclasses.replace(checkpoint, config=whole)
+    return Model(config, forward, shapes, axes, sharding.shardings(axes, shapes, mesh), checkpoint)
+
+
+def _abstract_state(student: Model, objective: Objective, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    extra = jax.eval_shape(objective.init, jax.random.key(0))
+    shapes = jax.eval_shape(partial(init_state, tx=tx), {"student": student.shapes, "objective": extra})
+    params = {"student": student.shardings, "objective": jax.tree.map(lambda _: everywhere, extra)}
+    opt_state = optax.tree_utils.tree_map_params(
+        tx, lambda _, place: place, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+    )
+    places: Any = (everywhere, params, opt_state)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, TrainState(*places))

@@ -1,0 +1,150 @@
+"""What a job describes, made real: rows on disk, weights on devices."""
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxkd.data import build, loader
+from jaxkd.data.rows import Rows
+from jaxkd.data.sources import open_source
+from jaxkd.divergences import next_token
+from jaxkd.job import Job, Model
+from jaxkd.kernels.api import linear_divergence
+from jaxkd.models import shrink, transformer
+from jaxkd.sharding import batch_sharding
+from jaxkd.types import Batch, PyTree
+
+
+class Domains(NamedTuple):
+    """Prepared rows of every domain, in the config's order."""
+
+    names: tuple[str, ...]
+    prepared: tuple[build.Prepared, ...]
+    train: tuple[Rows, ...]
+    valid: tuple[Rows, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training rows per domain."""
+        return [len(rows) for rows in self.train]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each domain's rows: what a resumed run must find again."""
+        return {p.name: p.fingerprint for p in self.prepared}
+
+
+def domains(job: Job, progress: bool = True) -> Domains:
+    """Build the rows that are not there yet, and open all of them.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: with one line on what is wrong with which domain.
+    """
+    data = job.experiment.data
+    prepared = []
+    for name, spec in data.domains.items():
+        prepared.append(
+            build.prepare(
+                name,
+                open_source(spec, data.text_key),
+                job.tokenizer,
+                data.length,
+                data.train_rows,
+                data.valid_rows,
+                data.directory,
+                valid_share=data.valid_share,
+                progress=progress,
+            )
+        )
+    train = tuple(Rows(p.path, "train") for p in prepared)
+    valid = tuple(Rows(p.path, "valid") for p in prepared)
+    return Domains(job.domains, tuple(prepared), train, valid)
+
+
+def held_out(job: Job, rows: Domains) -> dict[str, list[tuple[Batch, np.ndarray]]]:
+    """Each domain's held-out rows as batches on the devices, with the bytes of their targets."""
+    place = batch_sharding(job.mesh)
+    size = job.experiment.run.eval_batch
+    return {
+        name: list(loader.fixed_batches(valid, i, size, place))
+        for i, (name, valid) in enumerate(zip(rows.names, rows.valid, strict=True))
+    }
+
+
+def put(params: PyTree, model: Model) -> PyTree:
+    """Host arrays to their shards, in the dtype in which the model stores them."""
+    return jax.tree.map(
+        lambda x, shape, place: jax.make_array_from_callback(
+            shape.shape, place, lambda index: np.asarray(x[index], shape.dtype)
+        ),
+        params,
+        model.shapes,
+        model.shardings,
+    )
+
+
+def host_params(model: Model, seed: int) -> PyTree:
+    """A model's whole weights on the host: from its checkpoint, or random."""
+    if model.checkpoint is not None:
+        return model.checkpoint.load(np.float32)
+    return jax.tree.map(np.asarray, transformer.init(model.config, jax.random.key(seed)))
+
+
+class Models(NamedTuple):
+    """Weights on their devices."""
+
+    teacher: PyTree
+    student: PyTree | None
+    kept_layers: tuple[int, ...] | None  # of the model that the student was cut from
+
+
+def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = True) -> Models:
+    """Load the teacher, and make the student's first parameters unless a checkpoint will bring them.
+
+    Raises:
+        ValueError, FileNotFoundError: when a file is damaged or does not fit.
+    """
+    e = job.experiment
+    host = host_params(job.teacher, e.run.seed)
+    teacher = put(host, job.teacher)
+    if not with_student:
+        return Models(teacher, None, None)
+    if e.student.path != "teacher":
+        del host
+        host = host_params(job.student, e.run.seed + 1)
+    kept: tuple[int, ...] | None = e.student.layers or None
+    if e.student.keep:
+        kept = _by_importance(job, rows, host, progress)
+    if kept:
+        host = shrink.keep_layers(host, kept)
+    return Models(teacher, put(host, job.student), kept)
+
+
+def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tuple[int, ...]:
+    """Layers to keep, by the loss on the first training rows of each domain when each is left out."""
+    depth = jax.tree.leaves(host["layers"])[0].shape[0]
+    side = job.teacher if job.experiment.student.path == "teacher" else job.student
+    config = side.config if side.checkpoint is None else side.checkpoint.config  # with all its layers
+    place, size = batch_sharding(job.mesh), max(job.mesh.shape["data"], 1)
+    batches = [next(loader.fixed_batches(r, i, size, place))[0] for i, r in enumerate(rows.train)]
+    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+
+    @jax.jit
+    def loss(params: PyTree, layer: jax.Array, batch: Batch) -> jax.Array:
+        head = transformer.forward(config, shrink.without_layer(params, layer), batch).head
+        value, _ = linear_divergence(
+            (next_token(),), head, None, batch.targets, batch.weights[None], (1.0,), vocab=job.tokenizer.vocab
+        )
+        return value / batch.weights.sum()
+
+    params = jax.tree.map(jnp.asarray, host)
+    show: Any = lambda items: tqdm(items, "leaving out each layer", file=sys.stderr, disable=not progress, leave=False)
+    scores = shrink.importance(lambda layer: float(loss(params, jnp.asarray(layer), batch)), depth, show)
+    if not all(math.isfinite(s) for s in scores):
+        raise ValueError("the loss is not finite when a layer is left out: check the teacher's weights")
+    return shrink.most_important(scores, job.experiment.student.keep)

@@ -1,0 +1,288 @@
+"""The command line: `jaxkd VERB --config=FILE:ARGUMENT --config.block.key=value`."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxkd import __version__
+from jaxkd.config import claim, commit, read_config, saved_experiment, versions, write_json
+from jaxkd.experiment import experiment
+
+_CONFIG_HELP = """\
+The recipe is a Python file with get_config(argument); any of its values can be set on the command line:
+
+  --config=configs/quickstart.py              the recipe (or --config FILE:ARGUMENT)
+  --config.optim.lr.peak=1e-4                 one value; an unknown key names the nearest known ones
+  --config.teacher.path=models/Llama-3.2-1B   a local Hugging Face directory or GGUF file
+"""
+_SOURCES_HELP = """
+A domain's source (--config.data.domains.NAME=SOURCE) is one of
+  builtin:code, builtin:manual, builtin:legal, builtin:scripture, builtin:dialogue, builtin:math
+  a .jsonl, .parquet or text file, a folder of them, or a glob (the text is in the field data.text_key)
+  tfds:NAME or tfds:NAME:SPLIT, any TFDS dataset that is on this machine, or its directory
+  nothing (--config.data.domains.NAME=), which leaves out a domain that the recipe has
+"""
+
+
+def _facts(job, rows, kept_layers, command: str) -> dict[str, Any]:
+    import jax
+
+    from jaxkd.models.transformer import parameter_count
+
+    def side(model, path: str) -> dict[str, Any]:
+        return {"path": path, "parameters": parameter_count(model.config), "layers": model.config.layers}
+
+    e = job.experiment
+    return {
+        "command": command,
+        "versions": versions(),
+        "git": commit(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "mesh": dict(job.mesh.shape),
+        "sharding_notes": list(job.notes),
+        "teacher": side(job.teacher, e.teacher.path),
+        "student": side(job.student, e.student.path) | {"kept_layers": kept_layers},
+        "domains": [
+            {
+                "name": p.name,
+                "train_rows": p.train_rows,
+                "valid_rows": p.valid_rows,
+                "documents": p.documents,
+                "duplicates": p.duplicates,
+                "fingerprint": p.fingerprint,
+            }
+            for p in rows.prepared
+        ],
+    }
+
+
+# --------------------------------------------------------------------------------------- the verbs
+
+
+def prepare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Build the rows of every domain, as `train` would."""
+    from jaxkd import job, load
+
+    rows = load.domains(job.build(experiment(read_config(config))))
+    for p in rows.prepared:
+        print(
+            f"{p.name}: {p.train_rows:,} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
+            f"({p.duplicates:,} duplicates dropped), {'built in' if p.built else 'already in'} {p.path}"
+        )
+
+
+def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
+    e, workdir = experiment(read_config(config)), Path(options.workdir)
+    from jaxkd import job, load, report
+    from jaxkd.evals import compare
+    from jaxkd.train import log, loop
+
+    loop.join_processes()
+    import jax
+
+    built = job.build(e)
+    claim(workdir, e, options.accept_changes)
+    for note in built.notes:
+        print(f"mesh: {note}")
+    with jax.set_mesh(built.mesh):
+        rows = load.domains(built)
+        run = loop.Run(built, workdir, rows)
+        known = (
+            json.loads((workdir / "run.json").read_text()) if run.resumed and (workdir / "run.json").exists() else {}
+        )
+        kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
+        facts = _facts(built, rows, kept, command)
+        write_json(workdir / "run.json", facts)
+        for name in ("teacher", "student"):
+            side = facts[name]
+            print(f"{name}: {side['path']}, {side['layers']} layers, {side['parameters'] / 1e6:,.1f}M parameters")
+        finished = run.go()
+    page = report.write(workdir)
+    if finished:
+        evaluations = log.read(workdir / "evals.jsonl")
+        print(compare.table([r for r in evaluations if r["step"] == e.run.steps], run.start))
+    print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
+
+
+def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Score a run's student beside its teacher on the held-out rows."""
+    workdir = Path(options.workdir)
+    e = saved_experiment(workdir)
+    import jax
+
+    from jaxkd import job, load
+    from jaxkd.evals import compare
+    from jaxkd.train import log
+
+    built = job.build(e)
+    with jax.set_mesh(built.mesh):
+        step, student = _student(built, workdir, options.step)
+        rows = load.domains(built)
+        teacher = load.models(built, rows, with_student=False).teacher
+        comparison = jax.jit(
+            compare.make_comparison(built.student.forward, built.teacher.forward, built.tokenizer.vocab)
+        )
+        before = log.read(workdir / "evals.jsonl")
+        start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
+        result = compare.evaluate(
+            lambda batch: comparison(student, teacher, batch), load.held_out(built, rows), step, start or None
+        )
+    print(compare.table(result, start))
+    if not any(row["step"] == step for row in before):
+        log.append(workdir / "evals.jsonl", result)
+
+
+def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Write a run's student as a Hugging Face directory."""
+    workdir = Path(options.workdir)
+    e = saved_experiment(workdir)
+    import jax
+
+    from jaxkd import export as exporter
+    from jaxkd import job
+    from jaxkd.train import log
+
+    built = job.build(e)
+    with jax.set_mesh(built.mesh):
+        step, student = _student(built, workdir, options.step)
+        host = jax.device_get(student)
+    token = lambda number: None if number is None else built.tokenizer.tokenizer.id_to_token(number)
+    card = {
+        "name": workdir.name,
+        "teacher": e.teacher.path,
+        "objective": {name: f"{t.divergence}, weight {t.weight}" for name, t in e.objective.items()},
+        "data": dict(e.data.domains),
+        "steps": step,
+        "evaluation": [row for row in log.read(workdir / "evals.jsonl") if row["step"] == step],
+        "versions": versions(),
+        "command": json.loads((workdir / "run.json").read_text())["command"],
+    }
+    directory = exporter.export(
+        Path(options.to),
+        built.student.config,
+        host,
+        tokenizer_json=built.tokenizer.json,
+        chat_template=built.tokenizer.chat_template,
+        special={"start": token(built.tokenizer.start), "end": token(built.tokenizer.end)},
+        card=card,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+    )
+    print(f"step {step} of {workdir} exported to {directory}")
+
+
+def report(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Write report.html for a run, finished or not."""
+    from jaxkd import report as reporter
+
+    print(f"report: {reporter.write(Path(options.workdir))}")
+
+
+def _student(built, workdir: Path, step: int | None):
+    from jaxkd.train.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints((workdir / "checkpoints").absolute(), read_only=True)
+    try:
+        latest = checkpoints.latest()
+        if latest is None:
+            raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
+        chosen = latest if step is None else step
+        return chosen, checkpoints.restore_student(chosen, built.state.params["student"])
+    finally:
+        checkpoints.close()
+
+
+VERBS = {"prepare": prepare, "train": train, "evaluate": evaluate, "export": export, "report": report}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; `--config...` arguments are read by `read_config`."""
+    root = argparse.ArgumentParser("jaxkd", description="Distil large language models with JAX.")
+    root.add_argument("--version", action="version", version=f"jaxkd {__version__}")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, function in VERBS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        takes_config = name in ("prepare", "train")
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=_CONFIG_HELP + _SOURCES_HELP if takes_config else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if takes_config:
+            sub.add_argument("--config", metavar="FILE[:ARGUMENT]", required=True, help="the recipe, see below")
+        if name != "prepare":
+            sub.add_argument("--workdir", required=True, help="directory of the run")
+        if name == "train":
+            sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
+        if name in ("evaluate", "export"):
+            sub.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
+        if name == "export":
+            sub.add_argument("--to", required=True, help="directory to write")
+            sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+            sub.add_argument("--overwrite", action="store_true", help="replace whatever --to holds")
+    return root
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config.a.b value` and `--config.a.b=value`, joined and set apart from what argparse reads."""
+    rest, overrides, waiting = [], [], None
+    for argument in arguments:
+        if waiting is not None:
+            overrides.append(f"{waiting}={argument}")
+            waiting = None
+        elif argument.startswith("--config."):
+            if "=" in argument:
+                overrides.append(argument)
+            else:
+                waiting = argument
+        else:
+            rest.append(argument)
+    if waiting is not None:
+        raise ValueError(f"{waiting} needs a value")
+    return rest, overrides
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one verb.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: with one clear line.
+    """
+    rest, overrides = _split(arguments)
+    options = parser().parse_args(rest)
+    recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
+    if overrides and not recipe:
+        raise ValueError(f"`jaxkd {options.verb}` takes its config from the workdir, not {overrides[0]}")
+    VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *arguments]))
+
+
+def console() -> None:
+    """Entry point: errors that a user can mend are one line, and the exit code is not 0."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("JAXKD_TRACEBACK"):
+            raise
+        text = (
+            str(error)
+            if not isinstance(error, OSError) or error.errno is None
+            else f"{error.strerror}: {error.filename}"
+        )
+        print(f"jaxkd: error: {' '.join(text.split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("jaxkd: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    console()

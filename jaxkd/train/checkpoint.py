@@ -1,0 +1,123 @@
+"""Checkpoints of everything a run's next step depends on. The only file that knows Orbax."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers, options
+
+from jaxkd.train.state import TrainState
+from jaxkd.types import PyTree
+
+
+class Checkpoints:
+    """Steps of one run on disk, written in the background, each with train state and mixture together.
+
+    A step exists once its commit file does, so a killed writer leaves nothing that looks whole.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
+        """Open or make `directory`; what an earlier process left half-written is swept.
+
+        Args:
+            directory: absolute.
+            keep: how many of the latest steps stay.
+            read_only: write and sweep nothing.
+        """
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
+        self._manager = ocp.CheckpointManager(
+            directory,
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
+                preservation_policy=checkpoint_managers.LatestN(keep),
+                atomicity_options=options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE),
+                cleanup_tmp_directories=not read_only,
+                enable_async_checkpointing=True,
+                read_only=read_only,
+            ),
+            item_names=("train", "mixture"),
+        )
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
+        """Copy the state off the device and write it in the background; a step already there stays.
+
+        Args:
+            step: updates made.
+            state: may be donated as soon as this returns.
+            progress: JSON values: the mixture and the run's counters.
+
+        Raises:
+            OSError: when an earlier background write failed (a full disk shows here).
+        """
+        self._raise_background_error()
+        if step == self.latest():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(train=ocp.args.PyTreeSave(state._asdict()), mixture=ocp.args.JsonSave(progress)),
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State and progress of a step, placed as `abstract` says.
+
+        Args:
+            step: one that exists.
+            abstract: ShapeDtypeStruct leaves with shardings.
+
+        Raises:
+            ValueError: when the step cannot be read as this state; the message names the step.
+        """
+        target = abstract._asdict()
+        arguments = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+        )
+        try:
+            read = self._manager.restore(step, args=ocp.args.Composite(train=arguments, mixture=ocp.args.JsonRestore()))
+        except (ValueError, KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
+            where = Path(self._manager.directory) / str(step)
+            reason = str(error).strip().splitlines()[0][:300]
+            raise ValueError(f"checkpoint {where} does not hold this run's state: {reason}") from error
+        return TrainState(**read["train"]), read["mixture"]
+
+    def restore_student(self, step: int, abstract: PyTree) -> PyTree:
+        """The student's parameters alone, as for evaluation and export."""
+        target = {"params": {"student": abstract}}
+        read = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                train=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                )
+            ),
+        )
+        return read["train"]["params"]["student"]
+
+    def _raise_background_error(self) -> None:
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise OSError(f"writing a checkpoint under {self._manager.directory} failed: {error}") from error
+
+    def wait(self) -> None:
+        """Block until what was saved is on disk.
+
+        Raises:
+            OSError: when a background write failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise OSError(f"writing a checkpoint under {self._manager.directory} failed: {error}") from error
+        self._raise_background_error()
+
+    def close(self) -> None:
+        """Finish writing and let go of the directory."""
+        self._manager.close()

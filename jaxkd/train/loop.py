@@ -1,0 +1,255 @@
+"""A run from its first evaluation to its last: the loop around the one step."""
+
+import contextlib
+import math
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxkd import job as jobs
+from jaxkd import load, metrics, schedules
+from jaxkd.data import loader, mixture
+from jaxkd.data.mixture import Mixture
+from jaxkd.evals import compare
+from jaxkd.job import Job
+from jaxkd.sharding import batch_sharding
+from jaxkd.teachers.live import absent, live
+from jaxkd.train import log
+from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.state import TrainState, init_state
+from jaxkd.train.step import make_step
+from jaxkd.types import Batch, Metrics, PyTree
+
+
+def join_processes() -> None:
+    """Start `jax.distributed`, for one process too: its coordination service is what notices SIGTERM.
+
+    No Python handler for SIGTERM may be installed after this; it would replace the one that is.
+    """
+    if jax.distributed.is_initialized():
+        return
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    jax.distributed.initialize(f"localhost:{port}", 1, 0, cluster_detection_method="deactivate")
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM, turned into a question between two steps."""
+
+    def __init__(self) -> None:
+        """Nothing has been asked for yet."""
+        self._asked = False
+
+    def __call__(self, step: int) -> bool:
+        """Whether to save and stop now; every process answers alike."""
+        return multihost_utils.reached_preemption_sync_point(step) or self._asked
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """The first Ctrl-C asks, a second one interrupts at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class Run:
+    """A training run's moving parts; `go` advances them to the last step."""
+
+    def __init__(self, job: Job, workdir: Path, rows: load.Domains, say: Callable[[str], None] = print):
+        """Load the models, restore the newest checkpoint, compile nothing yet.
+
+        Args:
+            job: what to run.
+            workdir: where everything is written.
+            rows: prepared.
+            say: prints a line.
+
+        Raises:
+            ValueError: when the checkpoint is of other rows, or cannot be read.
+        """
+        self.job, self.workdir, self.rows = job, workdir, rows
+        run = job.experiment.run
+        self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), run.keep_checkpoints)
+        latest = self.checkpoints.latest()
+        self.resumed = latest is not None
+        self.models = load.models(job, rows, with_student=not self.resumed)
+        if latest is None:
+            params = {
+                "student": self.models.student,
+                "objective": job.objective.init(jax.random.key(run.seed)),
+            }
+            place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
+            self.state: TrainState = jax.jit(lambda p: init_state(p, job.tx), out_shardings=place)(params)
+            self.mixture = jobs.sampling(job, rows.sizes)
+            self.tokens = 0
+        else:
+            self.state, progress = self.checkpoints.restore(latest, job.state)
+            self._adopt(progress)
+            say(f"resuming at step {latest} of {run.steps}")
+        self.models = self.models._replace(student=None)
+        self.start = {r["domain"]: r["student_nats"] for r in log.read(workdir / "evals.jsonl") if r["step"] == 0}
+
+        self.teacher = live(self.models.teacher, job.teacher.forward) if job.objective.uses_teacher else absent()
+        step = make_step(job.student.forward, self.teacher, job.objective, job.tx, job.experiment.optim.micro_batches)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
+        comparison = compare.make_comparison(job.student.forward, job.teacher.forward, job.tokenizer.vocab)
+        self.comparison = jax.jit(comparison)
+        self.held_out = load.held_out(job, rows)
+
+    def _adopt(self, progress: dict[str, Any]) -> None:
+        if progress["rows"] != self.rows.fingerprints:
+            changed = [n for n, f in self.rows.fingerprints.items() if progress["rows"].get(n) != f]
+            raise ValueError(
+                f"the rows of {', '.join(changed) or 'some domains'} are not those that {self.workdir} was trained on: "
+                "the text, the tokenizer or how rows are cut has changed; use a new --workdir"
+            )
+        saved = progress["mixture"]
+        self.mixture = Mixture(
+            np.asarray(saved["sampling"], np.float64),
+            saved["rule_state"],
+            np.asarray(saved["drawn"], np.int64),
+            saved["interval"],
+        )
+        self.tokens = progress["tokens"]
+
+    def _progress(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the train state, as JSON; floats keep every bit."""
+        m = self.mixture
+        saved = {"sampling": m.sampling.tolist(), "rule_state": m.rule_state, "drawn": m.drawn.tolist()}
+        return {
+            "mixture": {**saved, "interval": m.interval},
+            "tokens": self.tokens,
+            "rows": self.rows.fingerprints,
+        }
+
+    def _batches(self, start: int) -> Iterator[Batch]:
+        """Batches from `start` on; the mixture moves at each interval's end, and nothing is read across it."""
+        job, data = self.job, self.job.experiment.data
+        while True:
+            first = self.mixture.interval * data.interval
+            yield from loader.batches(
+                self.rows.train,
+                self.mixture,
+                job.experiment.run.seed,
+                data.batch,
+                max(start, first),
+                first + data.interval,
+                first,
+                batch_sharding(job.mesh),
+            )
+            self.mixture = mixture.advance(self.mixture, data.interval * data.batch)
+
+    def evaluate(self, step: int, params: PyTree) -> list[compare.Row]:
+        """Student beside teacher on the held-out rows."""
+        rows = compare.evaluate(
+            lambda batch: self.comparison(params, self.models.teacher, batch),
+            self.held_out,
+            step,
+            self.start if step else None,
+        )
+        if step == 0:
+            self.start = {row["domain"]: row["student_nats"] for row in rows}
+        return rows
+
+    def go(self, say: Callable[[str], None] = print) -> bool:
+        """Train to the last step; False when a signal stopped the run before it, with everything saved.
+
+        Raises:
+            FloatingPointError: when the loss or the gradient is not finite; nothing of it is saved.
+            OSError: when a checkpoint could not be written.
+        """
+        run, step = self.job.experiment.run, int(self.state.step)
+        output = log.TrainLog(self.workdir, run.steps, step)
+        interrupt = Interrupt()
+        try:
+            with interrupt.listening():
+                if step == 0 and "mean" not in self.start:
+                    output.restart_evaluations()
+                    self._evaluate(output, 0)
+                finished = self._steps(step, run, output, interrupt)
+            self.checkpoints.wait()
+        finally:
+            output.close()
+            self.checkpoints.close()
+        return finished
+
+    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt) -> bool:
+        waiting: tuple[int, Metrics, Batch] | None = None
+        clock = time.perf_counter()
+        batches = self._batches(step)
+        while step < run.steps:
+            batch = self.teacher.annotate(next(batches))
+            self.state, measured = self.step(self.state, self.teacher.state, batch)
+            if waiting is not None:
+                clock = self._record(output, *waiting, clock)
+            step, waiting = step + 1, (step + 1, measured, batch)
+            stop = interrupt(step)
+            evaluate = step == run.steps or (run.eval_every > 0 and step % run.eval_every == 0)
+            save = step == run.steps or step % run.checkpoint_every == 0
+            if stop or evaluate or save:
+                # The step's own numbers come first: a state whose loss is NaN must not be saved.
+                clock = self._record(output, *waiting, clock)
+                waiting = None
+                if evaluate:
+                    self._evaluate(output, step)
+                if stop or save:
+                    self.checkpoints.save(step, self.state, self._progress())
+                clock = time.perf_counter()
+            if stop and step < run.steps:
+                output.say(
+                    f"stopped by a signal: step {step} of {run.steps} is saved; the same command goes on from it"
+                )
+                return False
+        return True
+
+    def _record(self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, clock: float) -> float:
+        """Fetch a step's metrics, check and log them; returns the time at which they were there."""
+        values = metrics.read(measured)
+        now = time.perf_counter()
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, math.nan)):
+                latest = self.checkpoints.latest()
+                rows = list(zip(np.asarray(batch.domain).tolist(), np.asarray(batch.row).tolist(), strict=True))
+                raise FloatingPointError(
+                    f"{name} is {values.get(name)} at step {step}, on (domain, row) {rows}; the last checkpoint is "
+                    f"{'step ' + str(latest) if latest is not None else 'none yet'}. Lower optim.lr.peak or optim.clip"
+                )
+        tokens = int(values.pop("tokens"))
+        self.tokens += tokens
+        lr = float(schedules.value(self.job.lr, step - 1))
+        row = {
+            "step": step,
+            **values,
+            "lr": lr,
+            "tokens": self.tokens,
+            "tokens_per_s": tokens / (now - clock),
+        }
+        row["step_s"] = now - clock
+        output.step(row, step % self.job.experiment.run.log_every == 0)
+        return now
+
+    def _evaluate(self, output: log.TrainLog, step: int) -> None:
+        rows = self.evaluate(step, self.state.params["student"])
+        output.evaluation(rows)
+        if step < self.job.experiment.run.steps:
+            mean = rows[-1]
+            output.say(
+                f"step {step}: student {mean['student_nats']:.3f} nats/token (teacher {mean['teacher_nats']:.3f}), "
+                f"KL {mean['kl']:.3f}, agreement {mean['agreement']:.1%}"
+            )
