@@ -50,7 +50,11 @@ def next_token() -> Vocab:
 
 
 def total(
-    terms: Mapping[str, tuple[Scalar, Vocab]], *, vocab: int, domains: tuple[str, ...], chunk: int | None = None
+    terms: Mapping[str, tuple[Scalar, Vocab]],
+    *,
+    vocab: int,
+    domains: tuple[str, ...],
+    chunk: int | None = None,
 ) -> Objective:
     """The weighted sum of named terms, every one of them in one kernel call.
 
@@ -70,7 +74,9 @@ def total(
     """
     kept = {name: term for name, term in terms.items() if callable(term[0]) or term[0] != 0}
     if not kept:
-        raise ValueError("the objective has no term: give at least one of " + (", ".join(terms) or "none") + " a weight")
+        raise ValueError(
+            "the objective has no term: give at least one of " + (", ".join(terms) or "none") + " a weight"
+        )
     divergence = tuple(term.divergence for _, term in kept.values())
 
     def loss(

@@ -98,7 +98,9 @@ def replicated_axes(axes, shapes, mesh: Mesh) -> list[str]:
         for name, size in zip(names, leaf.shape, strict=True):
             target = RULES.get(name) if name else None
             if target and size % mesh.shape[target]:
-                notes.add(f"axis '{name}' of size {size} does not divide over {target}={mesh.shape[target]}: replicated")
+                notes.add(
+                    f"axis '{name}' of size {size} does not divide over {target}={mesh.shape[target]}: replicated"
+                )
 
     jax.tree.map(look, shapes, axes)
     return sorted(notes)

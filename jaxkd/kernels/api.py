@@ -1,5 +1,7 @@
 """The door to the loss kernels: shapes in, the right implementation chosen, chunks sized."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -94,7 +96,13 @@ def linear_divergence(
 
 
 def linear_comparison(
-    terms: tuple, student: Head, teacher: Head, targets: Int[jax.Array, "*tokens"], *, vocab: int, chunk: int | None = None
+    terms: tuple,
+    student: Head,
+    teacher: Head,
+    targets: Int[jax.Array, "*tokens"],
+    *,
+    vocab: int,
+    chunk: int | None = None,
 ) -> Float[jax.Array, "rows *tokens"]:
     """Per-token divergences at temperature 1, and last whether both heads rank the same token first.
 
@@ -113,7 +121,8 @@ def linear_comparison(
     flat_targets = targets.reshape(-1)
     chunk = chunk or chunk_size(*_local_shape(flat_targets.shape[0], student.unembed.shape[1]))
     plan = xla.Plan(tuple(terms), (0,) * len(terms), vocab, chunk)
-    rows = xla.compare(plan, _flat(student), _flat(teacher), flat_targets)
+    heads: Any = (_flat(student), _flat(teacher))
+    rows = xla.compare(plan, heads[0], heads[1], flat_targets)
     return rows.reshape(len(terms) + 1, *targets.shape)
 
 
@@ -128,6 +137,8 @@ def _check(terms, student: Head, teacher: Head | None, vocab: int, implementatio
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
     widths = [head.unembed.shape[1] for head in (student, teacher) if head is not None]
     if len(set(widths)) > 1:
-        raise ValueError(f"student and teacher heads have {widths[0]} and {widths[1]} columns; pad both to one multiple")
+        raise ValueError(
+            f"student and teacher heads have {widths[0]} and {widths[1]} columns; pad both to one multiple"
+        )
     if vocab > widths[0]:
         raise ValueError(f"the true vocabulary is {vocab}, but the heads have only {widths[0]} columns")

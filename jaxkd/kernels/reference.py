@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxkd.types import LOG_FLOOR, Head, Side
 
+
 def logits(head: Head) -> jax.Array:
     """[N V] logits of a head, in the precision of its arrays."""
     z = head.hidden @ head.unembed

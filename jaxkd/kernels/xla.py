@@ -204,9 +204,10 @@ def _on_mesh(body: Callable, plan: Plan, with_gradient: bool, student: Head, tea
     if not tokens and axis is None:
         return body(plan, (), None, student, teacher, *rest)
 
-    def place(head):
-        specs = Head(P(tokens, None), P(None, axis), P(axis), P(), P())
-        return None if head is None else Head(*[None if x is None else s for x, s in zip(head, specs, strict=True)])
+    def place(head: Head | None) -> Any:
+        specs = (P(tokens, None), P(None, axis), P(axis), P(), P())
+        present: list[Any] = [None if x is None else s for x, s in zip(head or (), specs, strict=False)]
+        return None if head is None else Head(*present)
 
     out = P(None, tokens)
     gradient = (P(tokens, None), P(None, axis), None if student.bias is None else P(axis))
@@ -231,9 +232,7 @@ def divergence(plan: Plan, student: Head, teacher: Head | None, targets, weights
 
 
 def _forward(plan: Plan, student, teacher, targets, weights, temperatures):
-    fields, gradient = _on_mesh(
-        _fields_and_gradient, plan, True, student, teacher, targets, weights, temperatures
-    )
+    fields, gradient = _on_mesh(_fields_and_gradient, plan, True, student, teacher, targets, weights, temperatures)
     like = (student.hidden, student.unembed, student.bias)
     gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, like)
     return (_value(weights, fields), fields), (gradient, fields)

@@ -95,9 +95,7 @@ def program(terms, temperatures, vocab, chunk):
             head = student._replace(hidden=hidden, unembed=unembed, bias=bias)
             return linear_divergence(terms, head, teacher, targets, weights, temperatures, vocab=vocab, chunk=chunk)
 
-        return jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(
-            student.hidden, student.unembed, student.bias
-        )
+        return jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(student.hidden, student.unembed, student.bias)
 
     return run
 

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then trains; without arguments the quickstart:  bash launch/local.sh [ARGUMENT...]
+# Arguments go to `jaxkd train`, and paths in them are relative to the repository. A --config of your own has its
+# output in runs/NAME unless you give --workdir too.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh math
+
+config="" workdir="" previous=""
+for argument in "$@"; do
+    case "$previous" in --config | -config) config="$argument" ;; esac
+    case "$argument" in
+        --config=* | -config=*) config="${argument#*=}" ;;
+        --workdir | -workdir | --workdir=* | -workdir=*) workdir=given ;;
+    esac
+    previous="$argument"
+done
+if [ -z "$workdir" ]; then
+    name="${config%%:*}" # configs/x.py:argument
+    set -- --workdir "runs/$(basename -- "${name:-quickstart}" .py)" "$@"
+fi
+if [ -z "$config" ]; then
+    set -- --config configs/quickstart.py "$@"
+fi
+exec .venv/bin/jaxkd train "$@"

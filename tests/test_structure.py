@@ -1,0 +1,216 @@
+"""The shape of the repository: layers, doors of dependencies, sizes, docstrings, recipes, README's commands.
+
+The layer table and the doors are read from docs/design.md: to move a module or to add one, change the table.
+"""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "jaxkd"
+CODE = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.name.startswith("_"))
+BLOCKS = ["data", "objective", "optim", "run", "student", "teacher"]
+FILE_LINES, FUNCTION_LINES, LEAVES = 400, 80, 60
+NOWHERE = ("torch", "transformers", "tensorflow", "clu")
+IMPORT_NAMES = {
+    "tensorflow-datasets": "tensorflow_datasets",
+    "GGUF": "gguf",
+}  # where design.md writes otherwise
+WITH_A_DOOR = {"orbax", "tensorflow_datasets", "grain", "safetensors", "gguf", "absl", "ml_collections"}
+
+
+def layer_table() -> list[tuple[str, int]]:
+    """(module path without .py, its layer), in the order of the table."""
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", (ROOT / "docs/design.md").read_text(encoding="utf-8"), re.M)
+    return [(name, int(layer)) for layer, names in rows for name in re.findall(r"`([\w/]+)`", names)]
+
+
+LAYERS = dict(layer_table())
+
+
+def doors() -> dict[str, list[str]]:
+    """Import name -> the files and folders that may import it, from design.md's "One door per dependency"."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for clause in re.search(r"One door per dependency: (.*?)\.\s", text.replace("\n", " ")).group(1).split(";"):
+        names, places = re.sub(r"`[^`]*`", "", clause), re.findall(r"`([^`]+)`", clause)
+        for word in re.findall(r"[\w-]+", names):
+            if (name := IMPORT_NAMES.get(word, word)) in WITH_A_DOOR:
+                found[name] = [p if p.startswith("configs/") else f"jaxkd/{p}" for p in places]
+    return found
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, full dotted name) of everything a file imports, inside functions too."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+                base = ".".join([*parts, *([base] if base else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def own_module(dotted: str) -> str | None:
+    """The table's name for what `jaxkd.x.y.z` names: the longest part of it that is a file."""
+    parts = dotted.split(".")[1:]
+    for end in range(len(parts), 0, -1):
+        if (PACKAGE.joinpath(*parts[:end])).with_suffix(".py").is_file():
+            return "/".join(parts[:end])
+    return None  # a package's __init__
+
+
+def test_every_file_is_in_the_layer_table_once():
+    names = [name for name, _ in layer_table()]
+    files = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in CODE}
+    assert files - set(names) == set(), "files that the table of docs/design.md does not have"
+    assert set(names) - files == set(), "files that only the table of docs/design.md has"
+    assert len(names) == len(set(names))
+
+
+def test_imports_go_to_a_lower_layer():
+    wrong = []
+    for path in CODE:
+        here = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        for line, dotted in imports(path):
+            there = own_module(dotted) if dotted.split(".")[0] == "jaxkd" else None
+            if there and LAYERS.get(there, 99) >= LAYERS.get(here, -1):
+                wrong.append(f"{name_of(path)}:{line} (L{LAYERS.get(here)}) {there} (L{LAYERS.get(there)})")
+    assert not wrong, "imports that do not go to a strictly lower layer:\n" + "\n".join(dict.fromkeys(wrong))
+
+
+def test_package_files_import_nothing_of_ours():
+    wrong = [
+        f"{name_of(path)}:{line} imports {dotted}"
+        for path in PACKAGE.rglob("__init__.py")
+        for line, dotted in imports(path)
+        if dotted.split(".")[0] == "jaxkd"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_design_names_every_door():
+    assert set(doors()) == WITH_A_DOOR
+    assert all((ROOT / place).exists() for places in doors().values() for place in places), doors()
+
+
+def test_one_door_per_dependency():
+    allowed = doors()
+    wrong = []
+    for path in [*PACKAGE.rglob("*.py"), *RECIPES]:
+        for line, dotted in imports(path):
+            name, here = dotted.split(".")[0], name_of(path)
+            if name in NOWHERE:
+                wrong.append(f"{here}:{line} imports {name}, which nothing in jaxkd may")
+            elif name in allowed and not any(
+                here == door or (door.endswith("/") and here.startswith(door)) for door in allowed[name]
+            ):
+                wrong.append(f"{here}:{line} imports {name}, whose door is {' and '.join(allowed[name])}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_sizes():
+    wrong = []
+    for folder in ("jaxkd", "configs", "tests", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            if lines > FILE_LINES:
+                wrong.append(f"{name_of(path)} has {lines} lines")
+            for node in ast.walk(parsed(path)) if folder in ("jaxkd", "configs") else ():
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = node.end_lineno - node.lineno + 1
+                    if lines > FUNCTION_LINES:
+                        wrong.append(f"{name_of(path)}:{node.lineno} {node.name} has {lines} lines")
+    assert not wrong, f"files have at most {FILE_LINES} lines, functions {FUNCTION_LINES}:\n" + "\n".join(wrong)
+
+
+def test_modules_and_what_they_offer_have_docstrings():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = parsed(path)
+        if tree.body and not ast.get_docstring(tree):
+            wrong.append(f"{name_of(path)}")
+        for node in tree.body:
+            kind = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if kind and not node.name.startswith("_") and not ast.get_docstring(node):
+                wrong.append(f"{name_of(path)}:{node.lineno} {node.name}")
+    assert not wrong, "without a docstring:\n" + "\n".join(wrong)
+
+
+def leaves(value) -> int:
+    return sum(leaves(inner) for inner in value.values()) if isinstance(value, dict) else 1
+
+
+def test_there_are_recipes():
+    assert {"quickstart", "tiny", "logit_kd"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe(path):
+    text = ast.get_docstring(parsed(path)) or ""
+    assert re.search(rf"jaxkd \w+ --config[ =]configs/{path.stem}\.py", text), "the docstring holds the command"
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("").copy_and_resolve_references().to_dict()
+    assert sorted(config) == BLOCKS
+    assert leaves(config) < LEAVES
+
+
+def fenced(text: str, *languages: str) -> list[str]:
+    """The commands of a Markdown text's fenced blocks: their lines, without prompts and comments."""
+    blocks = re.findall(rf"^```(?:{'|'.join(languages)})\n(.*?)^```", text, re.M | re.S)
+    lines = [re.sub(r"(^|\s+)#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line]
+
+
+def test_readme_begins_with_the_two_commands():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fenced(text, "bash", "sh", "shell", "console")[:2] == [
+        "bash launch/local.sh",
+        "bash launch/test.sh",
+    ]
+
+
+def test_every_verb_that_is_named_exists():
+    from jaxkd.main import VERBS
+
+    wrong = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":  # code only: in prose the word after jaxkd is any verb
+            text = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.M | re.S))
+        found = re.findall(r"(?<![\w/.-])jaxkd ([a-z]+)\b", text)
+        wrong += [f"{name_of(path)}: jaxkd {verb}" for verb in found if verb not in VERBS]
+    assert not wrong, f"the verbs are {', '.join(VERBS)}:\n" + "\n".join(wrong)
+
+
+def test_no_file_names_a_place_of_one_machine():
+    folders = ("jaxkd", "configs", "tests", "launch", "benchmarks", "docs", ".ci")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += ROOT.glob("*.*")
+    wrong = []
+    for path in files:
+        if not path.is_file() or path.suffix in (".pyc", ".png", ".gz", ".npz"):
+            continue
+        places = "work|root" if name_of(path).startswith("tests/") else "work|root|tmp"
+        for index, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            if re.search(rf"(?<![\w.~)}}])/(?:{places})/", line):
+                wrong.append(f"{name_of(path)}:{index}: {line.strip()[:80]}")
+    assert not wrong, "\n".join(wrong)
