@@ -71,9 +71,10 @@ def _in_free_block(key: str, config: ConfigDict) -> bool:
 
 def _parse(arguments: Sequence[str]) -> ConfigDict:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+    line = ["jaxkd", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=line)
     try:
-        values(["jaxkd", *arguments])
+        values(line)
         return values.config
     except (flags.Error, TypeError) as error:
         raise ValueError(str(error).splitlines()[0]) from None

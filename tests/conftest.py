@@ -5,11 +5,15 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# LLVM's optimiser is left out: compiling is most of what these tests would wait for, and XLA's own passes, which
+# decide memory and collectives, run all the same.
+FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -54,6 +58,23 @@ def two_domains(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+def random_params(config, seed: int, spread: float = 0.05):
+    """A decoder's parameters from numpy: nothing to compile. Norms and biases are off their resting place too."""
+    import jax
+    import numpy as np
+
+    from jaxkd.models import transformer
+
+    rng = np.random.default_rng(seed)
+    shapes, axes = transformer.abstract(config)
+
+    def draw(leaf, names):
+        centre = 1.0 if set(names) <= {"layers", "embed"} or names == ("layers", "head_dim") else 0.0  # a norm's scale
+        return jax.numpy.asarray((centre + spread * rng.normal(size=leaf.shape)).astype(np.float32))
+
+    return jax.tree.map(draw, shapes, axes)
+
+
 def tiny_arguments(domains: dict[str, Path], rows: Path, *more: str) -> list[str]:
     """`--config...` arguments: the tiny recipe on these domains instead of its own."""
     return [
@@ -81,7 +102,17 @@ def jaxkd(*arguments: str, devices: int = 1, **options) -> subprocess.CompletedP
     )
 
 
-def process_environment(devices: int = 1) -> dict[str, str]:
-    """The environment of a user's shell, with this many fake devices."""
+def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
+    """The environment of a user's shell, with this many fake devices.
+
+    Processes share compiled programs through JAX's cache, which saves each of them ten seconds; `cache=False` is for
+    tests that must see every process compile for itself.
+    """
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
+    if cache:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return environment
+
+
+_CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")

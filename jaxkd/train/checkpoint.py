@@ -37,7 +37,11 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 read_only=read_only,
             ),
-            item_names=("train", "mixture"),
+            # Float weights hardly shrink: compressing them costs seconds of the cores that train, and saves a tenth.
+            item_handlers={
+                "train": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "mixture": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest(self) -> int | None:

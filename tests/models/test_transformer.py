@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 
 from jaxkd.models import shrink, transformer
 from jaxkd.models.transformer import Config
@@ -29,10 +30,7 @@ def batch_of(documents: list[np.ndarray], length: int) -> Batch:
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(
-        lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape),
-        transformer.init(CONFIG, jax.random.key(0)),
-    )
+    return random_params(CONFIG, 0)
 
 
 def hidden(params, batch, **options):

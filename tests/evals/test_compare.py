@@ -1,0 +1,105 @@
+"""Evaluation against the dense form: nats, bits per byte, KL, agreement, the gap."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params
+
+from jaxkd import sharding
+from jaxkd.evals import compare
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.types import Batch
+
+STUDENT = Config(vocab=250, embed=32, layers=1, heads=4, kv_heads=2, head_dim=8, mlp=32)
+TEACHER = Config(vocab=250, embed=48, layers=2, heads=6, kv_heads=2, head_dim=8, mlp=32)
+
+
+@functools.lru_cache
+def sides():
+    forward = [functools.partial(transformer.forward, c) for c in (STUDENT, TEACHER)]
+    return forward, [random_params(STUDENT, 0, 0.3), random_params(TEACHER, 1, 0.3)]
+
+
+def make_batch(seed: int, rows=8, length=12) -> Batch:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 250, (rows, length)).astype(np.int32)
+    weights = (rng.random((rows, length)) < 0.7).astype(np.float32)
+    weights[:, -1] = 0
+    one, flat = np.ones_like(tokens), np.zeros(rows, np.int32)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    return Batch(*map(jnp.asarray, (tokens, np.roll(tokens, -1, 1), weights, one, positions, flat, flat)))
+
+
+def dense(batch: Batch) -> dict[str, float]:
+    (student, teacher), params = sides()
+    heads = [f(p, batch).head for f, p in ((student, params[0]), (teacher, params[1]))]
+    lq, lp = (jax.nn.log_softmax(np.asarray(h.hidden @ h.unembed, np.float64)[..., :250]) for h in heads)
+    live = np.asarray(batch.weights)
+    pick = lambda logs: -np.take_along_axis(np.asarray(logs), np.asarray(batch.targets)[..., None], -1)[..., 0]
+    kl = np.asarray(jnp.sum(jnp.exp(lp) * (lp - lq), -1))
+    same = np.asarray(lq.argmax(-1) == lp.argmax(-1))
+    rows = {"student_nats": pick(lq), "teacher_nats": pick(lp), "kl": kl, "agreement": same}
+    return {name: float((values * live).sum()) for name, values in rows.items()} | {"tokens": float(live.sum())}
+
+
+@pytest.mark.parametrize("mesh", [None, (4, 2), (1, 8)])
+def test_equals_the_dense_form(mesh):
+    (student, teacher), params = sides()
+    comparison = jax.jit(compare.make_comparison(student, teacher, 250))
+    batches = [make_batch(0), make_batch(1)]
+    expected = {k: sum(dense(b)[k] for b in batches) for k in compare.Sums._fields}
+
+    def run():
+        one = lambda batch: comparison(*params, batch)
+        return compare.evaluate(
+            one, {"d": [(b, np.full(8, 20)) for b in batches]}, step=3, start={"d": 9.0, "mean": 9.0}
+        )
+
+    if mesh is None:
+        row, mean = run()
+    else:
+        with jax.set_mesh(sharding.make_mesh(*mesh)):
+            row, mean = run()
+    tokens = expected["tokens"]
+    for name in ("student_nats", "teacher_nats", "kl", "agreement"):
+        assert row[name] == pytest.approx(expected[name] / tokens, rel=1e-5)
+    assert row["tokens"] == tokens
+    assert row["student_bits_per_byte"] == pytest.approx(expected["student_nats"] / math.log(2) / 320, rel=1e-5)
+    assert row["gap_closed"] == pytest.approx((9 - row["student_nats"]) / (9 - row["teacher_nats"]))
+    assert mean["domain"] == "mean"
+    assert mean["kl"] == row["kl"]
+
+
+def test_the_mean_is_over_domains_and_the_gap_is_its_own():
+    values = iter([(4.0, 2.0), (8.0, 2.0)])
+
+    def comparison(batch):
+        student, teacher = next(values)
+        return compare.Sums(student * 10, teacher * 10, 5.0, 5.0, 10.0)
+
+    domains = {"a": [(None, np.array([7]))], "b": [(None, np.array([7]))]}
+    *_, mean = compare.evaluate(comparison, domains, 5, {"a": 6.0, "b": 10.0, "mean": 8.0})
+    assert (mean["student_nats"], mean["teacher_nats"], mean["tokens"]) == (6.0, 2.0, 20)
+    assert mean["gap_closed"] == pytest.approx(1 / 3)
+
+
+def test_no_gap_where_the_student_was_not_behind():
+    comparison = lambda batch: compare.Sums(10.0, 30.0, 1.0, 1.0, 10.0)
+    row, _ = compare.evaluate(comparison, {"a": [(None, np.array([7]))]}, 0)
+    assert row["gap_closed"] is None
+    row, _ = compare.evaluate(comparison, {"a": [(None, np.array([7]))]}, 4, {"a": 2.0, "mean": 2.0})
+    assert row["gap_closed"] is None
+    assert " - " in compare.table([row], {"a": 2.0})
+
+
+def test_a_teacher_that_gives_nan_is_named():
+    comparison = lambda batch: compare.Sums(10.0, math.nan, 1.0, 1.0, 10.0)
+    with pytest.raises(ValueError, match="teacher_nats of domain 'law' is nan at step 7"):
+        compare.evaluate(comparison, {"law": [(None, np.array([7]))]}, 7)
+    with pytest.raises(ValueError, match="'law' have no token to score"):
+        compare.evaluate(lambda b: compare.Sums(0, 0, 0, 0, 0.0), {"law": [(None, np.array([0]))]}, 7)

@@ -1,0 +1,207 @@
+"""The door: recipes, overrides and blocks; every wrong input is one line that says what to do."""
+
+import dataclasses
+import shutil
+import subprocess
+
+import jax
+import pytest
+from conftest import REPOSITORY, jaxkd, tiny_arguments, write_domain
+
+from jaxkd import config, job
+from jaxkd.data.mixture import Mixture
+from jaxkd.experiment import experiment
+from jaxkd.load import host_params
+from jaxkd.train.step import make_step
+
+TINY = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
+
+
+def resolved(*overrides: str):
+    return experiment(config.read_config([TINY, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optim.lr.paek=1", r"unknown key --config.optim.lr.paek: did you mean optim.lr.peak"),
+        ("--config.optim.lr=1", r"it is a block; set one of optim.lr.end, optim.lr.peak"),
+        ("--config.run.steps=many", r"run\.steps.*(int|many)"),
+        ("--config.nothing=1", r"unknown key --config.nothing"),
+    ],
+)
+def test_wrong_overrides(override, message):
+    with pytest.raises(ValueError, match=message):
+        config.read_config([TINY, override])
+
+
+def test_overrides_reach_the_blocks():
+    e = resolved("--config.optim.lr.peak=1e-4", "--config.student.layers=(1,2)", "--config.data.domains.mine=/x")
+    assert e.optim.lr.peak == 1e-4
+    assert e.student.layers == (1, 2)
+    assert e.data.domains["mine"] == "/x"
+    assert "code" not in resolved("--config.data.domains.code=").data.domains
+
+
+def test_recipe_must_exist():
+    with pytest.raises(FileNotFoundError, match=r"no config file configs/nope\.py"):
+        config.read_config(["--config=configs/nope.py"])
+    with pytest.raises(ValueError, match="give one recipe"):
+        config.read_config([])
+
+
+def test_recipe_argument_reaches_get_config():
+    values = config.read_config([f"--config={REPOSITORY / 'configs' / 'logit_kd.py'}:generalized_jsd(beta=0.3)"])
+    assert values["objective"]["kd"]["divergence"] == "generalized_jsd(beta=0.3)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": {"setps": 3}}, r"unknown key config.run.setps: did you mean steps"),
+        ({"run": {}}, r"missing key config.run.steps"),
+        ({"run": {"steps": "3"}}, r"config.run.steps must be int, got '3'"),
+        ({"student": {"layers": 3}}, r"config.student.layers must be a sequence"),
+        ({"objective": {"kd": 1.0}}, r"config.objective.kd must be a block"),
+    ],
+)
+def test_blocks_are_strict(change, message):
+    values = config.read_config([TINY])
+    with pytest.raises(ValueError, match=message):
+        experiment({**values, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "objective.kd.divergence=forward_lk",
+            r"unknown .* 'forward_lk': did you mean forward_kl",
+        ),
+        ("objective.kd.divergence=generalized_jsd(gamma=1)", r"objective.kd.divergence.*gamma"),
+        ("objective.kd.divergence=generalized_jsd(beta=1.0)", r"0 < beta < 1"),
+        ("objective.kd.divergence=__import__('os')", r"objective.kd.divergence"),
+        ("optim.lr.schedule=cosin", r"unknown optim.lr.schedule 'cosin': did you mean cosine"),
+        ("run.dtype=float16", r"unknown run.dtype 'float16': did you mean"),
+        ("run.remat=all", r"unknown run.remat 'all'"),
+        ("run.mesh.model=3", r"there are 8"),
+        ("data.batch=12", r"data.batch=12 must be a multiple"),
+        ("optim.micro_batches=0", r"optim.micro_batches must be at least 1"),
+        ("student.keep=2", r"exclude each other"),
+        ("student.path=nowhere", r"nowhere: no such file or directory"),
+        ("teacher.path=meta-llama/Llama-3.2-1B", r"nothing is downloaded at run time"),
+        ("data.tokenizer=teacher", r"a random model has none"),
+    ],
+)
+def test_values_that_do_not_fit(change, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        job.build(resolved(f"--config.{change}"))
+
+
+def test_tokenizer_that_does_not_match_the_weights():
+    values = config.read_config([TINY])
+    shape = {**values["teacher"]["shape"], "vocab": 128}
+    with pytest.raises(ValueError, match="the tokenizer has 257 ids but the teacher's weights have 128"):
+        job.build(experiment({**values, "teacher": {**values["teacher"], "shape": shape}}))
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py")))
+def test_every_recipe_builds_abstractly(recipe):
+    e = experiment(config.read_config([f"--config={REPOSITORY / 'configs' / recipe}.py"]))
+    rows = e.data.batch * 2 if e.data.batch % (8 * e.optim.micro_batches) else e.data.batch
+    e = dataclasses.replace(
+        e,
+        data=dataclasses.replace(e.data, batch=rows),
+        run=dataclasses.replace(e.run, eval_batch=8 * e.run.eval_batch),
+    )
+    try:
+        built = job.build(e)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    from jaxkd.teachers.live import live
+
+    step = make_step(built.student.forward, live({}, built.teacher.forward), built.objective, built.tx)
+    state, metrics = jax.eval_shape(step, built.state, built.teacher.shapes, job.abstract_batch(built))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), built.state)
+    assert "loss" in metrics
+
+
+def test_mixture_by_name():
+    built = job.build(resolved("--config.data.mixture=code=3,manual=1"))
+    assert job.sampling(built, [10, 20]).sampling.tolist() == [0.75, 0.25]
+    natural = job.sampling(job.build(resolved()), [10, 30])
+    assert isinstance(natural, Mixture)
+    assert natural.sampling.tolist() == [0.25, 0.75]
+    for name, message in (("cod=1", "no domain 'cod': did you mean code"), ("evenly", "natural, uniform, or weights")):
+        with pytest.raises(ValueError, match=message):
+            job.sampling(job.build(resolved(f"--config.data.mixture={name}")), [1, 1])
+
+
+def test_random_weights_follow_the_seed():
+    built = job.build(resolved())
+    first, again, other = (host_params(built.teacher, seed) for seed in (0, 0, 1))
+    assert (first["embed"] == again["embed"]).all()
+    assert (first["embed"] != other["embed"]).any()
+
+
+# ------------------------------------------------------------------------------ as a user sees it
+
+
+def fails(*arguments: str, **options) -> str:
+    """The one line on stderr of a command that fails."""
+    result = jaxkd(*arguments, **options)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    complaint = [line for line in result.stderr.splitlines() if line.startswith("jaxkd: error:")]
+    assert len(complaint) == 1, result.stderr
+    return complaint[0]
+
+
+def test_errors_are_one_line(tmp_path, two_domains):
+    arguments = tiny_arguments(two_domains, tmp_path / "rows")
+    workdir = ["--workdir", str(tmp_path / "run")]
+    assert "did you mean run.steps" in fails("train", *workdir, *arguments, "--config.run.step=1")
+    assert "no such file" in fails("train", *workdir, *arguments, "--config.teacher.path=models/none")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert "empty" in fails("prepare", *arguments, f"--config.data.domains.empty={empty}")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    assert "holds no jaxkd run" in fails("train", "--workdir", str(foreign), *arguments)
+    assert (foreign / "thesis.tex").read_text() == "mine"
+    assert "holds no run" in fails("evaluate", "--workdir", str(tmp_path / "nothing"))
+
+
+def test_help_names_every_verb():
+    result = jaxkd("--help")
+    assert result.returncode == 0
+    assert all(verb in result.stdout for verb in ("prepare", "train", "evaluate", "export", "report"))
+    assert "--config.optim.lr.peak" in jaxkd("train", "--help").stdout
+
+
+def test_rows_that_changed_under_a_run_are_noticed(tmp_path):
+    text = write_domain(tmp_path / "a.jsonl", 3)
+    arguments = tiny_arguments({"a": text}, tmp_path / "rows", "--config.run.steps=2", "--config.run.eval_every=0")
+    workdir = ["--workdir", str(tmp_path / "run")]
+    assert jaxkd("train", *workdir, *arguments).returncode == 0
+    write_domain(text, 4)
+    assert "the rows of a are not those" in fails("train", *workdir, *arguments)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system of its own")
+def test_a_full_disk_is_said_plainly(tmp_path, two_domains):
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not allowed here")
+    try:
+        more = ["--config.run.steps=4", "--config.run.checkpoint_every=1", "--config.run.keep_checkpoints=9"]
+        arguments = tiny_arguments(two_domains, tmp_path / "rows", *more)
+        complaint = fails("train", "--workdir", str(place / "run"), *arguments)
+        assert "no space left" in complaint.lower() or "disk" in complaint.lower()
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
