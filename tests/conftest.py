@@ -9,12 +9,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # LLVM's optimiser is left out: compiling is most of what these tests would wait for, and XLA's own passes, which
 # decide memory and collectives, run all the same.
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
+settings.load_profile("shared")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = [

@@ -166,7 +166,8 @@ def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_pat
             pytest.fail(f"the run ended before the signal was noticed: {output[-500:]}")
     result = jaxkd("train", "--workdir", str(workdir), *arguments)
     assert result.returncode == 0, result.stderr
-    assert "resuming at step" in result.stdout
+    if number != signal.SIGKILL:  # which may come before the first checkpoint is whole
+        assert "resuming at step" in result.stdout
     assert_same_run(workdir, undisturbed)
 
 

@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers, options
 
@@ -78,16 +80,32 @@ class Checkpoints:
             ValueError: when the step cannot be read as this state; the message names the step.
         """
         target = abstract._asdict()
+        where = Path(self._manager.directory) / str(step)
+        self._check(step, target, where)
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
         )
         try:
             read = self._manager.restore(step, args=ocp.args.Composite(train=arguments, mixture=ocp.args.JsonRestore()))
         except (ValueError, KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
-            where = Path(self._manager.directory) / str(step)
             reason = str(error).strip().splitlines()[0][:300]
-            raise ValueError(f"checkpoint {where} does not hold this run's state: {reason}") from error
+            raise ValueError(f"checkpoint {where} cannot be read: {reason}") from error
         return TrainState(**read["train"]), read["mixture"]
+
+    def _check(self, step: int, target: PyTree, where: Path) -> None:
+        """Compare shapes and dtypes first: Orbax would cast a wrong dtype in silence."""
+        saved = _leaves(self._manager.item_metadata(step)["train"].tree)
+        for name, leaf in _leaves(target).items():
+            found = saved.get(name)
+            if found is None or (tuple(found.shape), np.dtype(found.dtype)) != (
+                tuple(leaf.shape),
+                np.dtype(leaf.dtype),
+            ):
+                there = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
+                raise ValueError(
+                    f"checkpoint {where} does not hold this run's state: {name} should be "
+                    f"{leaf.dtype}{list(leaf.shape)}, there is {there}"
+                )
 
     def restore_student(self, step: int, abstract: PyTree) -> PyTree:
         """The student's parameters alone, as for evaluation and export."""
@@ -125,3 +143,10 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and let go of the directory."""
         self._manager.close()
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves that are arrays, by a path that does not tell tuples, dicts and NamedTuples apart, as on disk."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+    name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+    return {".".join(map(name, path)): leaf for path, leaf in found if hasattr(leaf, "shape")}

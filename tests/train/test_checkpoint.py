@@ -77,9 +77,17 @@ def test_another_model_is_refused_by_name(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(), {})
     checkpoints.wait()
-    other = init_state({"student": {"w": jnp.ones((4, 16)), "b": jnp.ones(16)}, "objective": {}}, TX)
-    with pytest.raises(ValueError, match=r"checkpoint .*1 does not hold this run's state"):
-        checkpoints.restore(1, abstract(other))
+    w, b = jnp.ones((8, 16)), jnp.ones(16)
+    narrow = init_state({"student": {"w": w[:4], "b": b}, "objective": {}}, TX)
+    half = init_state({"student": {"w": w.astype(jnp.bfloat16), "b": b}, "objective": {}}, TX)
+    more = init_state({"student": {"w": w, "b": b, "c": b}, "objective": {}}, optax.sgd(1.0))
+    for other, message in (
+        (narrow, r"1 does not hold .*student.w should be float32\[4, 16\], there is float32\[8, 16\]"),
+        (half, r"student.w should be bfloat16\[8, 16\], there is float32"),
+        (more, r"params.student.c should be float32\[16\], there is nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore(1, abstract(other))
     checkpoints.close()
 
 
