@@ -3,13 +3,17 @@
 The only module beside `configs/` that knows absl and ml_collections.
 """
 
+import ast
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,45 +43,61 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: no such file.
     """
     recipe = [a for a in arguments if a.startswith("--config=")]
-    overrides = [a for a in arguments if not a.startswith("--config=")]
     if len(recipe) != 1:
         raise ValueError("give one recipe: --config=configs/quickstart.py")
     path = recipe[0].removeprefix("--config=").split(":")[0]
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path}")
     config = _parse(recipe)
-    for argument in overrides:
-        key = argument.removeprefix("--config.").split("=")[0]
-        known = _leaves(config.to_dict())
-        if key not in known and not _in_free_block(key, config):
+    known, free, overrides = _leaves(config.to_dict()), {}, []
+    for argument in (a for a in arguments if a not in recipe):
+        key, _, value = argument.removeprefix("--config.").partition("=")
+        if key in known:
+            overrides.append(argument)
+        elif _in_free_block(key):
+            free[key] = value
+        else:
             inner = [k for k in known if k.startswith(key + ".")]
             hint = f"it is a block; set one of {', '.join(inner[:8])}" if inner else nearest(key, known)
             raise ValueError(f"unknown key --config.{key}: {hint}")
-    free = [a for a in overrides if a.removeprefix("--config.").split("=")[0] not in _leaves(config.to_dict())]
-    config = _parse([*recipe, *[a for a in overrides if a not in free]])
-    with config.unlocked():
-        for argument in free:  # a domain that the recipe does not have
-            key, _, value = argument.removeprefix("--config.").partition("=")
-            config.data.domains[key.removeprefix("data.domains.")] = value
-    result = config.to_dict()
-    if "data" in result:
+    result = _parse([*recipe, *overrides], known).to_dict()
+    for key, value in free.items():
+        *blocks, name = key.split(".")
+        place = result
+        for block in blocks:
+            place = place.setdefault(block, {})
+        place[name] = value if blocks[0] == "data" else _literal(value)
+    if "domains" in result.get("data", {}):
         result["data"]["domains"] = {k: v for k, v in result["data"]["domains"].items() if v}
     return result
 
 
-def _in_free_block(key: str, config: ConfigDict) -> bool:
-    return key.startswith("data.domains.") and key.count(".") == 2
+def _in_free_block(key: str) -> bool:
+    """Blocks whose keys a recipe need not have: names of domains, and the sizes of a random model."""
+    return bool(re.fullmatch(r"data\.domains\.[^.]+|(teacher|student)\.shape\.[^.]+", key))
 
 
-def _parse(arguments: Sequence[str]) -> ConfigDict:
-    values = flags.FlagValues()
-    line = ["jaxkd", *arguments]
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
+
+
+def _parse(arguments: Sequence[str], known: Mapping[str, Any] | None = None) -> ConfigDict:
+    values, line = flags.FlagValues(), ["jaxkd", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=line)
     try:
         values(line)
         return values.config
-    except (flags.Error, TypeError) as error:
+    except (flags.Error, TypeError, ValueError) as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
+        if wrong and known and wrong[1] in known:
+            kind = type(known[wrong[1]]).__name__
+            raise ValueError(f"--config.{wrong[1]} must be {kind}, got '{wrong[2]}'") from None
         raise ValueError(str(error).splitlines()[0]) from None
+    except (SyntaxError, AttributeError, ImportError, NameError, KeyError) as error:
+        raise ValueError(f"the recipe {arguments[0]} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -94,30 +114,75 @@ def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------- the workdir
 
 
-def claim(workdir: Path, e: Experiment, accept_changes: bool) -> None:
-    """Make the workdir this experiment's, or see that it already is.
+# What decides which rows a step sees: a run that changed it would repeat some rows and never see others.
+_ORDER = ("data.batch", "data.interval", "data.length", "data.mixture", "run.seed", "data.domains")
+
+
+def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
+    """See that a workdir is this experiment's, and make it so where nothing has been trained in it yet.
+
+    Returns:
+        What a run with a checkpoint is about to change, a phrase each; `adopt` makes it so once the run is loaded.
 
     Raises:
         ValueError: it holds another experiment, or something that is none.
     """
-    saved, config = workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(e)))
-    if saved.exists():
-        try:
-            before = _leaves(json.loads(saved.read_text(encoding="utf-8")))
-        except json.JSONDecodeError:
-            raise ValueError(f"{saved} is damaged: it is not JSON; use a new --workdir") from None
-        after = _leaves(config)
-        changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
-        if changed and not accept_changes:
-            listing = "; ".join(f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in changed[:6])
-            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-            raise ValueError(
-                f"{workdir} holds another experiment: {listing}{more}. Use a new --workdir, or add --accept-changes"
-            )
-    elif workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"{workdir} is not empty and holds no jaxkd run (no config.json): use a new --workdir")
+    saved, config = workdir / "config.json", _plain(e)
+    trained = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    if not saved.exists():
+        if workdir.exists() and any(workdir.iterdir()):
+            raise ValueError(f"{workdir} is not empty and holds no jaxkd run (no config.json): use a new --workdir")
+        adopt(workdir, e)
+        return []
+    try:
+        before, after = _leaves(json.loads(saved.read_text(encoding="utf-8"))), _leaves(config)
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"{saved} is damaged: it is not a JSON object; use a new --workdir") from None
+    keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
+    if changes and not trained:
+        for name in ("evals.jsonl", "metrics.jsonl", "run.json"):  # of an experiment that never made a step
+            (workdir / name).unlink(missing_ok=True)
+        adopt(workdir, e)
+        return []
+    fixed = [k for k in keys if k.startswith(_ORDER)]
+    if fixed:
+        raise ValueError(
+            f"{workdir} holds another experiment: {'; '.join(changes[:6])}. {fixed[0]} decides which rows a step sees "
+            "and cannot change in a run: use a new --workdir"
+        )
+    if changes and not accept_changes:
+        more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
+        raise ValueError(
+            f"{workdir} holds another experiment: {'; '.join(changes[:6])}{more}. "
+            "Use a new --workdir, or add --accept-changes"
+        )
+    return changes
+
+
+def adopt(workdir: Path, e: Experiment) -> None:
+    """Write the experiment into its workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(saved, config)
+    write_json(workdir / "config.json", _plain(e))
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Keep a second process out of a run's workdir.
+
+    Raises:
+        ValueError: another process is training in it.
+    """
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {workdir}: wait for it or use a new --workdir") from None
+        yield
+
+
+def _plain(e: Experiment) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(e)))
 
 
 def saved_experiment(workdir: Path) -> Experiment:
@@ -148,7 +213,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout that this code runs from; None where it is no checkout."""
-    here = Path(__file__).resolve().parent
-    result = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
+    """Of the checkout that this code runs from; None where it is no checkout of its own, or there is no git."""
+    root = Path(__file__).resolve().parent.parent
+    git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+    try:
+        if Path(git("rev-parse", "--show-toplevel").stdout.strip()).resolve() != root:
+            return None
+        return git("rev-parse", "HEAD").stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxkd import divergences, objectives, schedules, sharding
 from jaxkd.data import mixture as mixtures
 from jaxkd.data import tokenize
-from jaxkd.experiment import Experiment, Schedule, from_mapping, nearest
+from jaxkd.experiment import Experiment, MeshBlock, Schedule, Term, from_mapping, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
@@ -29,6 +29,7 @@ from jaxkd.types import Batch, Forward, PyTree, Scalar
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 VOCAB_MULTIPLE = 128
+_RESERVED = ("loss", "step", "lr", "tokens", "tokens_per_s", "step_s", "grad_norm", "param_norm")
 _SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
 
 
@@ -80,6 +81,7 @@ class Model(NamedTuple):
     axes: PyTree  # logical names
     shardings: PyTree
     checkpoint: weights.Checkpoint | None  # where its weights are, None for random ones
+    whole_layers: int  # of the model that it is cut from; its own when it is whole
 
 
 class Job(NamedTuple):
@@ -102,6 +104,14 @@ class Job(NamedTuple):
         return tuple(self.experiment.data.domains)
 
 
+def elsewhere(e: Experiment) -> Experiment:
+    """The experiment for verbs that do not train: on one device where the run's own mesh is not there."""
+    mesh = e.run.mesh
+    if mesh.data * mesh.model == jax.device_count() and e.run.eval_batch % mesh.data == 0:
+        return e
+    return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
+
+
 def build(experiment: Experiment) -> Job:
     """Functions, abstract trees and shardings of an experiment; reads headers, loads no weights.
 
@@ -109,36 +119,43 @@ def build(experiment: Experiment) -> Job:
         ValueError, FileNotFoundError: for values that do not fit together or paths that are not there.
     """
     e = experiment
-    mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model)
+    alone = (e.run.mesh.data, e.run.mesh.model) == (1, 1)
+    mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, jax.devices()[:1] if alone else None)
     _check(e, mesh)
     teacher_checkpoint, teacher_config = _open(e.teacher.path, e.teacher.shape, "teacher")
     tokenizer = _tokenizer(e.data.tokenizer, teacher_checkpoint)
     student_checkpoint, student_config = teacher_checkpoint, teacher_config
     if e.student.path != "teacher":
         student_checkpoint, student_config = _open(e.student.path, e.student.shape, "student")
-    depth = len(e.student.layers) or e.student.keep
-    if depth:
-        student_config = dataclasses.replace(student_config, layers=depth)
+    whole = student_config.layers
+    student_config = _cut(e, student_config)
     _check_vocabulary(tokenizer, {"teacher": teacher_config, "student": student_config})
     if e.student.path not in ("teacher", "random"):
         _check_same_tokenizer(tokenizer, _tokenizer("teacher", student_checkpoint))
+
+    for side, config in (("teacher", teacher_config), ("student", student_config)):
+        if e.data.length > config.max_length:
+            raise ValueError(
+                f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
+            )
 
     # Both heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
     columns = -(-max(teacher_config.vocab, student_config.vocab) // multiple) * multiple
     teacher = _model(teacher_config, teacher_checkpoint, columns, mesh, e.teacher.dtype, e.teacher.dtype, "none")
     student = _model(student_config, student_checkpoint, columns, mesh, "float32", e.run.dtype, e.run.remat)
+    student = student._replace(whole_layers=whole)
 
-    terms = {
-        name: (
+    terms = {}
+    for name, term in e.objective.items():
+        _check_term(name, term)
+        terms[name] = (
             scalar(term.weight, e.run.steps, f"objective.{name}.weight"),
             objectives.match(
                 divergence(term.divergence, f"objective.{name}.divergence"),
                 scalar(term.temperature, e.run.steps, f"objective.{name}.temperature"),
             ),
         )
-        for name, term in e.objective.items()
-    }
     objective = objectives.total(terms, vocab=tokenizer.vocab, domains=tuple(e.data.domains))
     lr = scalar(e.optim.lr, e.run.steps, "optim.lr")
     o = e.optim
@@ -206,6 +223,8 @@ def _check(e: Experiment, mesh: Mesh) -> None:
         raise ValueError(f"unknown run.remat '{e.run.remat}': {nearest(e.run.remat, transformer.REMAT)}")
     if not e.data.domains:
         raise ValueError("data.domains is empty: name at least one domain and its source")
+    if "mean" in e.data.domains:
+        raise ValueError("a domain cannot be called 'mean': that is the row of the mean over domains")
     if e.student.layers and e.student.keep:
         raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
     if e.student.path == "random" and (e.student.layers or e.student.keep):
@@ -234,13 +253,39 @@ def _check(e: Experiment, mesh: Mesh) -> None:
         )
 
 
+def _check_term(name: str, term: Term) -> None:
+    if name in _RESERVED:
+        raise ValueError(f"objective.{name} cannot be called so: metrics of that name exist; take another name")
+    low = {
+        key: min(v.peak, v.end) if isinstance(v, Schedule) else v
+        for key, v in (("weight", term.weight), ("temperature", term.temperature))
+    }
+    if low["weight"] < 0:
+        raise ValueError(f"objective.{name}.weight must not be negative, got {low['weight']}")
+    if low["temperature"] <= 0:
+        raise ValueError(f"objective.{name}.temperature must be above 0, got {low['temperature']}")
+
+
+def _cut(e: Experiment, config: Config) -> Config:
+    """The student's config once layers are left out."""
+    layers, keep = e.student.layers, e.student.keep
+    if layers and (list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.layers):
+        raise ValueError(f"student.layers {layers} must be different and rising, from 0 to {config.layers - 1}")
+    if keep and not 1 <= keep <= config.layers:
+        raise ValueError(f"student.keep is {keep}, but the model it is cut from has {config.layers} layers")
+    return dataclasses.replace(config, layers=len(layers) or keep or config.layers)
+
+
 def _open(path: str, shape: Mapping[str, Any], where: str) -> tuple[weights.Checkpoint | None, Config]:
     if path != "random":
         checkpoint = weights.open_checkpoint(path)
         return checkpoint, checkpoint.config
     if not shape:
         raise ValueError(f"{where}.path is 'random', so {where}.shape must say how large: " + ", ".join(_sizes()))
-    return None, from_mapping(Config, shape, f"{where}.shape")
+    config = from_mapping(Config, shape, f"{where}.shape")
+    if config.heads % config.kv_heads:
+        raise ValueError(f"{where}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
+    return None, config
 
 
 def _sizes() -> list[str]:
@@ -287,7 +332,7 @@ def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, co
         # A student cut from the file has fewer layers than the file: it is loaded whole and cut then.
         whole = dataclasses.replace(checkpoint.config, vocab_multiple=columns)
         checkpoint = dataclasses.replace(checkpoint, config=whole)
-    return Model(config, forward, shapes, axes, sharding.shardings(axes, shapes, mesh), checkpoint)
+    return Model(config, forward, shapes, axes, sharding.shardings(axes, shapes, mesh), checkpoint, config.layers)
 
 
 def _abstract_state(student: Model, objective: Objective, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

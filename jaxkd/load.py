@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ from jaxkd.kernels.api import linear_divergence
 from jaxkd.models import shrink, transformer
 from jaxkd.sharding import batch_sharding
 from jaxkd.types import Batch, PyTree
+
+_IMPORTANCE_ROWS = 2  # of each domain
 
 
 class Domains(NamedTuple):
@@ -66,12 +69,11 @@ def domains(job: Job, progress: bool = True) -> Domains:
     return Domains(job.domains, tuple(prepared), train, valid)
 
 
-def held_out(job: Job, rows: Domains) -> dict[str, list[tuple[Batch, np.ndarray]]]:
-    """Each domain's held-out rows as batches on the devices, with the bytes of their targets."""
-    place = batch_sharding(job.mesh)
-    size = job.experiment.run.eval_batch
+def held_out(job: Job, rows: Domains) -> dict[str, Iterator[tuple[Batch, np.ndarray]]]:
+    """Each domain's held-out rows as batches on the devices, with the bytes of their targets; to be read once."""
+    place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
     return {
-        name: list(loader.fixed_batches(valid, i, size, place))
+        name: loader.fixed_batches(valid, i, size, place)
         for i, (name, valid) in enumerate(zip(rows.names, rows.valid, strict=True))
     }
 
@@ -130,9 +132,9 @@ def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tup
     depth = jax.tree.leaves(host["layers"])[0].shape[0]
     side = job.teacher if job.experiment.student.path == "teacher" else job.student
     config = side.config if side.checkpoint is None else side.checkpoint.config  # with all its layers
-    place, size = batch_sharding(job.mesh), max(job.mesh.shape["data"], 1)
-    batches = [next(loader.fixed_batches(r, i, size, place))[0] for i, r in enumerate(rows.train)]
-    batch = jax.tree.map(lambda *parts: jnp.concatenate(parts), *batches)
+    # On one device and on the same rows whatever the mesh, so that the choice of layers does not depend on it.
+    batches = [next(loader.fixed_batches(r, i, _IMPORTANCE_ROWS))[0] for i, r in enumerate(rows.train)]
+    batch = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *batches)
 
     @jax.jit
     def loss(params: PyTree, layer: jax.Array, batch: Batch) -> jax.Array:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkd import __version__
-from jaxkd.config import claim, commit, read_config, saved_experiment, versions, write_json
+from jaxkd.config import adopt, claim, commit, lock, read_config, saved_experiment, versions, write_json
 from jaxkd.experiment import experiment
 
 _CONFIG_HELP = """\
@@ -68,7 +68,7 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
     """Build the rows of every domain, as `train` would."""
     from jaxkd import job, load
 
-    rows = load.domains(job.build(experiment(read_config(config))))
+    rows = load.domains(job.build(job.elsewhere(experiment(read_config(config)))))
     for p in rows.prepared:
         print(
             f"{p.name}: {p.train_rows:,} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
@@ -87,26 +87,31 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     import jax
 
     built = job.build(e)
-    claim(workdir, e, options.accept_changes)
+    changes = claim(workdir, e, options.accept_changes)
     for note in built.notes:
         print(f"mesh: {note}")
-    with jax.set_mesh(built.mesh):
+    with lock(workdir), jax.set_mesh(built.mesh):
         rows = load.domains(built)
         run = loop.Run(built, workdir, rows)
-        known = (
-            json.loads((workdir / "run.json").read_text()) if run.resumed and (workdir / "run.json").exists() else {}
-        )
+        for change in changes:
+            print(f"changed: {change}")
+        adopt(workdir, e)
+        before = workdir / "run.json"
+        known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
         kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
         facts = _facts(built, rows, kept, command)
-        write_json(workdir / "run.json", facts)
+        write_json(before, facts)
         for name in ("teacher", "student"):
             side = facts[name]
-            print(f"{name}: {side['path']}, {side['layers']} layers, {side['parameters'] / 1e6:,.1f}M parameters")
+            of = f" of {built.student.whole_layers}" if name == "student" and kept else ""
+            size = f"{side['parameters'] / 1e6:,.1f}M parameters"
+            print(f"{name}: {side['path']}, {side['layers']}{of} layers, {size}")
         finished = run.go()
     page = report.write(workdir)
     if finished:
         evaluations = log.read(workdir / "evals.jsonl")
-        print(compare.table([r for r in evaluations if r["step"] == e.run.steps], run.start))
+        last = max(row["step"] for row in evaluations)
+        print(compare.table([row for row in evaluations if row["step"] == last], run.start))
     print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
 
 
@@ -120,7 +125,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
     from jaxkd.evals import compare
     from jaxkd.train import log
 
-    built = job.build(e)
+    built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
         step, student = _student(built, workdir, options.step)
         rows = load.domains(built)
@@ -131,7 +136,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
         before = log.read(workdir / "evals.jsonl")
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         result = compare.evaluate(
-            lambda batch: comparison(student, teacher, batch), load.held_out(built, rows), step, start or None
+            lambda batch: comparison(student, teacher, batch), load.held_out(built, rows), step, start
         )
     print(compare.table(result, start))
     if not any(row["step"] == step for row in before):
@@ -148,7 +153,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     from jaxkd import job
     from jaxkd.train import log
 
-    built = job.build(e)
+    built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
         step, student = _student(built, workdir, options.step)
         host = jax.device_get(student)
@@ -272,11 +277,9 @@ def console() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("JAXKD_TRACEBACK"):
             raise
-        text = (
-            str(error)
-            if not isinstance(error, OSError) or error.errno is None
-            else f"{error.strerror}: {error.filename}"
-        )
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         print(f"jaxkd: error: {' '.join(text.split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

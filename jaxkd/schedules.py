@@ -1,7 +1,8 @@
 """Scalars that may change with the step: a number, or a function `step -> value`."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
-import optax
 
 from jaxkd.types import Scalar
 
@@ -14,29 +15,33 @@ def value(scalar: Scalar, step):
 
 
 def constant(peak: float, steps: int, warmup: int = 0, end: float = 0.0) -> Scalar:
-    """Rise linearly to `peak` over `warmup` steps, then stay. `end` is not reached."""
+    """Rise linearly to `peak` over `warmup` steps, then stay; `steps` and `end` do not matter."""
     del steps, end
-    return optax.schedules.warmup_constant_schedule(0.0, peak, warmup) if warmup else peak
+    return _after_warmup(peak, warmup, lambda count: peak) if warmup else peak
 
 
 def linear(peak: float, steps: int, warmup: int = 0, end: float = 0.0) -> Scalar:
     """Rise linearly to `peak` over `warmup` steps, then fall linearly to `end` at `steps`."""
-    fall = optax.schedules.linear_schedule(peak, end, max(steps - warmup, 1))
-    return _after_warmup(peak, warmup, fall)
+    return _after_warmup(peak, warmup, lambda count: peak + (end - peak) * _progress(count, steps - warmup))
 
 
 def cosine(peak: float, steps: int, warmup: int = 0, end: float = 0.0) -> Scalar:
     """Rise linearly to `peak` over `warmup` steps, then `end + (peak - end) (1 + cos(pi t)) / 2`."""
-    span = max(steps - warmup, 1)
 
     def fall(count):
-        t = jnp.clip(count / span, 0.0, 1.0)
-        return end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * t))
+        return end + (peak - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(count, steps - warmup)))
 
     return _after_warmup(peak, warmup, fall)
 
 
-def _after_warmup(peak: float, warmup: int, fall: Scalar) -> Scalar:
-    if not warmup:
-        return fall
-    return optax.schedules.join_schedules([optax.schedules.linear_schedule(0.0, peak, warmup), fall], [warmup])
+def _progress(count, span: int):
+    return jnp.clip(count / max(span, 1), 0.0, 1.0)
+
+
+def _after_warmup(peak: float, warmup: int, fall: Callable) -> Scalar:
+    """The first step gets 1/warmup of the peak, not nothing: an update of size zero would be a wasted step."""
+
+    def value(step):
+        return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), fall(step - warmup))
+
+    return value

@@ -25,17 +25,18 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(data: int, model: int) -> Mesh:
-    """A `(data, model)` mesh over all devices.
+def make_mesh(data: int, model: int, devices: list | None = None) -> Mesh:
+    """A `(data, model)` mesh.
 
     Args:
         data: devices along `data`, or -1 for what `model` leaves.
         model: devices along `model`.
+        devices: which ones; None is all.
 
     Raises:
         ValueError: when the product is not the number of devices.
     """
-    devices = jax.devices()
+    devices = devices or jax.devices()
     if data == -1:
         data = max(len(devices) // model, 1)
     if data * model != len(devices):

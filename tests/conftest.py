@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 # LLVM's optimiser is left out: compiling is most of what these tests would wait for, and XLA's own passes, which
 # decide memory and collectives, run all the same.
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Every annotated shape and type of jaxkd is checked while tests run; users pay nothing for it.
+install_import_hook("jaxkd", "beartype.beartype")
 
 settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
 settings.load_profile("shared")

@@ -14,12 +14,20 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import jaxkd, process_environment, tiny_arguments
 
+GOLDEN = [  # loss, kd, ce of the first five steps of the tiny recipe on the two made-up domains
+    (5.50975, 0.000879, 5.50931),
+    (5.21610, 0.007055, 5.21258),
+    (4.76021, 0.034366, 4.74303),
+    (4.32711, 0.096730, 4.27875),
+    (4.00262, 0.208092, 3.89858),
+]
 TIMINGS = ("tokens_per_s", "step_s")
 SMALL = (
     "--config.run.steps=12",
     "--config.run.checkpoint_every=3",
     "--config.run.eval_every=6",
     "--config.data.interval=5",
+    "--config.run.keep_checkpoints=1",
 )
 
 
@@ -32,10 +40,8 @@ def logged(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(workdir / "metrics.jsonl")]
 
 
-def final_state(workdir: Path) -> tuple[dict, dict]:
-    """Every array of the newest checkpoint as bytes, and the mixture."""
-    step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert step == 12
+def final_state(workdir: Path, step: int = 12) -> tuple[dict, dict]:
+    """Every array of a checkpoint as bytes, and the mixture."""
     reader, path = ocp.PyTreeCheckpointer(), workdir.absolute() / "checkpoints" / str(step)
     shapes = reader.metadata(path / "train").item_metadata.tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
@@ -67,10 +73,10 @@ class Background:
             text=True,
         )
 
-    def wait_for_step(self, step: int) -> None:
-        """Until that step's metrics are on disk, or the run is over."""
+    def wait_for_step(self, step: int, file: str = "metrics.jsonl") -> None:
+        """Until a file has so many lines, or the run is over."""
         deadline = time.monotonic() + 300
-        path = self.workdir / "metrics.jsonl"
+        path = self.workdir / file
         while time.monotonic() < deadline and self.process.poll() is None:
             if path.exists() and path.read_text().count("\n") >= step:
                 return
@@ -154,9 +160,11 @@ def lines_so_far(workdir: Path) -> list[str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_path):
     workdir = tmp_path / "stopped"
-    # Long enough that the signal arrives before the end; the rest of the run is the same.
-    run = Background(workdir, arguments)
-    run.wait_for_step(4)
+    run = Background(workdir, arguments, cache=False)
+    if number == signal.SIGKILL:
+        run.wait_for_step(4)
+    else:  # while the step compiles: these steps take milliseconds, and JAX looks for SIGTERM about once a second
+        run.wait_for_step(0, "evals.jsonl")
     run.process.send_signal(number)
     output = run.finish()
     if number != signal.SIGKILL:
@@ -184,6 +192,9 @@ def test_another_mesh_gives_the_same_rows_and_nearly_the_same_losses(undisturbed
 
 
 def test_a_changed_config_is_refused_unless_told(undisturbed, arguments, tmp_path):
+    order = jaxkd("train", "--workdir", str(undisturbed), *arguments, "--config.data.interval=4", "--accept-changes")
+    assert order.returncode == 1
+    assert "data.interval decides which rows a step sees and cannot change in a run" in order.stderr
     changed = [*arguments, "--config.optim.lr.peak=1e-3"]
     result = jaxkd("train", "--workdir", str(undisturbed), *changed)
     assert result.returncode == 1
@@ -208,16 +219,6 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         p.name for p in (tmp_path / "student").iterdir()
     }
-    # The exported directory is a model like any other: as a student of its own, it starts where the run ended.
-    again = tmp_path / "again"
-    result = jaxkd(
-        "train",
-        "--workdir",
-        str(again),
-        *tiny_arguments({}, Path("unused")),
-    )
-    assert result.returncode == 1  # no domain is left
-    assert "data.domains is empty" in result.stderr
 
 
 def test_an_exported_student_continues_as_a_checkpoint(undisturbed, arguments, tmp_path):
@@ -230,6 +231,54 @@ def test_an_exported_student_continues_as_a_checkpoint(undisturbed, arguments, t
     assert first["student_nats"] == pytest.approx(last["student_nats"], rel=1e-5)
 
 
+def test_the_numbers_are_what_they_were(undisturbed):
+    """If this moves on purpose, say why in the commit and write the new numbers down; otherwise find out why."""
+    golden = GOLDEN
+    rows = lines(undisturbed / "metrics.jsonl")[:5]
+    assert [(row["loss"], row["kd"], row["ce"]) for row in rows] == [
+        pytest.approx(g, rel=2e-5, abs=2e-6) for g in GOLDEN
+    ]
+
+
+def test_every_option_of_the_template_in_one_sharded_run(arguments, tmp_path):
+    """bfloat16, rematerialisation, micro-batches, measured importance, a sparse log; stopped and resumed."""
+    options = [
+        "--config.run.dtype=bfloat16",
+        "--config.teacher.dtype=bfloat16",
+        "--config.run.remat=layer",
+        "--config.optim.micro_batches=2",
+        "--config.student.layers=()",
+        "--config.student.keep=3",
+        "--config.run.log_every=2",
+        "--config.run.mesh.data=4",
+        "--config.run.mesh.model=2",
+        "--config.objective.kd.divergence=generalized_jsd(beta=0.3)",
+    ]
+    workdir = tmp_path / "template"
+    first = [*arguments, *options, "--config.run.steps=4"]
+    result = jaxkd("train", "--workdir", str(workdir), *first, devices=8)
+    assert result.returncode == 0, result.stderr
+    assert "3 of 4 layers" in result.stdout
+    assert len(json.loads((workdir / "run.json").read_text())["student"]["kept_layers"]) == 3
+    longer = [*arguments, *options, "--config.run.steps=6"]
+    result = jaxkd("train", "--workdir", str(workdir), *longer, "--accept-changes", devices=8)
+    assert result.returncode == 0, result.stderr
+    assert "changed: run.steps: 4 -> 6" in result.stdout
+    assert [row["step"] for row in lines(workdir / "metrics.jsonl")] == [2, 4, 6]
+    # Looked at on a machine without that mesh:
+    result = jaxkd("evaluate", "--workdir", str(workdir))
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_student_of_random_weights(arguments, tmp_path):
+    shape = {"vocab": 257, "embed": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 32}
+    options = [f"--config.student.shape.{key}={value}" for key, value in shape.items()]
+    options += ["--config.student.path=random", "--config.student.layers=()", "--config.run.steps=2"]
+    result = jaxkd("train", "--workdir", str(tmp_path / "random"), *arguments, *options)
+    assert result.returncode == 0, result.stderr
+    assert "student: random, 1 layers" in result.stdout
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(arguments, tmp_path):
     workdir = tmp_path / "diverged"
     more = ["--config.optim.lr.peak=1e30", "--config.optim.clip=0.0", "--config.optim.weight_decay=1e20"]
@@ -237,4 +286,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(argumen
     assert result.returncode == 1
     assert "is nan at step" in result.stderr or "is inf at step" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not [p for p in (workdir / "checkpoints").iterdir() if p.name == "12"]
+    for path in (workdir / "checkpoints").glob("[0-9]*"):
+        state, _ = final_state(workdir, int(path.name))
+        assert all(np.isfinite(np.frombuffer(b, np.float32)).all() for key, b in state.items() if "student" in key)

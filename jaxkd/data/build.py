@@ -139,9 +139,8 @@ def _spread(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A window of at most `most` pieces from each document, at random; the rest of the documents after that.
 
-    Long documents would otherwise fill a small limit alone: 24 rows of source code are one file. Windows
-        overlap by one
-    token, as pieces do, so every token is still a target once.
+    Long documents would otherwise fill a small limit alone: 24 rows of source code are one file. Windows overlap by
+    one token, as pieces do, so every token is still a target once.
     """
     step, rest = length - 1, []
     for number, (ids, sizes) in enumerate(documents):

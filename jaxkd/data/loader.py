@@ -150,9 +150,8 @@ def fixed_batches(
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """All rows of a domain in their order, for evaluation.
 
-    The last batch is filled up with copies of its last row, of zero weight and zero bytes: copies, since a
-        row without any
-    segment has nothing to attend to.
+    The last batch is filled up with copies of its last row, of zero weight and zero bytes: copies, since a row
+    without any segment has nothing to attend to.
 
     Args:
         rows: the domain's.

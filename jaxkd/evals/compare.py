@@ -62,12 +62,11 @@ def evaluate(
         comparison: sums of a batch.
         domains: name -> batches of the domain's held-out rows, each with the bytes of its rows' targets.
         step: of the student.
-        start: the student's nats per token per domain at step 0; None when this is step 0.
+        start: the student's nats per token per domain at step 0, empty if unknown; None when this is step 0.
 
     Raises:
         ValueError: when a domain has no token to score, or a figure is not finite.
     """
-    first = start or {}
     rows: list[Row] = []
     for name, batches in domains.items():
         parts, size = [], 0
@@ -94,29 +93,28 @@ def evaluate(
                 "teacher_bits_per_byte": means["teacher_nats"] * bits,
                 "kl": means["kl"],
                 "agreement": means["agreement"],
-                "gap_closed": _closed(means["student_nats"], means["teacher_nats"], first.get(name)),
+                "gap_closed": _closed(means["student_nats"], means["teacher_nats"], start, name),
                 "tokens": int(total.tokens),
             }
         )
-    rows.append(_mean(rows, step, first.get("mean")))
+    rows.append(_mean(rows, start, step))
     return rows
 
 
-def _closed(student: float, teacher: float, start: float | None) -> float | None:
+def _closed(student: float, teacher: float, start: Mapping[str, float] | None, name: str) -> float | None:
     """Share of the student's first deficit that is gone: 0 at the start, 1 level with the teacher.
 
-    None where there was no deficit to close.
+    None where there was no deficit to close, or where it is not known.
     """
-    if start is None:
-        return 0.0 if student > teacher else None
-    return (start - student) / (start - teacher) if start > teacher else None
+    before = student if start is None else start.get(name)
+    return (before - student) / (before - teacher) if before is not None and before > teacher else None
 
 
-def _mean(rows: list[Row], step: int, start: float | None) -> Row:
+def _mean(rows: list[Row], start: Mapping[str, float] | None, step: int) -> Row:
     skip = ("step", "domain", "gap_closed", "tokens")
     mean: Row = {"step": step, "domain": "mean"}
     mean |= {k: math.fsum(row[k] for row in rows) / len(rows) for k in rows[0] if k not in skip}
-    mean["gap_closed"] = _closed(mean["student_nats"], mean["teacher_nats"], start)
+    mean["gap_closed"] = _closed(mean["student_nats"], mean["teacher_nats"], start, "mean")
     mean["tokens"] = sum(row["tokens"] for row in rows)
     return mean
 

@@ -1,7 +1,10 @@
 """Checkpoints of everything a run's next step depends on. The only file that knows Orbax."""
 
-import json
+import contextlib
+import errno
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +62,12 @@ class Checkpoints:
             progress: JSON values: the mixture and the run's counters.
 
         Raises:
-            OSError: when an earlier background write failed (a full disk shows here).
+            OSError: when there is no room for it, or an earlier background write failed.
         """
         self._raise_background_error()
         if step == self.latest():
             return
+        self._check_room(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(train=ocp.args.PyTreeSave(state._asdict()), mixture=ocp.args.JsonSave(progress)),
@@ -80,47 +84,61 @@ class Checkpoints:
             ValueError: when the step cannot be read as this state; the message names the step.
         """
         target = abstract._asdict()
-        where = Path(self._manager.directory) / str(step)
-        self._check(step, target, where)
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
         )
-        try:
+        with self._readable(step):
+            self._check(step, target)
             read = self._manager.restore(step, args=ocp.args.Composite(train=arguments, mixture=ocp.args.JsonRestore()))
-        except (ValueError, KeyError, TypeError, FileNotFoundError, json.JSONDecodeError) as error:
-            reason = str(error).strip().splitlines()[0][:300]
-            raise ValueError(f"checkpoint {where} cannot be read: {reason}") from error
         return TrainState(**read["train"]), read["mixture"]
 
-    def _check(self, step: int, target: PyTree, where: Path) -> None:
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Name the checkpoint in whatever goes wrong while reading it."""
+        where = Path(self._manager.directory) / str(step)
+        if step not in self._manager.all_steps():
+            there = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise ValueError(f"there is no checkpoint {where}; steps that are there: {there}")
+        try:
+            yield
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+            raise ValueError(f"checkpoint {where} cannot be restored: {reason}") from error
+
+    def _check(self, step: int, target: PyTree) -> None:
         """Compare shapes and dtypes first: Orbax would cast a wrong dtype in silence."""
         saved = _leaves(self._manager.item_metadata(step)["train"].tree)
         for name, leaf in _leaves(target).items():
-            found = saved.get(name)
-            if found is None or (tuple(found.shape), np.dtype(found.dtype)) != (
-                tuple(leaf.shape),
-                np.dtype(leaf.dtype),
-            ):
-                there = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
-                raise ValueError(
-                    f"checkpoint {where} does not hold this run's state: {name} should be "
-                    f"{leaf.dtype}{list(leaf.shape)}, there is {there}"
-                )
+            there, wanted = (
+                f"{np.dtype(x.dtype)}{list(x.shape)}" if x is not None else "nothing" for x in (saved.get(name), leaf)
+            )
+            if there != wanted:
+                raise ValueError(f"{name} should be {wanted}, there is {there}")
 
     def restore_student(self, step: int, abstract: PyTree) -> PyTree:
-        """The student's parameters alone, as for evaluation and export."""
+        """The student's parameters alone, as for evaluation and export.
+
+        Raises:
+            ValueError: as `restore`.
+        """
         target = {"params": {"student": abstract}}
-        read = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                train=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                )
-            ),
+        arguments = ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
         )
+        with self._readable(step):
+            self._check(step, target)
+            read = self._manager.restore(step, args=ocp.args.Composite(train=arguments))
         return read["train"]["params"]["student"]
+
+    def _check_room(self, state: TrainState) -> None:
+        # Before writing: what Orbax and TensorStore print from their threads on a full disk helps nobody.
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) * 1.05 + 2**20
+        free = shutil.disk_usage(self._manager.directory).free
+        if free < need:
+            said = f"the disk is full: a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+            raise OSError(errno.ENOSPC, said, str(self._manager.directory))
 
     def _raise_background_error(self) -> None:
         try:

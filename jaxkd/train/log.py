@@ -56,7 +56,7 @@ class TrainLog:
         self._metrics, self._evals = workdir / "metrics.jsonl", workdir / "evals.jsonl"
         for path in (self._metrics, self._evals):
             truncate(path, step)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
 
     def step(self, row: dict[str, Any], write: bool) -> None:
@@ -67,9 +67,13 @@ class TrainLog:
             append(self._metrics, [row])
             self._to_board("train", row, row["step"])
 
-    def restart_evaluations(self) -> None:
-        """Forget a first evaluation that a kill cut short."""
-        truncate(self._evals, -1)
+    def restart_evaluation(self, step: int) -> None:
+        """Forget an evaluation that a kill cut short."""
+        truncate(self._evals, step - 1)
+
+    def flush(self) -> None:
+        """Bring TensorBoard's events to disk, as the JSON lines already are."""
+        self._board.flush()
 
     def evaluation(self, rows: list[dict[str, Any]]) -> None:
         """One evaluation's rows, a domain each, to the files."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -49,7 +50,7 @@ class Interrupt:
         self._asked = False
 
     def __call__(self, step: int) -> bool:
-        """Whether to save and stop now; every process answers alike."""
+        """Whether to save and stop now."""
         return multihost_utils.reached_preemption_sync_point(step) or self._asked
 
     @contextlib.contextmanager
@@ -106,11 +107,17 @@ class Run:
         self.start = {r["domain"]: r["student_nats"] for r in log.read(workdir / "evals.jsonl") if r["step"] == 0}
 
         self.teacher = live(self.models.teacher, job.teacher.forward) if job.objective.uses_teacher else absent()
-        step = make_step(job.student.forward, self.teacher, job.objective, job.tx, job.experiment.optim.micro_batches)
+        plain = make_step(job.student.forward, self.teacher, job.objective, job.tx, job.experiment.optim.micro_batches)
+
+        def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+            after, measured = plain(state, teacher_state, batch)
+            # In the program, so that reading it never waits for the step that is running.
+            measured["lr"] = (jnp.asarray(schedules.value(job.lr, state.step), jnp.float32), jnp.ones(()))
+            return after, measured
+
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
         comparison = compare.make_comparison(job.student.forward, job.teacher.forward, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
-        self.held_out = load.held_out(job, rows)
 
     def _adopt(self, progress: dict[str, Any]) -> None:
         if progress["rows"] != self.rows.fingerprints:
@@ -159,7 +166,7 @@ class Run:
         """Student beside teacher on the held-out rows."""
         rows = compare.evaluate(
             lambda batch: self.comparison(params, self.models.teacher, batch),
-            self.held_out,
+            load.held_out(self.job, self.rows),
             step,
             self.start if step else None,
         )
@@ -179,14 +186,18 @@ class Run:
         interrupt = Interrupt()
         try:
             with interrupt.listening():
-                if step == 0 and "mean" not in self.start:
-                    output.restart_evaluations()
-                    self._evaluate(output, 0)
+                if self._due(step) and not any(
+                    row["step"] == step for row in log.read(self.workdir / "evals.jsonl") if row["domain"] == "mean"
+                ):
+                    output.restart_evaluation(step)
+                    self._evaluate(output, step)
                 finished = self._steps(step, run, output, interrupt)
             self.checkpoints.wait()
         finally:
-            output.close()
-            self.checkpoints.close()
+            try:
+                output.close()
+            finally:
+                self.checkpoints.close()
         return finished
 
     def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt) -> bool:
@@ -200,29 +211,35 @@ class Run:
                 clock = self._record(output, *waiting, clock)
             step, waiting = step + 1, (step + 1, measured, batch)
             stop = interrupt(step)
-            evaluate = step == run.steps or (run.eval_every > 0 and step % run.eval_every == 0)
             save = step == run.steps or step % run.checkpoint_every == 0
-            if stop or evaluate or save:
+            if stop or save or self._due(step):
                 # The step's own numbers come first: a state whose loss is NaN must not be saved.
                 clock = self._record(output, *waiting, clock)
                 waiting = None
-                if evaluate:
+                # A process that was told to stop has no time for an evaluation; the next one makes it up.
+                if self._due(step) and not stop:
                     self._evaluate(output, step)
                 if stop or save:
+                    output.flush()
                     self.checkpoints.save(step, self.state, self._progress())
                 clock = time.perf_counter()
-            if stop and step < run.steps:
+            if stop:
                 output.say(
                     f"stopped by a signal: step {step} of {run.steps} is saved; the same command goes on from it"
                 )
                 return False
         return True
 
+    def _due(self, step: int) -> bool:
+        """Whether this step is evaluated: before, after, and every so often."""
+        run = self.job.experiment.run
+        return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
+
     def _record(self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, clock: float) -> float:
         """Fetch a step's metrics, check and log them; returns the time at which they were there."""
         values = metrics.read(measured)
         now = time.perf_counter()
-        for name in ("loss", "grad_norm"):
+        for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(values.get(name, math.nan)):
                 latest = self.checkpoints.latest()
                 rows = list(zip(np.asarray(batch.domain).tolist(), np.asarray(batch.row).tolist(), strict=True))

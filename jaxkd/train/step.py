@@ -49,8 +49,8 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
-        tokens = jnp.maximum(batch.weights.sum(), 1.0)
-        return jax.tree.map(lambda g: g / tokens, grads), metrics
+        tokens = batch.weights.sum()
+        return jax.tree.map(lambda g: g / jnp.where(tokens > 0, tokens, 1.0), grads), metrics
 
     return gradient
 

@@ -82,7 +82,7 @@ def test_the_mean_is_over_domains_and_the_gap_is_its_own():
         student, teacher = next(values)
         return compare.Sums(student * 10, teacher * 10, 5.0, 5.0, 10.0)
 
-    domains = {"a": [(None, np.array([7]))], "b": [(None, np.array([7]))]}
+    domains = {"a": [(make_batch(0), np.array([7]))], "b": [(make_batch(0), np.array([7]))]}
     *_, mean = compare.evaluate(comparison, domains, 5, {"a": 6.0, "b": 10.0, "mean": 8.0})
     assert (mean["student_nats"], mean["teacher_nats"], mean["tokens"]) == (6.0, 2.0, 20)
     assert mean["gap_closed"] == pytest.approx(1 / 3)
@@ -90,9 +90,9 @@ def test_the_mean_is_over_domains_and_the_gap_is_its_own():
 
 def test_no_gap_where_the_student_was_not_behind():
     comparison = lambda batch: compare.Sums(10.0, 30.0, 1.0, 1.0, 10.0)
-    row, _ = compare.evaluate(comparison, {"a": [(None, np.array([7]))]}, 0)
+    row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 0)
     assert row["gap_closed"] is None
-    row, _ = compare.evaluate(comparison, {"a": [(None, np.array([7]))]}, 4, {"a": 2.0, "mean": 2.0})
+    row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 4, {"a": 2.0, "mean": 2.0})
     assert row["gap_closed"] is None
     assert " - " in compare.table([row], {"a": 2.0})
 
@@ -100,6 +100,6 @@ def test_no_gap_where_the_student_was_not_behind():
 def test_a_teacher_that_gives_nan_is_named():
     comparison = lambda batch: compare.Sums(10.0, math.nan, 1.0, 1.0, 10.0)
     with pytest.raises(ValueError, match="teacher_nats of domain 'law' is nan at step 7"):
-        compare.evaluate(comparison, {"law": [(None, np.array([7]))]}, 7)
+        compare.evaluate(comparison, {"law": [(make_batch(0), np.array([7]))]}, 7)
     with pytest.raises(ValueError, match="'law' have no token to score"):
-        compare.evaluate(lambda b: compare.Sums(0, 0, 0, 0, 0.0), {"law": [(None, np.array([0]))]}, 7)
+        compare.evaluate(lambda b: compare.Sums(0, 0, 0, 0, 0.0), {"law": [(make_batch(0), np.array([0]))]}, 7)

@@ -82,7 +82,7 @@ def test_another_model_is_refused_by_name(tmp_path):
     half = init_state({"student": {"w": w.astype(jnp.bfloat16), "b": b}, "objective": {}}, TX)
     more = init_state({"student": {"w": w, "b": b, "c": b}, "objective": {}}, optax.sgd(1.0))
     for other, message in (
-        (narrow, r"1 does not hold .*student.w should be float32\[4, 16\], there is float32\[8, 16\]"),
+        (narrow, r"1 cannot be restored: .*student.w should be float32\[4, 16\], there is float32\[8, 16\]"),
         (half, r"student.w should be bfloat16\[8, 16\], there is float32"),
         (more, r"params.student.c should be float32\[16\], there is nothing"),
     ):
