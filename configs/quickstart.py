@@ -3,7 +3,7 @@
     bash launch/local.sh
     jaxkd train --config configs/quickstart.py --workdir runs/quickstart
 
-Teacher: SmolLM2-135M-Instruct. Student: its most important layers, 60M to 80M parameters. Data: six domains of
+Teacher: SmolLM2-135M-Instruct. Student: its fifteen most important layers, 81M parameters. Data: six domains of
 real text that come with Python packages. Objective: forward KL to the teacher (Hinton et al. 2015, arXiv
 1503.02531) plus next-token cross-entropy. Runtime and the expected numbers are in docs/results.md.
 """

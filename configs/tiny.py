@@ -1,9 +1,9 @@
-"""Random models of a few thousand parameters on two real domains: seconds, for tests and for trying things out.
+"""Random models of some ten thousand parameters on two real domains: seconds, for tests and for trying things out.
 
     jaxkd train --config configs/tiny.py --workdir runs/tiny
 
 The same path through the code as every other recipe; only the sizes differ. Runtime: under half a minute on
-two CPU cores, most of it compiling. Expected: the loss falls from 8.3 to about 7 nats per byte in 20 steps.
+two CPU cores, most of it compiling. Expected: the loss falls from 5.5 to about 4.2 in 20 steps.
 """
 
 from ml_collections import ConfigDict

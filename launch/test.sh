@@ -5,7 +5,8 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh test
 
 status=0
-.venv/bin/python -m pytest "$@" || status=$?
+# a process per core: most of the time goes into compiling; a file's tests stay together and share what they built
+.venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@" || status=$?
 # the last line says what was left out, where nobody overlooks it
 .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' ||
     echo "parity group skipped: it needs torch and transformers (bash launch/setup.sh parity)" >&2

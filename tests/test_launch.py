@@ -287,7 +287,7 @@ def test_test_passes_arguments_and_status_on(machine):
     place = next((machine.root / ".venv" / "lib").glob("python*/site-packages"))
     (place / "pytest.py").write_text("import sys\nprint(*sys.argv[1:])\nsys.exit(5)\n")
     done = machine.run("test.sh", "-k", "a or b")
-    assert (done.returncode, done.stdout) == (5, "-k a or b\n")
+    assert (done.returncode, done.stdout) == (5, "--numprocesses auto --dist loadfile -k a or b\n")
     assert done.stderr.startswith("parity group skipped: ")
 
 
