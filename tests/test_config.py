@@ -6,7 +6,7 @@ import subprocess
 
 import jax
 import pytest
-from conftest import REPOSITORY, jaxkd, tiny_arguments, write_domain
+from harness import REPOSITORY, jaxkd, tiny_arguments, write_domain
 
 from jaxkd import config, job
 from jaxkd.data.mixture import Mixture

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import jaxkd, process_environment, tiny_arguments
+from harness import jaxkd, process_environment, tiny_arguments
 
 GOLDEN = [  # loss, kd, ce of the first five steps of the tiny recipe on the two made-up domains
     (5.50975, 0.000879, 5.50931),

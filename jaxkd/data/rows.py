@@ -55,7 +55,7 @@ class Rows:
     def __len__(self) -> int:
         return self._size
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: Sequence[int | np.integer] | np.ndarray) -> dict[str, np.ndarray]:
         """Rows by index.
 
         `targets[t] = tokens[t + 1]` and `weights[t] = 1` where both belong to one segment; elsewhere both are

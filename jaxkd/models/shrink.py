@@ -28,7 +28,7 @@ def keep_layers(params: PyTree, layers: tuple[int, ...]) -> PyTree:
     return {**params, "layers": jax.tree.map(lambda a: a[index], params["layers"])}
 
 
-def without_layer(params: PyTree, layer: jax.Array) -> PyTree:
+def without_layer(params: PyTree, layer: jax.Array | int) -> PyTree:
     """The decoder with one layer turned into the identity: its two output projections are zero.
 
     Shapes stay, so that one compiled program measures every layer.

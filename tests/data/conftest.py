@@ -1,27 +1,14 @@
 """A small and awkward corpus, rows built of it, and the real tokenizer where its package is installed."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from corpus import sentences, write_jsonl
 
 from jaxkd.data.build import Prepared, prepare
 from jaxkd.data.sources import open_source
 from jaxkd.data.tokenize import Tokenizer, byte_tokenizer, from_gguf
-
-quick = settings(deadline=None, max_examples=50)  # machines that run tests are shared: time says nothing
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-def sentences(number: int, word: str = "word") -> list[str]:
-    """Distinct texts of 10 to about 150 bytes, with characters of one to four bytes."""
-    return [f"{word} {i} äß中𝔘 " + f"{i * 7919 % 1000} " * (i % 30) for i in range(number)]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import sentences, write_jsonl
+from corpus import sentences, write_jsonl
 
 from jaxkd.data import build
 from jaxkd.data.builtin import Document

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import quick
+from corpus import quick
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from conftest import quick
+from corpus import quick
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors

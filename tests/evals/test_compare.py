@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from harness import random_params
 
 from jaxkd import sharding
 from jaxkd.evals import compare

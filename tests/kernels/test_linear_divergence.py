@@ -223,7 +223,7 @@ def test_zero_with_no_gradient_at_equality(name):
 def test_bfloat16_operands_accumulate_in_float32():
     student, teacher, targets, weights = problem(tokens=64, width=64, teacher_width=64, columns=2048)
     student, teacher = cast((student, teacher), jnp.bfloat16)
-    arguments = (targets, jnp.asarray(weights, jnp.float32), (1.0,))
+    arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32), (1.0,))
 
     def value(hidden, unembed):
         return linear_divergence((forward_kl(),), Head(hidden, unembed), teacher, *arguments, vocab=2048, chunk=16)[0]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from harness import random_params
 
 from jaxkd.models import shrink, transformer
 from jaxkd.models.transformer import Config

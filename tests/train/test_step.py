@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_params
+from harness import random_params
 
 from jaxkd import divergences, objectives, sharding
 from jaxkd.models import transformer
