@@ -130,8 +130,9 @@ def build(experiment: Experiment) -> Job:
     whole = student_config.layers
     student_config = _cut(e, student_config)
     _check_vocabulary(tokenizer, {"teacher": teacher_config, "student": student_config})
-    if e.student.path not in ("teacher", "random"):
-        _check_same_tokenizer(tokenizer, _tokenizer("teacher", student_checkpoint))
+    for side, checkpoint in (("teacher", teacher_checkpoint), ("student", student_checkpoint)):
+        if checkpoint is not None and checkpoint.has_tokenizer:
+            _check_same_tokenizer(tokenizer, _tokenizer("teacher", checkpoint), side)
 
     for side, config in (("teacher", teacher_config), ("student", student_config)):
         if e.data.length > config.max_length:
@@ -313,13 +314,15 @@ def _check_vocabulary(tokenizer: tokenize.Tokenizer, configs: dict[str, Config])
             )
 
 
-def _check_same_tokenizer(teacher: tokenize.Tokenizer, student: tokenize.Tokenizer) -> None:
-    ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (teacher, student))
+def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, side: str) -> None:
+    if data.fingerprint == model.fingerprint:
+        return
+    ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (data, model))
     differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if differ:
         raise ValueError(
-            f"teacher and student have different vocabularies: {len(differ)} tokens have other ids, "
-            f"such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
+            f"the data's tokenizer and the {side}'s own have different vocabularies: {len(differ)} tokens have other "
+            f"ids, such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
         )
 
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from beartype import BeartypeConf, beartype
@@ -103,3 +104,81 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
 
 
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")
+
+
+# ------------------------------------------------------------------------- runs and what they leave
+
+TIMINGS = ("tokens_per_s", "step_s")
+SMALL = (
+    "--config.run.steps=12",
+    "--config.run.checkpoint_every=3",
+    "--config.run.eval_every=6",
+    "--config.data.interval=5",
+    "--config.run.keep_checkpoints=1",
+)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def logged(workdir: Path) -> list[dict]:
+    """The metrics, timings left out."""
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(workdir / "metrics.jsonl")]
+
+
+def final_state(workdir: Path, step: int = 12) -> tuple[dict, dict]:
+    """Every array of a checkpoint as bytes, and the mixture."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    reader, path = ocp.PyTreeCheckpointer(), workdir.absolute() / "checkpoints" / str(step)
+    shapes = reader.metadata(path / "train").item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    tree = reader.restore(path / "train", ocp.args.PyTreeRestore(restore_args=as_numpy))
+    mixture = json.loads((path / "mixture" / "metadata").read_text())
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, mixture
+
+
+def assert_same_run(workdir: Path, reference: Path) -> None:
+    assert logged(workdir) == logged(reference)
+    assert lines(workdir / "evals.jsonl") == lines(reference / "evals.jsonl")
+    (state, mixture), (expected, expected_mixture) = final_state(workdir), final_state(reference)
+    assert len(expected) > 20
+    assert state == expected
+    assert mixture == expected_mixture
+
+
+class Background:
+    """A run that can be killed or signalled."""
+
+    def __init__(self, workdir: Path, arguments: list[str], cache: bool = True):
+        self.workdir = workdir
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxkd", "train", "--workdir", str(workdir), *arguments],
+            env=process_environment(cache=cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_step(self, step: int, file: str = "metrics.jsonl") -> None:
+        """Until a file has so many lines, or the run is over."""
+        deadline = time.monotonic() + 300
+        path = self.workdir / file
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if path.exists() and path.read_text().count("\n") >= step:
+                return
+            time.sleep(0.005)
+        assert self.process.poll() is not None, "the run made no progress"
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=300)
+        return output
+
+
+def lines_so_far(workdir: Path) -> list[str]:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []

@@ -170,6 +170,9 @@ def test_errors_are_one_line(tmp_path, two_domains):
     workdir = ["--workdir", str(tmp_path / "run")]
     assert "did you mean run.steps" in fails("train", *workdir, *arguments, "--config.run.step=1")
     assert "no such file" in fails("train", *workdir, *arguments, "--config.teacher.path=nowhere")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(b"GGUF\x03\0\0\0" + bytes(4))
+    assert "cut.gguf" in fails("train", *workdir, *arguments, f"--config.teacher.path={cut}")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     assert "0 distinct documents" in fails("prepare", *arguments, f"--config.data.domains.empty={empty}")

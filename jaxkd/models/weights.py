@@ -55,6 +55,11 @@ class Checkpoint:
     tensors: tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...] = dataclasses.field(repr=False)
     fields: Mapping[str, Any] = dataclasses.field(repr=False)  # a GGUF file's metadata
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model comes with a tokenizer of its own."""
+        return self.tokenizer_dir is None or (self.tokenizer_dir / "tokenizer.json").is_file()
+
     @cached_property
     def tokenizer_fields(self) -> dict[str, Any] | None:
         """A GGUF file's `tokenizer.*` metadata, decoded when first asked for; `None` for a directory."""
