@@ -45,20 +45,61 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
+class TopK(NamedTuple):
+    """A teacher's largest entries, true log-probabilities at temperature 1, and what all the others weigh together."""
+
+    ids: Int[jax.Array, "*tokens K"]  # different within a token
+    logprobs: Float[jax.Array, "*tokens K"]
+    tail: Float[jax.Array, "*tokens T"]  # log of the other entries' mass, at each temperature that was stored
+
+
+class Sampled(NamedTuple):
+    """Draws from the teacher's distribution at temperature 1: how often each id came up; a count of 0 is filling."""
+
+    ids: Int[jax.Array, "*tokens K"]  # different within a token, where they count
+    counts: Int[jax.Array, "*tokens K"]
+
+
+class Leading(NamedTuple):
+    """The teacher's most probable entries: the fewest that hold `mass`, or so many `entries`; ties come along."""
+
+    mass: float = 0.0
+    entries: int = 0
+
+
 class Side(NamedTuple):
     """What a divergence may know of a vocabulary entry beside the two log-probabilities. No gradient flows here."""
 
     hit: jax.Array  # [N, v] bool: the entry is the data's next token
+    head: Any = None  # [N, v] bool: it is one of the teacher's leading entries, where asked for
+
+
+class Divergence(NamedTuple):
+    """`combine(*[sum_v c for c in phi(lp, lq, side)])`, differentiable in `lq` only.
+
+    `phi` returns a tuple of m arrays [N, v]; `combine` maps their m sums over the vocabulary, each [N], to
+    nats [N]. `head` asks for `side.head`. `support` says which entries of a top-k teacher are seen, and how
+    normalised; None is the K and their tail. `unbiased` promises that phi is linear in p, so that draws may
+    stand for p. With `normaliser`, `combine` gets the logits' log-sum-exp [N] as a last argument.
+    """
+
+    phi: Callable[[jax.Array, jax.Array, Side], tuple[jax.Array, ...]]
+    combine: Callable[..., jax.Array] = lambda total: total
+    uses_teacher: bool = True
+    head: Leading | None = None
+    support: str | None = None
+    unbiased: bool = False
+    normaliser: bool = False
 
 
 class Output(NamedTuple):
     """What a model's forward pass returns: the head, and by name what was tapped on the way."""
 
     head: Head
-    taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers
+    taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers; see models/transformer
 
 
-Signal = Output
+Signal = Output | TopK | Sampled
 """What a teacher tells about a batch."""
 
 Forward = Callable[..., Output]

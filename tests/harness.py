@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from beartype import BeartypeConf, beartype
 
@@ -182,3 +184,40 @@ class Background:
 def lines_so_far(workdir: Path) -> list[str]:
     path = workdir / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
+
+
+# ---------------------------------------------------------------------------------- compiled programs
+
+
+class Collective(NamedTuple):
+    """A collective operation of a compiled program."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]  # of its results, one an operand
+    in_loop: bool
+
+
+def collectives(text: str) -> list[Collective]:
+    """Every collective in the text of an optimised HLO module, and whether a loop repeats it."""
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if (start := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)) is not None:
+            name = start.group(1)
+        bodies.setdefault(name, []).append(line)
+    inner_names = r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)"
+    called = {n: set(re.findall(inner_names, "\n".join(b))) for n, b in bodies.items()}
+    looping, queue = set(), list(re.findall(r"body=%?([\w.\-]+)", text))
+    while queue:
+        if (inner := queue.pop()) not in looping:
+            looping.add(inner)
+            queue.extend(called.get(inner, ()))
+    found = []
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    for computation, lines in bodies.items():
+        for line in lines:
+            if (match := re.match(rf"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({kinds})(?:-start)?\(", line)) is not None:
+                sizes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
+                shapes = tuple(tuple(int(n) for n in dims.split(",") if n) for dims in sizes)
+                found.append(Collective(match.group(2), shapes, computation in looping))
+    return found

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.divergences import Divergence, forward_kl, next_token
+from jaxkd.divergences import forward_kl, next_token
 from jaxkd.kernels.api import linear_comparison
-from jaxkd.types import Batch, Forward, PyTree
+from jaxkd.types import Batch, Divergence, Forward, PyTree
 
 Row = dict[str, Any]
 

@@ -7,92 +7,164 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from jaxkd.kernels import reference, xla
-from jaxkd.types import Head, Scalar
+from jaxkd.kernels.pointwise import Softening
+from jaxkd.types import Divergence, Head, Sampled, Scalar, TopK
 
 IMPLEMENTATIONS = ("reference", "xla")
-CHUNK_BYTES = 192 * 2**20
-"""What the logits of one chunk and what is made of them may take on a device."""
-_BUFFERS = 5  # student and teacher logits, their log-probabilities, the gradient: live at once, float32
+CHUNK_BYTES = 448 * 2**20
+"""What the logits of one chunk and what is made of them may take on a device, where the head's gradient takes less."""
+_BUFFERS = 3  # student and teacher logits and the gradient: live at once, float32
 
 
-def chunk_size(tokens: int, columns: int, budget: int = CHUNK_BYTES) -> int:
-    """Tokens per chunk: as many as the byte budget allows, spread evenly, in multiples of eight.
+def chunk_size(tokens: int, columns: int, width: int = 0, budget: int = CHUNK_BYTES) -> int:
+    """Tokens per chunk: as many as the byte budget allows, in multiples of eight that divide the tokens if possible.
+
+    Every chunk adds a product of the head's size to the head's gradient, so fewer are faster; the more so the wider
+    the head, whose gradient the budget therefore grows with (the two do not need all of their memory at once). A chunk
+    that divides the tokens spares padded copies of the hidden states, the only memory that would grow with them.
 
     Args:
         tokens: on one device.
         columns: vocabulary entries on one device.
-        budget: bytes.
+        width: of the student's hidden states.
+        budget: bytes; at least what the head's gradient takes is used.
     """
+    budget = max(budget, 4 * width * columns)
     most = max(8, budget // (4 * _BUFFERS * columns) // 8 * 8)
+    dividing = [size for size in range(most, most // 2, -8) if tokens % size == 0]
+    if dividing:
+        return dividing[0]
     blocks = -(-tokens // most)
     return min(most, -(-tokens // (blocks * 8)) * 8)
 
 
-def _local_shape(tokens: int, columns: int) -> tuple[int, int]:
+def _chunk(tokens: int, student: Head) -> int:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tokens, columns
-    return tokens // mesh.shape.get("data", 1), columns // mesh.shape.get("model", 1)
+    sizes = {} if mesh.empty else mesh.shape
+    width, columns = student.unembed.shape
+    return chunk_size(tokens // sizes.get("data", 1), columns // sizes.get("model", 1), width)
 
 
-def _flat(head: Head | None) -> Head | None:
-    return None if head is None else head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
+def _flat(signal: Any) -> Any:
+    """With one token axis instead of several."""
+    if isinstance(signal, Head):
+        return signal._replace(hidden=signal.hidden.reshape(-1, signal.hidden.shape[-1]))
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, x.shape[-1]), signal)
 
 
 def linear_divergence(
     terms: tuple,
     student: Head,
-    teacher: Head | None,
+    teacher: Head | TopK | Sampled | None,
     targets: Int[jax.Array, "*tokens"],
     weights: Float[jax.Array, "terms *tokens"],
     temperatures: tuple[Scalar | jax.Array, ...],
     *,
     vocab: int,
+    standardized: tuple[bool, ...] = (),
+    tails: tuple[float, ...] = (1.0,),
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[jax.Array, ""], Float[jax.Array, "terms *tokens"]]:
-    """Weighted sum of divergences between two heads, fused with the heads' matrix products.
+    """Weighted sum of divergences between a teacher's signal and a head, fused with the heads' matrix products.
 
         value = sum_i sum_n weights[i, n] D_i(p_n^(T_i), q_n^(T_i)),   fields[i, n] = D_i(...)
 
     `value` is differentiable in the student's hidden states, unembedding and bias and linear in the
-    weights; nothing flows to the teacher, the temperatures or through `fields`. No T^2: that belongs to the
-    weights. Log-probabilities are floored at `types.LOG_FLOOR`.
+    weights; nothing flows to the teacher, the temperatures or through `fields`. A head that is not
+    differentiated costs no product for its gradient. No T^2: that belongs to the weights. Log-probabilities
+    are floored at `types.LOG_FLOOR`.
 
     Args:
         terms: a `Divergence` each.
         student: hidden [*tokens D] in the compute dtype, unembed [D V].
-        teacher: the same with its own width, or None when no term uses it.
+        teacher: a head with its own width, stored entries, draws, or None when no term uses it.
         targets: [*tokens] next-token ids.
         weights: [terms *tokens], unnormalised; entries of weight zero cost and count nothing.
         temperatures: one a term, numbers or scalars of the program.
         vocab: true vocabulary; columns from there on have no probability and no gradient.
+        standardized: per term, whether logits are first divided by their standard deviation over the vocabulary
+            (each side its own, without a gradient; arXiv 2403.01427); () is no.
+        tails: the temperatures of `TopK.tail`, in its order.
         chunk: tokens at a time on a device; None sizes it from the shapes and `CHUNK_BYTES`.
         implementation: "reference", "xla", or None for the best that the platform has.
 
     Raises:
-        ValueError: for an unknown implementation, a missing teacher, or sizes that disagree.
+        ValueError: for an unknown implementation, a missing teacher, sizes that disagree, or a term that the
+            teacher's signal cannot serve.
     """
+    standardized = standardized or (False,) * len(terms)
     _check(terms, student, teacher, vocab, implementation)
+    stored = tuple(
+        _tail(term, teacher, temperature, standard, tails)
+        if term.uses_teacher and isinstance(teacher, TopK | Sampled)
+        else 0
+        for term, temperature, standard in zip(terms, temperatures, standardized, strict=True)
+    )
     flat_student, flat_teacher, flat_targets = _flat(student), _flat(teacher), targets.reshape(-1)
     flat_weights = weights.reshape(len(terms), -1).astype(jnp.float32)
     if implementation == "reference":
         value, fields = reference.linear_divergence(
-            terms, vocab, chunk, flat_student, flat_teacher, flat_targets, flat_weights, temperatures
+            terms, vocab, flat_student, flat_teacher, flat_targets, flat_weights, temperatures, standardized, stored
         )
         return value, fields.reshape(weights.shape)
     distinct: list[Scalar | jax.Array] = []
+    softenings: list[Softening] = []
     slots = []
-    for temperature in temperatures:
+    for temperature, standard, tail in zip(temperatures, standardized, stored, strict=True):
         same = [i for i, seen in enumerate(distinct) if seen is temperature or _equal(seen, temperature)]
-        slots.append(same[0] if same else len(distinct))
         if not same:
             distinct.append(temperature)
-    chunk = chunk or chunk_size(*_local_shape(flat_targets.shape[0], student.unembed.shape[1]))
-    plan = xla.Plan(tuple(terms), tuple(slots), vocab, chunk)
+        softening = Softening(same[0] if same else len(distinct) - 1, standard, tail)
+        if softening not in softenings:
+            softenings.append(softening)
+        slots.append(softenings.index(softening))
+    chunk = chunk or _chunk(flat_targets.shape[0], student)
+    plan = xla.Plan(tuple(terms), tuple(slots), tuple(softenings), vocab, chunk)
     scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
     value, fields = xla.divergence(plan, flat_student, flat_teacher, flat_targets, flat_weights, scalars)
     return value, jax.lax.stop_gradient(fields).reshape(weights.shape)
+
+
+def refusal(term: Divergence, signal: type, standardized: bool = False) -> str | None:
+    """Why a term cannot learn from a kind of teacher signal, or None when it can.
+
+    Args:
+        term: the divergence.
+        signal: `Head`, `TopK` or `Sampled`.
+        standardized: whether its logits are standardised.
+    """
+    if not term.uses_teacher:
+        return None
+    if signal is Head:
+        if term.support is not None:
+            return f"its '{term.support}' form is for a top-k teacher; a full distribution has no entries to leave out"
+        return None
+    if standardized:
+        return "standardising needs all of the teacher's logits, and this teacher keeps a few entries"
+    if signal is Sampled and (not term.unbiased or term.support is not None):
+        return "draws stand for the teacher only where the term is linear in p: use cross_entropy()"
+    return None
+
+
+def _tail(term: Divergence, teacher: TopK | Sampled, temperature, standardized: bool, tails: tuple[float, ...]) -> int:
+    """The place of the stored tail that a term uses."""
+    if (reason := refusal(term, type(teacher), standardized)) is not None:
+        raise ValueError(f"this term cannot learn from a {type(teacher).__name__} signal: {reason}")
+    known = [i for i, tail in enumerate(tails) if _equal(tail, temperature)]
+    if isinstance(teacher, Sampled):
+        if not _equal(temperature, 1.0):
+            raise ValueError("draws from the teacher at temperature 1 serve no other temperature")
+        return 0
+    if term.support in ("conditional", "renormalized"):
+        return 0  # what is renormalised needs no tail
+    if not known:
+        said = temperature if isinstance(temperature, int | float) else "a schedule"
+        raise ValueError(
+            f"the teacher's tail is stored at temperature {', '.join(map(str, tails))}, not at {said}: its mass "
+            "cannot be recovered from another temperature; store it, or use one that is"
+        )
+    return known[0]
 
 
 def linear_comparison(
@@ -119,10 +191,9 @@ def linear_comparison(
     """
     _check(terms, student, teacher, vocab, None)
     flat_targets = targets.reshape(-1)
-    chunk = chunk or chunk_size(*_local_shape(flat_targets.shape[0], student.unembed.shape[1]))
-    plan = xla.Plan(tuple(terms), (0,) * len(terms), vocab, chunk)
-    heads: Any = (_flat(student), _flat(teacher))
-    rows = xla.compare(plan, heads[0], heads[1], flat_targets)
+    chunk = chunk or _chunk(flat_targets.shape[0], student)
+    plan = xla.Plan(tuple(terms), (0,) * len(terms), (Softening(0),), vocab, chunk)
+    rows = xla.compare(plan, _flat(student), _flat(teacher), flat_targets)
     return rows.reshape(len(terms) + 1, *targets.shape)
 
 
@@ -130,15 +201,20 @@ def _equal(a, b) -> bool:
     return isinstance(a, int | float) and isinstance(b, int | float) and a == b
 
 
-def _check(terms, student: Head, teacher: Head | None, vocab: int, implementation: str | None) -> None:
+def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str | None) -> None:
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown kernel implementation '{implementation}'; there are {', '.join(IMPLEMENTATIONS)}")
     if teacher is None and any(term.uses_teacher for term in terms):
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
-    widths = [head.unembed.shape[1] for head in (student, teacher) if head is not None]
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"student and teacher heads have {widths[0]} and {widths[1]} columns; pad both to one multiple"
-        )
-    if vocab > widths[0]:
-        raise ValueError(f"the true vocabulary is {vocab}, but the heads have only {widths[0]} columns")
+    columns = student.unembed.shape[1]
+    if isinstance(teacher, Head):
+        if teacher.unembed.shape[1] != columns:
+            raise ValueError(
+                f"student and teacher heads have {columns} and {teacher.unembed.shape[1]} columns; "
+                "pad both to one multiple"
+            )
+        for term in terms:
+            if (reason := refusal(term, Head)) is not None:
+                raise ValueError(f"this term cannot learn from a teacher's head: {reason}")
+    if vocab > columns:
+        raise ValueError(f"the true vocabulary is {vocab}, but the heads have only {columns} columns")

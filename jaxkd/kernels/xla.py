@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from jaxkd.types import LOG_FLOOR, Head, Side
+from jaxkd.kernels.pointwise import Columns, Softening, activate, columns_of, dense, dot, logits, operand, sparse
+from jaxkd.types import Head, Sampled, TopK
 
 _TOKEN_AXES, _VOCAB_AXIS = ("data",), "model"
 
@@ -26,96 +28,33 @@ class Plan(NamedTuple):
     """What is static about a call."""
 
     terms: tuple[Any, ...]
-    slots: tuple[int, ...]  # per term, which of the distinct temperatures it uses
+    slots: tuple[int, ...]  # per term, which of the softenings it uses
+    softenings: tuple[Softening, ...]
     vocab: int
     chunk: int
+    frozen: bool = False  # the head gets no gradient, and costs no product for one
 
 
-class _Columns(NamedTuple):
-    """The vocabulary entries that one device holds."""
-
-    ids: jax.Array  # [v]
-    valid: jax.Array  # [v] bool: below the true vocabulary
-    axis: str | None  # mesh axis over which the vocabulary is split
-
-    def sum(self, x: jax.Array) -> jax.Array:
-        return x.sum(-1) if self.axis is None else jax.lax.psum(x.sum(-1), self.axis)
-
-    def max(self, x: jax.Array) -> jax.Array:
-        return x.max(-1) if self.axis is None else jax.lax.pmax(x.max(-1), self.axis)
-
-    def argmax(self, z: jax.Array) -> jax.Array:
-        """The first id with the largest entry, [c v] -> [c]."""
-        z = jnp.where(self.valid, z, -jnp.inf)
-        winner = self.ids[jnp.argmax(z, -1)]
-        if self.axis is None:
-            return winner
-        winner = jnp.where(z.max(-1) == self.max(z), winner, jnp.iinfo(jnp.int32).max)
-        return jax.lax.pmin(winner, self.axis)
-
-
-def _columns(vocab: int, local: int, axis: str | None) -> _Columns:
-    ids = jnp.arange(local) + (0 if axis is None else jax.lax.axis_index(axis) * local)
-    return _Columns(ids, ids < vocab, axis)
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Matrix product in the operands' dtype with float32 accumulation."""
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-
-
-def _activate(raw: jax.Array, bias, scale, softcap) -> jax.Array:
-    z = raw if scale is None else raw * scale
-    z = z if bias is None else z + bias.astype(jnp.float32)
-    return z if softcap is None else softcap * jnp.tanh(z / softcap)
-
-
-def _logits(head: Head, hidden: jax.Array) -> jax.Array:
-    """[c v] float32 logits of a chunk against this device's columns."""
-    return _activate(_dot(hidden, _operand(head), (1, 0)), head.bias, head.scale, head.softcap)
-
-
-def _operand(head: Head) -> jax.Array:
-    # The parameter stays float32, so that its gradient does; the product runs in the activations' dtype.
-    return head.unembed.astype(head.hidden.dtype)
-
-
-def _log_probs(z: jax.Array, temperature, columns: _Columns) -> jax.Array:
-    z = jnp.where(columns.valid, z / temperature, -jnp.inf)
-    top = columns.max(z)[:, None]
-    normaliser = jnp.log(columns.sum(jnp.exp(z - top)))[:, None] + top
-    return jnp.maximum(z - normaliser, LOG_FLOOR)
-
-
-def _slope(term, lp, lq, side, columns: _Columns) -> tuple[jax.Array, jax.Array]:
-    """A term's value per token [c], and dD/d(log q) per entry [c v] with each log q taken as free."""
-    contributions, pull = jax.vjp(lambda x: term.phi(lp, x, side), lq)
-    sums = [columns.sum(jnp.where(columns.valid, c, 0.0)) for c in contributions]
-    value, pull_sums = jax.vjp(term.combine, *sums)
-    steep = pull_sums(jnp.ones_like(value))
-    (slope,) = pull(tuple(jnp.where(columns.valid, s[:, None], 0.0) for s in steep))
-    return value, slope
-
-
-def _terms(plan: Plan, temperatures, z, z_teacher, side, weights, columns, gradient: bool):
+def _terms(plan: Plan, temperatures, z, teacher: Head | TopK | Sampled | None, target, weights, columns: Columns):
     """All terms on one chunk: fields [terms, c], and the gradient in the logits [c v]."""
+    z_teacher = logits(teacher, teacher.hidden) if isinstance(teacher, Head) else None
+    hit = target[:, None] == columns.ids
     fields: dict[int, jax.Array] = {}
-    dz = jnp.zeros_like(z)
-    for slot in sorted(set(plan.slots)):
-        temperature = temperatures[slot]
-        lq = _log_probs(z, temperature, columns)
-        lp = lq if z_teacher is None else _log_probs(z_teacher, temperature, columns)
-        slope = jnp.zeros_like(z)
-        for i in (i for i, s in enumerate(plan.slots) if s == slot):
-            fields[i], steep = _slope(plan.terms[i], lp, lq, side, columns)
-            # `where` before multiply: a divergence may be infinite or NaN where its weight is zero.
-            weight = weights[i][:, None]
-            slope += jnp.where(weight != 0, jnp.where(weight != 0, steep, 0.0) * weight, 0.0)
-        if gradient:
-            # d log q / d z turns a free slope g into g - q sum(g).
-            total = columns.sum(slope)[:, None]
-            dz += jnp.where(columns.valid, slope - jnp.exp(lq) * total, 0.0) / temperature
+    dz = None
+    for slot, softening in enumerate(plan.softenings):
+        mine = [i for i, s in enumerate(plan.slots) if s == slot]
+        temperature = temperatures[softening.temperature]
+        thin: list[int] = []
+        parts = []
+        if isinstance(teacher, TopK | Sampled) and (thin := [i for i in mine if plan.terms[i].uses_teacher]):
+            named = [(plan.terms[i], weights[i]) for i in thin]
+            parts.append((thin, sparse(named, softening, temperature, z, teacher, target, columns)))
+        if full := [i for i in mine if i not in thin]:
+            named = [(plan.terms[i], weights[i]) for i in full]
+            parts.append((full, dense(named, softening, temperature, z, z_teacher, hit, columns)))
+        for which, (values, part) in parts:
+            fields |= dict(zip(which, values, strict=True))
+            dz = part if dz is None else dz + part
     return jnp.stack([fields[i] for i in range(len(plan.terms))]), dz
 
 
@@ -133,41 +72,50 @@ def _flat(x: jax.Array, count: int) -> jax.Array:
 def _fields(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, temperatures):
     """Fields [terms, N] of this device's tokens, with no gradient."""
     del tokens
-    columns = _columns(plan.vocab, student.unembed.shape[1], axis)
+    columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
 
     def block(xs):
-        hidden, teacher_hidden, target, weight = xs
-        z_teacher = None if teacher is None else _logits(teacher, teacher_hidden)
-        side = Side(hit=target[:, None] == columns.ids)
-        z = _logits(student, hidden)
-        return _terms(plan, temperatures, z, z_teacher, side, weight.T, columns, gradient=False)[0].T
+        hidden, entries, target, weight = xs
+        z = logits(student, hidden)
+        return _terms(plan, temperatures, z, _teacher(teacher, entries), target, weight.T, columns)[0].T
 
-    xs = (student.hidden, None if teacher is None else teacher.hidden, targets, weights.T)
+    xs = (student.hidden, _per_token(teacher), targets, weights.T)
     fields = jax.lax.map(block, jax.tree.map(lambda x: _chunked(x, plan.chunk), xs))
     return _flat(fields, targets.shape[0]).T
 
 
+def _per_token(teacher: Head | TopK | Sampled | None) -> Any:
+    """The part of a teacher's signal that has a token axis."""
+    return teacher.hidden if isinstance(teacher, Head) else teacher
+
+
+def _teacher(whole: Head | TopK | Sampled | None, chunk: Any) -> Any:
+    """The signal for a chunk of tokens."""
+    return whole._replace(hidden=chunk) if isinstance(whole, Head) else chunk
+
+
 def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, temperatures):
     """Fields [terms, N], and the gradient of their weighted sum in (hidden, unembed, bias)."""
-    columns = _columns(plan.vocab, student.unembed.shape[1], axis)
-    unembed = _operand(student)
+    columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
+    unembed = operand(student)
 
     def block(carry, xs):
-        hidden, teacher_hidden, target, weight = xs
-        z_teacher = None if teacher is None else _logits(teacher, teacher_hidden)
-        side = Side(hit=target[:, None] == columns.ids)
-        activate = partial(_activate, scale=student.scale, softcap=student.softcap)
-        z, pull = jax.vjp(activate, _dot(hidden, unembed, (1, 0)), student.bias)
-        fields, dz = _terms(plan, temperatures, z, z_teacher, side, weight.T, columns, gradient=True)
+        hidden, entries, target, weight = xs
+        shape = partial(activate, scale=student.scale, softcap=student.softcap)
+        z, pull = jax.vjp(shape, dot(hidden, unembed, (1, 0)), student.bias)
+        fields, dz = _terms(plan, temperatures, z, _teacher(teacher, entries), target, weight.T, columns)
         live = jnp.any(weight != 0, axis=1, keepdims=True)
         raw, dbias = pull(jnp.where(live, dz, 0.0))
         raw = raw.astype(hidden.dtype)
-        # What stands in a token without weight, NaN included, must not reach the head's gradient.
-        step = (_dot(jnp.where(live, hidden, 0), raw, (0, 0)), dbias)
-        return jax.tree.map(jnp.add, carry, step), (fields.T, _dot(raw, unembed, (1, 1)))
+        if not plan.frozen:
+            # What stands in a token without weight, NaN included, must not reach the head's gradient.
+            step = (dot(jnp.where(live, hidden, 0), raw, (0, 0)), dbias)
+            carry = jax.tree.map(jnp.add, carry, step)
+        return carry, (fields.T, dot(raw, unembed, (1, 1)))
 
-    empty = (jnp.zeros(student.unembed.shape, jnp.float32), jax.tree.map(jnp.zeros_like, student.bias))
-    xs = (student.hidden, None if teacher is None else teacher.hidden, targets, weights.T)
+    empty: Any = (jnp.zeros(student.unembed.shape, jnp.float32), jax.tree.map(jnp.zeros_like, student.bias))
+    empty = (None, None) if plan.frozen else empty
+    xs = (student.hidden, _per_token(teacher), targets, weights.T)
     reduced, (fields, dhidden) = jax.lax.scan(block, empty, jax.tree.map(lambda x: _chunked(x, plan.chunk), xs))
     if tokens:
         reduced = jax.lax.psum(reduced, tokens)
@@ -179,16 +127,15 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
 
 def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head, targets, weights, temperatures):
     """[terms + 1, N]: the terms' fields at temperature 1, then whether both sides rank the same token first."""
-    columns = _columns(plan.vocab, student.unembed.shape[1], axis)
+    columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
     del tokens, weights, temperatures
 
     def block(xs):
         hidden, teacher_hidden, target = xs
-        z, z_teacher = _logits(student, hidden), _logits(teacher, teacher_hidden)
-        side = Side(hit=target[:, None] == columns.ids)
+        z, signal = logits(student, hidden), teacher._replace(hidden=teacher_hidden)
         nothing = jnp.zeros((len(plan.terms), target.shape[0]))
-        fields, _ = _terms(plan, jnp.ones(1), z, z_teacher, side, nothing, columns, gradient=False)
-        same = columns.argmax(z) == columns.argmax(z_teacher)
+        fields, _ = _terms(plan, jnp.ones(1), z, signal, target, nothing, columns)
+        same = columns.argmax(z) == columns.argmax(logits(teacher, teacher_hidden))
         return jnp.concatenate([fields, same.astype(jnp.float32)[None]]).T
 
     xs = jax.tree.map(lambda x: _chunked(x, plan.chunk), (student.hidden, teacher.hidden, targets))
@@ -204,17 +151,19 @@ def _on_mesh(body: Callable, plan: Plan, with_gradient: bool, student: Head, tea
     if not tokens and axis is None:
         return body(plan, (), None, student, teacher, *rest)
 
-    def place(head: Head | None) -> Any:
+    def place(signal: Head | TopK | Sampled | None) -> Any:
+        if isinstance(signal, TopK | Sampled):
+            return jax.tree.map(lambda x: P(tokens, *[None] * (x.ndim - 1)), signal)
         specs = (P(tokens, None), P(None, axis), P(axis), P(), P())
-        present: list[Any] = [None if x is None else s for x, s in zip(head or (), specs, strict=False)]
-        return None if head is None else Head(*present)
+        present: list[Any] = [None if x is None else s for x, s in zip(signal or (), specs, strict=False)]
+        return None if signal is None else Head(*present)
 
     out = P(None, tokens)
-    gradient = (P(tokens, None), P(None, axis), None if student.bias is None else P(axis))
+    head = (None, None) if plan.frozen else (P(None, axis), None if student.bias is None else P(axis))
     return jax.shard_map(
         partial(body, plan, tokens, axis),
         in_specs=(place(student), place(teacher), P(tokens), out, P()),
-        out_specs=(out, gradient) if with_gradient else out,
+        out_specs=(out, (P(tokens, None), *head)) if with_gradient else out,
         check_vma=False,
     )(student, teacher, *rest)
 
@@ -225,27 +174,35 @@ def _value(weights: jax.Array, fields: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def divergence(plan: Plan, student: Head, teacher: Head | None, targets, weights, temperatures):
+def divergence(plan: Plan, student: Head, teacher: Head | TopK | Sampled | None, targets, weights, temperatures):
     """See `kernels.api.linear_divergence`."""
     fields = _on_mesh(_fields, plan, False, student, teacher, targets, weights, temperatures)
     return _value(weights, fields), fields
 
 
-def _forward(plan: Plan, student, teacher, targets, weights, temperatures):
+def _forward(plan: Plan, *arguments):
+    student, teacher, targets, weights, temperatures = jax.tree.map(
+        lambda x: x.value, arguments, is_leaf=lambda x: hasattr(x, "perturbed")
+    )
+    # A head that nothing differentiates (a frozen one) costs neither its product nor its buffer.
+    perturbed = jax.tree.map(lambda x: x.perturbed, arguments[0], is_leaf=lambda x: hasattr(x, "perturbed"))
+    plan = plan._replace(frozen=not (perturbed.unembed or perturbed.bias))
     fields, gradient = _on_mesh(_fields_and_gradient, plan, True, student, teacher, targets, weights, temperatures)
     like = (student.hidden, student.unembed, student.bias)
-    gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, like)
+    gradient = tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True))
     return (_value(weights, fields), fields), (gradient, fields)
 
 
 def _backward(plan: Plan, residuals, cotangents):
-    (dhidden, dunembed, dbias), fields = residuals
+    gradient, fields = residuals
     scale = cotangents[0]
-    student = jax.tree.map(lambda g: (g * scale).astype(g.dtype), Head(dhidden, dunembed, dbias))
+    if isinstance(scale, SymbolicZero):  # only the fields were differentiated, and they carry no gradient
+        return None, None, None, None, None
+    student = jax.tree.map(lambda g: (g * scale).astype(g.dtype), Head(*gradient))
     return student, None, None, fields * scale, None
 
 
-divergence.defvjp(_forward, _backward)
+divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def compare(plan: Plan, student: Head, teacher: Head, targets: jax.Array) -> jax.Array:

@@ -1,124 +1,17 @@
 """The fused kernel against the dense form in float64: value, fields and every gradient."""
 
-import contextlib
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import FAMILY, ZERO_AT_EQUALITY, cast, close, dense, each_alone, fused, problem
 
-from jaxkd.divergences import Divergence, forward_kl, generalized_jsd, next_token, reverse_kl
+from jaxkd.divergences import forward_kl, generalized_jsd, next_token, reverse_kl
 from jaxkd.kernels.api import chunk_size, linear_divergence
 from jaxkd.sharding import make_mesh
 from jaxkd.types import LOG_FLOOR, Head
-
-
-def renyi(alpha: float) -> Divergence:
-    """Renyi divergence: a log of a sum, so that `combine` is more than the identity."""
-    return Divergence(
-        lambda lp, lq, side: (jnp.exp(alpha * lp + (1 - alpha) * lq),), lambda s: jnp.log(s) / (alpha - 1)
-    )
-
-
-def binary() -> Divergence:
-    """KL of (hit, not hit): two sums, a side input, and a non-linear combine."""
-
-    def phi(lp, lq, side):
-        return jnp.where(side.hit, jnp.exp(lp), 0.0), jnp.where(side.hit, jnp.exp(lq), 0.0)
-
-    def combine(p, q):
-        return p * jnp.log(p / q) + (1 - p) * jnp.log((1 - p) / (1 - q))
-
-    return Divergence(phi, combine)
-
-
-FAMILY = {
-    "forward_kl": forward_kl(),
-    "reverse_kl": reverse_kl(),
-    "jsd_0.1": generalized_jsd(0.1),
-    "jsd_0.5": generalized_jsd(0.5),
-    "next_token": next_token(),
-    "renyi": renyi(0.5),
-    "binary": binary(),
-}
-
-
-def problem(seed=0, tokens=24, width=16, teacher_width=24, columns=64, terms=1, spread=1.0):
-    """Heads, targets and weights, with masked tokens among them."""
-    rng = np.random.default_rng(seed)
-    student = Head(rng.normal(size=(tokens, width)) * spread, rng.normal(size=(width, columns)) * 0.5)
-    teacher = Head(rng.normal(size=(tokens, teacher_width)) * spread, rng.normal(size=(teacher_width, columns)) * 0.5)
-    weights = rng.uniform(0.1, 2.0, size=(terms, tokens))
-    weights[:, 3] = 0.0
-    weights[:, tokens // 2 :: 5] = 0.0
-    return student, teacher, rng.integers(0, columns - 16, size=tokens), weights
-
-
-def cast(tree, dtype):
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
-
-
-def dense(terms, student, teacher, targets, weights, temperatures, vocab):
-    """The reference in float64: (value, fields, gradients in hidden, unembed and bias)."""
-    with jax.enable_x64(True):
-        student, teacher = cast((student, teacher), jnp.float64)
-
-        def value(hidden, unembed, bias):
-            return linear_divergence(
-                terms,
-                student._replace(hidden=hidden, unembed=unembed, bias=bias),
-                teacher,
-                jnp.asarray(targets),
-                # The kernel's weights are float32; round the reference's alike.
-                jnp.asarray(np.float32(weights), jnp.float64),
-                temperatures,
-                vocab=vocab,
-                implementation="reference",
-            )
-
-        bias = jnp.zeros(student.unembed.shape[1]) if student.bias is None else student.bias
-        (total, fields), gradient = jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(
-            student.hidden, student.unembed, bias
-        )
-        return jax.tree.map(np.asarray, (total, fields, gradient))
-
-
-@functools.lru_cache
-def program(terms, temperatures, vocab, chunk):
-    """One compiled program per kind of call: which weights are zero is data, not a reason to compile."""
-
-    @jax.jit
-    def run(student, teacher, targets, weights):
-        def value(hidden, unembed, bias):
-            head = student._replace(hidden=hidden, unembed=unembed, bias=bias)
-            return linear_divergence(terms, head, teacher, targets, weights, temperatures, vocab=vocab, chunk=chunk)
-
-        return jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True)(student.hidden, student.unembed, student.bias)
-
-    return run
-
-
-def fused(terms, student, teacher, targets, weights, temperatures, vocab, chunk=None, mesh=None):
-    student, teacher = cast((student, teacher), jnp.float32)
-    if student.bias is None:
-        student = student._replace(bias=jnp.zeros(student.unembed.shape[1]))
-    arguments = (student, teacher, jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        (total, fields), gradient = program(terms, temperatures, vocab, chunk)(*arguments)
-    return jax.tree.map(np.asarray, (total, fields, gradient))
-
-
-def close(actual, expected, live, tolerance=2e-6):
-    """Relative L2 per array; fields where they carry weight."""
-    value, fields, gradient = actual
-    value_ref, fields_ref, gradient_ref = expected
-    np.testing.assert_allclose(value, value_ref, rtol=tolerance * 5, atol=1e-6)
-    np.testing.assert_allclose(fields[live], fields_ref[live], rtol=2e-5, atol=2e-6)
-    for got, want in zip(gradient, gradient_ref, strict=True):
-        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-        assert error < tolerance, error
 
 
 @pytest.mark.parametrize(("columns", "vocab"), [(64, 64), (64, 51)])
@@ -126,22 +19,31 @@ def close(actual, expected, live, tolerance=2e-6):
 @pytest.mark.parametrize("chunk", [10, 24])  # leaves a remainder; is everything
 def test_each_matches_dense_float64(columns, vocab, temperature, chunk):
     student, teacher, targets, one = problem(columns=columns)
-    for i in range(len(FAMILY)):
-        weights = np.zeros((len(FAMILY), one.shape[1]))
-        weights[i] = one[0]
+    for weights in each_alone(len(FAMILY), one):
         arguments = (tuple(FAMILY.values()), student, teacher, targets % vocab, weights)
         arguments += ((temperature,) * len(FAMILY), vocab)
         close(fused(*arguments, chunk=chunk), dense(*arguments), weights != 0)
 
 
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (1, 8), (4, 2)])
-def test_sharded_matches_dense_float64(data, model):
-    names = ("forward_kl", "next_token", "renyi", "binary")
-    student, teacher, targets, weights = problem(columns=64, terms=len(names))
-    terms = tuple(FAMILY[n] for n in names)
-    arguments = (terms, student, teacher, targets % 51, weights, (2.0, 1.0, 1.0, 2.0), 51)
+def test_each_sharded_matches_dense_float64(data, model):
+    student, teacher, targets, one = problem(columns=64)
     mesh = make_mesh(data, model)
-    close(fused(*arguments, chunk=2, mesh=mesh), dense(*arguments), weights != 0)
+    for weights in each_alone(len(FAMILY), one):
+        arguments = (tuple(FAMILY.values()), student, teacher, targets % 51, weights, (2.0,) * len(FAMILY), 51)
+        close(fused(*arguments, chunk=2, mesh=mesh), dense(*arguments), weights != 0)
+
+
+@pytest.mark.parametrize("mesh", [None, (4, 2)])
+def test_standardised_logits(mesh):
+    student, teacher, targets, one = problem(columns=64)
+    names = ("forward_kl", "reverse_kl", "adaptive_kl", "next_token")
+    terms, size = tuple(FAMILY[n] for n in names), len(names)
+    mesh = None if mesh is None else make_mesh(*mesh)
+    for weights in each_alone(size, one):
+        arguments = (terms, student, teacher, targets % 51, weights, (2.0, 1.0, 2.0, 1.0), 51)
+        more = {"standardized": (True, True, False, False)}
+        close(fused(*arguments, chunk=4, mesh=mesh, **more), dense(*arguments, **more), weights != 0)
 
 
 def test_several_terms_share_one_call():
@@ -211,7 +113,7 @@ def test_student_at_the_floor_still_learns():
     assert gradient[2][7] < 0
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd_0.5"])
+@pytest.mark.parametrize("name", ZERO_AT_EQUALITY)
 def test_zero_with_no_gradient_at_equality(name):
     student, _, targets, weights = problem(columns=64)
     value, fields, gradient = fused((FAMILY[name],), student, student, targets, weights, (1.5,), 60)
@@ -220,22 +122,25 @@ def test_zero_with_no_gradient_at_equality(name):
     assert max(np.abs(g).max() for g in gradient) < 1e-6
 
 
-def test_bfloat16_operands_accumulate_in_float32():
-    student, teacher, targets, weights = problem(tokens=64, width=64, teacher_width=64, columns=2048)
-    student, teacher = cast((student, teacher), jnp.bfloat16)
-    arguments = (jnp.asarray(targets), jnp.asarray(weights, jnp.float32), (1.0,))
-
-    def value(hidden, unembed):
-        return linear_divergence((forward_kl(),), Head(hidden, unembed), teacher, *arguments, vocab=2048, chunk=16)[0]
-
-    total, (dhidden, dunembed) = jax.jit(jax.value_and_grad(value, argnums=(0, 1)))(
-        student.hidden, student.unembed.astype(jnp.float32)
-    )
-    exact = dense((forward_kl(),), cast(student, np.float32), cast(teacher, np.float32), targets, weights, (1.0,), 2048)
-    np.testing.assert_allclose(total, exact[0], rtol=1e-4)  # the same rounded inputs: only the sums may differ
-    assert dhidden.dtype == jnp.bfloat16
-    assert dunembed.dtype == jnp.float32
-    assert np.linalg.norm(dunembed - exact[2][1]) / np.linalg.norm(exact[2][1]) < 5e-3
+@pytest.mark.parametrize("mesh", [None, (4, 2)])
+def test_bfloat16_operands_accumulate_in_float32(mesh):
+    """From the same rounded inputs only the gradient in the logits is rounded again, as an operand of its products."""
+    student, teacher, targets, one = problem(tokens=32, width=64, teacher_width=64, columns=1024, spread=0.5)
+    student, teacher = (cast(cast(head, jnp.bfloat16), np.float32) for head in (student, teacher))
+    half = [h._replace(hidden=h.hidden.astype(jnp.bfloat16)) for h in (student, teacher)]
+    mesh = None if mesh is None else make_mesh(*mesh)
+    for weights in each_alone(len(FAMILY), one):
+        rest = (targets, weights, (2.0,) * len(FAMILY), 1000)
+        value, fields, gradient = fused(
+            tuple(FAMILY.values()), *half, *rest, chunk=8, mesh=mesh, dtype=None
+        )  # fmt: skip
+        expected = dense(tuple(FAMILY.values()), student, teacher, *rest)
+        np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(fields[weights != 0], expected[1][weights != 0], rtol=1e-4, atol=1e-6)
+        assert gradient[0].dtype == jnp.bfloat16
+        assert gradient[1].dtype == jnp.float32
+        for got, want in zip(gradient[:2], expected[2][:2], strict=True):
+            assert np.linalg.norm(np.float64(got) - want) / np.linalg.norm(want) < 4e-3
 
 
 def test_value_is_linear_in_the_weights():
@@ -286,7 +191,36 @@ def test_clear_errors():
         generalized_jsd(1.0)
 
 
-def test_chunks_fit_the_budget_and_spread_evenly():
+def test_chunks_fit_the_budget_and_divide_the_tokens():
+    room = lambda tokens: 4 * 3 * 49152 * tokens  # three float32 arrays of a chunk
     assert chunk_size(512, 49152, budget=10**9) == 512
-    assert chunk_size(512, 49152, budget=4 * 5 * 49152 * 400) == 256
+    assert chunk_size(512, 49152, budget=room(400)) == 256
+    assert chunk_size(8192, 49152, budget=room(300)) == 256  # divides; 296 would not
+    assert chunk_size(1000, 49152, budget=room(300)) == 200
+    assert chunk_size(1016, 49152, budget=room(300)) == 256  # 8 x 127 has no such divisor: four even blocks
     assert chunk_size(3, 10**9) == 8
+    assert chunk_size(8192, 49152, width=3 * 512, budget=0) == 512  # as much as the head's gradient
+
+
+def test_memory_does_not_grow_with_the_tokens():
+    """Beyond the head's gradient, temporary memory is a few chunks' logits, whatever there are of tokens."""
+    columns, width = 4096, 32
+
+    def temporary(tokens, terms):
+        shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
+
+        def value(hidden, unembed, teacher_hidden, teacher_unembed, targets):
+            weights = jnp.ones((len(terms), tokens))
+            heads = Head(hidden, unembed), Head(teacher_hidden, teacher_unembed)
+            return linear_divergence(terms, *heads, targets, weights, (1.0,) * len(terms), vocab=columns, chunk=64)[0]
+
+        arguments = (shape(tokens, width), shape(width, columns), shape(tokens, width), shape(width, columns))
+        step = jax.jit(jax.value_and_grad(value, (0, 1)))
+        compiled = step.lower(*arguments, jax.ShapeDtypeStruct((tokens,), jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    both = forward_kl(), next_token()
+    few, many, alone = temporary(256, both), temporary(4096, both), temporary(256, both[:1])
+    assert many < 1.03 * few
+    assert few < alone + 2 * 4 * 64 * columns
+    assert many < 4 * width * columns + 6 * 4 * 64 * columns

@@ -1,0 +1,302 @@
+"""What happens to one chunk of logits: softening, log-probabilities, the terms, and the gradient in the logits.
+
+Everything here is per token over the vocabulary entries that one device holds; `Columns` is the only thing that
+knows whether other devices hold the rest, and it exchanges sums and maxima per token, never entries.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd.types import LOG_FLOOR, Divergence, Head, Leading, Sampled, Side, TopK
+
+_SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
+
+
+class Softening(NamedTuple):
+    """How logits become distributions: divided by a temperature, of standardised logits or of plain ones."""
+
+    temperature: int  # its place among the distinct temperatures
+    standardized: bool = False
+    tail: int = 0  # which of a top-k teacher's stored tails belongs to it
+
+
+class Columns(NamedTuple):
+    """The vocabulary entries that one device holds."""
+
+    ids: jax.Array  # [v]
+    valid: jax.Array | None  # [v] bool: below the true vocabulary; None when all are
+    axis: str | None  # mesh axis over which the vocabulary is split
+
+    def mask(self, x: jax.Array, other: float) -> jax.Array:
+        """`x` with what is beyond the true vocabulary replaced."""
+        return x if self.valid is None else jnp.where(self.valid, x, other)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """Per-token values summed over the devices that share the vocabulary."""
+        return x if self.axis is None else jax.lax.psum(x, self.axis)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """[c v] -> [c] over the whole vocabulary."""
+        return self.total(x.sum(-1))
+
+    def max(self, x: jax.Array) -> jax.Array:
+        """[c v] -> [c] over the whole vocabulary."""
+        return x.max(-1) if self.axis is None else jax.lax.pmax(x.max(-1), self.axis)
+
+    def argmax(self, z: jax.Array) -> jax.Array:
+        """The first id with the largest entry, [c v] -> [c]."""
+        z = self.mask(z, -jnp.inf)
+        winner = self.ids[jnp.argmax(z, -1)]
+        if self.axis is None:
+            return winner
+        winner = jnp.where(z.max(-1) == self.max(z), winner, jnp.iinfo(jnp.int32).max)
+        return jax.lax.pmin(winner, self.axis)
+
+    def local(self, ids: jax.Array) -> jax.Array:
+        """Places of global ids among this device's entries; those of other devices are past the end."""
+        place = ids - self.ids[0]
+        return jnp.where((place >= 0) & (place < self.ids.shape[0]), place, self.ids.shape[0])
+
+
+def columns_of(vocab: int, local: int, axis: str | None) -> Columns:
+    """This device's part of a vocabulary of which each device holds `local` entries."""
+    if axis is None:
+        ids = jnp.arange(local)
+        return Columns(ids, None if local == vocab else ids < vocab, None)
+    ids = jnp.arange(local) + jax.lax.axis_index(axis) * local
+    even = local * jax.lax.axis_size(axis) == vocab
+    return Columns(ids, None if even else ids < vocab, axis)
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Matrix product in the operands' dtype with float32 accumulation."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def activate(raw: jax.Array, bias, scale, softcap) -> jax.Array:
+    """What a head does to `hidden @ unembed`."""
+    z = raw if scale is None else raw * scale
+    z = z if bias is None else z + bias.astype(jnp.float32)
+    return z if softcap is None else softcap * jnp.tanh(z / softcap)
+
+
+def operand(head: Head) -> jax.Array:
+    """The unembedding as an operand: the parameter stays float32, the product runs in the activations' dtype."""
+    return head.unembed.astype(head.hidden.dtype)
+
+
+def logits(head: Head, hidden: jax.Array) -> jax.Array:
+    """[c v] float32 logits of a chunk against this device's columns."""
+    return activate(dot(hidden, operand(head), (1, 0)), head.bias, head.scale, head.softcap)
+
+
+# -------------------------------------------------------------------------------------- distributions
+
+
+class _Soft(NamedTuple):
+    """Softened logits [c v], -inf beyond the true vocabulary; what they were divided by; their normaliser [c 1]."""
+
+    z: jax.Array
+    divisor: jax.Array
+    normaliser: jax.Array
+
+    def log_probs(self) -> jax.Array:
+        return jnp.maximum(self.z - self.normaliser, LOG_FLOOR)
+
+
+def _soften(z: jax.Array, temperature: jax.Array, standardized: bool, columns: Columns) -> tuple[jax.Array, jax.Array]:
+    divisor = temperature
+    if standardized:
+        # The mean cancels in the softmax; the spread is a per-token temperature, without a gradient.
+        counts = columns.mask(jnp.isfinite(z), False)
+        clean = jnp.where(counts, z, 0.0)
+        size = columns.sum(counts.astype(jnp.float32))
+        mean = columns.sum(clean) / size
+        variance = columns.sum(jnp.where(counts, jnp.square(clean - mean[:, None]), 0.0)) / size
+        divisor = temperature * jnp.maximum(jnp.sqrt(variance), _SMALLEST_SPREAD)[:, None]
+    return columns.mask(z / divisor, -jnp.inf), divisor
+
+
+def _distribution(z: jax.Array, temperature: jax.Array, standardized: bool, columns: Columns) -> _Soft:
+    z, divisor = _soften(z, temperature, standardized, columns)
+    top = columns.max(z)[:, None]
+    return _Soft(z, divisor, jnp.log(columns.sum(jnp.exp(z - top)))[:, None] + top)
+
+
+def leading(lp: jax.Array, which: Leading, total=lambda x: x.sum(-1)) -> jax.Array:
+    """Whether each entry is among the teacher's most probable ones, ties with the last of them included.
+
+    Bisection over the bits of -log p, which order as integers do: 31 sums per token find the exact threshold
+    without a sort, and sums are all that a split vocabulary has to exchange.
+
+    Args:
+        lp: [c v] floored log-probabilities.
+        which: how much mass, or how many entries.
+        total: [c v] -> [c] sum over the whole vocabulary.
+    """
+    rank = jax.lax.bitcast_convert_type(jnp.maximum(-lp, 0.0), jnp.int32)
+    measure = jnp.exp(lp) if which.mass else jnp.ones_like(lp)
+    goal = which.mass or float(which.entries)
+
+    def halve(_, bounds):
+        few, enough = bounds
+        middle = few + (enough - few) // 2
+        reached = total(jnp.where(rank <= middle[:, None], measure, 0.0)) >= goal
+        return jnp.where(reached, few, middle), jnp.where(reached, middle, enough)
+
+    all_of_them = jax.lax.bitcast_convert_type(jnp.float32(-LOG_FLOOR), jnp.int32)
+    bounds = jnp.full(lp.shape[0], -1), jnp.full(lp.shape[0], all_of_them)
+    return rank <= jax.lax.fori_loop(0, 31, halve, bounds)[1][:, None]
+
+
+# ------------------------------------------------------------------------------------------ the terms
+
+
+def _weighted(weight: jax.Array, x: jax.Array) -> jax.Array:
+    # `where` before multiply: a divergence may be infinite or NaN where its weight is zero.
+    weight = weight.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(weight != 0, jnp.where(weight != 0, x, 0.0) * weight, 0.0)
+
+
+def _slope(term: Divergence, lp, lq, side, normaliser, columns: Columns):
+    """A term's value [c]; dD/d(log q) [c v], each log q taken as free; dD/d(normaliser) [c]; None where none is."""
+    contributions, pull = jax.vjp(lambda x: term.phi(lp, x, side), lq)
+    sums = [columns.sum(columns.mask(c, 0.0)) for c in contributions]
+    value, pull_sums = jax.vjp(term.combine, *sums, *([normaliser] if term.normaliser else []))
+    steep = list(pull_sums(jnp.ones_like(value)))
+    height = steep.pop() if term.normaliser else None
+    slope = pull(tuple(columns.mask(jnp.broadcast_to(s[:, None], lq.shape), 0.0) for s in steep))[0] if steep else None
+    return value, slope, height
+
+
+def dense(
+    terms: Sequence[tuple[Divergence, jax.Array]],
+    softening: Softening,
+    temperature: jax.Array,
+    z: jax.Array,
+    z_teacher: jax.Array | None,
+    hit: jax.Array,
+    columns: Columns,
+) -> tuple[list[jax.Array], jax.Array]:
+    """Terms over the whole vocabulary: their values [c] each, and the weighted sum's gradient in the logits [c v].
+
+    Args:
+        terms: with their weights [c]; all softened alike.
+        softening: how.
+        temperature: its scalar.
+        z: student's logits [c v].
+        z_teacher: teacher's, None when no term needs them.
+        hit: [c v] the data's next token.
+        columns: which entries these are.
+    """
+    student = _distribution(z, temperature, softening.standardized, columns)
+    lq = lp = student.log_probs()
+    if z_teacher is not None:
+        lp = _distribution(z_teacher, temperature, softening.standardized, columns).log_probs()
+    values, slope, height = [], jnp.zeros_like(z), None
+    for term, weight in terms:
+        head = None if term.head is None else leading(lp, term.head, lambda x: columns.sum(columns.mask(x, 0.0)))
+        value, steep, rise = _slope(term, lp, lq, Side(hit, head), student.normaliser[:, 0], columns)
+        values.append(value)
+        if steep is not None:
+            slope = slope + _weighted(weight, steep)
+        if rise is not None:
+            height = _weighted(weight, rise) + (0.0 if height is None else height)
+    # d log q / d z turns a free slope g into g - q sum(g); the normaliser's own derivative is q.
+    total = columns.sum(slope)
+    total = total if height is None else total - height
+    return values, columns.mask(slope - jnp.exp(lq) * total[:, None], 0.0) / student.divisor
+
+
+class _Stored(NamedTuple):
+    """A sparse teacher's entries in a chunk."""
+
+    ids: jax.Array  # [c K]; beyond the vocabulary where they do not count
+    lp: jax.Array  # [c K]
+    tail: jax.Array | None  # [c]
+
+
+def _stored(teacher: TopK | Sampled, softening: Softening, temperature: jax.Array) -> _Stored:
+    if isinstance(teacher, Sampled):
+        counts = teacher.counts.astype(jnp.float32)
+        drawn = jnp.maximum(counts.sum(-1, keepdims=True), 1.0)
+        lp = jnp.maximum(jnp.log(jnp.where(counts > 0, counts / drawn, 1.0)), LOG_FLOOR)
+        return _Stored(jnp.where(counts > 0, teacher.ids, jnp.iinfo(jnp.int32).max), lp, None)
+    tail = teacher.tail[:, softening.tail].astype(jnp.float32)
+    lp = teacher.logprobs.astype(jnp.float32) / temperature
+    # The tail at this temperature fixes the normaliser, which the stored entries alone could not.
+    lp = lp - jax.nn.logsumexp(lp, -1, keepdims=True) + jnp.log(-jnp.expm1(jnp.minimum(tail, -1e-7)))[:, None]
+    return _Stored(teacher.ids, jnp.maximum(lp, LOG_FLOOR), jnp.maximum(tail, LOG_FLOOR))
+
+
+def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Array, hit: jax.Array) -> jax.Array:
+    """A term over a sparse teacher's entries, [c]."""
+    lp, counts = stored.lp, stored.ids < jnp.iinfo(jnp.int32).max
+    if term.support in ("conditional", "renormalized"):
+        lp = lp - jax.nn.logsumexp(lp, -1, keepdims=True)
+    if term.support == "conditional":
+        lq = lq - jax.nn.logsumexp(lq, -1, keepdims=True)
+    if term.support is None and stored.tail is not None:
+        lp = jnp.concatenate([lp, stored.tail[:, None]], -1)
+        lq = jnp.concatenate([lq, lq_tail[:, None]], -1)
+        hit = jnp.concatenate([hit, ~hit.any(-1, keepdims=True)], -1)
+        counts = jnp.ones_like(hit)
+    side = Side(hit, None if term.head is None else leading(lp, term.head))
+    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, side)])
+
+
+def sparse(
+    terms: Sequence[tuple[Divergence, jax.Array]],
+    softening: Softening,
+    temperature: jax.Array,
+    z: jax.Array,
+    teacher: TopK | Sampled,
+    targets: jax.Array,
+    columns: Columns,
+) -> tuple[list[jax.Array], jax.Array]:
+    """As `dense`, of a teacher that kept a few entries: the student's other entries enter as one sum.
+
+    Args:
+        terms: with their weights [c]; all softened alike.
+        softening: how.
+        temperature: its scalar.
+        z: student's logits [c v].
+        teacher: the chunk's entries.
+        targets: [c] ids of the data's next tokens.
+        columns: which entries these are.
+    """
+    stored = _stored(teacher, softening, temperature)
+    z = columns.mask(z / temperature, -jnp.inf)
+    place, row = columns.local(stored.ids), jnp.arange(z.shape[0])[:, None]
+    kept = columns.total(z.at[row, place].get(mode="fill", fill_value=0.0))
+    # The kept entries are taken out of the sum rather than subtracted from it, and the others have a maximum of
+    # their own: a tail stays exact however small it is.
+    others = z.at[row, place].set(-jnp.inf, mode="drop")
+    top = columns.max(others)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    share = jnp.exp(others - top[:, None])
+    rest = columns.sum(share)
+    kept = jnp.where(stored.ids < jnp.iinfo(jnp.int32).max, kept, -jnp.inf)
+    highest = jnp.maximum(top, kept.max(-1))
+    at_kept = jnp.exp(kept - highest[:, None])
+    mass = at_kept.sum(-1) + rest * jnp.exp(top - highest)
+    lq = jnp.maximum(kept - (highest + jnp.log(mass))[:, None], LOG_FLOOR)
+    lq_tail = jnp.maximum(jnp.log(rest) + (top - highest) - jnp.log(mass), LOG_FLOOR)
+
+    values, slope, slope_tail = [], jnp.zeros_like(lq), jnp.zeros_like(lq_tail)
+    hit = stored.ids == targets[:, None]
+    for term, weight in terms:
+        run: Any = lambda a, b, term=term: _entries(term, stored, a, b, hit)
+        value, pull = jax.vjp(run, lq, lq_tail)
+        values.append(value)
+        steep = pull(jnp.ones_like(value))
+        slope, slope_tail = slope + _weighted(weight, steep[0]), slope_tail + _weighted(weight, steep[1])
+    total = slope.sum(-1) + slope_tail
+    within = jnp.where(rest > 0, slope_tail / jnp.where(rest > 0, rest, 1.0), 0.0)
+    dz = share * (within - jnp.exp(top - highest) / mass * total)[:, None]
+    at_kept = slope - at_kept * (total / mass)[:, None]
+    return values, dz.at[row, place].set(at_kept, mode="drop") / temperature
