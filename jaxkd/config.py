@@ -135,7 +135,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
         adopt(workdir, e)
         return []
     try:
-        before, after = _leaves(json.loads(saved.read_text(encoding="utf-8"))), _leaves(config)
+        before, after = _leaves(_completed(json.loads(saved.read_text(encoding="utf-8")))), _leaves(config)
     except (json.JSONDecodeError, AttributeError):
         raise ValueError(f"{saved} is damaged: it is not a JSON object; use a new --workdir") from None
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
@@ -158,6 +158,14 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
             "Use a new --workdir, or add --accept-changes"
         )
     return changes
+
+
+def _completed(values: Any) -> Any:
+    """A saved config with the defaults of keys that an older jaxkd did not know."""
+    try:
+        return _plain(experiment(values))
+    except ValueError:  # it knew others: the comparison will name them
+        return values
 
 
 def adopt(workdir: Path, e: Experiment) -> None:

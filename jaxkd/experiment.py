@@ -41,15 +41,23 @@ class StudentBlock:
     layers: tuple[int, ...] = ()
     keep: int = 0
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frozen: bool = False  # it stands still, and only what the objective itself learns is trained
+    objective_from: str = ""  # a run whose last `params["objective"]` this one's terms of the same name begin with
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A term of the objective: `divergence` is a call of `jaxkd/divergences.py`, such as "forward_kl"."""
+    """A term of the objective, one of two kinds.
 
-    divergence: str
+    `divergence` is a call of `jaxkd/divergences.py`, such as "forward_kl"; `feature` one of `jaxkd/features.py`, such
+    as "hidden_mse(layers={2: 4})". `standardize` divides logits by their standard deviation over the vocabulary first.
+    """
+
     weight: float | Schedule
+    divergence: str = ""
+    feature: str = ""
     temperature: float | Schedule = 1.0
+    standardize: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

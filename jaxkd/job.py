@@ -4,10 +4,9 @@
 shardings: all that compiling the step needs.
 """
 
-import ast
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,60 +15,20 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkd import divergences, objectives, schedules, sharding
+from jaxkd import objectives, sharding, terms
 from jaxkd.data import mixture as mixtures
 from jaxkd.data import tokenize
-from jaxkd.experiment import Experiment, MeshBlock, Schedule, Term, from_mapping, nearest
+from jaxkd.experiment import Experiment, MeshBlock, from_mapping, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
 from jaxkd.train import optim
-from jaxkd.train.state import TrainState, init_state
-from jaxkd.types import Batch, Forward, PyTree, Scalar
+from jaxkd.train.state import TRAINED, TrainState, init_state, trained
+from jaxkd.types import Batch, Forward, Output, PyTree, Scalar
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 VOCAB_MULTIPLE = 128
-_RESERVED = ("loss", "step", "lr", "tokens", "tokens_per_s", "step_s", "grad_norm", "param_norm")
 _SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
-
-
-def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
-    """A number as it is, a `Schedule` as a function of the step.
-
-    Raises:
-        ValueError: for a schedule that `jaxkd/schedules.py` does not have.
-    """
-    if not isinstance(spec, Schedule):
-        return spec
-    if spec.schedule not in schedules.__all__:
-        raise ValueError(f"unknown {where}.schedule '{spec.schedule}': {nearest(spec.schedule, schedules.__all__)}")
-    return getattr(schedules, spec.schedule)(spec.peak, steps, spec.warmup, spec.end)
-
-
-def divergence(call: str, where: str) -> divergences.Divergence:
-    """The divergence that `call` spells, such as "reverse_kl" or "generalized_jsd(beta=0.1)".
-
-    Raises:
-        ValueError: for another name, or arguments that are not plain numbers.
-    """
-    try:
-        node = ast.parse(call, mode="eval").body
-        if isinstance(node, ast.Call):
-            name, arguments = ast.unparse(node.func), [ast.literal_eval(a) for a in node.args]
-            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-        else:
-            name, arguments, options = ast.unparse(node), [], {}
-    except (SyntaxError, ValueError):
-        raise ValueError(f"{where} must be a name or a call with numbers, got '{call}'") from None
-    if name not in divergences.__all__:
-        raise ValueError(f"unknown {where} '{name}': {nearest(name, divergences.__all__)}")
-    try:
-        return getattr(divergences, name)(*arguments, **options)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-# ---------------------------------------------------------------------------------------- the job
 
 
 class Model(NamedTuple):
@@ -93,6 +52,7 @@ class Job(NamedTuple):
     teacher: Model
     student: Model
     objective: Objective
+    objective_init: Callable[[jax.Array], PyTree]  # key -> params["objective"]
     tx: optax.GradientTransformation
     lr: Scalar
     state: TrainState  # ShapeDtypeStruct leaves with shardings
@@ -147,28 +107,25 @@ def build(experiment: Experiment) -> Job:
     student = _model(student_config, student_checkpoint, columns, mesh, "float32", e.run.dtype, e.run.remat)
     student = student._replace(whole_layers=whole)
 
-    terms = {}
-    for name, term in e.objective.items():
-        _check_term(name, term)
-        terms[name] = (
-            scalar(term.weight, e.run.steps, f"objective.{name}.weight"),
-            objectives.match(
-                divergence(term.divergence, f"objective.{name}.divergence"),
-                scalar(term.temperature, e.run.steps, f"objective.{name}.temperature"),
-            ),
-        )
-    objective = objectives.total(terms, vocab=tokenizer.vocab, domains=tuple(e.data.domains))
-    lr = scalar(e.optim.lr, e.run.steps, "optim.lr")
+    objective = objectives.total(
+        terms.build(e.objective, e.run.steps, {"teacher": teacher_config, "student": student_config}),
+        vocab=tokenizer.vocab,
+        domains=tuple(e.data.domains),
+        trains=("objective",) if e.student.frozen else TRAINED,
+    )
+    objective_init = partial(objective.init, **_outputs(e, objective, student, teacher))
+    extra = jax.eval_shape(objective_init, jax.random.key(0))
+    if e.student.frozen and not extra:
+        raise ValueError("student.frozen leaves nothing to train: no term of the objective has parameters of its own")
+    lr = terms.scalar(e.optim.lr, e.run.steps, "optim.lr")
+    # What the objective learns does not decay: an identity pulled to zero would be another objective.
+    axes = trained({"student": student.axes, "objective": jax.tree.map(lambda _: (), extra)}, objective.trains)
     o = e.optim
-    tx = optim.adamw(
-        lr,
-        {"student": student.axes, "objective": {}},
-        b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip,
-    )  # fmt: skip
+    tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
     notes = {*sharding.replicated_axes(teacher.axes, teacher.shapes, mesh)}
     notes |= {*sharding.replicated_axes(student.axes, student.shapes, mesh)}
-    state = _abstract_state(student, objective, tx, mesh)
-    return Job(e, mesh, tokenizer, teacher, student, objective, tx, lr, state, tuple(sorted(notes)))
+    state = _abstract_state(student, extra, objective.trains, tx, mesh)
+    return Job(e, mesh, tokenizer, teacher, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
 
 
 def sampling(job: Job, sizes: list[int]) -> mixtures.Mixture:
@@ -203,17 +160,30 @@ def sampling(job: Job, sizes: list[int]) -> mixtures.Mixture:
 
 def abstract_batch(job: Job) -> Batch:
     """Shapes and shardings of a global batch."""
-    rows, length = job.experiment.data.batch, job.experiment.data.length
     place = sharding.batch_sharding(job.mesh)
+    shapes = _batch_shapes(job.experiment)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+
+
+def _batch_shapes(e: Experiment) -> Batch:
+    rows, length = e.data.batch, e.data.length
     shapes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(
             (rows,) if name in ("row", "domain") else (rows, length),
             jnp.float32 if name == "weights" else jnp.int32,
-            sharding=place,
         )
         for name in Batch._fields
     }
     return Batch(**shapes)
+
+
+def _outputs(e: Experiment, objective: Objective, student: Model, teacher: Model) -> dict[str, Output]:
+    """What both sides' forward passes return, abstractly, for objectives with features."""
+    if not objective.fields:
+        return {}
+    batch = _batch_shapes(e)
+    look = lambda model, taps: jax.eval_shape(partial(model.forward, taps=taps), model.shapes, batch)
+    return {"student": look(student, objective.student_taps), "teacher": look(teacher, objective.teacher_taps)}
 
 
 def _check(e: Experiment, mesh: Mesh) -> None:
@@ -252,19 +222,6 @@ def _check(e: Experiment, mesh: Mesh) -> None:
         raise ValueError(
             f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on the data axis"
         )
-
-
-def _check_term(name: str, term: Term) -> None:
-    if name in _RESERVED:
-        raise ValueError(f"objective.{name} cannot be called so: metrics of that name exist; take another name")
-    low = {
-        key: min(v.peak, v.end) if isinstance(v, Schedule) else v
-        for key, v in (("weight", term.weight), ("temperature", term.temperature))
-    }
-    if low["weight"] < 0:
-        raise ValueError(f"objective.{name}.weight must not be negative, got {low['weight']}")
-    if low["temperature"] <= 0:
-        raise ValueError(f"objective.{name}.temperature must be above 0, got {low['temperature']}")
 
 
 def _cut(e: Experiment, config: Config) -> Config:
@@ -338,13 +295,21 @@ def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, co
     return Model(config, forward, shapes, axes, sharding.shardings(axes, shapes, mesh), checkpoint, config.layers)
 
 
-def _abstract_state(student: Model, objective: Objective, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def _abstract_state(
+    student: Model, extra: PyTree, trains: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     everywhere = NamedSharding(mesh, PartitionSpec())
-    extra = jax.eval_shape(objective.init, jax.random.key(0))
-    shapes = jax.eval_shape(partial(init_state, tx=tx), {"student": student.shapes, "objective": extra})
-    params = {"student": student.shardings, "objective": jax.tree.map(lambda _: everywhere, extra)}
+    shapes = jax.eval_shape(partial(init_state, tx=tx, names=trains), {"student": student.shapes, "objective": extra})
+    # Matrices of the objective are as wide as the model, so they are spread as its own are.
+    axes = lambda leaf: ("embed", *[None] * (len(leaf.shape) - 1)) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
+    spread = jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.spec(axes(leaf), leaf.shape, mesh)), extra)
+    params = {"student": student.shardings, "objective": spread}
     opt_state = optax.tree_utils.tree_map_params(
-        tx, lambda _, place: place, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+        tx,
+        lambda _, place: place,
+        shapes.opt_state,
+        trained(params, trains),
+        transform_non_params=lambda _: everywhere,
     )
     places: Any = (everywhere, params, opt_state)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, TrainState(*places))

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jaxkd.job import Job, Model
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.models import shrink, transformer
 from jaxkd.sharding import batch_sharding
+from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.types import Batch, PyTree
 
 _IMPORTANCE_ROWS = 2  # of each domain
@@ -125,6 +127,33 @@ def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = 
     if kept:
         host = shrink.keep_layers(host, kept)
     return Models(teacher, put(host, job.student), kept)
+
+
+def objective_params(job: Job) -> PyTree:
+    """What `student.objective_from` hands on: parameters of the objective's terms by name, none where it is empty.
+
+    Raises:
+        ValueError: when no term has its name there, or its parameters have other shapes.
+        FileNotFoundError: when there is no checkpoint.
+    """
+    where, wanted = job.experiment.student.objective_from, job.state.params["objective"]
+    if not where:
+        return {}
+    path = Path(where).expanduser().absolute()
+    # Either a run's workdir, or one of its checkpoints.
+    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"student.objective_from: {where} is no run's workdir and no checkpoint of one")
+    checkpoints = Checkpoints(folder, read_only=True)
+    try:
+        step = checkpoints.latest() if step is None else step
+        if step is None:
+            raise FileNotFoundError(f"student.objective_from: {where} has no checkpoint yet")
+        return checkpoints.restore_objective(step, wanted)
+    except ValueError as error:
+        raise ValueError(f"student.objective_from: {error}") from None
+    finally:
+        checkpoints.close()
 
 
 def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tuple[int, ...]:

@@ -161,7 +161,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     card = {
         "name": workdir.name,
         "teacher": e.teacher.path,
-        "objective": {name: f"{t.divergence}, weight {t.weight}" for name, t in e.objective.items()},
+        "objective": {name: f"{t.divergence or t.feature}, weight {t.weight}" for name, t in e.objective.items()},
         "data": dict(e.data.domains),
         "steps": step,
         "evaluation": [row for row in log.read(workdir / "evals.jsonl") if row["step"] == step],

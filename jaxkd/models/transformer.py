@@ -2,6 +2,8 @@
 
 The module declares parameters with logical axes and is only ever used through `apply`. It returns a `Head`,
 never logits. Layers are stacked on a leading axis and scanned; a scan is split only where a layer is tapped.
+Taps are names: `layer_N` for the residual stream after N layers, `query_N`, `key_N` and `value_N` for what the
+attention of the N-th layer sees.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from jaxkd.sharding import constrain
 from jaxkd.types import Batch, Head, Output, PyTree
 
 REMAT = ("none", "layer")
+TAPS = ("layer", "query", "key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Layer(nn.Module):
 
     config: Config
     dtype: Any = jnp.float32
+    taps: tuple[str, ...] = ()  # of query, key and value
 
     def _declare(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=None) -> jax.Array:
         init = init or nn.initializers.normal(0.02)
@@ -116,8 +120,10 @@ class Layer(nn.Module):
         return rms_norm(x, scale, self.config.norm_eps)
 
     @nn.compact
-    def __call__(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> tuple[jax.Array, None]:
-        """[B L D] -> [B L D]; the None is what a scan stacks."""
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """[B L D] -> [B L D], and what is tapped: the part that a scan stacks."""
         c = self.config
         y = self._norm("attn_norm", x)
         query = self._project("q", y, c.heads, "heads")
@@ -126,6 +132,7 @@ class Layer(nn.Module):
         if c.qk_norm:
             query, key = self._norm("q_norm", query, "head_dim"), self._norm("k_norm", key, "head_dim")
         query, key = rotate(c, query, positions), rotate(c, key, positions)
+        seen = {"query": query, "key": key, "value": value}
         y = segment_attention(query, key, value, segments)
         out = self._declare("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         x = constrain(x + jnp.einsum("blhk,hkd->bld", y, out.astype(self.dtype)), "batch", "length", None)
@@ -135,7 +142,8 @@ class Layer(nn.Module):
         up = self._declare("up", (c.embed, c.mlp), ("embed", "mlp")).astype(self.dtype)
         down = self._declare("down", (c.mlp, c.embed), ("mlp", "embed")).astype(self.dtype)
         y = nn.silu(y @ gate) * (y @ up)
-        return constrain(x + y @ down, "batch", "length", None), None
+        x = constrain(x + y @ down, "batch", "length", None)
+        return x, {name: seen[name] for name in self.taps} or None
 
 
 class Transformer(nn.Module):
@@ -177,35 +185,51 @@ class Transformer(nn.Module):
         return Output(Head(x, unembed), tapped)
 
     def _layers(self, x, segments, positions, taps) -> tuple[jax.Array, dict[str, jax.Array]]:
-        stacked = self.variables["params"]["layers"]
-        layer = Layer(self.config, self.dtype, parent=None)
+        stacked, depth = self.variables["params"]["layers"], self.config.layers
+        inside: dict[int, tuple[str, ...]] = {}  # layer -> what of its attention is tapped
+        ends = {depth}
+        for kind, number in (tap_layer(name, depth) for name in taps):
+            ends.add(number)
+            if kind != "layer":
+                # Alone in its scan, so that no other layer stacks anything.
+                ends |= {number - 1} - {0}
+                inside[number] = (*inside.get(number, ()), kind)
 
-        def body(x, params):
-            return layer.apply({"params": params}, x, segments, positions)
+        tapped: dict[str, jax.Array] = {}
+        start = 0
+        for stop in sorted(ends):
+            kinds = inside.get(stop, ())
+            layer = Layer(self.config, self.dtype, kinds, parent=None)
 
-        if self.remat == "layer":
-            body = jax.checkpoint(body, prevent_cse=False)
-        tapped, start = {}, 0
-        for stop in sorted({tap_layer(name, self.config.layers) for name in taps} | {self.config.layers}):
-            whole = (start, stop) == (0, self.config.layers)
+            def body(x, params, layer=layer):
+                return layer.apply({"params": params}, x, segments, positions)
+
+            if self.remat == "layer":
+                body = jax.checkpoint(body, prevent_cse=False)
+            whole = (start, stop) == (0, depth)
             part = stacked if whole else jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], stacked)
-            x, _ = jax.lax.scan(body, x, part)
+            x, seen = jax.lax.scan(body, x, part)
+            tapped |= {f"{kind}_{stop}": seen[kind][0] for kind in kinds}
             if f"layer_{stop}" in taps:
                 tapped[f"layer_{stop}"] = x
             start = stop
         return x, tapped
 
 
-def tap_layer(name: str, layers: int) -> int:
-    """How many layers come before the tap `layer_N`.
+def tap_layer(name: str, layers: int) -> tuple[str, int]:
+    """A tap's kind, one of `TAPS`, and its layer, counted from 1.
+
+    Args:
+        name: such as "layer_3".
+        layers: of the model.
 
     Raises:
         ValueError: for another form, or a layer that the model does not have.
     """
-    prefix, _, number = name.partition("_")
-    if prefix != "layer" or not number.isdigit() or not 1 <= int(number) <= layers:
-        raise ValueError(f"no tap '{name}': this model has layer_1 to layer_{layers}")
-    return int(number)
+    kind, _, number = name.partition("_")
+    if kind not in TAPS or not number.isdigit() or not 1 <= int(number) <= layers:
+        raise ValueError(f"no tap '{name}': this model has {', '.join(f'{k}_1 to {k}_{layers}' for k in TAPS)}")
+    return kind, int(number)
 
 
 def forward(
@@ -223,9 +247,13 @@ def forward(
         config: the decoder's shape.
         params: nested dict of arrays, layers stacked on the leading axis.
         batch: tokens, segments and positions [B L] are read.
-        taps: `layer_N` for the residual stream after N layers; static, and free when empty.
+        taps: `layer_N` for the residual stream [B L D] after N layers; `query_N` [B L H d], `key_N` and `value_N`
+            [B L K d] for what the N-th layer's attention sees, after norm and rotation. Static, and free when empty.
         dtype: of activations and matmul operands; parameters stay as they are.
-        remat: "none", or "layer" to keep only each layer's input for the backward pass.
+        remat: "none", or "layer" to keep only each layer's input, and what is tapped, for the backward pass.
+
+    Raises:
+        ValueError: for a tap that the model does not have.
     """
     module = Transformer(config, dtype, remat)
     output: Any = module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)

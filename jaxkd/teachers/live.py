@@ -3,7 +3,7 @@
 import jax
 
 from jaxkd.teachers.base import Teacher
-from jaxkd.types import Forward, PyTree
+from jaxkd.types import Batch, Forward, Output, PyTree
 
 
 def live(params: PyTree, forward: Forward) -> Teacher:
@@ -11,9 +11,13 @@ def live(params: PyTree, forward: Forward) -> Teacher:
 
     Args:
         params: the teacher's arrays, in the dtype in which they are stored.
-        forward: `forward(params, batch) -> Output`.
+        forward: `forward(params, batch) -> Output`, and with `taps=names` where the objective needs features.
     """
-    return Teacher(params, lambda batch: batch, lambda state, batch: jax.lax.stop_gradient(forward(state, batch)))
+
+    def signal(state: PyTree, batch: Batch, **options) -> Output:
+        return jax.lax.stop_gradient(forward(state, batch, **options))
+
+    return Teacher(params, lambda batch: batch, signal, taps=True)
 
 
 def absent() -> Teacher:

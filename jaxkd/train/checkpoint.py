@@ -121,7 +121,25 @@ class Checkpoints:
         Raises:
             ValueError: as `restore`.
         """
-        target = {"params": {"student": abstract}}
+        return self._restore_params(step, {"student": abstract})["student"]
+
+    def restore_objective(self, step: int, abstract: PyTree) -> PyTree:
+        """What the objective learned, of those terms of `abstract` that are there; the others are left out.
+
+        Raises:
+            ValueError: when there are none, or as `restore`.
+        """
+        with self._readable(step):
+            tree = self._manager.item_metadata(step)["train"].tree
+            there = tree["params"].get("objective") or {}
+            common = {name: term for name, term in abstract.items() if name in there}
+            if not common:
+                named = lambda terms: ", ".join(f"'{name}'" for name in terms) or "none"
+                raise ValueError(f"its terms with parameters are {named(there)}, asked for were {named(abstract)}")
+        return self._restore_params(step, {"objective": common})["objective"]
+
+    def _restore_params(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
+        target = {"params": abstract}
         arguments = ocp.args.PyTreeRestore(
             item=target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -130,7 +148,7 @@ class Checkpoints:
         with self._readable(step):
             self._check(step, target)
             read = self._manager.restore(step, args=ocp.args.Composite(train=arguments))
-        return read["train"]["params"]["student"]
+        return read["train"]["params"]
 
     def _check_room(self, state: TrainState) -> None:
         # Before writing: what Orbax and TensorStore print from their threads on a full disk helps nobody.

@@ -91,12 +91,7 @@ class Run:
         self.resumed = latest is not None
         self.models = load.models(job, rows, with_student=not self.resumed)
         if latest is None:
-            params = {
-                "student": self.models.student,
-                "objective": job.objective.init(jax.random.key(run.seed)),
-            }
-            place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
-            self.state: TrainState = jax.jit(lambda p: init_state(p, job.tx), out_shardings=place)(params)
+            self.state: TrainState = self._first_state()
             self.mixture = jobs.sampling(job, rows.sizes)
             self.tokens = 0
         else:
@@ -118,6 +113,18 @@ class Run:
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
         comparison = compare.make_comparison(job.student.forward, job.teacher.forward, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
+
+    def _first_state(self) -> TrainState:
+        job, run = self.job, self.job.experiment.run
+
+        def first(student: PyTree, key: jax.Array) -> TrainState:
+            return init_state({"student": student, "objective": job.objective_init(key)}, job.tx, job.objective.trains)
+
+        place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
+        state = jax.jit(first, out_shardings=place)(self.models.student, jax.random.key(run.seed))
+        return state._replace(
+            params=state.params | {"objective": state.params["objective"] | load.objective_params(job)}
+        )
 
     def _adopt(self, progress: dict[str, Any]) -> None:
         if progress["rows"] != self.rows.fingerprints:

@@ -17,6 +17,22 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-def init_state(params: dict[str, PyTree], tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; parameters in float32."""
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+TRAINED = ("student", "objective")
+
+
+def trained(params: dict[str, PyTree], names: tuple[str, ...] = TRAINED) -> dict[str, PyTree]:
+    """The parameters that a run moves: the optimiser knows no others."""
+    return {name: params[name] for name in params if name in names}
+
+
+def init_state(
+    params: dict[str, PyTree], tx: optax.GradientTransformation, names: tuple[str, ...] = TRAINED
+) -> TrainState:
+    """The state before the first step; parameters in float32.
+
+    Args:
+        params: all of them.
+        tx: the optimiser.
+        names: which of `params` it moves, the objective's `trains`.
+    """
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)))

@@ -1,6 +1,7 @@
 """The one train step: teacher's signal, student, objective, update, as a pure function."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jaxkd.objectives import Objective
 from jaxkd.sharding import constrain
 from jaxkd.teachers.base import Teacher
-from jaxkd.train.state import TrainState
+from jaxkd.train.state import TrainState, trained
 from jaxkd.types import Batch, Forward, Metrics, PyTree
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
@@ -26,26 +27,44 @@ def split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(strided, batch)
 
 
+def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    # Not asked for where there are none, so that any `forward(params, batch)` will do.
+    return {"taps": names} if names else {}
+
+
 def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1):
     """`gradient(params, teacher_state, batch, step) -> (gradients, metrics)`, the mean over the batch's tokens.
 
     Values, gradients and metrics are summed over micro-batches and divided once by the global token weight.
-    """
 
-    def value(params, teacher_state, batch, step):
-        signal = teacher.signal(teacher_state, batch) if objective.uses_teacher else None
-        return objective.loss(params["objective"], forward(params["student"], batch), signal, batch, step)
+    Raises:
+        ValueError: when a term needs features that the teacher's signal does not have.
+    """
+    if objective.teacher_taps and not teacher.taps:
+        raise ValueError(
+            f"{objective.needs_of_teacher()}, but this teacher's signal has no features: give a live teacher, or leave "
+            "the term out"
+        )
+
+    def value(moving, params, teacher_state, batch, step):
+        params = params | moving
+        signal = None
+        if objective.uses_teacher:
+            signal = teacher.signal(teacher_state, batch, **_taps(objective.teacher_taps))
+        student = forward(params["student"], batch, **_taps(objective.student_taps))
+        return objective.loss(params["objective"], student, signal, batch, step)
 
     def gradient(params: PyTree, teacher_state: PyTree, batch: Batch, step: jax.Array) -> tuple[PyTree, Metrics]:
-        slope = jax.grad(value, has_aux=True)
+        moving = trained(params, objective.trains)
+        slope = partial(jax.grad(value, has_aux=True), moving, params)
         if micro_batches == 1:
-            grads, metrics = slope(params, teacher_state, batch, step)
+            grads, metrics = slope(teacher_state, batch, step)
         else:
             parts = split(batch, micro_batches)
-            first = jax.eval_shape(slope, params, teacher_state, jax.tree.map(lambda x: x[0], parts), step)
+            first = jax.eval_shape(slope, teacher_state, jax.tree.map(lambda x: x[0], parts), step)
 
             def accumulate(carry, part):
-                return jax.tree.map(jnp.add, carry, slope(params, teacher_state, part, step)), None
+                return jax.tree.map(jnp.add, carry, slope(teacher_state, part, step)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
@@ -70,13 +89,17 @@ def make_step(
         objective: what to minimise.
         tx: the optimiser.
         micro_batches: parts into which the batch is cut to save memory; it divides the batch's rows.
+
+    Raises:
+        ValueError: when a term needs features that the teacher's signal does not have.
     """
     gradient = make_gradient(forward, teacher, objective, micro_batches)
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = gradient(state.params, teacher_state, batch, state.step)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        moving = trained(state.params, objective.trains)
+        updates, opt_state = tx.update(grads, state.opt_state, moving)
+        params = state.params | optax.apply_updates(moving, updates)
         one = jnp.ones(())
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
         metrics["param_norm"] = (optax.tree.norm(params), one)

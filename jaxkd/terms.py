@@ -1,0 +1,117 @@
+"""A recipe's objective block made into terms: what its strings and schedules mean."""
+
+import ast
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from jaxkd import divergences, features, objectives, schedules
+from jaxkd.experiment import Schedule, Term, nearest
+from jaxkd.fields import Field
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.types import Scalar
+
+_RESERVED = ("loss", "step", "lr", "tokens", "tokens_per_s", "step_s", "grad_norm", "param_norm")
+
+
+def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
+    """A number as it is, a `Schedule` as a function of the step.
+
+    Raises:
+        ValueError: for a schedule that `jaxkd/schedules.py` does not have.
+    """
+    if not isinstance(spec, Schedule):
+        return spec
+    if spec.schedule not in schedules.__all__:
+        raise ValueError(f"unknown {where}.schedule '{spec.schedule}': {nearest(spec.schedule, schedules.__all__)}")
+    return getattr(schedules, spec.schedule)(spec.peak, steps, spec.warmup, spec.end)
+
+
+def call(text: str, module: ModuleType, where: str) -> Any:
+    """What a name or a call spells, such as "reverse_kl" or "hidden_mse(layers={2: 4})".
+
+    Args:
+        text: the name of a public function of `module`, with literals as arguments.
+        module: with `__all__`.
+        where: the config's key, for messages.
+
+    Raises:
+        ValueError: for another name, arguments that are not literals, or that the function does not take.
+    """
+    try:
+        node = ast.parse(text, mode="eval").body
+        if isinstance(node, ast.Call):
+            name, arguments = ast.unparse(node.func), [ast.literal_eval(a) for a in node.args]
+            options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+        else:
+            name, arguments, options = ast.unparse(node), [], {}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"{where} must be a name or a call with literals, got '{text}'") from None
+    if name not in module.__all__:
+        raise ValueError(f"unknown {where} '{name}': {nearest(name, module.__all__)}")
+    try:
+        return getattr(module, name)(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def build(
+    block: Mapping[str, Term], steps: int, models: Mapping[str, Config]
+) -> dict[str, tuple[Scalar, objectives.Vocab | Field]]:
+    """What `objectives.total` takes.
+
+    Args:
+        block: the recipe's terms by name.
+        steps: of the run, for schedules.
+        models: "student" and "teacher", whose layers features must name.
+
+    Raises:
+        ValueError: for a term that does not fit itself or the models; the message names it.
+    """
+    terms: dict[str, tuple[Scalar, objectives.Vocab | Field]] = {}
+    for name, term in block.items():
+        where = f"objective.{name}"
+        _check(where, term)
+        weight = scalar(term.weight, steps, f"{where}.weight")
+        if term.divergence:
+            divergence = call(term.divergence, divergences, f"{where}.divergence")
+            temperature = scalar(term.temperature, steps, f"{where}.temperature")
+            terms[name] = (weight, objectives.match(divergence, temperature, term.standardize))
+        else:
+            field = call(term.feature, features, f"{where}.feature")
+            _check_layers(where, field, models)
+            terms[name] = (weight, field)
+    return terms
+
+
+def _check(where: str, term: Term) -> None:
+    if where.removeprefix("objective.") in _RESERVED:
+        raise ValueError(f"{where} cannot be called so: metrics of that name exist; take another name")
+    if bool(term.divergence) == bool(term.feature):
+        given = f"both '{term.divergence}' and '{term.feature}'" if term.divergence else "neither"
+        raise ValueError(f"{where} must have either a divergence or a feature, got {given}")
+    if term.feature and term.temperature != 1:
+        raise ValueError(f"{where}.temperature is for divergences: leave it out of the feature '{term.feature}'")
+    if term.feature and term.standardize:
+        raise ValueError(f"{where}.standardize is for divergences: leave it out of the feature '{term.feature}'")
+    low = {
+        key: min(v.peak, v.end) if isinstance(v, Schedule) else v
+        for key, v in (("weight", term.weight), ("temperature", term.temperature))
+    }
+    if low["weight"] < 0:
+        raise ValueError(f"{where}.weight must not be negative, got {low['weight']}")
+    if low["temperature"] <= 0:
+        raise ValueError(f"{where}.temperature must be above 0, got {low['temperature']}")
+
+
+def _check_layers(where: str, field: Field, models: Mapping[str, Config]) -> None:
+    for side, taps in (("student", field.student_taps), ("teacher", field.teacher_taps)):
+        for tap in taps:
+            try:
+                transformer.tap_layer(tap, models[side].layers)
+            except ValueError:
+                layer = tap.rpartition("_")[2]
+                raise ValueError(
+                    f"{where}.feature names layer {layer} of the {side}, which has layers 1 to {models[side].layers}"
+                ) from None

@@ -1,0 +1,154 @@
+"""Teachers' signals of other kinds in the step, and what the step's devices tell each other."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import collectives
+from test_step import DOMAINS, TEACHER, make_batch, problem
+
+from jaxkd import divergences, objectives, sharding
+from jaxkd.kernels.reference import logits
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.teachers.base import Teacher
+from jaxkd.teachers.live import live
+from jaxkd.train.step import make_gradient
+from jaxkd.types import Batch, Sampled, TopK
+
+VOCAB = TEACHER.vocab
+STEP = jnp.zeros((), jnp.int32)
+
+
+def stored(entries: int, temperatures: tuple[float, ...]) -> Teacher:
+    """The live teacher of `problem`, of which only the largest entries and the tails are told."""
+    teacher = problem()[1]
+
+    def signal(state, batch):
+        z = logits(teacher.signal(state, batch).head)[..., :VOCAB]
+        lp, ids = jax.lax.top_k(jax.nn.log_softmax(z), entries)
+        rest = ~jax.nn.one_hot(ids, VOCAB, dtype=bool).any(-2)
+        tails = [jax.nn.logsumexp(jax.nn.log_softmax(z / t), -1, where=rest) for t in temperatures]
+        return TopK(ids, lp, jnp.stack(tails, -1))
+
+    return Teacher(teacher.state, lambda batch: batch, signal)
+
+
+def test_all_but_one_entry_stored_trains_as_the_live_teacher():
+    student, teacher, params = problem()
+    terms = {
+        "kd": (0.7, objectives.match(divergences.forward_kl(), 2.0)),
+        "jsd": (0.5, objectives.match(divergences.generalized_jsd(0.3))),
+        "ce": (1.0, objectives.next_token()),
+    }
+    batch = make_batch()
+    of = lambda teacher, **options: jax.jit(
+        make_gradient(student, teacher, objectives.total(terms, vocab=VOCAB, domains=DOMAINS, **options))
+    )(params, teacher.state, batch, STEP)
+    cached = of(stored(VOCAB - 1, (1.0, 2.0)), tails=(1.0, 2.0))
+    exact = of(teacher)
+    for a, b in zip(jax.tree.leaves(cached[0]), jax.tree.leaves(exact[0]), strict=True):
+        assert np.linalg.norm(a - b) <= 3e-5 * np.linalg.norm(b)
+    np.testing.assert_allclose(cached[1]["kd"], exact[1]["kd"], rtol=1e-5)
+
+
+def test_nan_in_a_sparse_signal_under_padding_changes_nothing():
+    student, _, params = problem()
+    teacher, batch = stored(4, (1.0,)), make_batch()
+    terms = {"kd": (1.0, objectives.match(divergences.reverse_kl())), "ce": (1.0, objectives.next_token())}
+    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
+
+    def junk(state, batch):
+        signal, live = teacher.signal(state, batch), batch.weights[..., None] != 0
+        return TopK(signal.ids, *[jnp.where(live, x, jnp.nan) for x in signal[1:]])
+
+    results = [
+        jax.jit(make_gradient(student, teacher._replace(signal=s), objective))(params, teacher.state, batch, STEP)
+        for s in (teacher.signal, junk)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_draws_serve_cross_entropy_through_the_step():
+    student, teacher, params = problem()
+
+    def signal(state, batch):
+        z = logits(teacher.signal(state, batch).head)[..., :VOCAB]
+        counts, ids = jax.lax.top_k(jnp.round(100_000 * jax.nn.softmax(z)).astype(jnp.int32), VOCAB)
+        return Sampled(ids, counts)
+
+    drawn = Teacher(teacher.state, lambda batch: batch, signal)
+    terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
+    of = lambda teacher: jax.jit(
+        make_gradient(student, teacher, objectives.total(terms, vocab=VOCAB, domains=DOMAINS))
+    )(params, teacher.state, make_batch(), STEP)
+    for a, b in zip(jax.tree.leaves(of(drawn)[0]), jax.tree.leaves(of(teacher)[0]), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)  # counts are rounded
+
+
+def test_standardised_logits_know_no_scale():
+    """A teacher whose logits are three times as large teaches the same."""
+    student, teacher, params = problem()
+    terms = {"kd": (1.0, objectives.match(divergences.forward_kl(), 1.0, standardize=True))}
+    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
+
+    def louder(state, batch):
+        output = teacher.signal(state, batch)
+        return output._replace(head=output.head._replace(scale=3.0))
+
+    results = [
+        jax.jit(make_gradient(student, teacher._replace(signal=s), objective))(
+            params, teacher.state, make_batch(), STEP
+        )
+        for s in (teacher.signal, louder)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied):
+    """The compiled gradient on 4 x 2 devices: sizes are chosen so that every axis is told by its length."""
+    rows, length, vocab = 16, 40, 8 * 128 * 3
+    student = Config(vocab=vocab, embed=72, layers=2, heads=4, kv_heads=2, head_dim=14, mlp=88, tied=tied)
+    big = Config(vocab=vocab, embed=104, layers=2, heads=4, kv_heads=2, head_dim=14, mlp=88, tied=False)
+    mesh = sharding.make_mesh(4, 2)
+    terms = {
+        "kd": (1.0, objectives.match(divergences.forward_kl(), 2.0)),
+        "renyi": (1.0, objectives.match(divergences.renyi(0.5))),
+        "ce": (1.0, objectives.next_token()),
+    }
+    objective = objectives.total(terms, vocab=vocab - 5, domains=("all",), chunk=16)
+
+    def placed(config):
+        shapes, axes = transformer.abstract(config)
+        places = sharding.shardings(axes, shapes, mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+    params = {"student": placed(student), "objective": {}}
+    shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype, sharding=sharding.batch_sharding(mesh))
+    wide, flat = shape(jnp.int32, rows, length), shape(jnp.int32, rows)
+    batch = Batch(wide, wide, shape(jnp.float32, rows, length), wide, wide, flat, flat)
+    teacher = live(placed(big), functools.partial(transformer.forward, big))
+    gradient = make_gradient(functools.partial(transformer.forward, student), teacher, objective, micro_batches)
+    places = jax.tree.map(lambda x: x.sharding, params)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(gradient, out_shardings=(places, None)).lower(params, teacher.state, batch, STEP)
+    found = collectives(lowered.compile().as_text())
+
+    tokens = {rows * length // n for n in (1, 2, 4, 8)} | {rows * length // 8 // n for n in (1, 2, 4, 8)} | {16, length}
+    columns = {vocab // n for n in (1, 2, 4, 8)}
+    for c in found:
+        for shape in c.shapes:
+            assert not (columns & set(shape) and tokens & set(shape)), c
+    # A head's own width beside a vocabulary axis: the unembedding, its gradient, or the student's embedding.
+    width = lambda c, n: [s for s in c.shapes if columns & set(s) and {n // k for k in (1, 2, 4, 8)} & set(s)]
+    gathered = lambda n: sum(len(width(c, n)) for c in found if c.name == "all-gather")
+    reduced = lambda n: sum(len(width(c, n)) for c in found if c.name in ("all-reduce", "reduce-scatter"))
+    assert gathered(104) <= 2  # the teacher's embedding, for the look-up, and its unembedding
+    assert reduced(104) == 0
+    assert gathered(72) <= 2  # tied or not: once for the look-up, once for the head
+    assert reduced(72) <= 2
