@@ -1,0 +1,29 @@
+"""The benchmark that README offers runs, and what it says of exactness and memory holds; times are not judged."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TIMES = ["time_over_matmul", "time_over_dense"]
+KEYS = ["name", "tokens", "vocab", *TIMES, "temp_bytes", "dense_temp_bytes", "max_grad_error"]
+
+
+@pytest.mark.slow
+def test_quick():
+    command = [sys.executable, "benchmarks/losses.py", "--quick", "--json"]
+    # Without the tests' own flags: eight devices and no optimiser are not what a user measures.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["name"] for row in rows] == ["forward_kl", "reverse_kl", "jsd_0.5", "bucket_top64", "forward_kl+ce"]
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["max_grad_error"] < 1e-5, row
+        assert row["temp_bytes"] < row["dense_temp_bytes"], row
+        assert all(row[time] > 0 for time in TIMES), row
