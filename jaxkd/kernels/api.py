@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from jaxkd.kernels import reference, xla
+from jaxkd.kernels import pallas_tpu, recompute, reference, traffic, xla
 from jaxkd.kernels.pointwise import Softening
 from jaxkd.types import Divergence, Head, Sampled, Scalar, TopK
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 CHUNK_BYTES = 448 * 2**20
 """What the logits of one chunk and what is made of them may take on a device, where the head's gradient takes less."""
 _BUFFERS = 3  # student and teacher logits and the gradient: live at once, float32
@@ -43,6 +43,67 @@ def _chunk(tokens: int, student: Head) -> int:
     sizes = {} if mesh.empty else mesh.shape
     width, columns = student.unembed.shape
     return chunk_size(tokens // sizes.get("data", 1), columns // sizes.get("model", 1), width)
+
+
+def _tiled(
+    terms: tuple,
+    slots: tuple[int, ...],
+    vocab: int,
+    student: Head,
+    teacher: Any,
+    chunk: int,
+    name: str | None,
+) -> tuple[pallas_tpu.Plan | None, str]:
+    """The Pallas kernels' plan where they are to be used, or why they cannot be."""
+    if name == "xla":
+        return None, ""
+    chip = traffic.current_chip()
+    if chip is None:
+        return None, f"pallas_tpu needs a TPU that it knows, and here is '{traffic.device()[1]}': use 'xla' or None"
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = {} if mesh.empty else mesh.shape
+    width, columns = student.unembed.shape
+    sizes = traffic.Sizes(
+        student.hidden.shape[0] // shape.get("data", 1),
+        columns // shape.get("model", 1),
+        width,
+        teacher.unembed.shape[0] if isinstance(teacher, Head) and any(t.uses_teacher for t in terms) else 0,
+        student.hidden.dtype.itemsize,
+        cast=student.unembed.dtype != student.hidden.dtype,
+        split=shape.get("model", 1) > 1,
+        terms=len(terms),
+    )
+    tiles = traffic.tiling(sizes, chip)
+    if tiles is None:
+        return None, f"pallas_tpu has no tile of {width}-wide hidden states that fits in VMEM here: use 'xla' or None"
+    plan = pallas_tpu.Plan(terms, slots, vocab, *tiles)
+    reason = traffic.supports(plan, student, teacher)
+    if reason is not None:
+        return None, reason
+    if name is None and not traffic.prefer_pallas(sizes, chunk, chip):
+        return None, "the XLA form is faster here"
+    return plan, ""
+
+
+def _softenings(
+    temperatures: tuple, standardized: tuple[bool, ...], tails: tuple[int, ...]
+) -> tuple[list, tuple[Softening, ...], tuple[int, ...]]:
+    """Distinct temperatures, distinct ways to soften, and each term's place among those."""
+    distinct: list[Scalar | jax.Array] = []
+    softenings: list[Softening] = []
+    slots = []
+    for temperature, standard, tail in zip(temperatures, standardized, tails, strict=True):
+        same = [i for i, seen in enumerate(distinct) if seen is temperature or _equal(seen, temperature)]
+        if not same:
+            distinct.append(temperature)
+        softening = Softening(same[0] if same else len(distinct) - 1, standard, tail)
+        if softening not in softenings:
+            softenings.append(softening)
+        slots.append(softenings.index(softening))
+    return distinct, tuple(softenings), tuple(slots)
+
+
+_pallas = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)
 
 
 def _flat(signal: Any) -> Any:
@@ -87,7 +148,8 @@ def linear_divergence(
             (each side its own, without a gradient; arXiv 2403.01427); () is no.
         tails: the temperatures of `TopK.tail`, in its order.
         chunk: tokens at a time on a device; None sizes it from the shapes and `CHUNK_BYTES`.
-        implementation: "reference", "xla", or None for the best that the platform has.
+        implementation: "reference" (dense, autodiff), "xla", "pallas_tpu", or None: Pallas on a TPU where it moves
+            fewer bytes and its extra products take no longer (`kernels.traffic.prefer_pallas`), else XLA's form.
 
     Raises:
         ValueError: for an unknown implementation, a missing teacher, sizes that disagree, or a term that the
@@ -108,21 +170,20 @@ def linear_divergence(
             terms, vocab, flat_student, flat_teacher, flat_targets, flat_weights, temperatures, standardized, stored
         )
         return value, fields.reshape(weights.shape)
-    distinct: list[Scalar | jax.Array] = []
-    softenings: list[Softening] = []
-    slots = []
-    for temperature, standard, tail in zip(temperatures, standardized, stored, strict=True):
-        same = [i for i, seen in enumerate(distinct) if seen is temperature or _equal(seen, temperature)]
-        if not same:
-            distinct.append(temperature)
-        softening = Softening(same[0] if same else len(distinct) - 1, standard, tail)
-        if softening not in softenings:
-            softenings.append(softening)
-        slots.append(softenings.index(softening))
+    distinct, softenings, slots = _softenings(temperatures, standardized, stored)
     chunk = chunk or _chunk(flat_targets.shape[0], student)
-    plan = xla.Plan(tuple(terms), tuple(slots), tuple(softenings), vocab, chunk)
     scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
-    value, fields = xla.divergence(plan, flat_student, flat_teacher, flat_targets, flat_weights, scalars)
+    arrays = (flat_student, flat_teacher, flat_targets, flat_weights, scalars)
+    plain = tuple(softenings[slot].temperature for slot in slots)
+    tiled, reason = _tiled(tuple(terms), plain, vocab, flat_student, flat_teacher, chunk, implementation)
+    if any(standardized) and tiled is not None:
+        tiled, reason = None, "pallas_tpu has no standardised logits; use implementation='xla'"
+    if implementation == "pallas_tpu" and tiled is None:
+        raise ValueError(reason)
+    if tiled is not None:
+        value, fields = _pallas(tiled, *arrays)
+    else:
+        value, fields = xla.divergence(xla.Plan(tuple(terms), slots, softenings, vocab, chunk), *arrays)
     return value, jax.lax.stop_gradient(fields).reshape(weights.shape)
 
 

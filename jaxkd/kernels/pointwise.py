@@ -94,6 +94,12 @@ def logits(head: Head, hidden: jax.Array) -> jax.Array:
     return activate(dot(hidden, operand(head), (1, 0)), head.bias, head.scale, head.softcap)
 
 
+def weighted_sum(weights: jax.Array, fields: jax.Array) -> jax.Array:
+    """The value of a call: sum of weights x fields [terms N], whatever a field is where its weight is zero."""
+    live = weights != 0
+    return jnp.sum(jnp.where(live, weights * jnp.where(live, fields, 0.0), 0.0))
+
+
 # -------------------------------------------------------------------------------------- distributions
 
 

@@ -18,7 +18,18 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 
-from jaxkd.kernels.pointwise import Columns, Softening, activate, columns_of, dense, dot, logits, operand, sparse
+from jaxkd.kernels.pointwise import (
+    Columns,
+    Softening,
+    activate,
+    columns_of,
+    dense,
+    dot,
+    logits,
+    operand,
+    sparse,
+    weighted_sum,
+)
 from jaxkd.types import Head, Sampled, TopK
 
 _TOKEN_AXES, _VOCAB_AXIS = ("data",), "model"
@@ -102,9 +113,13 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
     def block(carry, xs):
         hidden, entries, target, weight = xs
         shape = partial(activate, scale=student.scale, softcap=student.softcap)
-        z, pull = jax.vjp(shape, dot(hidden, unembed, (1, 0)), student.bias)
-        fields, dz = _terms(plan, temperatures, z, _teacher(teacher, entries), target, weight.T, columns)
         live = jnp.any(weight != 0, axis=1, keepdims=True)
+        raw = dot(hidden, unembed, (1, 0))
+        fields, dz = _terms(
+            plan, temperatures, shape(raw, student.bias), _teacher(teacher, entries), target, weight.T, columns
+        )
+        # Pulled back at zero where there is no weight: the softcap's slope at a NaN would be one.
+        _, pull = jax.vjp(shape, jnp.where(live, raw, 0.0), student.bias)
         raw, dbias = pull(jnp.where(live, dz, 0.0))
         raw = raw.astype(hidden.dtype)
         if not plan.frozen:
@@ -168,16 +183,11 @@ def _on_mesh(body: Callable, plan: Plan, with_gradient: bool, student: Head, tea
     )(student, teacher, *rest)
 
 
-def _value(weights: jax.Array, fields: jax.Array) -> jax.Array:
-    live = weights != 0
-    return jnp.sum(jnp.where(live, weights * jnp.where(live, fields, 0.0), 0.0))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def divergence(plan: Plan, student: Head, teacher: Head | TopK | Sampled | None, targets, weights, temperatures):
     """See `kernels.api.linear_divergence`."""
     fields = _on_mesh(_fields, plan, False, student, teacher, targets, weights, temperatures)
-    return _value(weights, fields), fields
+    return weighted_sum(weights, fields), fields
 
 
 def _forward(plan: Plan, *arguments):
@@ -190,7 +200,7 @@ def _forward(plan: Plan, *arguments):
     fields, gradient = _on_mesh(_fields_and_gradient, plan, True, student, teacher, targets, weights, temperatures)
     like = (student.hidden, student.unembed, student.bias)
     gradient = tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True))
-    return (_value(weights, fields), fields), (gradient, fields)
+    return (weighted_sum(weights, fields), fields), (gradient, fields)
 
 
 def _backward(plan: Plan, residuals, cotangents):

@@ -72,9 +72,11 @@ def test_padded_columns_get_exactly_nothing():
     assert dunembed[:, :51].all()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("junk", [1e30, np.inf, np.nan])
-def test_junk_without_weight_changes_nothing(junk):
+def test_junk_without_weight_changes_nothing(junk, softcap):
     student, teacher, targets, weights = problem()
+    student, teacher = (head._replace(softcap=softcap) for head in (student, teacher))
     clean = fused((forward_kl(),), student, teacher, targets, weights, (1.0,), 64, chunk=8)
     dead = weights[0] == 0
     student.hidden[dead], teacher.hidden[dead] = junk, junk
@@ -179,8 +181,10 @@ def test_clear_errors():
     student, teacher, targets, weights = problem()
     student, teacher = cast((student, teacher), jnp.float32)
     call = lambda *a, **k: linear_divergence(*a, jnp.asarray(targets), jnp.asarray(weights), (1.0,), **k)
-    with pytest.raises(ValueError, match="unknown kernel implementation 'cuda'; there are reference, xla"):
+    with pytest.raises(ValueError, match="unknown kernel implementation 'cuda'; there are reference, xla, pallas_tpu"):
         call((forward_kl(),), student, teacher, vocab=64, implementation="cuda")
+    with pytest.raises(ValueError, match="pallas_tpu needs a TPU that it knows, and here is 'cpu'"):
+        call((forward_kl(),), student, teacher, vocab=64, implementation="pallas_tpu")
     with pytest.raises(ValueError, match="no teacher head"):
         call((forward_kl(),), student, None, vocab=64)
     with pytest.raises(ValueError, match="64 and 48 columns"):
