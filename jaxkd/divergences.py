@@ -3,7 +3,8 @@
 `lp` and `lq` are log-probabilities of teacher `p` and student `q`, shape [N, v] for any slice of the
 vocabulary; results are in nats. A divergence never sees logits, temperatures, weights or meshes: the dense
 reference, the fused kernels, their gradients, the vocabulary-sharded form and the top-k form all use the one
-definition here. Gradients are given in the student's logits z, with q = softmax(z).
+definition here. Gradients are given in the student's logits z, with q = softmax(z). Equations that are quoted
+from memory are marked "recalled".
 
 Of a top-k teacher every divergence sees K + 1 entries: the K, and all others as one ("bucket"). By the
 data-processing inequality that value never exceeds the full one for an f-divergence. What leaves the tail out
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.hard_targets import next_token, z_loss
+from jaxkd.sparse_targets import conditional_kl, partial_kl, renormalized_kl
 from jaxkd.types import Divergence, Leading, Side
 
 __all__ = [
@@ -28,14 +30,26 @@ __all__ = [
 Array = jax.Array
 
 
-def _between(name: str, value: float, low: float, high: float, where: str = "") -> None:
+def _between(name: str, value: float, low: float, high: float) -> None:
     if not low < value < high:
-        raise ValueError(f"{name} must be above {low} and below {high}, got {value}{where}")
+        raise ValueError(f"{name} must be above {low} and below {high}, got {value}")
 
 
-def _power(x: Array) -> Array:
-    """exp(x) for exponents that may be positive: finite in float32 whatever is summed, gradient straight through."""
-    return jnp.exp(x + jax.lax.stop_gradient(jnp.minimum(x, 60.0) - x))
+def _weights(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{where}: {name} must be a number from 0 on, got {value!r}")
+
+
+def _nearly(name: str, value: float, point: float) -> bool:
+    """Whether a parameter is a singular point. Beside it float32 cancels, and the point's own form is meant.
+
+    Raises:
+        ValueError: so near that values would be rounding errors.
+    """
+    if 1e-9 < abs(value - point) < 1e-3:
+        raise ValueError(f"{name} is {value}: within 0.001 of {point} float32 cancels, so give {point} itself")
+    return abs(value - point) <= 1e-9
 
 
 # ------------------------------------------------------------------------------------- the two KLs
@@ -71,7 +85,8 @@ def reverse_kl() -> Divergence:
 def mixed_kl(reverse: float = 0.5) -> Divergence:
     """(1 - reverse) KL(p || q) + reverse KL(q || p).
 
-    Gradient: the same mixture of theirs. `reverse=0.9` is DistiLLM's "symmetric KL" (arXiv 2402.03898, code).
+    Gradient: the same mixture of theirs; never negative, unbounded. `reverse=0.9` is DistiLLM's "symmetric KL" (arXiv
+    2402.03898, code).
 
     Args:
         reverse: share of the reverse KL, from 0 to 1.
@@ -89,19 +104,17 @@ def mixed_kl(reverse: float = 0.5) -> Divergence:
 
 
 def jeffreys() -> Divergence:
-    """KL(p || q) + KL(q || p) = sum (p - q) (log p - log q), the symmetric one (Jeffreys 1946).
-
-    Gradient: the sum of theirs; unbounded as the reverse KL's.
-    """
+    """KL(p || q) + KL(q || p) = sum (p - q) (log p - log q) (Jeffreys 1946). Gradient: the sum of theirs, unbounded."""
     return Divergence(lambda lp, lq, side: ((jnp.exp(lp) - jnp.exp(lq)) * (lp - lq),))
 
 
 def adaptive_kl(mass: float = 0.5) -> Divergence:
     """g_h/(g_h + g_t) KL(p || q) + g_t/(g_h + g_t) KL(q || p), with g = sum |p - q| over head and tail of p.
 
-    The head is the fewest of the teacher's entries that hold `mass`, ties included. g carries no gradient.
-    Source: Wu et al. 2024 (arXiv 2404.02657), section 4; the set is the paper's, not its code's, which leaves
-    out the entry that crosses `mass`.
+    The head is the fewest of the teacher's entries that hold `mass`, ties included; of a top-k teacher, at most all
+    that it stored. g carries no gradient, so the gradient is the same mixture of theirs. Never negative. Source: Wu et
+    al. 2024 (arXiv 2404.02657), section 4, recalled; the set is the paper's, its code leaves out the entry that crosses
+    `mass`.
 
     Args:
         mass: of the head, strictly between 0 and 1.
@@ -157,6 +170,8 @@ def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
         )
     if beta in (0.0, 1.0):
         return forward_kl() if beta == 0.0 else reverse_kl()
+    if endpoint == "scaled":
+        _nearly("generalized_jsd: beta", beta, 0.0 if beta < 0.5 else 1.0)
     scale = 1 / (beta * (1 - beta)) if endpoint == "scaled" else 1.0
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
@@ -171,7 +186,7 @@ def skew_kl(alpha: float = 0.1) -> Divergence:
     """SKL(alpha) = KL(p || alpha p + (1 - alpha) q).
 
     Gradient: q (u - <q, u>) with u = -(1 - alpha) p/m, so |u q| <= p. Bounded by log 1/alpha.
-    Source: DistiLLM (arXiv 2402.03898), Eq. 4; its code drops the constant sum p log p.
+    Source: DistiLLM (arXiv 2402.03898), Eq. 4, recalled; its code drops the constant sum p log p.
 
     Args:
         alpha: weight of the teacher in the mixture, at least 0 (forward KL) and below 1.
@@ -195,7 +210,7 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
 
     Gradient: q (u - <q, u>) with u = log q/m - alpha q/m, at most log 1/alpha. Bounded by log 1/alpha, where
     reverse KL is not. The mixture's own dependence on q is differentiated (DistiLLM-2's code detaches it).
-    Source: DistiLLM (arXiv 2402.03898), section 3.1.
+    Source: DistiLLM (arXiv 2402.03898), section 3.1, recalled.
 
     Args:
         alpha: weight of the student in the mixture, at least 0 (reverse KL) and below 1.
@@ -229,7 +244,7 @@ def total_variation() -> Divergence:
 def squared_hellinger() -> Divergence:
     """H^2 = 1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q), within [0, 1].
 
-    Gradient: 1/2 (q (1 - H^2) - sqrt(p q)). It is alpha_beta(1/2, 1/2) / 4.
+    Gradient: 1/2 (q (1 - H^2) - sqrt(p q)). It is alpha_beta(1/2, 1/2) / 4. Source: Hellinger 1909; see `alpha_beta`.
     """
     return Divergence(lambda lp, lq, side: (0.5 * jnp.square(jnp.exp(lp / 2) - jnp.exp(lq / 2)),))
 
@@ -243,40 +258,50 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         a = b = 0:   1/2 sum (log p - log q)^2
 
     (1/2, 1/2) is four times the squared Hellinger distance, (1, 1) half the squared L2 distance. Gradient:
-    q (u - <q, u>) with u = q^(b-1) (q^a - p^a)/a. Source: ABKD (arXiv 2505.04560), Eq. 5, after Cichocki et al.
-    2011 (Entropy 13), whose singular cases these are.
+    q (u - <q, u>) with u = q^(b-1) (q^a - p^a)/a. Never negative; bounded for positive a and b, by 1/(a b). Source:
+    ABKD (arXiv 2505.04560), Eq. 5, recalled, after Cichocki et al. 2011 (Entropy 13), whose limits these are.
 
     Args:
-        alpha, beta: any numbers; ABKD's scripts use (0.2, 0.7).
+        alpha: a; ABKD's scripts use (0.2, 0.7).
+        beta: b.
 
     Raises:
-        ValueError: when one of them is not finite.
+        ValueError: for numbers that are not finite, that are within 0.001 of a limit, or whose powers of floored
+            probabilities leave float32.
     """
     a, b = alpha, beta
     if not (math.isfinite(a) and math.isfinite(b)):
         raise ValueError(f"alpha_beta needs finite numbers, got alpha={a}, beta={b}")
+    least = min(a, b, a + b)
+    if least < -1 or (least < -0.9 and max(a, b) < 1):
+        raise ValueError(
+            f"alpha_beta({a}, {b}) has powers below -0.9, which leave float32 where a probability is floored"
+        )
+    no_a, no_b = _nearly("alpha_beta: alpha", a, 0.0), _nearly("alpha_beta: beta", b, 0.0)
+    no_sum = _nearly("alpha_beta: alpha + beta", a + b, 0.0)
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        if a == 0 and b == 0:
+        if no_a and no_b:
             return (0.5 * jnp.square(lp - lq),)
-        if b == 0:
-            p, q = _power(a * lp), _power(a * lq)
+        if no_b:
+            p, q = jnp.exp(a * lp), jnp.exp(a * lq)
             return ((p * a * (lp - lq) - p + q) / a**2,)
-        if a == 0:
-            p, q = _power(b * lp), _power(b * lq)
+        if no_a:
+            p, q = jnp.exp(b * lp), jnp.exp(b * lq)
             return ((q * b * (lq - lp) - q + p) / b**2,)
-        if a + b == 0:
-            return ((_power(a * (lp - lq)) - a * (lp - lq) - 1) / a**2,)
-        both, p, q = _power(a * lp + b * lq), _power((a + b) * lp), _power((a + b) * lq)
+        if no_sum:
+            return ((jnp.exp(a * (lp - lq)) - a * (lp - lq) - 1) / a**2,)
+        both, p, q = jnp.exp(a * lp + b * lq), jnp.exp((a + b) * lp), jnp.exp((a + b) * lq)
         return ((a / (a + b) * p + b / (a + b) * q - both) / (a * b),)
 
     return Divergence(phi)
 
 
 def alpha_divergence(alpha: float = 0.5) -> Divergence:
-    """(sum p^a q^(1-a) - 1) / (a (a - 1)), Amari's; forward KL as a -> 1, reverse KL as a -> 0.
+    """(sum p^a q^(1-a) - 1) / (a (a - 1)), Amari's; forward KL at a = 1, reverse KL at a = 0.
 
-    It is alpha_beta(a, 1 - a), for any finite number. Bounded by 1/(a (1 - a)) inside (0, 1).
+    It is alpha_beta(a, 1 - a), with its gradient and errors; a from -1 to 2. At most 1/(a (1 - a)) for 0 < a < 1.
+    Source: Amari 1985, recalled.
     """
     return alpha_beta(alpha, 1 - alpha)
 
@@ -288,17 +313,17 @@ def renyi(alpha: float = 0.5) -> Divergence:
     Not decreasing in a. Source: van Erven & Harremoes 2014 (arXiv 1206.2459), Eq. 1.
 
     Args:
-        alpha: above 0; 1 is forward KL.
+        alpha: above 0 and at most 2, beyond which float32 cannot hold p^a q^(1-a); 1 is forward KL.
 
     Raises:
-        ValueError: for any other `alpha`.
+        ValueError: for any other `alpha`, and within 0.001 of 1.
     """
-    if alpha == 1.0:
+    if not 0.0 < alpha <= 2.0:
+        raise ValueError(f"renyi: alpha must be above 0 and at most 2, got {alpha}")
+    if _nearly("renyi: alpha", alpha, 1.0):
         return forward_kl()
-    if not 0.0 < alpha < math.inf:
-        raise ValueError(f"renyi: alpha must be above 0 and finite, got {alpha}")
     return Divergence(
-        lambda lp, lq, side: (_power(alpha * lp + (1 - alpha) * lq),), lambda total: jnp.log(total) / (alpha - 1)
+        lambda lp, lq, side: (jnp.exp(alpha * lp + (1 - alpha) * lq),), lambda total: jnp.log(total) / (alpha - 1)
     )
 
 
@@ -316,12 +341,17 @@ def decoupled_kd(target: float = 1.0, others: float = 8.0) -> Divergence:
 
     Forward KL is the same with `others` = 1 - p_y: the second part no longer fades where the teacher is sure.
     Gradient: of the first, target (q_y - p_y) on the target against the rest; of the second, others times the
-    difference of the renormalised distributions. Source: DKD (arXiv 2203.08679), Eq. 7.
+    difference of the renormalised distributions. Source: DKD (arXiv 2203.08679), Eq. 7, recalled.
+    Of a top-k teacher that did not store y, the target is all that it did not store.
 
     Args:
         target: weight of the binary part (the paper's alpha).
         others: weight of the non-target part (its beta; 8 is its ImageNet-scale setting, quoted from memory).
+
+    Raises:
+        ValueError: for a weight that is not a number from 0 on.
     """
+    _weights("decoupled_kd", target=target, others=others)
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         p, q = jnp.exp(lp), jnp.exp(lq)
@@ -345,16 +375,19 @@ def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Diver
     (arXiv 2511.23404, from summaries) tempers the second part only: two terms, `mass=1, inside=0` at
     temperature 1 and `mass=0, inside=1` at its own, where P is then tempered too.
 
+    Gradient: mass (Q - P) on S against the rest, and inside P times the difference of the renormalised ones within S.
+
     Args:
         k: entries of S; ties with the smallest of them come along.
         mass: weight of the first part.
         inside: weight of the second.
 
     Raises:
-        ValueError: when k is below 1.
+        ValueError: when k is no integer from 1 on, or a weight no number from 0 on.
     """
-    if k < 1:
-        raise ValueError(f"decoupled_topk: k must be at least 1, got {k}")
+    if type(k) is not int or k < 1:
+        raise ValueError(f"decoupled_topk: k must be an integer from 1 on, got {k!r}")
+    _weights("decoupled_topk", mass=mass, inside=inside)
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         p, q = jnp.exp(lp), jnp.exp(lq)
@@ -365,33 +398,3 @@ def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Diver
         return mass * (_part(p, q) + _part(rest_p, rest_q)) + inside * (cross - _part(p, q))
 
     return Divergence(phi, combine, head=Leading(entries=k))
-
-
-# ------------------------------------------------------------------------ top-k teachers without the tail
-
-
-def partial_kl() -> Divergence:
-    """sum_S p (log p - log q) over the teacher's stored entries S, nothing renormalised.
-
-    Ignores the tail on both sides. Not a divergence: it may be negative, and its minimum puts more than p on S
-    (with P = p(S) the gradient P q - p vanishes at q = p/P). For comparison with others' runs; `forward_kl` on a
-    top-k teacher keeps the tail.
-    """
-    return Divergence(lambda lp, lq, side: (jnp.exp(lp) * (lp - lq),), support="partial")
-
-
-def conditional_kl() -> Divergence:
-    """KL(p/P || q/Q) within the teacher's stored entries S, P = p(S) and Q = q(S).
-
-    Ignores how much mass the student puts on S: a student with next to none there can score 0. Needs a
-    cross-entropy term beside it.
-    """
-    return Divergence(lambda lp, lq, side: (jnp.exp(lp) * (lp - lq),), support="conditional")
-
-
-def renormalized_kl() -> Divergence:
-    """KL(p/P || q): the teacher renormalised on its stored entries S, the student not.
-
-    Ignores the teacher's tail, and so drives the student's tail to zero. Gradient: q - p/P on S, q elsewhere.
-    """
-    return Divergence(lambda lp, lq, side: (jnp.exp(lp) * (lp - lq),), support="renormalized")

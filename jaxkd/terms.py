@@ -1,6 +1,7 @@
 """A recipe's objective block made into terms: what its strings and schedules mean."""
 
 import ast
+import math
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -8,9 +9,10 @@ from typing import Any
 from jaxkd import divergences, features, objectives, schedules
 from jaxkd.experiment import Schedule, Term, nearest
 from jaxkd.fields import Field
+from jaxkd.kernels.api import refusal
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.types import Scalar
+from jaxkd.types import Head, Scalar
 
 _RESERVED = ("loss", "step", "lr", "tokens", "tokens_per_s", "step_s", "grad_norm", "param_norm")
 
@@ -77,6 +79,12 @@ def build(
         if term.divergence:
             divergence = call(term.divergence, divergences, f"{where}.divergence")
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
+            if (reason := refusal(divergence, Head, term.standardize)) is not None:
+                raise ValueError(
+                    f"{where}.divergence: '{term.divergence}' cannot be learned from this teacher: {reason}"
+                )
+            if divergence.normaliser and temperature != 1:
+                raise ValueError(f"{where}.temperature must be 1: '{term.divergence}' is about the logits as they are")
             terms[name] = (weight, objectives.match(divergence, temperature, term.standardize))
         else:
             field = call(term.feature, features, f"{where}.feature")
@@ -86,6 +94,8 @@ def build(
 
 
 def _check(where: str, term: Term) -> None:
+    if "/" in where:
+        raise ValueError(f"{where} cannot have a / in its name: metrics of a domain are called so; take another name")
     if where.removeprefix("objective.") in _RESERVED:
         raise ValueError(f"{where} cannot be called so: metrics of that name exist; take another name")
     if bool(term.divergence) == bool(term.feature):
@@ -99,6 +109,9 @@ def _check(where: str, term: Term) -> None:
         key: min(v.peak, v.end) if isinstance(v, Schedule) else v
         for key, v in (("weight", term.weight), ("temperature", term.temperature))
     }
+    for key, value in low.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{where}.{key} must be a finite number, got {value}")
     if low["weight"] < 0:
         raise ValueError(f"{where}.weight must not be negative, got {low['weight']}")
     if low["temperature"] <= 0:

@@ -46,9 +46,12 @@ class Head(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A teacher's largest entries, true log-probabilities at temperature 1, and what all the others weigh together."""
+    """A teacher's largest entries, true log-probabilities at temperature 1, and what all the others weigh together.
 
-    ids: Int[jax.Array, "*tokens K"]  # different within a token
+    An id below 0 or beyond the vocabulary, or a log-probability of -inf, is filling and counts nothing.
+    """
+
+    ids: Int[jax.Array, "*tokens K"]  # different within a token, where they count
     logprobs: Float[jax.Array, "*tokens K"]
     tail: Float[jax.Array, "*tokens T"]  # log of the other entries' mass, at each temperature that was stored
 

@@ -10,4 +10,6 @@ status=0
 # the last line says what was left out, where nobody overlooks it
 .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' ||
     echo "parity group skipped: it needs torch and transformers (bash launch/setup.sh parity)" >&2
+.venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("libtpu"))' ||
+    echo "tpu group skipped: compiling for TPUs needs libtpu, but no TPU (bash launch/setup.sh tpu)" >&2
 exit "$status"

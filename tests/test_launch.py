@@ -289,6 +289,7 @@ def test_test_passes_arguments_and_status_on(machine):
     done = machine.run("test.sh", "-k", "a or b")
     assert (done.returncode, done.stdout) == (5, "--numprocesses auto --dist loadfile -k a or b\n")
     assert done.stderr.startswith("parity group skipped: ")
+    assert done.stderr.splitlines()[-1].startswith("tpu group skipped: ")
 
 
 @pytest.mark.parametrize("script", ["local.sh", "test.sh"])

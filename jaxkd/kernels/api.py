@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, Int
 
-from jaxkd.kernels import pallas_tpu, recompute, reference, traffic, xla
+from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
 from jaxkd.kernels.pointwise import Softening
 from jaxkd.types import Divergence, Head, Sampled, Scalar, TopK
 
@@ -38,51 +39,37 @@ def chunk_size(tokens: int, columns: int, width: int = 0, budget: int = CHUNK_BY
     return min(most, -(-tokens // (blocks * 8)) * 8)
 
 
-def _chunk(tokens: int, student: Head) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {} if mesh.empty else mesh.shape
-    width, columns = student.unembed.shape
-    return chunk_size(tokens // sizes.get("data", 1), columns // sizes.get("model", 1), width)
-
-
 def _tiled(
-    terms: tuple,
-    slots: tuple[int, ...],
-    vocab: int,
-    student: Head,
-    teacher: Any,
-    chunk: int,
-    name: str | None,
-) -> tuple[pallas_tpu.Plan | None, str]:
-    """The Pallas kernels' plan where they are to be used, or why they cannot be."""
-    if name == "xla":
-        return None, ""
-    chip = traffic.current_chip()
-    if chip is None:
-        return None, f"pallas_tpu needs a TPU that it knows, and here is '{traffic.device()[1]}': use 'xla' or None"
-    mesh = jax.sharding.get_abstract_mesh()
-    shape = {} if mesh.empty else mesh.shape
-    width, columns = student.unembed.shape
+    terms: tuple, softenings: tuple[Softening, ...], slots: tuple[int, ...], vocab: int, student: Head, teacher: Any
+) -> tuple[pallas_tpu.Plan | None, str, traffic.Sizes]:
+    """The Pallas kernels' plan, or why there is none, and the sizes that decide which form is taken."""
+    device = mesh.share(student.hidden.shape[0], student.unembed.shape[1])
+    width = student.unembed.shape[0]
     sizes = traffic.Sizes(
-        student.hidden.shape[0] // shape.get("data", 1),
-        columns // shape.get("model", 1),
+        device.tokens,
+        device.columns,
         width,
         teacher.unembed.shape[0] if isinstance(teacher, Head) and any(t.uses_teacher for t in terms) else 0,
         student.hidden.dtype.itemsize,
         cast=student.unembed.dtype != student.hidden.dtype,
-        split=shape.get("model", 1) > 1,
+        split=device.split,
         terms=len(terms),
     )
+    chip = traffic.current_chip()
+    if chip is None:
+        return (
+            None,
+            f"pallas_tpu needs a TPU that it knows, and here is '{traffic.device()[1]}': use 'xla' or None",
+            sizes,
+        )
+    if any(softening.standardized for softening in softenings):
+        return None, "pallas_tpu has no standardised logits; use 'xla' or None", sizes
     tiles = traffic.tiling(sizes, chip)
     if tiles is None:
-        return None, f"pallas_tpu has no tile of {width}-wide hidden states that fits in VMEM here: use 'xla' or None"
-    plan = pallas_tpu.Plan(terms, slots, vocab, *tiles)
+        return None, f"pallas_tpu has no tile of {width}-wide hidden states that fits in VMEM: use 'xla' or None", sizes
+    plan = pallas_tpu.Plan(terms, tuple(softenings[slot].temperature for slot in slots), vocab, *tiles)
     reason = traffic.supports(plan, student, teacher)
-    if reason is not None:
-        return None, reason
-    if name is None and not traffic.prefer_pallas(sizes, chunk, chip):
-        return None, "the XLA form is faster here"
-    return plan, ""
+    return (plan, "", sizes) if reason is None else (None, reason, sizes)
 
 
 def _softenings(
@@ -134,14 +121,15 @@ def linear_divergence(
     `value` is differentiable in the student's hidden states, unembedding and bias and linear in the
     weights; nothing flows to the teacher, the temperatures or through `fields`. A head that is not
     differentiated costs no product for its gradient. No T^2: that belongs to the weights. Log-probabilities
-    are floored at `types.LOG_FLOOR`.
+    are floored at `types.LOG_FLOOR`. On a mesh (under `jax.set_mesh`; axes `data` and `model`) tokens lie over `data`
+    and the vocabulary over `model`. A head's `scale` and `softcap` are constants.
 
     Args:
         terms: a `Divergence` each.
         student: hidden [*tokens D] in the compute dtype, unembed [D V].
         teacher: a head with its own width, stored entries, draws, or None when no term uses it.
-        targets: [*tokens] next-token ids.
-        weights: [terms *tokens], unnormalised; entries of weight zero cost and count nothing.
+        targets: [*tokens] next-token ids, below `vocab` where they have weight.
+        weights: [terms *tokens], unnormalised; what stands under a weight of zero, NaN included, changes nothing.
         temperatures: one a term, numbers or scalars of the program.
         vocab: true vocabulary; columns from there on have no probability and no gradient.
         standardized: per term, whether logits are first divided by their standard deviation over the vocabulary
@@ -157,6 +145,7 @@ def linear_divergence(
     """
     standardized = standardized or (False,) * len(terms)
     _check(terms, student, teacher, vocab, implementation)
+    _check_counts(terms, student, teacher, targets, weights, temperatures, standardized)
     stored = tuple(
         _tail(term, teacher, temperature, standard, tails)
         if term.uses_teacher and isinstance(teacher, TopK | Sampled)
@@ -171,16 +160,14 @@ def linear_divergence(
         )
         return value, fields.reshape(weights.shape)
     distinct, softenings, slots = _softenings(temperatures, standardized, stored)
-    chunk = chunk or _chunk(flat_targets.shape[0], student)
-    scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
-    arrays = (flat_student, flat_teacher, flat_targets, flat_weights, scalars)
-    plain = tuple(softenings[slot].temperature for slot in slots)
-    tiled, reason = _tiled(tuple(terms), plain, vocab, flat_student, flat_teacher, chunk, implementation)
-    if any(standardized) and tiled is not None:
-        tiled, reason = None, "pallas_tpu has no standardised logits; use implementation='xla'"
+    tiled, reason, sizes = _tiled(tuple(terms), softenings, slots, vocab, flat_student, flat_teacher)
     if implementation == "pallas_tpu" and tiled is None:
         raise ValueError(reason)
-    if tiled is not None:
+    chunk = chunk or chunk_size(sizes.tokens, sizes.columns, sizes.student)
+    scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
+    arrays = (flat_student, flat_teacher, flat_targets, flat_weights, scalars)
+    fewer = implementation is None and traffic.prefer_pallas(sizes, chunk, traffic.current_chip())
+    if tiled is not None and (fewer or implementation == "pallas_tpu"):
         value, fields = _pallas(tiled, *arrays)
     else:
         value, fields = xla.divergence(xla.Plan(tuple(terms), slots, softenings, vocab, chunk), *arrays)
@@ -195,6 +182,8 @@ def refusal(term: Divergence, signal: type, standardized: bool = False) -> str |
         signal: `Head`, `TopK` or `Sampled`.
         standardized: whether its logits are standardised.
     """
+    if term.normaliser and standardized:
+        return "it is about the size of logits, which standardising takes away"
     if not term.uses_teacher:
         return None
     if signal is Head:
@@ -217,6 +206,10 @@ def _tail(term: Divergence, teacher: TopK | Sampled, temperature, standardized: 
         if not _equal(temperature, 1.0):
             raise ValueError("draws from the teacher at temperature 1 serve no other temperature")
         return 0
+    if term.head is not None and term.head.entries > teacher.ids.shape[-1]:
+        raise ValueError(
+            f"a term asks for the teacher's {term.head.entries} leading entries, and {teacher.ids.shape[-1]} are stored"
+        )
     if term.support in ("conditional", "renormalized"):
         return 0  # what is renormalised needs no tail
     if not known:
@@ -252,14 +245,16 @@ def linear_comparison(
     """
     _check(terms, student, teacher, vocab, None)
     flat_targets = targets.reshape(-1)
-    chunk = chunk or _chunk(flat_targets.shape[0], student)
+    device = mesh.share(flat_targets.shape[0], student.unembed.shape[1])
+    chunk = chunk or chunk_size(device.tokens, device.columns, student.unembed.shape[0])
     plan = xla.Plan(tuple(terms), (0,) * len(terms), (Softening(0),), vocab, chunk)
     rows = xla.compare(plan, _flat(student), _flat(teacher), flat_targets)
     return rows.reshape(len(terms) + 1, *targets.shape)
 
 
 def _equal(a, b) -> bool:
-    return isinstance(a, int | float) and isinstance(b, int | float) and a == b
+    number = int | float | np.number
+    return isinstance(a, number) and isinstance(b, number) and bool(a == b)
 
 
 def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str | None) -> None:
@@ -279,3 +274,21 @@ def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str |
                 raise ValueError(f"this term cannot learn from a teacher's head: {reason}")
     if vocab > columns:
         raise ValueError(f"the true vocabulary is {vocab}, but the heads have only {columns} columns")
+
+
+def _check_counts(terms, student: Head, teacher: Any, targets, weights, temperatures, standardized) -> None:
+    given = {"weights": weights.shape[0], "temperatures": len(temperatures), "standardized": len(standardized)}
+    for name, count in given.items():
+        if count != len(terms):
+            raise ValueError(f"{len(terms)} terms need as many {name}, got {count}")
+    tokens = {"the student's hidden states": student.hidden.shape[:-1], "weights": weights.shape[1:]}
+    for leaf in jax.tree.leaves(teacher.hidden if isinstance(teacher, Head) else teacher):
+        tokens["the teacher's signal"] = jnp.shape(leaf)[:-1]
+    for name, shape in tokens.items():
+        if shape != targets.shape:
+            raise ValueError(f"there are {targets.shape} targets, but {shape} tokens of {name}")
+    for term, temperature, standard in zip(terms, temperatures, standardized, strict=True):
+        if (reason := refusal(term, Head, standard)) is not None and not term.uses_teacher:
+            raise ValueError(f"this term cannot be standardised: {reason}")
+        if term.normaliser and not _equal(temperature, 1.0):
+            raise ValueError("a term on the logits' normaliser (z_loss) is for temperature 1")

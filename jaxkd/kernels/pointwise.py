@@ -137,7 +137,7 @@ def leading(lp: jax.Array, which: Leading, total=lambda x: x.sum(-1)) -> jax.Arr
     """Whether each entry is among the teacher's most probable ones, ties with the last of them included.
 
     Bisection over the bits of -log p, which order as integers do: 31 sums per token find the exact threshold
-    without a sort, and sums are all that a split vocabulary has to exchange.
+    without a sort, and sums are all that a split vocabulary has to exchange, 31 times one after the other.
 
     Args:
         lp: [c v] floored log-probabilities.
@@ -221,38 +221,49 @@ def dense(
 class _Stored(NamedTuple):
     """A sparse teacher's entries in a chunk."""
 
-    ids: jax.Array  # [c K]; beyond the vocabulary where they do not count
+    ids: jax.Array  # [c K]
+    counts: jax.Array  # [c K] bool: the entry is one, and no filling
     lp: jax.Array  # [c K]
     tail: jax.Array | None  # [c]
 
 
-def _stored(teacher: TopK | Sampled, softening: Softening, temperature: jax.Array) -> _Stored:
+def _normalised(lp: jax.Array, counts: jax.Array) -> jax.Array:
+    """`lp` with all the mass on the entries that count; 0 for the others, which nothing reads."""
+    total = jax.nn.logsumexp(lp, -1, keepdims=True, where=counts)
+    return jnp.where(counts, lp, 0.0) - jnp.where(jnp.isfinite(total), total, 0.0)
+
+
+def _stored(teacher: TopK | Sampled, softening: Softening, temperature: jax.Array, vocab: int) -> _Stored:
+    ids = teacher.ids
+    inside = (ids >= 0) & (ids < vocab)
     if isinstance(teacher, Sampled):
-        counts = teacher.counts.astype(jnp.float32)
-        drawn = jnp.maximum(counts.sum(-1, keepdims=True), 1.0)
-        lp = jnp.maximum(jnp.log(jnp.where(counts > 0, counts / drawn, 1.0)), LOG_FLOOR)
-        return _Stored(jnp.where(counts > 0, teacher.ids, jnp.iinfo(jnp.int32).max), lp, None)
-    tail = teacher.tail[:, softening.tail].astype(jnp.float32)
-    lp = teacher.logprobs.astype(jnp.float32) / temperature
+        counts = inside & (teacher.counts > 0)
+        drawn = jnp.where(counts, teacher.counts, 0).astype(jnp.float32)
+        share = drawn / jnp.maximum(drawn.sum(-1, keepdims=True), 1.0)
+        return _Stored(ids, counts, jnp.log(jnp.where(counts, share, 1.0)), None)
+    tail = jnp.minimum(teacher.tail[:, softening.tail].astype(jnp.float32), -1e-7)
+    counts = inside & (teacher.logprobs > -jnp.inf)
     # The tail at this temperature fixes the normaliser, which the stored entries alone could not.
-    lp = lp - jax.nn.logsumexp(lp, -1, keepdims=True) + jnp.log(-jnp.expm1(jnp.minimum(tail, -1e-7)))[:, None]
-    return _Stored(teacher.ids, jnp.maximum(lp, LOG_FLOOR), jnp.maximum(tail, LOG_FLOOR))
+    lp = _normalised(teacher.logprobs.astype(jnp.float32) / temperature, counts)
+    lp = lp + jnp.log(-jnp.expm1(tail))[:, None]
+    return _Stored(ids, counts, jnp.maximum(lp, LOG_FLOOR), jnp.maximum(tail, LOG_FLOOR))
 
 
 def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Array, hit: jax.Array) -> jax.Array:
     """A term over a sparse teacher's entries, [c]."""
-    lp, counts = stored.lp, stored.ids < jnp.iinfo(jnp.int32).max
+    lp, counts = stored.lp, stored.counts
     if term.support in ("conditional", "renormalized"):
-        lp = lp - jax.nn.logsumexp(lp, -1, keepdims=True)
+        lp = _normalised(lp, counts)
     if term.support == "conditional":
-        lq = lq - jax.nn.logsumexp(lq, -1, keepdims=True)
+        lq = _normalised(lq, counts)
+    head = None if term.head is None else leading(lp, term.head, lambda x: jnp.where(counts, x, 0.0).sum(-1))
     if term.support is None and stored.tail is not None:
-        lp = jnp.concatenate([lp, stored.tail[:, None]], -1)
-        lq = jnp.concatenate([lq, lq_tail[:, None]], -1)
-        hit = jnp.concatenate([hit, ~hit.any(-1, keepdims=True)], -1)
-        counts = jnp.ones_like(hit)
-    side = Side(hit, None if term.head is None else leading(lp, term.head))
-    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, side)])
+        beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
+        lp, lq = beside(lp, stored.tail), beside(lq, lq_tail)
+        # The tail is many entries, of which none leads.
+        head = None if head is None else beside(head, jnp.zeros_like(head[:, 0]))
+        hit, counts = beside(hit, ~(hit & counts).any(-1)), beside(counts, jnp.ones_like(counts[:, 0]))
+    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(hit, head))])
 
 
 def sparse(
@@ -262,6 +273,7 @@ def sparse(
     z: jax.Array,
     teacher: TopK | Sampled,
     targets: jax.Array,
+    vocab: int,
     columns: Columns,
 ) -> tuple[list[jax.Array], jax.Array]:
     """As `dense`, of a teacher that kept a few entries: the student's other entries enter as one sum.
@@ -273,21 +285,22 @@ def sparse(
         z: student's logits [c v].
         teacher: the chunk's entries.
         targets: [c] ids of the data's next tokens.
+        vocab: true vocabulary.
         columns: which entries these are.
     """
-    stored = _stored(teacher, softening, temperature)
+    stored = _stored(teacher, softening, temperature, vocab)
     z = columns.mask(z / temperature, -jnp.inf)
-    place, row = columns.local(stored.ids), jnp.arange(z.shape[0])[:, None]
+    place, row = columns.local(jnp.where(stored.counts, stored.ids, -1)), jnp.arange(z.shape[0])[:, None]
     kept = columns.total(z.at[row, place].get(mode="fill", fill_value=0.0))
+    kept = jnp.where(stored.counts, kept, -jnp.inf)
     # The kept entries are taken out of the sum rather than subtracted from it, and the others have a maximum of
     # their own: a tail stays exact however small it is.
     others = z.at[row, place].set(-jnp.inf, mode="drop")
-    top = columns.max(others)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    top, top_kept = columns.max(others), kept.max(-1)
+    top = jnp.where(jnp.isfinite(top), top, jnp.where(jnp.isfinite(top_kept), top_kept, 0.0))
     share = jnp.exp(others - top[:, None])
     rest = columns.sum(share)
-    kept = jnp.where(stored.ids < jnp.iinfo(jnp.int32).max, kept, -jnp.inf)
-    highest = jnp.maximum(top, kept.max(-1))
+    highest = jnp.maximum(top, top_kept)
     at_kept = jnp.exp(kept - highest[:, None])
     mass = at_kept.sum(-1) + rest * jnp.exp(top - highest)
     lq = jnp.maximum(kept - (highest + jnp.log(mass))[:, None], LOG_FLOOR)

@@ -1,7 +1,8 @@
 """The dense form that everything is tested against: all logits at once, autodiff, the inputs' own precision.
 
 Feed it float64 (under `jax.enable_x64`) and it is the truth to compare with. It is never used to train. Sets of
-leading entries come from a sort, tails from the full vector of probabilities: nothing is shared with the kernels.
+leading entries come from a sort, tails from the full vector of probabilities: only the divergences' own `phi` and
+`combine`, and the floor, are shared with the kernels, and those are tested against plain formulas.
 """
 
 import jax
@@ -29,7 +30,8 @@ def soften(z: jax.Array, temperature, standardized: bool) -> jax.Array:
 
 
 def floored(lq: jax.Array) -> jax.Array:
-    """At least `LOG_FLOOR`, with a straight-through gradient."""
+    """At least `LOG_FLOOR`, with a straight-through gradient; -inf is no number to subtract, so it is cut off first."""
+    lq = jnp.where(lq > -1e6, lq, -1e6)
     return lq + jax.lax.stop_gradient(jnp.maximum(lq, LOG_FLOOR) - lq)
 
 
@@ -42,36 +44,41 @@ def leading(lp: jax.Array, which) -> jax.Array:
     return lp >= jnp.take_along_axis(falling, last, -1)
 
 
-def _field(term: Divergence, lp, lq, hit, counts=None, normaliser=None) -> jax.Array:
-    side = Side(hit, None if term.head is None else leading(lp, term.head))
+def _field(term: Divergence, lp, lq, hit, head=None, counts=None, normaliser=None) -> jax.Array:
     counts = jnp.ones_like(hit) if counts is None else counts
-    sums = [jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, side)]
+    sums = [jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(hit, head))]
     return term.combine(*sums, *([normaliser] if term.normaliser else []))
 
 
 def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, temperature, targets) -> jax.Array:
-    """A term over a sparse teacher's entries."""
-    lq = jax.nn.log_softmax(z, -1)
-    kept = jax.nn.one_hot(teacher.ids, z.shape[-1], dtype=bool)  # [N K V]
-    at_kept = jnp.take_along_axis(lq, teacher.ids, -1)
-    hit = teacher.ids == targets[:, None]
+    """A term over a sparse teacher's entries; what is no entry has probability zero on both sides."""
+    lq, vocab = jax.nn.log_softmax(z, -1), z.shape[-1]
+    inside = (teacher.ids >= 0) & (teacher.ids < vocab)
+    ids = jnp.clip(teacher.ids, 0, vocab - 1)
+    hit = ids == targets[:, None]
     if isinstance(teacher, Sampled):
-        share = teacher.counts / jnp.maximum(teacher.counts.sum(-1, keepdims=True), 1)
-        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), floored(at_kept), hit, share > 0)
-    lp = teacher.logprobs / temperature
-    lp = lp - jax.nn.logsumexp(lp, -1, keepdims=True)
-    if term.support == "conditional":
-        at_kept = at_kept - jax.nn.logsumexp(at_kept, -1, keepdims=True)
-    if term.support in ("conditional", "renormalized"):
-        return _field(term, floored(lp), floored(at_kept), hit)
+        drawn = jnp.where(inside, teacher.counts, 0)
+        share = drawn / jnp.maximum(drawn.sum(-1, keepdims=True), 1)
+        at_kept = floored(jnp.take_along_axis(lq, ids, -1))
+        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), at_kept, hit, counts=share > 0)
+    counts = inside & (teacher.logprobs > -jnp.inf)
+    kept = (jax.nn.one_hot(ids, vocab, dtype=bool) & counts[..., None]).any(1)  # [N V]
+    softened = lambda x: jax.nn.log_softmax(jnp.where(counts, x, -1e30), -1)
+    at_kept, lp = jnp.take_along_axis(lq, ids, -1), softened(teacher.logprobs / temperature)
+    at_kept = softened(at_kept) if term.support == "conditional" else at_kept
     tail_p = teacher.tail[:, tail]
-    lp = lp + jnp.log(-jnp.expm1(tail_p))[:, None]
-    if term.support == "partial":
-        return _field(term, floored(lp), floored(at_kept), hit)
-    tail_q = jax.nn.logsumexp(jnp.where(kept.any(1), -jnp.inf, lq), -1)
-    both_p = jnp.concatenate([lp, tail_p[:, None]], -1)
-    both_q = jnp.concatenate([at_kept, tail_q[:, None]], -1)
-    return _field(term, floored(both_p), floored(both_q), jnp.concatenate([hit, ~hit.any(-1, keepdims=True)], -1))
+    if term.support not in ("conditional", "renormalized"):
+        lp = lp + jnp.log(-jnp.expm1(tail_p))[:, None]
+    lp, at_kept = floored(lp), floored(at_kept)
+    head = None if term.head is None else leading(jnp.where(counts, lp, -jnp.inf), term.head) & counts
+    if term.support is not None:
+        return _field(term, lp, at_kept, hit, head, counts)
+    tail_q = floored(jax.nn.logsumexp(jnp.where(kept, -1e30, lq), -1))
+    beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
+    lp, at_kept = beside(lp, floored(tail_p)), beside(at_kept, tail_q)
+    hit = beside(hit & counts, ~(hit & counts).any(-1))
+    head = None if head is None else beside(head, jnp.zeros_like(head[:, 0]))
+    return _field(term, lp, at_kept, hit, head, beside(counts, jnp.ones_like(counts[:, 0])))
 
 
 def linear_divergence(terms, vocab, student, teacher, targets, weights, temperatures, standardized, tails):
@@ -87,7 +94,8 @@ def linear_divergence(terms, vocab, student, teacher, targets, weights, temperat
             continue
         lq = floored(jax.nn.log_softmax(soft, -1))
         lp = lq if z_teacher is None else floored(jax.nn.log_softmax(soften(z_teacher, temperature, standard), -1))
-        fields.append(_field(term, lp, lq, hit, normaliser=jax.nn.logsumexp(soft, -1)))
+        head = None if term.head is None else leading(lp, term.head)
+        fields.append(_field(term, lp, lq, hit, head, normaliser=jax.nn.logsumexp(soft, -1)))
     stacked = jnp.stack(fields)
     value = jnp.sum(jnp.where(weights != 0, weights * stacked, 0.0))
     return value, jax.lax.stop_gradient(stacked)

@@ -4,20 +4,16 @@ Weights come first. So each chunk can finish its part of the gradient while its 
 matrix products (student logits, teacher logits, d hidden, d unembed) serve every term of a step. Where the
 mesh splits the vocabulary, a chunk exchanges per-token sums and nothing else; the gradient of the head is
 reduced over the token axes once, after the scan.
-
-`custom_vjp` stands outside `shard_map`: inside, the cotangent of a replicated output would be divided by the
-size of the axis.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec as P
 
+from jaxkd.kernels import mesh
 from jaxkd.kernels.pointwise import (
     Columns,
     Softening,
@@ -31,8 +27,6 @@ from jaxkd.kernels.pointwise import (
     weighted_sum,
 )
 from jaxkd.types import Head, Sampled, TopK
-
-_TOKEN_AXES, _VOCAB_AXIS = ("data",), "model"
 
 
 class Plan(NamedTuple):
@@ -59,7 +53,7 @@ def _terms(plan: Plan, temperatures, z, teacher: Head | TopK | Sampled | None, t
         parts = []
         if isinstance(teacher, TopK | Sampled) and (thin := [i for i in mine if plan.terms[i].uses_teacher]):
             named = [(plan.terms[i], weights[i]) for i in thin]
-            parts.append((thin, sparse(named, softening, temperature, z, teacher, target, columns)))
+            parts.append((thin, sparse(named, softening, temperature, z, teacher, target, plan.vocab, columns)))
         if full := [i for i in mine if i not in thin]:
             named = [(plan.terms[i], weights[i]) for i in full]
             parts.append((full, dense(named, softening, temperature, z, z_teacher, hit, columns)))
@@ -92,7 +86,7 @@ def _fields(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, 
 
     xs = (student.hidden, _per_token(teacher), targets, weights.T)
     fields = jax.lax.map(block, jax.tree.map(lambda x: _chunked(x, plan.chunk), xs))
-    return _flat(fields, targets.shape[0]).T
+    return (_flat(fields, targets.shape[0]).T,)
 
 
 def _per_token(teacher: Head | TopK | Sampled | None) -> Any:
@@ -126,7 +120,10 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
             # What stands in a token without weight, NaN included, must not reach the head's gradient.
             step = (dot(jnp.where(live, hidden, 0), raw, (0, 0)), dbias)
             carry = jax.tree.map(jnp.add, carry, step)
-        return carry, (fields.T, dot(raw, unembed, (1, 1)))
+        dhidden = dot(raw, unembed, (1, 1))
+        # In the activations' precision at once, so that memory does not grow with the tokens; a split vocabulary has
+        # the devices' parts to add first.
+        return carry, (fields.T, dhidden.astype(hidden.dtype) if axis is None else dhidden)
 
     empty: Any = (jnp.zeros(student.unembed.shape, jnp.float32), jax.tree.map(jnp.zeros_like, student.bias))
     empty = (None, None) if plan.frozen else empty
@@ -137,13 +134,13 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
     dhidden = _flat(dhidden, targets.shape[0])
     if axis is not None:
         dhidden = jax.lax.psum(dhidden, axis)
-    return _flat(fields, targets.shape[0]).T, (dhidden, *reduced)
+    return (_flat(fields, targets.shape[0]).T, dhidden, *reduced)
 
 
-def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head, targets, weights, temperatures):
+def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head, targets):
     """[terms + 1, N]: the terms' fields at temperature 1, then whether both sides rank the same token first."""
     columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
-    del tokens, weights, temperatures
+    del tokens
 
     def block(xs):
         hidden, teacher_hidden, target = xs
@@ -154,39 +151,20 @@ def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head, targets,
         return jnp.concatenate([fields, same.astype(jnp.float32)[None]]).T
 
     xs = jax.tree.map(lambda x: _chunked(x, plan.chunk), (student.hidden, teacher.hidden, targets))
-    return _flat(jax.lax.map(block, xs), targets.shape[0]).T
+    return (_flat(jax.lax.map(block, xs), targets.shape[0]).T,)
 
 
-def _on_mesh(body: Callable, plan: Plan, with_gradient: bool, student: Head, teacher, *rest):
-    """Run `body` on each device's tokens and columns, or plainly where there is one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {} if mesh.empty else dict(mesh.shape)
-    tokens = tuple(a for a in _TOKEN_AXES if sizes.get(a, 1) > 1)
-    axis = _VOCAB_AXIS if sizes.get(_VOCAB_AXIS, 1) > 1 else None
-    if not tokens and axis is None:
-        return body(plan, (), None, student, teacher, *rest)
-
-    def place(signal: Head | TopK | Sampled | None) -> Any:
-        if isinstance(signal, TopK | Sampled):
-            return jax.tree.map(lambda x: P(tokens, *[None] * (x.ndim - 1)), signal)
-        specs = (P(tokens, None), P(None, axis), P(axis), P(), P())
-        present: list[Any] = [None if x is None else s for x, s in zip(signal or (), specs, strict=False)]
-        return None if signal is None else Head(*present)
-
-    out = P(None, tokens)
-    head = (None, None) if plan.frozen else (P(None, axis), None if student.bias is None else P(axis))
-    return jax.shard_map(
-        partial(body, plan, tokens, axis),
-        in_specs=(place(student), place(teacher), P(tokens), out, P()),
-        out_specs=(out, (P(tokens, None), *head)) if with_gradient else out,
-        check_vma=False,
-    )(student, teacher, *rest)
+def _inputs(student: Head, teacher, targets, weights, temperatures) -> list[tuple[str, Any]]:
+    """How a call's arrays lie on a mesh."""
+    signals = [("signal", student), ("signal", teacher)]
+    return [*signals, ("tokens", targets), ("rows", weights), ("replicated", temperatures)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def divergence(plan: Plan, student: Head, teacher: Head | TopK | Sampled | None, targets, weights, temperatures):
     """See `kernels.api.linear_divergence`."""
-    fields = _on_mesh(_fields, plan, False, student, teacher, targets, weights, temperatures)
+    arguments = _inputs(student, teacher, targets, weights, temperatures)
+    (fields,) = mesh.run(partial(_fields, plan), arguments, ("rows",))
     return weighted_sum(weights, fields), fields
 
 
@@ -197,7 +175,9 @@ def _forward(plan: Plan, *arguments):
     # A head that nothing differentiates (a frozen one) costs neither its product nor its buffer.
     perturbed = jax.tree.map(lambda x: x.perturbed, arguments[0], is_leaf=lambda x: hasattr(x, "perturbed"))
     plan = plan._replace(frozen=not (perturbed.unembed or perturbed.bias))
-    fields, gradient = _on_mesh(_fields_and_gradient, plan, True, student, teacher, targets, weights, temperatures)
+    head = ("nothing", "nothing") if plan.frozen else ("unembed", "nothing" if student.bias is None else "bias")
+    inputs = _inputs(student, teacher, targets, weights, temperatures)
+    fields, *gradient = mesh.run(partial(_fields_and_gradient, plan), inputs, ("rows", "hidden", *head))
     like = (student.hidden, student.unembed, student.bias)
     gradient = tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True))
     return (weighted_sum(weights, fields), fields), (gradient, fields)
@@ -217,5 +197,5 @@ divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def compare(plan: Plan, student: Head, teacher: Head, targets: jax.Array) -> jax.Array:
     """See `kernels.api.linear_comparison`."""
-    nothing = jnp.zeros((1, targets.shape[0])), jnp.zeros(())
-    return _on_mesh(_comparison, plan, False, student, teacher, targets, *nothing)
+    inputs = [("signal", student), ("signal", teacher), ("tokens", targets)]
+    return mesh.run(partial(_comparison, plan), inputs, ("rows",))[0]

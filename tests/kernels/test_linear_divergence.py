@@ -8,48 +8,72 @@ import numpy as np
 import pytest
 from dense import FAMILY, ZERO_AT_EQUALITY, cast, close, dense, each_alone, fused, problem
 
-from jaxkd.divergences import forward_kl, generalized_jsd, next_token, reverse_kl
+from jaxkd.divergences import forward_kl, generalized_jsd, next_token, reverse_kl, z_loss
 from jaxkd.kernels.api import chunk_size, linear_divergence
 from jaxkd.sharding import make_mesh
 from jaxkd.types import LOG_FLOOR, Head
 
 
-@pytest.mark.parametrize(("columns", "vocab"), [(64, 64), (64, 51)])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("chunk", [10, 24])  # leaves a remainder; is everything
-def test_each_matches_dense_float64(columns, vocab, temperature, chunk):
-    student, teacher, targets, one = problem(columns=columns)
-    for weights in each_alone(len(FAMILY), one):
-        arguments = (tuple(FAMILY.values()), student, teacher, targets % vocab, weights)
-        arguments += ((temperature,) * len(FAMILY), vocab)
+# Chunks of tokens: everything, whole multiples, with a remainder, more than there are. The vocabulary is never cut
+# into chunks (its tiles are the Pallas kernels'); columns beyond the true one are masked.
+@pytest.mark.parametrize(
+    ("vocab", "temperature", "chunk"), [(64, 1.0, 24), (51, 2.5, 8), (51, 1.0, 10), (64, 2.5, 40)]
+)  # fmt: skip
+def test_each_matches_dense_float64(vocab, temperature, chunk):
+    student, teacher, targets, one = problem(columns=64)
+    terms, temperatures = family(temperature)
+    for weights in each_alone(len(terms), one):
+        arguments = (terms, student, teacher, targets % vocab, weights, temperatures, vocab)
         close(fused(*arguments, chunk=chunk), dense(*arguments), weights != 0)
 
 
-@pytest.mark.parametrize(("data", "model"), [(8, 1), (1, 8), (4, 2)])
-def test_each_sharded_matches_dense_float64(data, model):
+def family(temperature):
+    """Every term and its temperature, which z-loss has not."""
+    return tuple(FAMILY.values()), tuple(1.0 if term.normaliser else temperature for term in FAMILY.values())
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "vocab", "temperature"), [(8, 1, 64, 1.0), (1, 8, 51, 2.0), (4, 2, 51, 1.0), (2, 4, 64, 2.0)]
+)
+def test_each_sharded_matches_dense_float64(data, model, vocab, temperature):
     student, teacher, targets, one = problem(columns=64)
-    mesh = make_mesh(data, model)
-    for weights in each_alone(len(FAMILY), one):
-        arguments = (tuple(FAMILY.values()), student, teacher, targets % 51, weights, (2.0,) * len(FAMILY), 51)
+    mesh, (terms, temperatures) = make_mesh(data, model), family(temperature)
+    for weights in each_alone(len(terms), one):
+        arguments = (terms, student, teacher, targets % vocab, weights, temperatures, vocab)
         close(fused(*arguments, chunk=2, mesh=mesh), dense(*arguments), weights != 0)
 
 
-@pytest.mark.parametrize("mesh", [None, (4, 2)])
-def test_standardised_logits(mesh):
+@pytest.mark.parametrize(("mesh", "vocab"), [(None, 64), (None, 51), ((1, 8), 51), ((4, 2), 51)])
+def test_standardised_logits(mesh, vocab):
     student, teacher, targets, one = problem(columns=64)
-    names = ("forward_kl", "reverse_kl", "adaptive_kl", "next_token")
-    terms, size = tuple(FAMILY[n] for n in names), len(names)
-    mesh = None if mesh is None else make_mesh(*mesh)
-    for weights in each_alone(size, one):
-        arguments = (terms, student, teacher, targets % 51, weights, (2.0, 1.0, 2.0, 1.0), 51)
-        more = {"standardized": (True, True, False, False)}
+    terms = tuple(term for term in FAMILY.values() if not term.normaliser)
+    mesh, more = None if mesh is None else make_mesh(*mesh), {"standardized": (True,) * len(terms)}
+    for weights in each_alone(len(terms), one):
+        arguments = (terms, student, teacher, targets % vocab, weights, (2.0,) * len(terms), vocab)
         close(fused(*arguments, chunk=4, mesh=mesh, **more), dense(*arguments, **more), weights != 0)
+
+
+@pytest.mark.parametrize("standard", [False, True])
+@pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
+def test_impossible_tokens_match_dense_float64(mesh, standard):
+    """A teacher with -inf among its logits: dear, finite, and the same on both sides of the kernel."""
+    student, teacher, targets, one = problem(columns=64)
+    bias = np.zeros(64)
+    bias[[7, 40]] = -np.inf
+    teacher = teacher._replace(bias=bias)
+    terms = tuple(term for term in FAMILY.values() if not term.normaliser)
+    mesh, more = None if mesh is None else make_mesh(*mesh), {"standardized": (standard,) * len(terms)}
+    for weights in each_alone(len(terms), one):
+        arguments = (terms, student, teacher, targets % 51, weights, (1.0,) * len(terms), 51)
+        expected = dense(*arguments, **more)
+        close(fused(*arguments, chunk=4, mesh=mesh, **more), expected, weights != 0)
 
 
 def test_several_terms_share_one_call():
     names = list(FAMILY)
     student, teacher, targets, weights = problem(terms=len(names))
-    temperatures = tuple(itertools.islice(itertools.cycle((1.0, 2.0)), len(names)))
+    cycle = itertools.cycle((1.0, 2.0))
+    temperatures = tuple(1.0 if term.normaliser else next(cycle) for term in FAMILY.values())
     arguments = (tuple(FAMILY.values()), student, teacher, targets, weights, temperatures, 64)
     close(fused(*arguments, chunk=8), dense(*arguments), weights != 0)
 
@@ -101,7 +125,6 @@ def test_impossible_teacher_token_is_dear_but_finite():
     teacher = teacher._replace(bias=bias)
     value, fields, gradient = fused((reverse_kl(),), student, teacher, targets, weights, (1.0,), 64)
     assert np.isfinite(value)
-    assert all(np.isfinite(g).all() for g in gradient)
     assert fields.max() < -LOG_FLOOR
     # The gradient passes through the floor: the student is pushed off the impossible token.
     assert gradient[2][7] > 0
@@ -124,24 +147,31 @@ def test_zero_with_no_gradient_at_equality(name):
     assert max(np.abs(g).max() for g in gradient) < 1e-6
 
 
-@pytest.mark.parametrize("mesh", [None, (4, 2)])
-def test_bfloat16_operands_accumulate_in_float32(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "temperature", "vocab", "chunk"),
+    [
+        (None, 2.0, 1000, 8),
+        (None, 1.0, 1024, 10),
+        ((4, 2), 1.0, 1000, 8),
+        ((1, 8), 2.0, 1024, 12),
+        ((8, 1), 1.0, 1000, 3),
+    ],
+)
+def test_bfloat16_operands_accumulate_in_float32(mesh, temperature, vocab, chunk):
     """From the same rounded inputs only the gradient in the logits is rounded again, as an operand of its products."""
     student, teacher, targets, one = problem(tokens=32, width=64, teacher_width=64, columns=1024, spread=0.5)
     student, teacher = (cast(cast(head, jnp.bfloat16), np.float32) for head in (student, teacher))
     half = [h._replace(hidden=h.hidden.astype(jnp.bfloat16)) for h in (student, teacher)]
-    mesh = None if mesh is None else make_mesh(*mesh)
-    for weights in each_alone(len(FAMILY), one):
-        rest = (targets, weights, (2.0,) * len(FAMILY), 1000)
-        value, fields, gradient = fused(
-            tuple(FAMILY.values()), *half, *rest, chunk=8, mesh=mesh, dtype=None
-        )  # fmt: skip
-        expected = dense(tuple(FAMILY.values()), student, teacher, *rest)
+    mesh, (terms, temperatures) = None if mesh is None else make_mesh(*mesh), family(temperature)
+    for weights in each_alone(len(terms), one):
+        rest = (targets % vocab, weights, temperatures, vocab)
+        value, fields, gradient = fused(terms, *half, *rest, chunk=chunk, mesh=mesh, dtype=None)
+        expected = dense(terms, student, teacher, *rest)
         np.testing.assert_allclose(value, expected[0], rtol=1e-5)
         np.testing.assert_allclose(fields[weights != 0], expected[1][weights != 0], rtol=1e-4, atol=1e-6)
         assert gradient[0].dtype == jnp.bfloat16
         assert gradient[1].dtype == jnp.float32
-        for got, want in zip(gradient[:2], expected[2][:2], strict=True):
+        for got, want in zip(gradient, expected[2], strict=True):
             assert np.linalg.norm(np.float64(got) - want) / np.linalg.norm(want) < 4e-3
 
 
@@ -193,6 +223,21 @@ def test_clear_errors():
         call((forward_kl(),), student, teacher, vocab=65)
     with pytest.raises(ValueError, match="0 < beta < 1"):
         generalized_jsd(1.0)
+    rest = (jnp.asarray(targets), jnp.asarray(weights))
+    with pytest.raises(ValueError, match="1 terms need as many temperatures, got 2"):
+        linear_divergence((forward_kl(),), student, teacher, *rest, (1.0, 2.0), vocab=64)
+    with pytest.raises(ValueError, match=r"there are \(24,\) targets, but \(23,\) tokens of the teacher's signal"):
+        call((forward_kl(),), student, teacher._replace(hidden=teacher.hidden[1:]), vocab=64)
+    with pytest.raises(ValueError, match=r"\(z_loss\) is for temperature 1"):
+        linear_divergence((z_loss(),), student, None, *rest, (2.0,), vocab=64)
+    with pytest.raises(ValueError, match="cannot be standardised"):
+        linear_divergence((z_loss(),), student, None, *rest, (1.0,), vocab=64, standardized=(True,))
+    fewer = [x[..., :23] for x in rest]
+    with jax.set_mesh(make_mesh(8, 1)), pytest.raises(ValueError, match="do not divide over data=8 x model=1"):
+        linear_divergence((next_token(),), student._replace(hidden=student.hidden[:23]), None, *fewer, (1.0,), vocab=64)
+    other = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(other), pytest.raises(ValueError, match="this mesh has fsdp=8"):
+        call((forward_kl(),), student, teacher, vocab=64)
 
 
 def test_chunks_fit_the_budget_and_divide_the_tokens():

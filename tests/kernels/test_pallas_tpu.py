@@ -66,8 +66,9 @@ def tiled(terms, student, teacher, targets, weights, temperatures, vocab, tiles=
 )
 def test_each_matches_dense_float64(terms, tokens, columns, vocab, tiles):
     student, teacher, targets, one = problem(tokens=tokens, columns=columns)
+    temperatures = tuple(1.0 if term.normaliser else 2.0 for term in terms)
     for weights in each_alone(len(terms), one):
-        arguments = (terms, student, teacher, targets % vocab, weights, (2.0,) * len(terms), vocab)
+        arguments = (terms, student, teacher, targets % vocab, weights, temperatures, vocab)
         close(tiled(*arguments, tiles=tiles), dense(*arguments), weights != 0)
 
 
@@ -75,7 +76,7 @@ def test_each_matches_dense_float64(terms, tokens, columns, vocab, tiles):
 def test_sharded_matches_dense_float64(data, model):
     student, teacher, targets, weights = problem(columns=1280 if model == 8 else 320, terms=len(FEW))
     vocab = student.unembed.shape[1] * 3 // 4  # where `model` is 8, two devices hold padding only
-    arguments = (FEW, student, teacher, targets % vocab, weights, (2.0, 1.0, 1.0, 2.0), vocab)
+    arguments = (FEW, student, teacher, targets % vocab, weights, (2.0, 1.0, 2.0, 1.0), vocab)
     close(tiled(*arguments, mesh=make_mesh(data, model)), dense(*arguments), weights != 0)
 
 

@@ -68,16 +68,6 @@ def test_padding_changes_nothing(term):
     assert padded == pytest.approx(plain, rel=1e-6)
 
 
-def test_uneven_micro_batches_sum_to_the_whole():
-    """A mean of means weighs the tokens of a short micro-batch more."""
-    student, teacher = logits()
-    summed = sum(
-        value(forward_kl(), head(student[part]), head(teacher[part])) * len(student[part])
-        for part in (slice(0, 3), slice(3, TOKENS))
-    )
-    assert summed / TOKENS == pytest.approx(value(forward_kl(), head(student), head(teacher)), rel=1e-6)
-
-
 def test_a_student_without_mass_in_the_top_k_is_told():
     """tunix and MaxText renormalise both sides within the stored entries, and score this student 0."""
     k = 4

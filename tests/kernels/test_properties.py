@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jaxkd import divergences as d
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import LOG_FLOOR, Head
+from jaxkd.types import Head
 
 NAMES = tuple(ZERO_AT_EQUALITY)
 TERMS = tuple(FAMILY[n] for n in NAMES)
@@ -63,13 +63,24 @@ def test_special_cases_of_alpha_beta():
     np.testing.assert_allclose(rows[7], rows[3])
 
 
-@pytest.mark.parametrize(
-    ("point", "step"), [((0.5, 0.0), (0, 1)), ((0.0, 0.5), (1, 0)), ((0.5, -0.5), (0, 1)), ((0, 0), (1, 1))]
-)
-def test_singular_cases_are_limits(point, step):
-    near = d.alpha_beta(point[0] + 1e-6 * step[0], point[1] + 1e-6 * step[1])
-    at, close_by = exact(d.alpha_beta(*point), near)
-    np.testing.assert_allclose(at, close_by, rtol=1e-4, atol=1e-6)
+POINTS = [(0.5, 0.0), (0.0, 0.5), (0.5, -0.5), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_singular_cases_are_limits(point):
+    at, before, after = exact(
+        d.alpha_beta(*point), *[d.alpha_beta(point[0] + step, point[1] + step) for step in (-2e-3, 2e-3)]
+    )
+    np.testing.assert_allclose(at, (before + after) / 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_beside_a_limit_is_refused_and_rounding_is_forgiven(point):
+    with pytest.raises(ValueError, match=r"within 0.001 of 0.0 float32 cancels"):
+        d.alpha_beta(point[0] + 1e-5, point[1] + 1e-5)
+    near, at = exact(d.alpha_beta(point[0] + 1e-17, point[1] + 1e-17), d.alpha_beta(*point))
+    np.testing.assert_array_equal(near, at)
+    np.testing.assert_allclose(*exact(d.alpha_beta(0.1 + 0.2, -0.3), d.alpha_beta(0.3, -0.3)))
 
 
 def test_squared_l2():
@@ -80,10 +91,10 @@ def test_squared_l2():
 
 def test_renyi_and_alpha_approach_forward_kl():
     forward, renyi, alpha, low, high = exact(
-        d.forward_kl(), d.renyi(1 + 1e-6), d.alpha_divergence(1 - 1e-6), d.renyi(0.3), d.renyi(3.0)
+        d.forward_kl(), d.renyi(1.002), d.alpha_divergence(0.998), d.renyi(0.3), d.renyi(2.0)
     )
-    np.testing.assert_allclose(renyi, forward, rtol=1e-4)
-    np.testing.assert_allclose(alpha, forward, rtol=1e-4)
+    np.testing.assert_allclose(renyi, forward, rtol=2e-2)
+    np.testing.assert_allclose(alpha, forward, rtol=2e-2)
     assert (low <= forward).all()  # not decreasing in its order
     assert (forward <= high).all()
 
@@ -92,14 +103,14 @@ def test_endpoints_of_jsd():
     """The two conventions for the ends, and the scale at which each leaves the formula."""
     jsd, forward, reverse = d.generalized_jsd, d.forward_kl(), d.reverse_kl()
     rows = exact(
-        forward, jsd(0.0, "kl"), jsd(0.0, "scaled"), jsd(1e-8, "scaled"), jsd(1e-8),
-        reverse, jsd(1.0, "kl"), jsd(1.0, "scaled"), jsd(1 - 1e-8, "scaled"), jsd(0.3, "kl"), jsd(0.3),
+        forward, jsd(0.0, "kl"), jsd(0.0, "scaled"), jsd(1e-8),
+        reverse, jsd(1.0, "kl"), jsd(1.0, "scaled"), jsd(1 - 1e-8), jsd(0.3), jsd(0.3, "kl"), jsd(0.3, "scaled"),
     )  # fmt: skip
-    for same, other in ((0, 1), (0, 2), (5, 6), (5, 7), (9, 10)):
+    for same, other in ((0, 1), (0, 2), (4, 5), (4, 6), (8, 9)):
         np.testing.assert_allclose(rows[other], rows[same])
-    np.testing.assert_allclose(rows[3], rows[0], rtol=1e-3)
-    np.testing.assert_allclose(rows[8], rows[5], rtol=1e-3)
-    assert rows[4].max() < 1e-4
+    np.testing.assert_allclose(rows[10], rows[8] / 0.21)
+    for end, near in ((0, 3), (4, 7)):  # what "scaled" goes to, and what the formula itself does
+        np.testing.assert_allclose(rows[near] / 1e-8, rows[end], rtol=1e-3)
     with pytest.raises(ValueError, match="paper, kl or scaled"):
         jsd(0.5, "trl")
 
@@ -174,26 +185,10 @@ def test_values_and_gradients_stay_finite(case):
         assert all(np.isfinite(g).all() for g in gradient), name
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_impossible_teacher_token_is_dear_but_finite(name):
-    student, teacher, targets, _ = problem()
-    bias = np.zeros(64)
-    bias[7] = -np.inf
-    terms = (FAMILY[name],)
-    value, fields, gradient = fused(terms, student, teacher._replace(bias=bias), targets, np.ones((1, 24)), (1.0,), 64)
-    assert np.isfinite(value)
-    assert np.isfinite(fields).all()
-    assert all(np.isfinite(g).all() for g in gradient)
-    if name in ("reverse_kl", "mixed_kl", "jeffreys"):
-        assert fields.max() < -LOG_FLOOR
-        assert gradient[2][7] > 0  # through the floor: the student is pushed off the impossible token
-
-
 def test_sparse_terms_stay_finite_at_the_extremes():
     student, teacher, targets, _ = problem()
     for spread_student, spread_teacher in EXTREMES.values():
         entries = topk(teacher._replace(hidden=teacher.hidden * min(spread_teacher, 30.0)), 5, 64)
-        entries = entries._replace(tail=np.maximum(entries.tail, -1e4))
         head = student._replace(hidden=student.hidden * spread_student)
         terms = tuple(STORED.values())
         value, fields, gradient = fused(
@@ -212,8 +207,14 @@ def test_sparse_terms_stay_finite_at_the_extremes():
         (lambda: d.adaptive_kl(0.0), "adaptive_kl: mass"),
         (lambda: d.mixed_kl(1.5), "mixed_kl: reverse is a share"),
         (lambda: d.renyi(-1.0), "renyi: alpha must be above 0"),
+        (lambda: d.renyi(2.5), "at most 2, got 2.5"),
+        (lambda: d.renyi(1.0001), "within 0.001 of 1.0"),
+        (lambda: d.generalized_jsd(1e-5, "scaled"), "within 0.001 of 0.0"),
+        (lambda: d.alpha_beta(0.5, -0.95), "powers below -0.9"),
+        (lambda: d.decoupled_kd(others=float("inf")), "decoupled_kd: others must be a number from 0 on, got inf"),
+        (lambda: d.decoupled_topk(4, inside=-1.0), "decoupled_topk: inside must be a number"),
         (lambda: d.alpha_beta(float("nan"), 1.0), "alpha_beta needs finite numbers"),
-        (lambda: d.decoupled_topk(0), "decoupled_topk: k must be at least 1"),
+        (lambda: d.decoupled_topk(0), "decoupled_topk: k must be an integer from 1 on, got 0"),
         (lambda: d.next_token(1.0), "next_token: smoothing"),
     ],
 )

@@ -20,7 +20,7 @@ def test_each_on_top_k_matches_dense_float64(vocab, chunk, temperature):
     teacher = topk(teacher, 5, vocab, (1.0, 2.0))
     for weights in each_alone(len(STORED), one):
         arguments = (tuple(STORED.values()), student, teacher, targets % vocab, weights)
-        arguments += ((temperature,) * len(STORED), vocab)
+        arguments += (tuple(1.0 if term.normaliser else temperature for term in STORED.values()), vocab)
         close(fused(*arguments, chunk=chunk, tails=(1.0, 2.0)), dense(*arguments, tails=(1.0, 2.0)), weights != 0)
 
 
@@ -42,6 +42,55 @@ def test_draws_match_dense_float64_beside_a_hard_target():
     weights = np.concatenate([one, 0.5 * one])
     arguments = (terms, student, sampled(teacher, 12, 51), targets % 51, weights, (1.0, 1.0), 51)
     close(fused(*arguments, chunk=10), dense(*arguments), weights != 0)
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8)])
+def test_filling_counts_nothing(mesh):
+    """Ids of no token, or entries of -inf, are as if they were not there."""
+    student, teacher, targets, one = problem()
+    mesh = None if mesh is None else make_mesh(*mesh)
+    terms = (d.forward_kl(), d.reverse_kl(), d.conditional_kl(), d.decoupled_topk(4), d.adaptive_kl())
+    weights, temperatures = np.tile(one, (len(terms), 1)), (1.0,) * len(terms)
+    entries, draws = topk(teacher, 5, 51), sampled(teacher, 12, 51)
+    beside = lambda x, *last: np.concatenate([x, np.tile(last, (24, 1))], -1).astype(x.dtype)
+    filled = TopK(
+        beside(entries.ids, -1, 51, 10**9, entries.ids[0, 0]),
+        beside(entries.logprobs, -1.0, -0.5, 0.0, -np.inf),
+        entries.tail,
+    )
+    pairs = [(terms, weights, temperatures, entries, filled)]
+    more = Sampled(beside(draws.ids, -1, 51, 7), beside(draws.counts, 3, 4, 0))
+    pairs.append(((d.cross_entropy(),), one, (1.0,), draws, more))
+    for terms, weights, temperatures, plain, padded in pairs:
+        rest = (targets % 51, weights, temperatures, 51)
+        without, filled = (fused(terms, student, signal, *rest, mesh=mesh) for signal in (plain, padded))
+        close(filled, jax.tree.map(np.float64, without), weights != 0)
+        close(filled, dense(terms, student, padded, *rest), weights != 0)
+
+
+@pytest.mark.parametrize("offset", [0.0, -50.0, -300.0])
+def test_nothing_beside_the_stored_entries(offset):
+    """A vocabulary of which every column is stored, with logits that are all far below zero."""
+    student, teacher, targets, weights = problem(columns=32)
+    with np.errstate(divide="ignore"):
+        entries = topk(teacher, 32, 32)  # whose tail is log 0
+    student = student._replace(bias=np.full(32, offset))
+    live = fused((d.forward_kl(),), student, teacher, targets, weights, (1.0,), 32)
+    stored = fused((d.forward_kl(),), student, entries, targets, weights, (1.0,), 32)
+    close(stored, jax.tree.map(np.float64, live), weights != 0, tolerance=1e-5)
+
+
+def test_sparse_bfloat16():
+    student, teacher, targets, one = problem(tokens=32, width=64, columns=1024, spread=0.5)
+    entries = cast(topk(teacher, 16, 1000), jnp.float32)
+    rounded = cast(cast(student, jnp.bfloat16), np.float32)
+    half = rounded._replace(hidden=rounded.hidden.astype(jnp.bfloat16))
+    terms = (d.forward_kl(), d.reverse_kl(), d.next_token())
+    rest = (targets % 1000, np.tile(one, (3, 1)), (1.0,) * 3, 1000)
+    got, want = fused(terms, half, entries, *rest, chunk=8, dtype=None), dense(terms, rounded, entries, *rest)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
+    for a, b in zip(got[2], want[2], strict=True):
+        assert np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) < 4e-3
 
 
 def test_all_entries_stored_is_the_live_teacher():
@@ -165,6 +214,8 @@ def test_what_cannot_be_served_is_refused():
         call(d.cross_entropy(), jax.tree.map(jnp.asarray, draws), 2.0)
     with pytest.raises(ValueError, match="'partial' form is for a top-k teacher"):
         call(d.partial_kl(), teacher)
+    with pytest.raises(ValueError, match="asks for the teacher's 6 leading entries, and 5 are stored"):
+        call(d.decoupled_topk(6), entries)
     with pytest.raises(ValueError, match="standardising needs all"):
         call(d.forward_kl(), entries, standardized=(True,))
     assert refusal(d.next_token(), Sampled) is None

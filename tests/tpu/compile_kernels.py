@@ -86,12 +86,31 @@ def chosen(device) -> dict:
     return found
 
 
+def xla_form(device) -> dict:
+    """Memory of the form that scans over chunks, for the widths of Llama-3.2-1B and Llama-3.1-8B."""
+    mesh, tokens, (width, teacher_width) = Mesh(np.array([[device]]), ("data", "model")), 8192, WIDTHS
+    shape = lambda *s, dtype="bfloat16": jax.ShapeDtypeStruct(s, dtype)
+
+    def value(hidden, unembed, teacher):
+        arrays = jnp.zeros(tokens, jnp.int32), jnp.ones((2, tokens)), (1.0, 1.0)
+        terms = (FAMILY["forward_kl"], FAMILY["next_token"])
+        return linear_divergence(terms, Head(hidden, unembed), teacher, *arrays, vocab=VOCAB, implementation="xla")[0]
+
+    teacher = Head(shape(tokens, teacher_width), shape(teacher_width, VOCAB))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(value, (0, 1))).lower(
+            shape(tokens, width), shape(width, VOCAB, dtype="float32"), teacher
+        )
+        memory = lowered.compile().memory_analysis()
+    return {"case": "xla", "local": [tokens, VOCAB, width], "temp": memory.temp_size_in_bytes}
+
+
 def main(topology: str, *names: str) -> None:
     more = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
     devices = get_topology_desc(topology_name=topology, platform="tpu", **more).devices
     for name in names:
-        if name == "chosen":
-            print(json.dumps(chosen(devices[0])), flush=True)
+        if name in ("chosen", "xla"):
+            print(json.dumps((chosen if name == "chosen" else xla_form)(devices[0])), flush=True)
             continue
         (data, model), *case = CASES[name]
         mesh = Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))

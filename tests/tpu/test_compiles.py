@@ -99,3 +99,11 @@ def test_the_form_is_chosen_by_what_it_moves(topology, narrow):
     """On v6e memory is dear beside products, so narrow heads take the form that makes logits four times."""
     found = compiled(topology, "chosen")["chosen"]
     assert (found["512"], found["2048"]) == (narrow, "xla")
+
+
+def test_the_xla_form_stays_within_memory_on_a_tpu():
+    """The head's gradient twice, its operand, and a twentieth of what [tokens, vocabulary] would take four times."""
+    found = compiled("v5e:2x2", "xla")["xla"]
+    tokens, columns, width = found["local"]
+    dense = 4 * 4 * tokens * columns
+    assert found["temp"] < (4 + 4 + 2) * width * columns + dense / 20, found
