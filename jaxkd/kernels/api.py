@@ -14,17 +14,17 @@ from jaxkd.types import Divergence, Head, Sampled, Scalar, TopK
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 CHUNK_BYTES = 448 * 2**20
 """What the logits of one chunk and what is made of them may take on a device, where the head's gradient takes less."""
-_ENOUGH = 512  # tokens of a chunk, for any head
+_ENOUGH = 256  # tokens of a chunk, for any head
 _BUFFERS = 3  # student and teacher logits and the gradient: live at once, float32
 
 
 def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES) -> int:
     """Tokens per chunk: as many as help and the budget allows, in multiples of eight that divide the tokens if any do.
 
-    Every chunk adds a product of the head's size to the head's gradient, so fewer are faster, until a chunk has as many
-    tokens as the head is wide: then its logits are the larger traffic, and the smaller they are the more of them stays
-    in caches. The budget grows with the head's gradient (the two do not need all of their memory at once). A chunk that
-    divides the tokens spares padded copies of the hidden states, the only memory that would grow with them.
+    Every chunk adds a product of the head's size to the head's gradient, so fewer are faster, until a chunk has half as
+    many tokens as the head is wide: then its logits are the larger traffic, and the smaller they are the more of them
+    stays in caches. The budget grows with the head's gradient (the two do not need all of their memory at once). A
+    chunk that divides the tokens spares padded copies of the hidden states, the only memory that would grow with them.
 
     Args:
         tokens: on one device.
@@ -33,7 +33,7 @@ def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES)
         budget: bytes; at least what the head's gradient takes is used.
     """
     budget = max(budget, 4 * width * columns)
-    most = min(max(8, budget // (4 * _BUFFERS * columns) // 8 * 8), max(_ENOUGH, width // 8 * 8))
+    most = min(max(8, budget // (4 * _BUFFERS * columns) // 8 * 8), max(_ENOUGH, width // 16 * 8))
     dividing = [size for size in range(most, most // 2, -8) if tokens % size == 0]
     if dividing:
         return dividing[0]

@@ -242,16 +242,17 @@ def test_clear_errors():
 
 def test_chunks_fit_the_budget_and_divide_the_tokens():
     room = lambda tokens: 4 * 3 * 49152 * tokens  # three float32 arrays of a chunk
-    size = lambda tokens, budget, width=64: chunk_size(tokens, 49152, width, budget)
+    size = lambda tokens, budget, width=1024: chunk_size(tokens, 49152, width, budget)
     assert size(512, 10**9) == 512
-    assert size(4096, 10**9) == 512  # enough
-    assert size(4096, 10**9, width=2048) == 1024  # the head's gradient is what counts
+    assert size(4096, 10**9) == 512  # enough for so wide a head
+    assert size(4096, 10**9, width=64) == 256  # and for any other
+    assert size(4096, 10**9, width=4096) == 1024
     assert size(512, room(400)) == 256
-    assert size(8192, room(300)) == 256  # divides; 296 would not
-    assert size(1000, room(300)) == 200
-    assert size(1016, room(300)) == 256  # 8 x 127 has no such divisor: four even blocks
+    assert size(8192, room(344)) == 256  # divides; 344 would not
+    assert size(1000, room(344)) == 200
+    assert size(1016, room(344)) == 344  # 8 x 127 has no such divisor: three even blocks
     assert size(8192, 0, width=3 * 512) == 512  # as much memory as the head's gradient takes
-    assert chunk_size(3, 10**9, 64) == 8
+    assert chunk_size(3, 10**9, 64, 0) == 8
 
 
 def test_memory_does_not_grow_with_the_tokens():
