@@ -5,11 +5,12 @@ fused kernel once for all of them. A `Field` (see `features.py`) brings its own 
 sum: the step divides it, with the gradients, once by the global token weight.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxkd import divergences, schedules
 from jaxkd.fields import Field
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.metrics import per_domain
-from jaxkd.types import Batch, Divergence, Head, Metrics, Output, PyTree, Scalar, Signal
+from jaxkd.types import Batch, Blend, Divergence, Head, Metrics, Output, PyTree, Scalar, Signal
 
 __all__ = ["match", "next_token"]
 
@@ -179,13 +180,21 @@ def _vocabulary(
     return linear_divergence(
         tuple(term.divergence for _, term in terms.values()),
         _clean(student.head, batch),
-        _clean(signal.head, batch) if isinstance(signal, Output) else signal,
+        _cleaned(signal, batch),
         batch.targets,
         jnp.stack(scale)[:, None, None] * batch.weights,
         temperature,
         standardized=tuple(term.standardize for _, term in terms.values()),
         **options,
     )
+
+
+def _cleaned(signal: Any, batch: Batch) -> Any:
+    if isinstance(signal, Output):
+        return _clean(signal.head, batch)
+    if isinstance(signal, Blend):
+        return dataclasses.replace(signal, heads=tuple(_clean(head, batch) for head in signal.heads))
+    return signal
 
 
 def _clean(head: Head, batch: Batch) -> Head:

@@ -4,6 +4,8 @@ Sizes: `B` batch rows, `L` length, `N` tokens (B x L flattened), `D` student wid
 `V` padded vocabulary. Per-token weights are floats and are called `weights`, never a mask.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +35,7 @@ class Batch(NamedTuple):
     positions: Int[jax.Array, "B L"]  # restart at 0 in each segment
     row: Int[jax.Array, " B"]  # index in the row's own domain
     domain: Int[jax.Array, " B"]
+    teacher: Any = None  # what a cache holds of these rows: Hidden, TopK, Sampled, or a tuple of those
 
 
 class Head(NamedTuple):
@@ -61,6 +64,27 @@ class Sampled(NamedTuple):
 
     ids: Int[jax.Array, "*tokens K"]  # different within a token, where they count
     counts: Int[jax.Array, "*tokens K"]
+
+
+class Hidden(NamedTuple):
+    """A teacher's last hidden states, after its final norm: with its unembedding, all that its head would say."""
+
+    hidden: Float[jax.Array, "*tokens E"]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["heads", "weights"], meta_fields=["geometric"])
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """Several teachers as one: their heads, and for every token what each of them weighs.
+
+    At a temperature each head's own distribution is softened first. `geometric` averages log-probabilities (and
+    normalises the result), otherwise probabilities are averaged. A head whose weight is 0 at a token, NaN included,
+    changes nothing there.
+    """
+
+    heads: tuple[Head, ...]
+    weights: Any  # float [*tokens T]: at least 0, sum to 1 over the T heads where a token has weight
+    geometric: bool = False  # part of the program, not of its data
 
 
 class Leading(NamedTuple):
@@ -102,8 +126,8 @@ class Output(NamedTuple):
     taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers; see models/transformer
 
 
-Signal = Output | TopK | Sampled
-"""What a teacher tells about a batch."""
+Signal = Output | TopK | Sampled | Blend | Batch
+"""What a teacher tells about a batch; a `Batch` is text of its own, to be learned from instead."""
 
 Forward = Callable[..., Output]
 """`forward(params, batch, *, taps=()) -> Output`."""

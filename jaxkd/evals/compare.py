@@ -1,7 +1,7 @@
 """Student beside teacher on held-out rows: loss, bits per byte, KL and agreement, per domain."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,19 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.divergences import forward_kl, next_token
-from jaxkd.kernels.api import linear_comparison
-from jaxkd.types import Batch, Divergence, Forward, PyTree
+from jaxkd.kernels.api import RANKED, linear_comparison
+from jaxkd.types import Batch, Divergence, Forward, Output, PyTree
 
 Row = dict[str, Any]
 
 
+MEANS = ("student_nats", "teacher_nats", "kl", "agreement")
+BINS = 15
+"""Of the calibration error, as in Guo et al. 2017."""
+
+
 class Sums(NamedTuple):
-    """Over the weighted tokens of some rows."""
+    """Over the weighted tokens of some rows; the calibration per bin of the top probability, [BINS]."""
 
     student_nats: Any
     teacher_nats: Any
     kl: Any
     agreement: Any
+    student_calibration: Any  # rightness less confidence
+    teacher_calibration: Any
     tokens: Any
 
 
@@ -29,25 +36,38 @@ def _teacher_next_token() -> Divergence:
     return Divergence(lambda lp, lq, side: (jnp.where(side.hit, -lp, 0.0),))
 
 
-def make_comparison(student: Forward, teacher: Forward, vocab: int) -> Callable[[PyTree, PyTree, Batch], Sums]:
-    """`comparison(student_params, teacher_params, batch) -> Sums`, at temperature 1, to be jitted.
+def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], vocab: int) -> Callable[..., Sums]:
+    """`comparison(student_params, teacher_state, batch) -> Sums`, at temperature 1, to be jitted.
 
     Args:
         student: forward pass.
-        teacher: forward pass.
+        teacher: `teacher(state, batch)`, an `Output` or a `Blend`.
         vocab: true vocabulary size.
     """
     terms = (next_token(), _teacher_next_token(), forward_kl())
 
-    def comparison(student_params: PyTree, teacher_params: PyTree, batch: Batch) -> Sums:
-        q, p = student(student_params, batch).head, teacher(teacher_params, batch).head
+    def comparison(student_params: PyTree, teacher_state: PyTree, batch: Batch) -> Sums:
+        q, signal = student(student_params, batch).head, teacher(teacher_state, batch)
+        p = signal.head if isinstance(signal, Output) else signal
         rows = linear_comparison(terms, q, p, batch.targets, vocab=vocab)
-        live = batch.weights != 0
-        names = ("student_nats", "teacher_nats", "kl", "agreement")
-        totals = {n: jnp.where(live, row * batch.weights, 0.0).sum() for n, row in zip(names, rows, strict=True)}
-        return Sums(**totals, tokens=batch.weights.sum())
+        weights, live = batch.weights, batch.weights != 0
+        known = dict(zip(("student_nats", "teacher_nats", "kl", *RANKED), rows, strict=True))
+        total = lambda row: jnp.where(live, row * weights, 0.0).sum()
+        return Sums(
+            **{name: total(known[name]) for name in MEANS},
+            student_calibration=_calibration(known["student_top"], known["student_right"], weights),
+            teacher_calibration=_calibration(known["teacher_top"], known["teacher_right"], weights),
+            tokens=weights.sum(),
+        )
 
     return comparison
+
+
+def _calibration(top: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Array:
+    """[BINS]: sum of weight (rightness - confidence) over the tokens of each bin of confidence."""
+    live = weights != 0
+    place = jnp.clip((jnp.where(live, top, 0.0) * BINS).astype(jnp.int32), 0, BINS - 1)
+    return jnp.zeros(BINS).at[place].add(jnp.where(live, weights * (right - top), 0.0))
 
 
 def evaluate(
@@ -73,10 +93,10 @@ def evaluate(
         for batch, length in batches:
             parts.append(comparison(batch))
             size += int(np.sum(length))
-        total = Sums(*(math.fsum(float(x) for x in column) for column in zip(*jax.device_get(parts), strict=True)))
+        total = Sums(*(_sum(column) for column in zip(*jax.device_get(parts), strict=True)))
         if not total.tokens:
             raise ValueError(f"the held-out rows of domain '{name}' have no token to score")
-        means = {field: getattr(total, field) / total.tokens for field in Sums._fields[:-1]}
+        means = {field: getattr(total, field) / total.tokens for field in MEANS}
         for field, mean in means.items():
             if not math.isfinite(mean):
                 raise ValueError(
@@ -93,12 +113,21 @@ def evaluate(
                 "teacher_bits_per_byte": means["teacher_nats"] * bits,
                 "kl": means["kl"],
                 "agreement": means["agreement"],
+                "student_ece": float(np.abs(total.student_calibration).sum() / total.tokens),
+                "teacher_ece": float(np.abs(total.teacher_calibration).sum() / total.tokens),
                 "gap_closed": _closed(means["student_nats"], means["teacher_nats"], start, name),
                 "tokens": int(total.tokens),
             }
         )
     rows.append(_mean(rows, start, step))
     return rows
+
+
+def _sum(parts: Sequence[Any]) -> Any:
+    """Of scalars or arrays, exactly rounded where it is a scalar."""
+    if np.ndim(parts[0]):
+        return np.sum(np.asarray(parts, np.float64), 0)
+    return math.fsum(float(x) for x in parts)
 
 
 def _closed(student: float, teacher: float, start: Mapping[str, float] | None, name: str) -> float | None:
@@ -126,7 +155,7 @@ def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
         rows: of one evaluation.
         before: the student's nats per token per domain at step 0, for a column beside today's.
     """
-    head = ["domain", "tokens", "teacher", "start", "student", "gap closed", "KL", "agree", "bits/byte"]
+    head = ["domain", "tokens", "teacher", "start", "student", "gap closed", "KL", "agree", "ECE", "bits/byte"]
     lines = [head]
     for row in rows:
         first = (before or {}).get(row["domain"])
@@ -141,6 +170,7 @@ def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
                 "-" if closed is None else f"{closed:.1%}",
                 f"{row['kl']:.3f}",
                 f"{row['agreement']:.1%}",
+                f"{row['student_ece']:.1%}",
                 f"{row['student_bits_per_byte']:.3f}",
             ]
         )

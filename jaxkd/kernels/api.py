@@ -1,5 +1,6 @@
 """The door to the loss kernels: shapes in, the right implementation chosen, chunks sized."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,16 +10,16 @@ from jaxtyping import Float, Int
 
 from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
 from jaxkd.kernels.pointwise import Softening
-from jaxkd.types import Divergence, Head, Sampled, Scalar, TopK
+from jaxkd.types import Blend, Divergence, Head, Sampled, Scalar, TopK
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 CHUNK_BYTES = 448 * 2**20
 """What the logits of one chunk and what is made of them may take on a device, where the head's gradient takes less."""
 _ENOUGH = 256  # tokens of a chunk, for any head
-_BUFFERS = 3  # student and teacher logits and the gradient: live at once, float32
+_BUFFERS = 2  # the student's logits and the gradient, live at once with every teacher's logits, float32
 
 
-def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES) -> int:
+def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES, teachers: int = 1) -> int:
     """Tokens per chunk: as many as help and the budget allows, in multiples of eight that divide the tokens if any do.
 
     Every chunk adds a product of the head's size to the head's gradient, so fewer are faster, until a chunk has half as
@@ -31,9 +32,10 @@ def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES)
         columns: vocabulary entries on one device.
         width: of the student's hidden states.
         budget: bytes; at least what the head's gradient takes is used.
+        teachers: heads whose logits a chunk holds.
     """
     budget = max(budget, 4 * width * columns)
-    most = min(max(8, budget // (4 * _BUFFERS * columns) // 8 * 8), max(_ENOUGH, width // 16 * 8))
+    most = min(max(8, budget // (4 * (_BUFFERS + teachers) * columns) // 8 * 8), max(_ENOUGH, width // 16 * 8))
     dividing = [size for size in range(most, most // 2, -8) if tokens % size == 0]
     if dividing:
         return dividing[0]
@@ -99,13 +101,16 @@ def _flat(signal: Any) -> Any:
     """With one token axis instead of several."""
     if isinstance(signal, Head):
         return signal._replace(hidden=signal.hidden.reshape(-1, signal.hidden.shape[-1]))
+    if isinstance(signal, Blend):
+        weights = signal.weights.reshape(-1, signal.weights.shape[-1]).astype(jnp.float32)
+        return dataclasses.replace(signal, heads=tuple(map(_flat, signal.heads)), weights=weights)
     return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, x.shape[-1]), signal)
 
 
 def linear_divergence(
     terms: tuple,
     student: Head,
-    teacher: Head | TopK | Sampled | None,
+    teacher: Head | Blend | TopK | Sampled | None,
     targets: Int[jax.Array, "*tokens"],
     weights: Float[jax.Array, "terms *tokens"],
     temperatures: tuple[Scalar | jax.Array, ...],
@@ -129,7 +134,8 @@ def linear_divergence(
     Args:
         terms: a `Divergence` each.
         student: hidden [*tokens D] in the compute dtype, unembed [D V].
-        teacher: a head with its own width, stored entries, draws, or None when no term uses it.
+        teacher: a head with its own width, several with their weights, stored entries, draws, or None when no term
+            uses it.
         targets: [*tokens] next-token ids, below `vocab` where they have weight.
         weights: [terms *tokens], unnormalised; what stands under a weight of zero, NaN included, changes nothing.
         temperatures: one a term, numbers or scalars of the program.
@@ -165,14 +171,16 @@ def linear_divergence(
     tiled, reason, sizes = _tiled(tuple(terms), softenings, slots, vocab, flat_student, flat_teacher)
     if implementation == "pallas_tpu" and tiled is None:
         raise ValueError(reason)
-    chunk = chunk or chunk_size(sizes.tokens, sizes.columns, sizes.student)
+    heads = len(teacher.heads) if isinstance(teacher, Blend) else 1
+    chunk = chunk or chunk_size(sizes.tokens, sizes.columns, sizes.student, teachers=heads)
     scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
     arrays = (flat_student, flat_teacher, flat_targets, flat_weights, scalars)
     fewer = implementation is None and traffic.prefer_pallas(sizes, chunk, traffic.current_chip())
     if tiled is not None and (fewer or implementation == "pallas_tpu"):
         value, fields = _pallas(tiled, *arrays)
     else:
-        value, fields = xla.divergence(xla.Plan(tuple(terms), slots, softenings, vocab, chunk), *arrays)
+        plan = xla.Plan(tuple(terms), slots, softenings, vocab, chunk)
+        value, fields = xla.divergence(plan, *arrays)
     return value, jax.lax.stop_gradient(fields).reshape(weights.shape)
 
 
@@ -181,14 +189,14 @@ def refusal(term: Divergence, signal: type, standardized: bool = False) -> str |
 
     Args:
         term: the divergence.
-        signal: `Head`, `TopK` or `Sampled`.
+        signal: `Head`, `Blend`, `TopK` or `Sampled`.
         standardized: whether its logits are standardised.
     """
     if term.normaliser and standardized:
         return "it is about the size of logits, which standardising takes away"
     if not term.uses_teacher:
         return None
-    if signal is Head:
+    if signal in (Head, Blend):
         if term.support is not None:
             return f"its '{term.support}' form is for a top-k teacher; a full distribution has no entries to leave out"
         return None
@@ -199,59 +207,73 @@ def refusal(term: Divergence, signal: type, standardized: bool = False) -> str |
     return None
 
 
+def unstored(term: Divergence, signal: type, temperature: Any, entries: int, tails: tuple[float, ...]) -> str | None:
+    """What a term asks of a sparse teacher that is not stored, or None when all of it is.
+
+    Args:
+        term: one that the signal's kind can serve (`refusal`).
+        signal: `TopK` or `Sampled`.
+        temperature: the term's, None or an array where it is a schedule.
+        entries: K of a top-k teacher.
+        tails: temperatures at which its tail is stored.
+    """
+    if signal is Sampled:
+        return None if _equal(temperature, 1.0) else "draws at temperature 1 serve no other temperature"
+    if term.head is not None and term.head.entries > entries:
+        return f"a term asks for the teacher's {term.head.entries} leading entries, and {entries} are stored"
+    if term.support in ("conditional", "renormalized") or any(_equal(tail, temperature) for tail in tails):
+        return None  # what is renormalised needs no tail
+    said = temperature if isinstance(temperature, int | float) else "a schedule"
+    return (
+        f"the teacher's tail is stored at temperature {', '.join(map(str, tails))}, not at {said}: its mass "
+        "cannot be recovered from another temperature; store it, or use one that is"
+    )
+
+
 def _tail(term: Divergence, teacher: TopK | Sampled, temperature, standardized: bool, tails: tuple[float, ...]) -> int:
     """The place of the stored tail that a term uses."""
     if (reason := refusal(term, type(teacher), standardized)) is not None:
         raise ValueError(f"this term cannot learn from a {type(teacher).__name__} signal: {reason}")
-    known = [i for i, tail in enumerate(tails) if _equal(tail, temperature)]
-    if isinstance(teacher, Sampled):
-        if not _equal(temperature, 1.0):
-            raise ValueError("draws from the teacher at temperature 1 serve no other temperature")
-        return 0
-    if term.head is not None and term.head.entries > teacher.ids.shape[-1]:
-        raise ValueError(
-            f"a term asks for the teacher's {term.head.entries} leading entries, and {teacher.ids.shape[-1]} are stored"
-        )
-    if term.support in ("conditional", "renormalized"):
-        return 0  # what is renormalised needs no tail
-    if not known:
-        said = temperature if isinstance(temperature, int | float) else "a schedule"
-        raise ValueError(
-            f"the teacher's tail is stored at temperature {', '.join(map(str, tails))}, not at {said}: its mass "
-            "cannot be recovered from another temperature; store it, or use one that is"
-        )
-    return known[0]
+    if (reason := unstored(term, type(teacher), temperature, teacher.ids.shape[-1], tails)) is not None:
+        raise ValueError(reason)
+    return next((i for i, tail in enumerate(tails) if _equal(tail, temperature)), 0)
+
+
+RANKED = ("student_top", "teacher_top", "agreement", "student_right", "teacher_right")
+"""What `linear_comparison` says of each token beside the terms."""
 
 
 def linear_comparison(
     terms: tuple,
     student: Head,
-    teacher: Head,
+    teacher: Head | Blend,
     targets: Int[jax.Array, "*tokens"],
     *,
     vocab: int,
     chunk: int | None = None,
 ) -> Float[jax.Array, "rows *tokens"]:
-    """Per-token divergences at temperature 1, and last whether both heads rank the same token first.
+    """Per-token divergences at temperature 1, and what both sides rank first.
 
     Args:
         terms: a `Divergence` each.
         student: hidden [*tokens D], unembed [D V].
-        teacher: the same with its own width.
+        teacher: the same with its own width, or several.
         targets: [*tokens].
         vocab: true vocabulary.
         chunk: tokens at a time on a device, None to size it.
 
     Returns:
-        [len(terms) + 1, *tokens].
+        [len(terms) + 5, *tokens], the last five as `RANKED` names them: each side's largest probability, whether both
+        have it at one id, and whether that id is the target, 1 or 0.
     """
     _check(terms, student, teacher, vocab, None)
     flat_targets = targets.reshape(-1)
     device = mesh.share(flat_targets.shape[0], student.unembed.shape[1])
-    chunk = chunk or chunk_size(device.tokens, device.columns, student.unembed.shape[0])
+    heads = len(teacher.heads) if isinstance(teacher, Blend) else 1
+    chunk = chunk or chunk_size(device.tokens, device.columns, student.unembed.shape[0], teachers=heads)
     plan = xla.Plan(tuple(terms), (0,) * len(terms), (Softening(0),), vocab, chunk)
     rows = xla.compare(plan, _flat(student), _flat(teacher), flat_targets)
-    return rows.reshape(len(terms) + 1, *targets.shape)
+    return rows.reshape(len(terms) + len(RANKED), *targets.shape)
 
 
 def _equal(a, b) -> bool:
@@ -265,12 +287,16 @@ def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str |
     if teacher is None and any(term.uses_teacher for term in terms):
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
     columns = student.unembed.shape[1]
-    if isinstance(teacher, Head):
-        if teacher.unembed.shape[1] != columns:
-            raise ValueError(
-                f"student and teacher heads have {columns} and {teacher.unembed.shape[1]} columns; "
-                "pad both to one multiple"
-            )
+    heads = teacher.heads if isinstance(teacher, Blend) else (teacher,)
+    if isinstance(teacher, Blend) and (not heads or teacher.weights.shape[-1] != len(heads)):
+        raise ValueError(f"a blend of {len(heads)} heads has weights for {teacher.weights.shape[-1]}")
+    if isinstance(teacher, Head | Blend):
+        for head in heads:
+            if head.unembed.shape[1] != columns:
+                raise ValueError(
+                    f"student and teacher heads have {columns} and {head.unembed.shape[1]} columns; "
+                    "pad both to one multiple"
+                )
         for term in terms:
             if (reason := refusal(term, Head)) is not None:
                 raise ValueError(f"this term cannot learn from a teacher's head: {reason}")
@@ -283,10 +309,13 @@ def _check_counts(terms, student: Head, teacher: Any, targets, weights, temperat
     for name, count in given.items():
         if count != len(terms):
             raise ValueError(f"{len(terms)} terms need as many {name}, got {count}")
-    tokens = {"the student's hidden states": student.hidden.shape[:-1], "weights": weights.shape[1:]}
-    for leaf in jax.tree.leaves(teacher.hidden if isinstance(teacher, Head) else teacher):
-        tokens["the teacher's signal"] = jnp.shape(leaf)[:-1]
-    for name, shape in tokens.items():
+    tokens = [("the student's hidden states", student.hidden.shape[:-1]), ("weights", weights.shape[1:])]
+    signal = [teacher.hidden] if isinstance(teacher, Head) else teacher
+    if isinstance(teacher, Blend):
+        signal = [teacher.weights, *(head.hidden for head in teacher.heads)]
+    for leaf in jax.tree.leaves(signal):
+        tokens.append(("the teacher's signal", jnp.shape(leaf)[:-1]))
+    for name, shape in tokens:
         if shape != targets.shape:
             raise ValueError(f"there are {targets.shape} targets, but {shape} tokens of {name}")
     for term, temperature, standard in zip(terms, temperatures, standardized, strict=True):

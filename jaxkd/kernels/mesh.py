@@ -1,5 +1,6 @@
 """A loss kernel on a mesh: tokens stay on their device, the vocabulary is split, and a body runs on each share."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
-from jaxkd.types import Head, Sampled, TopK
+from jaxkd.types import Blend, Head, Sampled, TopK
 
 TOKEN_AXIS, VOCAB_AXIS = "data", "model"
 
@@ -70,6 +71,9 @@ def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...])
             specs = (P(tokens, None), P(None, axis), P(axis), P(), P())
             head: Any = Head
             return head(*[None if x is None else s for x, s in zip(array, specs, strict=True)])
+        if how == "signal" and isinstance(array, Blend):
+            heads = tuple(place(how, head) for head in array.heads)
+            return dataclasses.replace(array, heads=heads, weights=P(tokens, None))
         if how == "signal":
             assert array is None or isinstance(array, TopK | Sampled)
             return jax.tree.map(lambda x: P(tokens, *[None] * (x.ndim - 1)), array)

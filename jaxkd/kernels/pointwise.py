@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkd.types import LOG_FLOOR, Divergence, Head, Leading, Sampled, Side, TopK
+from jaxkd.types import LOG_FLOOR, Blend, Divergence, Head, Leading, Sampled, Side, TopK
 
 _SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
 
@@ -94,6 +94,31 @@ def logits(head: Head, hidden: jax.Array) -> jax.Array:
     return activate(dot(hidden, operand(head), (1, 0)), head.bias, head.scale, head.softcap)
 
 
+class Mixed(NamedTuple):
+    """Several teachers' logits on a chunk."""
+
+    z: tuple[jax.Array, ...]  # [c v] each
+    weights: jax.Array  # [c T]
+    geometric: bool
+
+
+def teacher_logits(teacher: Head | Blend) -> jax.Array | Mixed:
+    """What a chunk's teacher says before it is softened; a head that weighs nothing in it costs no product."""
+    if isinstance(teacher, Head):
+        return logits(teacher, teacher.hidden)
+    found = []
+    for t, head in enumerate(teacher.heads):
+        shape = (head.hidden.shape[0], head.unembed.shape[1])
+        found.append(
+            jax.lax.cond(
+                jnp.any(teacher.weights[:, t] > 0),
+                lambda head=head: logits(head, head.hidden),
+                lambda shape=shape: jnp.zeros(shape, jnp.float32),
+            )
+        )
+    return Mixed(tuple(found), teacher.weights, teacher.geometric)
+
+
 def weighted_sum(weights: jax.Array, fields: jax.Array) -> jax.Array:
     """The value of a call: sum of weights x fields [terms N], whatever a field is where its weight is zero."""
     live = weights != 0
@@ -107,14 +132,14 @@ class _Soft(NamedTuple):
     """Softened logits [c v], -inf beyond the true vocabulary; what they were divided by; their normaliser [c 1]."""
 
     z: jax.Array
-    divisor: jax.Array
+    divisor: Any
     normaliser: jax.Array
 
     def log_probs(self) -> jax.Array:
         return jnp.maximum(self.z - self.normaliser, LOG_FLOOR)
 
 
-def _soften(z: jax.Array, temperature: jax.Array, standardized: bool, columns: Columns) -> tuple[jax.Array, jax.Array]:
+def _soften(z: jax.Array, temperature: Any, standardized: bool, columns: Columns) -> tuple[jax.Array, Any]:
     divisor = temperature
     if standardized:
         # The mean cancels in the softmax; the spread is a per-token temperature, without a gradient.
@@ -127,10 +152,34 @@ def _soften(z: jax.Array, temperature: jax.Array, standardized: bool, columns: C
     return columns.mask(z / divisor, -jnp.inf), divisor
 
 
-def _distribution(z: jax.Array, temperature: jax.Array, standardized: bool, columns: Columns) -> _Soft:
+def _distribution(z: jax.Array, temperature: jax.Array | float, standardized: bool, columns: Columns) -> _Soft:
     z, divisor = _soften(z, temperature, standardized, columns)
     top = columns.max(z)[:, None]
     return _Soft(z, divisor, jnp.log(columns.sum(jnp.exp(z - top)))[:, None] + top)
+
+
+def teacher_log_probs(
+    z: jax.Array | Mixed, temperature: jax.Array | float, standardized: bool, columns: Columns
+) -> jax.Array:
+    """Floored log-probabilities [c v] of one teacher, or of several as they are averaged."""
+    if not isinstance(z, Mixed):
+        return _distribution(z, temperature, standardized, columns).log_probs()
+    total: Any = None
+    for t, logits_t in enumerate(z.z):
+        weight = z.weights[:, t : t + 1]
+        live = weight > 0  # false for NaN too
+        soft = _distribution(jnp.where(live, logits_t, 0.0), temperature, standardized, columns)
+        lp = jnp.maximum(soft.z - soft.normaliser, 4 * LOG_FLOOR)  # finite, and far below what is floored in the end
+        if z.geometric:
+            part = jnp.where(live, jnp.where(live, weight, 0.0) * lp, 0.0)
+            total = part if total is None else total + part
+        else:
+            part = jnp.where(live, jnp.log(jnp.where(live, weight, 1.0)) + lp, 8 * LOG_FLOOR)
+            total = part if total is None else jnp.logaddexp(total, part)
+    if z.geometric:
+        total = _distribution(total, 1.0, False, columns)
+        total = total.z - total.normaliser
+    return jnp.maximum(total, LOG_FLOOR)
 
 
 def leading(lp: jax.Array, which: Leading, total=lambda x: x.sum(-1)) -> jax.Array:
@@ -184,7 +233,7 @@ def dense(
     softening: Softening,
     temperature: jax.Array,
     z: jax.Array,
-    z_teacher: jax.Array | None,
+    z_teacher: jax.Array | Mixed | None,
     hit: jax.Array,
     columns: Columns,
 ) -> tuple[list[jax.Array], jax.Array]:
@@ -195,14 +244,14 @@ def dense(
         softening: how.
         temperature: its scalar.
         z: student's logits [c v].
-        z_teacher: teacher's, None when no term needs them.
+        z_teacher: teacher's or teachers', None when no term needs them.
         hit: [c v] the data's next token.
         columns: which entries these are.
     """
     student = _distribution(z, temperature, softening.standardized, columns)
     lq = lp = student.log_probs()
     if z_teacher is not None:
-        lp = _distribution(z_teacher, temperature, softening.standardized, columns).log_probs()
+        lp = teacher_log_probs(z_teacher, temperature, softening.standardized, columns)
     values, slope, height = [], jnp.zeros_like(z), None
     for term, weight in terms:
         head = None if term.head is None else leading(lp, term.head, lambda x: columns.sum(columns.mask(x, 0.0)))

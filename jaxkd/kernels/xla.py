@@ -6,6 +6,7 @@ mesh splits the vocabulary, a chunk exchanges per-token sums and nothing else; t
 reduced over the token axes once, after the scan.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxkd.kernels import mesh
 from jaxkd.kernels.pointwise import (
     Columns,
+    Mixed,
     Softening,
     activate,
     columns_of,
@@ -24,9 +26,11 @@ from jaxkd.kernels.pointwise import (
     logits,
     operand,
     sparse,
+    teacher_log_probs,
+    teacher_logits,
     weighted_sum,
 )
-from jaxkd.types import Head, Sampled, TopK
+from jaxkd.types import Blend, Head, Sampled, TopK
 
 
 class Plan(NamedTuple):
@@ -40,9 +44,12 @@ class Plan(NamedTuple):
     frozen: bool = False  # the head gets no gradient, and costs no product for one
 
 
-def _terms(plan: Plan, temperatures, z, teacher: Head | TopK | Sampled | None, target, weights, columns: Columns):
+Teacher = Head | Blend | TopK | Sampled | None
+
+
+def _terms(plan: Plan, temperatures, z, teacher: Teacher, target, weights, columns: Columns):
     """All terms on one chunk: fields [terms, c], and the gradient in the logits [c v]."""
-    z_teacher = logits(teacher, teacher.hidden) if isinstance(teacher, Head) else None
+    z_teacher = teacher_logits(teacher) if isinstance(teacher, Head | Blend) else None
     hit = target[:, None] == columns.ids
     fields: dict[int, jax.Array] = {}
     dz = None
@@ -89,13 +96,19 @@ def _fields(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, 
     return (_flat(fields, targets.shape[0]).T,)
 
 
-def _per_token(teacher: Head | TopK | Sampled | None) -> Any:
+def _per_token(teacher: Teacher) -> Any:
     """The part of a teacher's signal that has a token axis."""
+    if isinstance(teacher, Blend):
+        return tuple(head.hidden for head in teacher.heads), teacher.weights
     return teacher.hidden if isinstance(teacher, Head) else teacher
 
 
-def _teacher(whole: Head | TopK | Sampled | None, chunk: Any) -> Any:
+def _teacher(whole: Teacher, chunk: Any) -> Any:
     """The signal for a chunk of tokens."""
+    if isinstance(whole, Blend):
+        hidden, weights = chunk
+        heads = tuple(head._replace(hidden=h) for head, h in zip(whole.heads, hidden, strict=True))
+        return dataclasses.replace(whole, heads=heads, weights=weights)
     return whole._replace(hidden=chunk) if isinstance(whole, Head) else chunk
 
 
@@ -137,31 +150,35 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
     return (_flat(fields, targets.shape[0]).T, dhidden, *reduced)
 
 
-def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head, targets):
-    """[terms + 1, N]: the terms' fields at temperature 1, then whether both sides rank the same token first."""
+def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head | Blend, targets):
+    """[terms + 5, N]: the terms' fields at temperature 1, then what `api.Ranked` names."""
     columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
     del tokens
 
     def block(xs):
-        hidden, teacher_hidden, target = xs
-        z, signal = logits(student, hidden), teacher._replace(hidden=teacher_hidden)
+        hidden, entries, target = xs
+        z, signal = logits(student, hidden), _teacher(teacher, entries)
         nothing = jnp.zeros((len(plan.terms), target.shape[0]))
         fields, _ = _terms(plan, jnp.ones(1), z, signal, target, nothing, columns)
-        same = columns.argmax(z) == columns.argmax(logits(teacher, teacher_hidden))
-        return jnp.concatenate([fields, same.astype(jnp.float32)[None]]).T
+        both = (z, teacher_logits(signal))
+        sides = [teacher_log_probs(each, 1.0, False, columns) for each in both]
+        best = [columns.argmax(lp if isinstance(each, Mixed) else each) for lp, each in zip(sides, both, strict=True)]
+        same = [best[0] == best[1], best[0] == target, best[1] == target]
+        rows = [*(jnp.exp(columns.max(lp)) for lp in sides), *(x.astype(jnp.float32) for x in same)]
+        return jnp.concatenate([fields, jnp.stack(rows)]).T
 
-    xs = jax.tree.map(lambda x: _chunked(x, plan.chunk), (student.hidden, teacher.hidden, targets))
+    xs = jax.tree.map(lambda x: _chunked(x, plan.chunk), (student.hidden, _per_token(teacher), targets))
     return (_flat(jax.lax.map(block, xs), targets.shape[0]).T,)
 
 
-def _inputs(student: Head, teacher, targets, weights, temperatures) -> list[tuple[str, Any]]:
+def _inputs(student: Head, teacher: Teacher, targets, weights, temperatures) -> list[tuple[str, Any]]:
     """How a call's arrays lie on a mesh."""
     signals = [("signal", student), ("signal", teacher)]
     return [*signals, ("tokens", targets), ("rows", weights), ("replicated", temperatures)]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def divergence(plan: Plan, student: Head, teacher: Head | TopK | Sampled | None, targets, weights, temperatures):
+def divergence(plan: Plan, student: Head, teacher: Teacher, targets, weights, temperatures):
     """See `kernels.api.linear_divergence`."""
     arguments = _inputs(student, teacher, targets, weights, temperatures)
     (fields,) = mesh.run(partial(_fields, plan), arguments, ("rows",))
@@ -195,7 +212,7 @@ def _backward(plan: Plan, residuals, cotangents):
 divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def compare(plan: Plan, student: Head, teacher: Head, targets: jax.Array) -> jax.Array:
+def compare(plan: Plan, student: Head, teacher: Head | Blend, targets: jax.Array) -> jax.Array:
     """See `kernels.api.linear_comparison`."""
     inputs = [("signal", student), ("signal", teacher), ("tokens", targets)]
     return mesh.run(partial(_comparison, plan), inputs, ("rows",))[0]

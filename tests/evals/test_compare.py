@@ -44,7 +44,14 @@ def dense(batch: Batch) -> dict[str, float]:
     kl = np.asarray(jnp.sum(jnp.exp(lp) * (lp - lq), -1))
     same = np.asarray(lq.argmax(-1) == lp.argmax(-1))
     rows = {"student_nats": pick(lq), "teacher_nats": pick(lp), "kl": kl, "agreement": same}
-    return {name: float((values * live).sum()) for name, values in rows.items()} | {"tokens": float(live.sum())}
+    found = {name: float((values * live).sum()) for name, values in rows.items()} | {"tokens": float(live.sum())}
+    for side, logs in (("student", lq), ("teacher", lp)):
+        top, right = np.exp(logs.max(-1)), np.asarray(logs.argmax(-1) == np.asarray(batch.targets))
+        bins = np.minimum((np.asarray(top) * compare.BINS).astype(int), compare.BINS - 1)
+        found[f"{side}_calibration"] = np.asarray(
+            [((right - np.asarray(top)) * live)[bins == b].sum() for b in range(compare.BINS)]
+        )
+    return found
 
 
 @pytest.mark.parametrize("mesh", [None, (4, 2), (1, 8)])
@@ -68,6 +75,8 @@ def test_equals_the_dense_form(mesh):
     tokens = expected["tokens"]
     for name in ("student_nats", "teacher_nats", "kl", "agreement"):
         assert row[name] == pytest.approx(expected[name] / tokens, rel=1e-5)
+    for side in ("student", "teacher"):
+        assert row[f"{side}_ece"] == pytest.approx(np.abs(expected[f"{side}_calibration"]).sum() / tokens, rel=1e-4)
     assert row["tokens"] == tokens
     assert row["student_bits_per_byte"] == pytest.approx(expected["student_nats"] / math.log(2) / 320, rel=1e-5)
     assert row["gap_closed"] == pytest.approx((9 - row["student_nats"]) / (9 - row["teacher_nats"]))
@@ -75,12 +84,26 @@ def test_equals_the_dense_form(mesh):
     assert mean["kl"] == row["kl"]
 
 
+def sums(student: float, teacher: float, kl: float, agreement: float, tokens: float) -> compare.Sums:
+    return compare.Sums(student, teacher, kl, agreement, np.zeros(compare.BINS), np.zeros(compare.BINS), tokens)
+
+
+def test_a_student_that_is_as_right_as_it_is_sure_has_no_calibration_error():
+    """Half right at a confidence of a half, and always right when sure; over-confidence shows as its distance."""
+    top = jnp.asarray([0.5, 0.5, 1.0, 0.9, 0.9])
+    right = jnp.asarray([1.0, 0.0, 1.0, 0.0, 0.0])
+    error = lambda weights: np.abs(compare._calibration(top, right, jnp.asarray(weights))).sum()
+    assert error([1.0, 1.0, 1.0, 0.0, 0.0]) == pytest.approx(0.0, abs=1e-6)
+    assert error([0.0, 0.0, 0.0, 1.0, 1.0]) == pytest.approx(1.8)
+    assert np.isfinite(compare._calibration(top * jnp.nan, right, jnp.zeros(5))).all()
+
+
 def test_the_mean_is_over_domains_and_the_gap_is_its_own():
     values = iter([(4.0, 2.0), (8.0, 2.0)])
 
     def comparison(batch):
         student, teacher = next(values)
-        return compare.Sums(student * 10, teacher * 10, 5.0, 5.0, 10.0)
+        return sums(student * 10, teacher * 10, 5.0, 5.0, 10.0)
 
     domains = {"a": [(make_batch(0), np.array([7]))], "b": [(make_batch(0), np.array([7]))]}
     *_, mean = compare.evaluate(comparison, domains, 5, {"a": 6.0, "b": 10.0, "mean": 8.0})
@@ -89,7 +112,7 @@ def test_the_mean_is_over_domains_and_the_gap_is_its_own():
 
 
 def test_no_gap_where_the_student_was_not_behind():
-    comparison = lambda batch: compare.Sums(10.0, 30.0, 1.0, 1.0, 10.0)
+    comparison = lambda batch: sums(10.0, 30.0, 1.0, 1.0, 10.0)
     row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 0)
     assert row["gap_closed"] is None
     row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 4, {"a": 2.0, "mean": 2.0})
@@ -98,8 +121,8 @@ def test_no_gap_where_the_student_was_not_behind():
 
 
 def test_a_teacher_that_gives_nan_is_named():
-    comparison = lambda batch: compare.Sums(10.0, math.nan, 1.0, 1.0, 10.0)
+    comparison = lambda batch: sums(10.0, math.nan, 1.0, 1.0, 10.0)
     with pytest.raises(ValueError, match="teacher_nats of domain 'law' is nan at step 7"):
         compare.evaluate(comparison, {"law": [(make_batch(0), np.array([7]))]}, 7)
     with pytest.raises(ValueError, match="'law' have no token to score"):
-        compare.evaluate(lambda b: compare.Sums(0, 0, 0, 0, 0.0), {"law": [(make_batch(0), np.array([0]))]}, 7)
+        compare.evaluate(lambda b: sums(0, 0, 0, 0, 0.0), {"law": [(make_batch(0), np.array([0]))]}, 7)
