@@ -14,12 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkd.kernels.attention import segment_attention
+from jaxkd.kernels.attention import Cache, cached_attention, segment_attention
 from jaxkd.sharding import constrain
 from jaxkd.types import Batch, Head, Output, PyTree
 
 REMAT = ("none", "layer")
 TAPS = ("layer", "query", "key", "value")
+
+_CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +123,12 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, segments: jax.Array, positions: jax.Array
+        self, x: jax.Array, context: jax.Array | Cache, positions: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """[B L D] -> [B L D], and what is tapped: the part that a scan stacks."""
+        """[B L D] -> [B L D], and what is tapped: the part that a scan stacks.
+
+        A token sees the earlier ones of its context: of packed rows' segments [B L], or a cache and those after it.
+        """
         c = self.config
         y = self._norm("attn_norm", x)
         query = self._project("q", y, c.heads, "heads")
@@ -133,7 +138,10 @@ class Layer(nn.Module):
             query, key = self._norm("q_norm", query, "head_dim"), self._norm("k_norm", key, "head_dim")
         query, key = rotate(c, query, positions), rotate(c, key, positions)
         seen = {"query": query, "key": key, "value": value}
-        y = segment_attention(query, key, value, segments)
+        if isinstance(context, Cache):
+            y = cached_attention(query, key, value, context)
+        else:
+            y = segment_attention(query, key, value, context)
         out = self._declare("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         x = constrain(x + jnp.einsum("blhk,hkd->bld", y, out.astype(self.dtype)), "batch", "length", None)
 
@@ -154,8 +162,8 @@ class Transformer(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens, segments, positions, taps: tuple[str, ...] = ()) -> Output:
-        """See `forward`."""
+    def __call__(self, tokens, context, positions, taps: tuple[str, ...] = ()) -> Output:
+        """See `forward` and, with a cache as context, `extend`."""
         c = self.config
 
         def declare(name, shape, axes, init):
@@ -174,9 +182,11 @@ class Transformer(nn.Module):
                 length=c.layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, _ = stack(c, self.dtype, name="layers")(x, segments, positions)
+            x, _ = stack(c, self.dtype, name="layers")(x, context, positions)
+        elif isinstance(context, Cache):
+            x, tapped = self._cached_layers(x, context, positions)
         else:
-            x, tapped = self._layers(x, segments, positions, taps)
+            x, tapped = self._layers(x, context, positions, taps)
         x = rms_norm(x, declare("norm", (c.embed,), ("embed",), nn.initializers.ones), c.norm_eps)
         if c.tied:
             unembed = table.T
@@ -214,6 +224,16 @@ class Transformer(nn.Module):
                 tapped[f"layer_{stop}"] = x
             start = stop
         return x, tapped
+
+    def _cached_layers(self, x, cache: Cache, positions) -> tuple[jax.Array, dict[str, jax.Array]]:
+        layer = Layer(self.config, self.dtype, ("key", "value"), parent=None)
+
+        # The cache is only read here and the few new entries are stacked, so that no layer's slots are written back.
+        def body(x, part):
+            params, keys, values = part
+            return layer.apply({"params": params}, x, Cache(keys, values, cache.length), positions)
+
+        return jax.lax.scan(body, x, (self.variables["params"]["layers"], cache.keys, cache.values))
 
 
 def tap_layer(name: str, layers: int) -> tuple[str, int]:
@@ -258,6 +278,38 @@ def forward(
     module = Transformer(config, dtype, remat)
     output: Any = module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
     return output
+
+
+def empty_cache(config: Config, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    """A cache of no tokens: keys and values [layers B S K d] in `dtype`, spread over the mesh in use."""
+    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+    empty = constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
+    return Cache(empty, empty, jnp.int32(0))
+
+
+def extend(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, *, dtype=jnp.float32) -> tuple[Head, Cache]:
+    """The decoder on the tokens that follow a cache's: `forward` of the whole rows, at its last T positions only.
+
+    Args:
+        config: the decoder's shape.
+        params: as for `forward`.
+        tokens: [B T], a prompt or one token at a time, each row one document that fills its slots from the first.
+        cache: of the tokens before, with at least T slots left, in `dtype`.
+        dtype: of activations and matmul operands.
+
+    Returns:
+        (head of the new tokens, hidden [B T D]; the cache with theirs).
+    """
+    positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
+    module = Transformer(config, dtype)
+    output: Any = module.apply({"params": params}, tokens, cache, positions)
+
+    def written(slots: jax.Array, new: jax.Array) -> jax.Array:
+        slots = jax.lax.dynamic_update_slice_in_dim(slots, new, cache.length, axis=2)
+        return constrain(slots, *_CACHE_AXES)
+
+    keys, values = written(cache.keys, output.taps["key"]), written(cache.values, output.taps["value"])
+    return output.head, Cache(keys, values, cache.length + tokens.shape[1])
 
 
 @partial(jax.jit, static_argnums=0)
