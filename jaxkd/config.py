@@ -13,7 +13,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxkd import __version__
-from jaxkd.experiment import Experiment, experiment, nearest
+from jaxkd.experiment import Experiment, Member, Term, experiment, nearest
 
 _PACKAGES = (
     "jax",
@@ -50,15 +51,16 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no config file {path}")
     config = _parse(recipe)
     known, free, overrides = _leaves(config.to_dict()), {}, []
+    optional = _optional(known)
     for argument in (a for a in arguments if a not in recipe):
         key, _, value = argument.removeprefix("--config.").partition("=")
         if key in known:
             overrides.append(argument)
-        elif _in_free_block(key):
+        elif _in_free_block(key) or key in optional:
             free[key] = value
         else:
             inner = [k for k in known if k.startswith(key + ".")]
-            hint = f"it is a block; set one of {', '.join(inner[:8])}" if inner else nearest(key, known)
+            hint = f"it is a block; set one of {', '.join(inner[:8])}" if inner else nearest(key, [*known, *optional])
             raise ValueError(f"unknown key --config.{key}: {hint}")
     result = _parse([*recipe, *overrides], known).to_dict()
     for key, value in free.items():
@@ -66,10 +68,24 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
         place = result
         for block in blocks:
             place = place.setdefault(block, {})
-        place[name] = value if blocks[0] == "data" else _literal(value)
+        place[name] = value if blocks[0] == "data" or isinstance(optional.get(key), str) else _literal(value)
     if "domains" in result.get("data", {}):
         result["data"]["domains"] = {k: v for k, v in result["data"]["domains"].items() if v}
     return result
+
+
+def _optional(known: Iterable[str]) -> dict[str, Any]:
+    """Keys that a recipe with these may leave out, with what they then are."""
+    blocks = {name: kind for name, kind in typing.get_type_hints(Experiment).items() if dataclasses.is_dataclass(kind)}
+    for key in known:
+        if named := re.match(r"(objective|teacher\.members)\.[^.]+", key):
+            blocks[named[0]] = Term if named[1] == "objective" else Member
+    return {
+        f"{block}.{field.name}": field.default
+        for block, kind in blocks.items()
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default)
+    }
 
 
 def _in_free_block(key: str) -> bool:

@@ -10,6 +10,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+SELF = "self"
+"""The `path` of a teacher that is the student itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -22,12 +25,44 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class TeacherBlock:
-    """`path`: a known name, a GGUF file, a Hugging Face directory, or "random" with `shape`."""
+class Member:
+    """One of several teachers: a model as the teacher's own block names it, and what it weighs."""
 
     path: str
     dtype: str = "float32"
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weight: float | Schedule = 1.0
+    domains: Mapping[str, float] = dataclasses.field(default_factory=dict)  # factor per domain, 0 for those not named
+    cache: str = ""  # its hidden states, as `jaxkd cache` wrote them; empty when it is live
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherBlock:
+    """Who teaches, and how much of it reaches the student.
+
+    `path`: a known name, a GGUF file, a Hugging Face directory, "random" with `shape`, or "self" for a running average
+    of the student; empty where `members` are several of them. `signal` is a name of `jaxkd/teachers/signals.py`.
+    """
+
+    path: str = ""
+    dtype: str = "float32"
+    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    decay: float = 0.999  # of a "self" teacher: 1 is the student as it began, 0 the student as it is
+    members: Mapping[str, Member] = dataclasses.field(default_factory=dict)
+    average: str = "probabilities"  # of members, or "log_probabilities"
+    signal: str = "head"  # or "hidden", "top_k", "sampled", "token"
+    entries: int = 64  # a top-k teacher's, or the draws of a sampled one
+    temperatures: tuple[float, ...] = (1.0,)  # at which a top-k teacher's tail is known
+    cache: str = ""  # a directory that `jaxkd cache` wrote; empty when the teacher is live
+    stored: str = ""  # dtype of what is cached; empty for the signal's own
+    prompt: int = 32  # tokens of a row that the teacher's own text (signal "token") goes on from
+
+    @property
+    def models(self) -> Mapping[str, Any]:
+        """The models that teach, by name: "teacher", its members, or none where the student is its own."""
+        if self.path == SELF:
+            return {}
+        return self.members or {"teacher": self}
 
 
 @dataclasses.dataclass(frozen=True)

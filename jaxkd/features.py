@@ -1,7 +1,8 @@
 """Terms over features, the public ones: hidden states here, task-aware filters, and what `relations.py` has.
 
 Every public function makes a `Field`; a recipe's `objective.NAME.feature` is a call of one of them. `layers` is an
-explicit map {student layer: teacher layer}, counted from 1 as in the taps. Nothing flows to the teacher.
+explicit map {student layer: teacher layer}, counted from 1 as in the taps; -1 is what the head sees, after the final
+norm, the only layer that cached hidden states have. Nothing flows to the teacher.
 """
 
 from collections.abc import Callable, Mapping

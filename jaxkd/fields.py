@@ -5,7 +5,7 @@ Reductions are in float32. What stands in padding, NaN included, can reach neith
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxkd.types import Batch, Output, PyTree
 Array = jax.Array
 Init = Callable[[Array, Output, Output | None], PyTree]
 Pairs = tuple[tuple[int, int], ...]
+
+LAST = -1
+"""In a map of layers: what the head sees, after the final norm. Cached hidden states are of this one."""
 
 
 class Field(NamedTuple):
@@ -53,33 +56,50 @@ def nothing(key: Array, student: Output, teacher: Output | None) -> PyTree:
     return {}
 
 
-def pairs_of(layers: Mapping[int, int]) -> Pairs:
+def pairs_of(layers: Mapping[int, int], last: bool = True) -> Pairs:
     """(student layer, teacher layer) pairs of a map, checked.
 
+    Args:
+        layers: the map.
+        last: whether `LAST` is a layer here.
+
     Raises:
-        ValueError: when it is empty or holds something else than whole numbers from 1.
+        ValueError: when it is empty or holds something else than whole numbers from 1, or `LAST`.
     """
     fine = isinstance(layers, Mapping) and layers
-    if not fine or any(type(n) is not int or n < 1 for pair in layers.items() for n in pair):
-        raise ValueError(f"layers must map student layers to teacher layers, from 1, such as {{2: 4}}, got {layers!r}")
+    known = lambda n: type(n) is int and (n >= 1 or (last and n == LAST))
+    if not fine or not all(known(n) for pair in layers.items() for n in pair):
+        more = f", {LAST} being what the head sees" if last else ""
+        raise ValueError(
+            f"layers must map student layers to teacher layers, from 1{more}, such as {{2: 4}}, got {layers!r}"
+        )
     return tuple(sorted(layers.items()))
 
 
 def taps_of(pairs: Pairs, kinds: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of the student's and of the teacher's taps."""
-    ours, theirs = (tuple(f"{kind}_{pair[side]}" for pair in pairs for kind in kinds) for side in (0, 1))
+    ours, theirs = (
+        tuple(f"{kind}_{pair[side]}" for pair in pairs for kind in kinds if pair[side] != LAST) for side in (0, 1)
+    )
     return ours, theirs
 
 
 def tap(output: Output, name: str, live: Array) -> Array:
     """A tap with zeros where `live` [B L] is not."""
-    x = output.taps[name]
+    return _zeroed(output.taps[name], live)
+
+
+def _zeroed(x: Array, live: Array) -> Array:
     return jnp.where(live.reshape(*live.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
 def hidden(output: Output, layer: int, live: Array) -> Array:
     """The residual stream after `layer` layers [B L D], float32, with zeros where `live` [B L] is not."""
-    return tap(output, f"layer_{layer}", live).astype(jnp.float32)
+    return _zeroed(_layer(output, layer), live).astype(jnp.float32)
+
+
+def _layer(output: Output, layer: int) -> Any:
+    return output.head.hidden if layer == LAST else output.taps[f"layer_{layer}"]
 
 
 def fixed(x: Array) -> Array:
@@ -90,7 +110,7 @@ def fixed(x: Array) -> Array:
 def width(output: Output | None, layer: int) -> int:
     """Of the residual stream after `layer` layers."""
     assert output is not None
-    return output.taps[f"layer_{layer}"].shape[-1]
+    return _layer(output, layer).shape[-1]
 
 
 def matrix(key: Array, d: int, e: int) -> Array:

@@ -15,18 +15,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkd import objectives, sharding, terms
+from jaxkd import checks, objectives, sharding, terms
 from jaxkd.data import mixture as mixtures
 from jaxkd.data import tokenize
-from jaxkd.experiment import Experiment, MeshBlock, from_mapping, nearest
+from jaxkd.experiment import SELF, Experiment, MeshBlock, from_mapping, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
 from jaxkd.train import optim
 from jaxkd.train.state import TRAINED, TrainState, init_state, trained
-from jaxkd.types import Batch, Forward, Output, PyTree, Scalar
+from jaxkd.types import Batch, Forward, Head, Output, PyTree, Sampled, Scalar, TopK
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 VOCAB_MULTIPLE = 128
 _SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
 
@@ -41,6 +40,7 @@ class Model(NamedTuple):
     shardings: PyTree
     checkpoint: weights.Checkpoint | None  # where its weights are, None for random ones
     whole_layers: int  # of the model that it is cut from; its own when it is whole
+    tokenizer: tokenize.Tokenizer | None = None  # its own, where it comes with one
 
 
 class Job(NamedTuple):
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     experiment: Experiment
     mesh: Mesh
     tokenizer: tokenize.Tokenizer
-    teacher: Model
+    teachers: Mapping[str, Model]  # "teacher", or the members by name; a "self" teacher is the student's model
     student: Model
     objective: Objective
     objective_init: Callable[[jax.Array], PyTree]  # key -> params["objective"]
@@ -57,6 +57,16 @@ class Job(NamedTuple):
     lr: Scalar
     state: TrainState  # ShapeDtypeStruct leaves with shardings
     notes: tuple[str, ...]  # what the mesh could not shard
+
+    @property
+    def teacher(self) -> Model:
+        """The only teacher, or the first of several."""
+        return next(iter(self.teachers.values()))
+
+    @property
+    def own(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.experiment.teacher.path == SELF
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -81,39 +91,53 @@ def build(experiment: Experiment) -> Job:
     e = experiment
     alone = (e.run.mesh.data, e.run.mesh.model) == (1, 1)
     mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, jax.devices()[:1] if alone else None)
-    _check(e, mesh)
-    teacher_checkpoint, teacher_config = _open(e.teacher.path, e.teacher.shape, "teacher")
-    tokenizer = _tokenizer(e.data.tokenizer, teacher_checkpoint)
-    student_checkpoint, student_config = teacher_checkpoint, teacher_config
-    if e.student.path != "teacher":
-        student_checkpoint, student_config = _open(e.student.path, e.student.shape, "student")
+    checks.check(e, mesh.shape["data"])
+    opened = _open_teachers(e)
+    student_checkpoint, student_config = _open_student(e, opened)
+    known = {_called(name): side for name, side in opened.items()}
+    known["student"] = (student_checkpoint, student_config)
+    own: dict[str, tokenize.Tokenizer] = {}
+    tokenizer = _tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
     whole = student_config.layers
     student_config = _cut(e, student_config)
-    _check_vocabulary(tokenizer, {"teacher": teacher_config, "student": student_config})
-    for side, checkpoint in (("teacher", teacher_checkpoint), ("student", student_checkpoint)):
+    for side, (checkpoint, config) in known.items():
+        _check_vocabulary(tokenizer, side, config)
         if checkpoint is not None and checkpoint.has_tokenizer:
-            _check_same_tokenizer(tokenizer, _tokenizer("teacher", checkpoint), side)
-
-    for side, config in (("teacher", teacher_config), ("student", student_config)):
+            own[side] = _tokenizer("teacher", checkpoint)
+            _check_same_tokenizer(tokenizer, own[side], side)
         if e.data.length > config.max_length:
             raise ValueError(
                 f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
             )
 
-    # Both heads get the same number of columns, a multiple that the mesh divides.
+    # All heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
-    columns = -(-max(teacher_config.vocab, student_config.vocab) // multiple) * multiple
-    teacher = _model(teacher_config, teacher_checkpoint, columns, mesh, e.teacher.dtype, e.teacher.dtype, "none")
+    columns = -(-max(config.vocab for _, config in known.values()) // multiple) * multiple
     student = _model(student_config, student_checkpoint, columns, mesh, "float32", e.run.dtype, e.run.remat)
-    student = student._replace(whole_layers=whole)
+    student = student._replace(whole_layers=whole, tokenizer=own.get("student"))
+    teachers = {"teacher": student._replace(checkpoint=None)}
+    if opened:
+        dtypes = {name: member.dtype for name, member in e.teacher.models.items()}
+        teachers = {
+            name: _model(config, checkpoint, columns, mesh, dtypes[name], dtypes[name], "none")._replace(
+                tokenizer=own.get(_called(name))
+            )
+            for name, (checkpoint, config) in opened.items()
+        }
 
     objective = objectives.total(
-        terms.build(e.objective, e.run.steps, {"teacher": teacher_config, "student": student_config}),
+        terms.build(
+            e.objective,
+            e.run.steps,
+            {"teacher": next(iter(teachers.values())).config, "student": student_config},
+            _told(e),
+        ),
         vocab=tokenizer.vocab,
         domains=tuple(e.data.domains),
+        tails=e.teacher.temperatures,
         trains=("objective",) if e.student.frozen else TRAINED,
     )
-    objective_init = partial(objective.init, **_outputs(e, objective, student, teacher))
+    objective_init = partial(objective.init, **_outputs(e, objective, student, teachers))
     extra = jax.eval_shape(objective_init, jax.random.key(0))
     if e.student.frozen and not extra:
         raise ValueError("student.frozen leaves nothing to train: no term of the objective has parameters of its own")
@@ -122,10 +146,9 @@ def build(experiment: Experiment) -> Job:
     axes = trained({"student": student.axes, "objective": jax.tree.map(lambda _: (), extra)}, objective.trains)
     o = e.optim
     tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
-    notes = {*sharding.replicated_axes(teacher.axes, teacher.shapes, mesh)}
-    notes |= {*sharding.replicated_axes(student.axes, student.shapes, mesh)}
-    state = _abstract_state(student, extra, objective.trains, tx, mesh)
-    return Job(e, mesh, tokenizer, teacher, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
+    notes = {n for m in (student, *teachers.values()) for n in sharding.replicated_axes(m.axes, m.shapes, mesh)}
+    state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF)
+    return Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
 
 
 def sampling(job: Job, sizes: list[int]) -> mixtures.Mixture:
@@ -173,55 +196,43 @@ def _batch_shapes(e: Experiment) -> Batch:
             jnp.float32 if name == "weights" else jnp.int32,
         )
         for name in Batch._fields
+        if name != "teacher"
     }
     return Batch(**shapes)
 
 
-def _outputs(e: Experiment, objective: Objective, student: Model, teacher: Model) -> dict[str, Output]:
+def _outputs(e: Experiment, objective: Objective, student: Model, teachers: Mapping[str, Model]) -> dict[str, Output]:
     """What both sides' forward passes return, abstractly, for objectives with features."""
     if not objective.fields:
         return {}
-    batch = _batch_shapes(e)
+    batch, (teacher, *_) = _batch_shapes(e), teachers.values()
     look = lambda model, taps: jax.eval_shape(partial(model.forward, taps=taps), model.shapes, batch)
     return {"student": look(student, objective.student_taps), "teacher": look(teacher, objective.teacher_taps)}
 
 
-def _check(e: Experiment, mesh: Mesh) -> None:
-    for where, name in (("run.dtype", e.run.dtype), ("teacher.dtype", e.teacher.dtype)):
-        if name not in DTYPES:
-            raise ValueError(f"unknown {where} '{name}': {nearest(name, DTYPES)}")
-    if e.run.remat not in transformer.REMAT:
-        raise ValueError(f"unknown run.remat '{e.run.remat}': {nearest(e.run.remat, transformer.REMAT)}")
-    if not e.data.domains:
-        raise ValueError("data.domains is empty: name at least one domain and its source")
-    if "mean" in e.data.domains:
-        raise ValueError("a domain cannot be called 'mean': that is the row of the mean over domains")
-    if e.student.layers and e.student.keep:
-        raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
-    if e.student.path == "random" and (e.student.layers or e.student.keep):
-        raise ValueError("a random student is not cut: set its depth in student.shape.layers")
-    counts = {
-        "run.steps": e.run.steps,
-        "run.checkpoint_every": e.run.checkpoint_every,
-        "run.log_every": e.run.log_every,
-        "run.keep_checkpoints": e.run.keep_checkpoints,
-        "run.eval_batch": e.run.eval_batch,
-        "data.interval": e.data.interval,
-        "data.batch": e.data.batch,
-        "optim.micro_batches": e.optim.micro_batches,
-    }
-    for where, number in counts.items():
-        if number < 1:
-            raise ValueError(f"{where} must be at least 1, got {number}")
-    rows, parts, devices = e.data.batch, e.optim.micro_batches, mesh.shape["data"]
-    if rows % (parts * devices):
-        raise ValueError(
-            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on the data axis"
-        )
-    if e.run.eval_batch % devices:
-        raise ValueError(
-            f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on the data axis"
-        )
+def _told(e: Experiment) -> terms.Told:
+    """What kind of signal the objective's terms learn from."""
+    t = e.teacher
+    kind = {"top_k": TopK, "sampled": Sampled, "token": Batch}.get(t.signal, Head)
+    return terms.Told(kind, t.entries, t.temperatures, layers=t.signal == "head" and not t.members)
+
+
+def _called(name: str) -> str:
+    """A teacher in messages."""
+    return name if name == "teacher" else f"teacher '{name}'"
+
+
+def _open_teachers(e: Experiment) -> dict[str, tuple[weights.Checkpoint | None, Config]]:
+    where = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
+    return {name: _open(member.path, member.shape, where(name)) for name, member in e.teacher.models.items()}
+
+
+def _open_student(e: Experiment, teachers: Mapping[str, tuple]) -> tuple[weights.Checkpoint | None, Config]:
+    if e.student.path != "teacher":
+        return _open(e.student.path, e.student.shape, "student")
+    if not teachers:
+        raise ValueError("student.path is 'teacher', but the student is its own teacher: name the student's weights")
+    return next(iter(teachers.values()))
 
 
 def _cut(e: Experiment, config: Config) -> Config:
@@ -262,13 +273,12 @@ def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tok
     return tokenize.from_gguf(checkpoint.tokenizer_fields or {})
 
 
-def _check_vocabulary(tokenizer: tokenize.Tokenizer, configs: dict[str, Config]) -> None:
-    for side, config in configs.items():
-        if not tokenizer.vocab <= config.vocab <= tokenizer.vocab + _SPARE_IDS:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab} ids but the {side}'s weights have {config.vocab}: they do not "
-                "belong together; give data.tokenizer the directory of the model's own tokenizer"
-            )
+def _check_vocabulary(tokenizer: tokenize.Tokenizer, side: str, config: Config) -> None:
+    if not tokenizer.vocab <= config.vocab <= tokenizer.vocab + _SPARE_IDS:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab} ids but the {side}'s weights have {config.vocab}: they do not "
+            "belong together; give data.tokenizer the directory of the model's own tokenizer"
+        )
 
 
 def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, side: str) -> None:
@@ -286,8 +296,8 @@ def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, s
 def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, compute: str, remat: str) -> Model:
     config = dataclasses.replace(config, vocab_multiple=columns)
     shapes, axes = transformer.abstract(config)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, DTYPES[stored]), shapes)
-    forward = partial(transformer.forward, config, dtype=DTYPES[compute], remat=remat)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, checks.DTYPES[stored]), shapes)
+    forward = partial(transformer.forward, config, dtype=checks.DTYPES[compute], remat=remat)
     if checkpoint is not None:
         # A student cut from the file has fewer layers than the file: it is loaded whole and cut then.
         whole = dataclasses.replace(checkpoint.config, vocab_multiple=columns)
@@ -296,10 +306,11 @@ def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, co
 
 
 def _abstract_state(
-    student: Model, extra: PyTree, trains: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh
+    student: Model, extra: PyTree, trains: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh, averaged: bool
 ) -> TrainState:
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shapes = jax.eval_shape(partial(init_state, tx=tx, names=trains), {"student": student.shapes, "objective": extra})
+    first = partial(init_state, tx=tx, names=trains, averaged=averaged)
+    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra})
     # Matrices of the objective are as wide as the model, so they are spread as its own are.
     axes = lambda leaf: ("embed", *[None] * (len(leaf.shape) - 1)) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
     spread = jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.spec(axes(leaf), leaf.shape, mesh)), extra)
@@ -311,5 +322,5 @@ def _abstract_state(
         trained(params, trains),
         transform_non_params=lambda _: everywhere,
     )
-    places: Any = (everywhere, params, opt_state)
+    places: Any = (everywhere, params, opt_state, student.shardings if averaged else None)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, TrainState(*places))

@@ -15,9 +15,10 @@ from jaxkd.data import build, loader
 from jaxkd.data.rows import Rows
 from jaxkd.data.sources import open_source
 from jaxkd.divergences import next_token
+from jaxkd.experiment import Experiment
 from jaxkd.job import Job, Model
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.models import shrink, transformer
+from jaxkd.models import heads, shrink, transformer
 from jaxkd.sharding import batch_sharding
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.types import Batch, PyTree
@@ -71,62 +72,92 @@ def domains(job: Job, progress: bool = True) -> Domains:
     return Domains(job.domains, tuple(prepared), train, valid)
 
 
-def held_out(job: Job, rows: Domains) -> dict[str, Iterator[tuple[Batch, np.ndarray]]]:
+def held_out(
+    job: Job, rows: Domains, annotate: loader.Annotate = lambda rows: rows
+) -> dict[str, Iterator[tuple[Batch, np.ndarray]]]:
     """Each domain's held-out rows as batches on the devices, with the bytes of their targets; to be read once."""
     place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
     return {
-        name: loader.fixed_batches(valid, i, size, place)
+        name: loader.fixed_batches(valid, i, size, place, annotate)
         for i, (name, valid) in enumerate(zip(rows.names, rows.valid, strict=True))
     }
 
 
 def put(params: PyTree, model: Model) -> PyTree:
-    """Host arrays to their shards, in the dtype in which the model stores them."""
+    """Host arrays, all or some of a model's, to their shards, in the dtype in which the model stores them."""
     return jax.tree.map(
         lambda x, shape, place: jax.make_array_from_callback(
             shape.shape, place, lambda index: np.asarray(x[index], shape.dtype)
         ),
         params,
-        model.shapes,
-        model.shardings,
+        {name: model.shapes[name] for name in params},
+        {name: model.shardings[name] for name in params},
     )
 
 
-def host_params(model: Model, seed: int) -> PyTree:
-    """A model's whole weights on the host: from its checkpoint, or random."""
+def host_params(model: Model, seed: int, only: tuple[str, ...] | None = None) -> PyTree:
+    """A model's weights on the host: from its checkpoint, or random.
+
+    Args:
+        model: which.
+        seed: of random ones.
+        only: the top-level names that are wanted, None for all.
+    """
     if model.checkpoint is not None:
-        return model.checkpoint.load(np.float32)
-    return jax.tree.map(np.asarray, transformer.init(model.config, jax.random.key(seed)))
+        return model.checkpoint.load(np.float32, only)
+    params = jax.tree.map(np.asarray, transformer.init(model.config, jax.random.key(seed)))
+    return params if only is None else {name: params[name] for name in only}
+
+
+def teacher_seed(e: Experiment, number: int) -> int:
+    """Of the random weights of the teacher with that number; the student has the one after the first."""
+    return e.run.seed + number + (number > 0)
 
 
 class Models(NamedTuple):
     """Weights on their devices."""
 
-    teacher: PyTree
+    teachers: dict[str, PyTree]  # by name; of cached ones the head alone, of a student that teaches itself nothing
     student: PyTree | None
     kept_layers: tuple[int, ...] | None  # of the model that the student was cut from
 
 
-def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = True) -> Models:
-    """Load the teacher, and make the student's first parameters unless a checkpoint will bring them.
+def models(
+    job: Job, rows: Domains, with_student: bool = True, whole_teachers: bool | None = None, progress: bool = True
+) -> Models:
+    """Load the teachers, and make the student's first parameters unless a checkpoint will bring them.
+
+    Args:
+        job: what to load.
+        rows: prepared, for the choice of layers.
+        with_student: whether the student is wanted.
+        whole_teachers: or their heads alone; None is as the run needs, heads of those that are cached.
+        progress: show it on stderr.
 
     Raises:
         ValueError, FileNotFoundError: when a file is damaged or does not fit.
     """
     e = job.experiment
-    host = host_params(job.teacher, e.run.seed)
-    teacher = put(host, job.teacher)
+    cut = with_student and e.student.path == "teacher"
+    teachers: dict[str, PyTree] = {}
+    host: PyTree = None
+    for number, (name, model) in enumerate(() if job.own else job.teachers.items()):
+        cut_here = cut and number == 0
+        whole = not e.teacher.models[name].cache if whole_teachers is None else whole_teachers
+        found = host_params(model, teacher_seed(e, number), None if whole or cut_here else heads.names(model.config))
+        teachers[name] = put(found if whole else {n: found[n] for n in heads.names(model.config)}, model)
+        host = found if cut_here else host
+        del found
     if not with_student:
-        return Models(teacher, None, None)
-    if e.student.path != "teacher":
-        del host
+        return Models(teachers, None, None)
+    if not cut:
         host = host_params(job.student, e.run.seed + 1)
     kept: tuple[int, ...] | None = e.student.layers or None
     if e.student.keep:
         kept = _by_importance(job, rows, host, progress)
     if kept:
         host = shrink.keep_layers(host, kept)
-    return Models(teacher, put(host, job.student), kept)
+    return Models(teachers, put(host, job.student), kept)
 
 
 def objective_params(job: Job) -> PyTree:

@@ -29,7 +29,7 @@ A domain's source (--config.data.domains.NAME=SOURCE) is one of
 """
 
 
-def _facts(job, rows, kept_layers, command: str) -> dict[str, Any]:
+def _facts(job, rows, kept_layers, memory: dict[str, int], command: str) -> dict[str, Any]:
     import jax
 
     from jaxkd.models.transformer import parameter_count
@@ -38,6 +38,7 @@ def _facts(job, rows, kept_layers, command: str) -> dict[str, Any]:
         return {"path": path, "parameters": parameter_count(model.config), "layers": model.config.layers}
 
     e = job.experiment
+    named = {"teacher": e.teacher.path} | {name: member.path for name, member in e.teacher.models.items()}
     return {
         "command": command,
         "versions": versions(),
@@ -45,7 +46,10 @@ def _facts(job, rows, kept_layers, command: str) -> dict[str, Any]:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": dict(job.mesh.shape),
         "sharding_notes": list(job.notes),
-        "teacher": side(job.teacher, e.teacher.path),
+        "teachers": {
+            name: side(model, named[name]) | {"bytes_per_device": memory.get(name, 0)}
+            for name, model in job.teachers.items()
+        },
         "student": side(job.student, e.student.path) | {"kept_layers": kept_layers},
         "domains": [
             {
@@ -79,7 +83,7 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
 def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
     e, workdir = experiment(read_config(config)), Path(options.workdir)
-    from jaxkd import job, load, report
+    from jaxkd import job, load, preflight, report, teaching
     from jaxkd.evals import compare
     from jaxkd.train import log, loop
 
@@ -99,13 +103,14 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         before = workdir / "run.json"
         known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
         kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
-        facts = _facts(built, rows, kept, command)
+        memory = teaching.bytes_per_device(run.models.teachers)
+        facts = _facts(built, rows, kept, memory, command)
         write_json(before, facts)
-        for name in ("teacher", "student"):
-            side = facts[name]
-            of = f" of {built.student.whole_layers}" if name == "student" and kept else ""
-            size = f"{side['parameters'] / 1e6:,.1f}M parameters"
-            print(f"{name}: {side['path']}, {side['layers']}{of} layers, {size}")
+        for line in _models(built, facts, kept):
+            print(line)
+        if not run.resumed and not options.no_check:
+            for line in preflight.run(run.loaded(), run.stores):
+                print(f"check: {line}")
         finished = run.go()
     page = report.write(workdir)
     if finished:
@@ -115,28 +120,87 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
 
 
+def _models(job, facts: dict[str, Any], kept) -> list[str]:
+    """A line per model: what it is, and what it takes."""
+    lines, t = [], job.experiment.teacher
+    for name, side in facts["teachers"].items():
+        cache = "" if job.own else t.models[name].cache
+        signal = "hidden" if t.members and cache else t.signal
+        how = f"{signal} from {cache}" if cache else "live" if signal == "head" else f"live {signal}"
+        path = "the student's own average" if job.own else side["path"]
+        held = f"{side['bytes_per_device'] / 2**20:,.0f} MiB a device" if not job.own else "in the train state"
+        called = name if name == "teacher" else f"teacher {name}"
+        lines.append(
+            f"{called}: {path}, {side['layers']} layers, {side['parameters'] / 1e6:,.1f}M parameters, {how}, {held}"
+        )
+    side = facts["student"]
+    of = f" of {job.student.whole_layers}" if kept else ""
+    size = f"{side['parameters'] / 1e6:,.1f}M parameters"
+    return [*lines, f"student: {side['path']}, {side['layers']}{of} layers, {size}"]
+
+
+def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Store what the teacher says of every row, to train from without it. The same command resumes."""
+    e = experiment(read_config(config))
+    if not e.teacher.cache:
+        raise ValueError("teacher.cache names no directory: set --config.teacher.cache=DIRECTORY and a teacher.signal")
+    from jaxkd import caching, job, load
+    from jaxkd.train import loop
+
+    loop.join_processes()
+    import jax
+
+    built = job.build(e)
+    with jax.set_mesh(built.mesh):
+        for line in caching.write(built, load.domains(built)):
+            print(line)
+
+
+def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Look at everything that a run depends on, before one is paid for."""
+    e = experiment(read_config(config))
+    from jaxkd import caching, job, load, preflight
+    from jaxkd.train import loop
+
+    loop.join_processes()
+    import jax
+
+    built = job.build(job.elsewhere(e))
+    with jax.set_mesh(built.mesh):
+        rows = load.domains(built)
+        loaded, stores = preflight.prepare(built, rows)
+        print("check: the tokenizers and vocabularies of all models agree")
+        for line in preflight.run(loaded, stores):
+            print(f"check: {line}")
+    for line in caching.costs(built, rows, stores):
+        print(line)
+
+
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Score a run's student beside its teacher on the held-out rows."""
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
     import jax
 
-    from jaxkd import job, load
+    from jaxkd import job, load, teaching
     from jaxkd.evals import compare
     from jaxkd.train import log
 
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
-        step, student = _student(built, workdir, options.step)
+        step, student, average = _student(built, workdir, options.step)
         rows = load.domains(built)
-        teacher = load.models(built, rows, with_student=False).teacher
-        comparison = jax.jit(
-            compare.make_comparison(built.student.forward, built.teacher.forward, built.tokenizer.vocab)
-        )
+        stores = teaching.open_stores(built, rows.fingerprints)
+        taught = teaching.teach(built, load.models(built, rows, with_student=False).teachers, stores)
+        known = (taught.judge.state, step, average)
+        comparison = jax.jit(compare.make_comparison(built.student.forward, taught.judged, built.tokenizer.vocab))
         before = log.read(workdir / "evals.jsonl")
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         result = compare.evaluate(
-            lambda batch: comparison(student, teacher, batch), load.held_out(built, rows), step, start
+            lambda batch: comparison(student, known, batch),
+            load.held_out(built, rows, taught.judge.annotate),
+            step,
+            start,
         )
     print(compare.table(result, start))
     if not any(row["step"] == step for row in before):
@@ -155,12 +219,12 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
 
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
-        step, student = _student(built, workdir, options.step)
+        step, student, _ = _student(built, workdir, options.step)
         host = jax.device_get(student)
     token = lambda number: None if number is None else built.tokenizer.tokenizer.id_to_token(number)
     card = {
         "name": workdir.name,
-        "teacher": e.teacher.path,
+        "teacher": e.teacher.path or " and ".join(m.path for m in e.teacher.members.values()),
         "objective": {name: f"{t.divergence or t.feature}, weight {t.weight}" for name, t in e.objective.items()},
         "data": dict(e.data.domains),
         "steps": step,
@@ -198,12 +262,21 @@ def _student(built, workdir: Path, step: int | None):
         if latest is None:
             raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
         chosen = latest if step is None else step
-        return chosen, checkpoints.restore_student(chosen, built.state.params["student"])
+        student = checkpoints.restore_student(chosen, built.state.params["student"])
+        return chosen, student, checkpoints.restore_average(chosen, built.state.ema) if built.own else student
     finally:
         checkpoints.close()
 
 
-VERBS = {"prepare": prepare, "train": train, "evaluate": evaluate, "export": export, "report": report}
+VERBS = {
+    "prepare": prepare,
+    "cache": cache,
+    "check": check,
+    "train": train,
+    "evaluate": evaluate,
+    "export": export,
+    "report": report,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -213,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, function in VERBS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        takes_config = name in ("prepare", "train")
+        takes_config = name in ("prepare", "cache", "check", "train")
         sub = verbs.add_parser(
             name,
             help=summary,
@@ -224,9 +297,10 @@ def parser() -> argparse.ArgumentParser:
         )
         if takes_config:
             sub.add_argument("--config", metavar="FILE[:ARGUMENT]", required=True, help="the recipe, see below")
-        if name != "prepare":
+        if not takes_config or name == "train":
             sub.add_argument("--workdir", required=True, help="directory of the run")
         if name == "train":
+            sub.add_argument("--no-check", action="store_true", help="train even if `jaxkd check` would refuse")
             sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
         if name in ("evaluate", "export"):
             sub.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")

@@ -35,7 +35,7 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
 
     Source: MiniLMv2 (arXiv 2012.15828) and MiniLM (arXiv 2002.10957), recalled; causal, as the decoder is.
     """
-    mapped, used = pairs_of(layers), sorted({letter for pair in pairs for letter in pair})
+    mapped, used = pairs_of(layers, last=False), sorted({letter for pair in pairs for letter in pair})
     wrong = [p for p in pairs if not isinstance(p, str) or len(p) != 2 or set(p) - set(_TAP_NAMES)]
     if wrong or not pairs:
         raise ValueError(f"pairs must be such as ('qq', 'kk', 'vv'), of the letters q, k and v, got {pairs!r}")
@@ -87,7 +87,7 @@ def attention_transfer(layers: Mapping[int, int]) -> Field:
     Source: Zagoruyko and Komodakis (arXiv 1612.03928), Eq. 2, recalled and adapted from activation maps of
     convolutions to a decoder's attention maps, a query at a time.
     """
-    pairs = pairs_of(layers)
+    pairs = pairs_of(layers, last=False)
 
     def field(params: PyTree, student: Output, teacher: Output, batch: Batch) -> Array:
         del params

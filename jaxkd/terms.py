@@ -4,15 +4,15 @@ import ast
 import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxkd import divergences, features, objectives, schedules
 from jaxkd.experiment import Schedule, Term, nearest
 from jaxkd.fields import Field
-from jaxkd.kernels.api import refusal
+from jaxkd.kernels.api import refusal, unstored
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.types import Head, Scalar
+from jaxkd.types import Batch, Divergence, Head, Scalar
 
 _RESERVED = ("loss", "step", "lr", "tokens", "tokens_per_s", "step_s", "grad_norm", "param_norm")
 
@@ -58,8 +58,21 @@ def call(text: str, module: ModuleType, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
+class Told(NamedTuple):
+    """What kind of signal a teacher gives."""
+
+    kind: type = Head  # Head, TopK, Sampled; Batch where it is text
+    entries: int = 0
+    tails: tuple[float, ...] = (1.0,)
+    layers: bool = True  # whether it has features of every layer
+
+
+FULL = Told()
+"""A live teacher."""
+
+
 def build(
-    block: Mapping[str, Term], steps: int, models: Mapping[str, Config]
+    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], told: Told = FULL
 ) -> dict[str, tuple[Scalar, objectives.Vocab | Field]]:
     """What `objectives.total` takes.
 
@@ -67,6 +80,7 @@ def build(
         block: the recipe's terms by name.
         steps: of the run, for schedules.
         models: "student" and "teacher", whose layers features must name.
+        told: what the teacher tells.
 
     Raises:
         ValueError: for a term that does not fit itself or the models; the message names it.
@@ -79,7 +93,7 @@ def build(
         if term.divergence:
             divergence = call(term.divergence, divergences, f"{where}.divergence")
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
-            if (reason := refusal(divergence, Head, term.standardize)) is not None:
+            if (reason := _refusal(divergence, term, told)) is not None:
                 raise ValueError(
                     f"{where}.divergence: '{term.divergence}' cannot be learned from this teacher: {reason}"
                 )
@@ -89,8 +103,32 @@ def build(
         else:
             field = call(term.feature, features, f"{where}.feature")
             _check_layers(where, field, models)
+            if field.uses_teacher and told.kind is not Head:
+                raise ValueError(
+                    f"{where}.feature: '{term.feature}' needs hidden states, and this teacher's signal has none: "
+                    "take teacher.signal 'head' or 'hidden'"
+                )
+            if field.teacher_taps and not told.layers:
+                raise ValueError(
+                    f"{where}.feature needs the teacher's {', '.join(field.teacher_taps)}, and this teacher has "
+                    "its last hidden states alone: take a live teacher, or -1 for its layer"
+                )
             terms[name] = (weight, field)
     return terms
+
+
+def _refusal(divergence: Divergence, term: Term, told: Told) -> str | None:
+    """Why a term cannot learn from this teacher, or None when it can."""
+    if told.kind is Batch:
+        if divergence.uses_teacher:
+            return "the teacher's own text has no distribution to match; use next_token()"
+        return refusal(divergence, Head, term.standardize)
+    if (reason := refusal(divergence, told.kind, term.standardize)) is not None:
+        return reason
+    if not divergence.uses_teacher or told.kind is Head:
+        return None
+    temperature = None if isinstance(term.temperature, Schedule) else term.temperature
+    return unstored(divergence, told.kind, temperature, told.entries, told.tails)
 
 
 def _check(where: str, term: Term) -> None:

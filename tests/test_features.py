@@ -324,8 +324,9 @@ def test_memory_of_relations_does_not_grow_with_their_heads():
     ("make", "message"),
     [
         (lambda: features.hidden_mse({}), r"layers must map .* got \{\}"),
-        (lambda: features.linear_cka({0: 1}), r"from 1, such as \{2: 4\}, got \{0: 1\}"),
-        (lambda: features.ted_match({1: -1}), r"got \{1: -1\}"),
+        (lambda: features.linear_cka({0: 1}), r"from 1, -1 being what the head sees, such as \{2: 4\}, got \{0: 1\}"),
+        (lambda: features.ted_match({1: -2}), r"-1 being what the head sees, .* got \{1: -2\}"),
+        (lambda: features.relations({1: -1}, 4), r"from 1, such as \{2: 4\}, got \{1: -1\}"),
         (lambda: features.relations({1: 1}, 0), "heads must be at least 1, got 0"),
         (lambda: features.relations({1: 1}, 4, ("qx",)), r"of the letters q, k and v, got \('qx',\)"),
         (lambda: features.relations({1: 1}, 4, ()), r"pairs must be such as"),

@@ -26,7 +26,7 @@ def test_a_run_writes_what_it_promises(undisturbed):
         (step, domain) for step in (0, 6, 12) for domain in ("alpha", "beta", "mean")
     ]
     expected = "step domain student_nats teacher_nats student_bits_per_byte teacher_bits_per_byte kl agreement"
-    assert list(evaluations[0]) == [*expected.split(), "gap_closed", "tokens"]
+    assert list(evaluations[0]) == [*expected.split(), "student_ece", "teacher_ece", "gap_closed", "tokens"]
     last = evaluations[-1]
     assert last["student_nats"] < evaluations[2]["student_nats"] - 0.5
     assert last["teacher_nats"] == evaluations[2]["teacher_nats"]

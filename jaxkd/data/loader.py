@@ -4,7 +4,7 @@ The batch at a step is a pure function of the mixture, the seed and the step. Th
 each process only the rows that its devices hold; arrays are put in place by the thread that trains.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -18,7 +18,9 @@ from jaxkd.data.rows import Rows
 from jaxkd.types import Batch
 
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-_WIDE = ("tokens", "targets", "weights", "segments", "positions")  # [B, L]; row and domain are [B]
+
+Annotate = Callable[[dict[str, Any]], dict[str, Any]]
+"""What a teacher's cache adds to rows on the host, by the names of `Batch`."""
 
 
 def _by_row(sharding: NamedSharding) -> NamedSharding:
@@ -26,7 +28,7 @@ def _by_row(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
 
 
-def _local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
+def local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
     """Places in the global batch that this process needs, ascending.
 
     Raises:
@@ -44,33 +46,32 @@ def _local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
     return np.nonzero(needed)[0]
 
 
-def _place(local: dict[str, np.ndarray], batch: int, where: np.ndarray, sharding: NamedSharding | None) -> Batch:
+def place(local: dict[str, Any], batch: int, where: np.ndarray, sharding: NamedSharding | None) -> Batch:
     """Global arrays out of this process's rows.
 
     Args:
-        local: arrays whose first axis goes over the places `where`.
+        local: arrays, or trees of them, whose first axis goes over the places `where`.
         batch: rows in the global batch.
         where: ascending places in the global batch [n].
         sharding: of the batch axis; `None` is the default device.
     """
+    known = {name: local[name] for name in Batch._fields if name in local}
     if sharding is None:
-        return Batch(**{name: jax.device_put(local[name]) for name in Batch._fields})
+        return Batch(**jax.tree.map(jax.device_put, known))
     by_row = _by_row(sharding)
 
-    def array(name: str) -> jax.Array:
-        values = local[name]
-
+    def array(values: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None  # only devices of this process are asked for
             places = np.searchsorted(where, np.arange(batch)[index[0]])
             return values[places][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback((batch, *values.shape[1:]), sharding if name in _WIDE else by_row, shard)
+        return jax.make_array_from_callback((batch, *values.shape[1:]), sharding if values.ndim > 1 else by_row, shard)
 
-    return Batch(**{name: array(name) for name in Batch._fields})
+    return Batch(**jax.tree.map(array, known))
 
 
-def _read(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
+def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
     """Rows of several domains, in the order given: domain and row [n] -> arrays [n, ...]."""
     result: dict[str, np.ndarray] = {}
     for d in np.unique(domain):
@@ -91,6 +92,7 @@ def batches(
     stop_step: int,
     interval_start_step: int,
     sharding: NamedSharding | None = None,
+    annotate: Annotate = lambda rows: rows,
 ) -> Iterator[Batch]:
     """The batches of an interval of constant mixture, from `start_step` to its end.
 
@@ -106,6 +108,7 @@ def batches(
         stop_step: the interval's end, not included. The order depends on it: to stop earlier, stop iterating.
         interval_start_step: the interval's first step.
         sharding: of the batch axis (and the length axis, if it names one).
+        annotate: a teacher's; it runs in the threads that read ahead.
 
     Yields:
         int32 arrays, float32 weights.
@@ -124,13 +127,13 @@ def batches(
     lengths = {rows.length for rows in domains}
     if len(lengths) != 1:
         raise ValueError(f"all domains must have rows of one length, got {sorted(lengths)}: prepare them again")
-    where = _local_rows(batch, sharding)
+    where = local_rows(batch, sharding)
     sizes = [len(rows) for rows in domains]
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
 
     def read(step: int) -> dict[str, np.ndarray]:
         places = (step - interval_start_step) * batch + where
-        return _read(domains, domain[places], row[places])
+        return annotate(read_rows(domains, domain[places], row[places]))
 
     # Checked above when called, not when first iterated: so the generator is a function of its own.
     return _ahead(read, start_step, stop_step, batch, where, sharding)
@@ -142,11 +145,15 @@ def _ahead(
     if start == stop:
         return
     for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ):
-        yield _place(local, batch, where, sharding)
+        yield place(local, batch, where, sharding)
 
 
 def fixed_batches(
-    rows: Rows, domain: int, batch: int, sharding: NamedSharding | None = None
+    rows: Rows,
+    domain: int,
+    batch: int,
+    sharding: NamedSharding | None = None,
+    annotate: Annotate = lambda rows: rows,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """All rows of a domain in their order, for evaluation.
 
@@ -157,7 +164,7 @@ def fixed_batches(
         rows: the domain's.
         domain: its number.
         batch: rows in the global batch.
-        sharding: as for `batches`.
+        sharding, annotate: as for `batches`.
 
     Yields:
         the batch, and int64 [B]: text bytes of each row's targets. Every process gets all of them.
@@ -167,17 +174,17 @@ def fixed_batches(
     """
     if batch < 1:
         raise ValueError(f"the batch must have at least 1 row, got {batch}")
-    _local_rows(batch, sharding)
+    local_rows(batch, sharding)
 
     def read(number: int) -> dict[str, np.ndarray]:
         wanted = np.arange(number * batch, (number + 1) * batch)
         real = wanted < len(rows)
         wanted = np.minimum(wanted, len(rows) - 1)
-        values = _read([rows], np.zeros(batch, np.int64), wanted)
+        values = read_rows([rows], np.zeros(batch, np.int64), wanted)
         values["domain"] = np.full(batch, domain, np.int32)
         values["weights"] = values["weights"] * real[:, None].astype(np.float32)
         values["bytes"] = np.where(real, values["bytes"], 0)
-        return values
+        return annotate(values)
 
     return _fixed(read, -(-len(rows) // batch), batch, sharding)
 
@@ -185,4 +192,4 @@ def fixed_batches(
 def _fixed(read: Any, number: int, batch: int, sharding: NamedSharding | None) -> Iterator[tuple[Batch, np.ndarray]]:
     everywhere = np.arange(batch)
     for values in grain.MapDataset.range(number).map(read).to_iter_dataset(_READ):
-        yield _place(values, batch, everywhere, sharding), values["bytes"]
+        yield place(values, batch, everywhere, sharding), values["bytes"]

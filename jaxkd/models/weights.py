@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -68,11 +68,12 @@ class Checkpoint:
         found = {name: value for name, value in self.fields.items() if name.startswith("tokenizer.")}
         return {name: v.decode() if isinstance(v, formats.Lazy) else v for name, v in found.items()}
 
-    def load(self, dtype: Any = np.float32) -> PyTree:
+    def load(self, dtype: Any = np.float32, only: Collection[str] | None = None) -> PyTree:
         """Reads the parameters.
 
         Args:
             dtype: what they are stored in here, such as `np.float32` or `jnp.bfloat16`.
+            only: names outside the layers, such as "unembed", None for everything.
 
         Returns:
             Nested dict of numpy arrays, stacked over layers, the vocabulary padded with zeros.
@@ -80,10 +81,12 @@ class Checkpoint:
         Raises:
             ValueError: a tensor holds something that is not a finite number, or is in an unreadable format.
         """
-        params: dict[str, Any] = {"layers": {}}
+        params: dict[str, Any] = {} if only is not None else {"layers": {}}
         # A few layers at a time: numpy lets go of the interpreter, and each holds one tensor of its own.
         with ThreadPoolExecutor(4) as pool:
             for tensor, stored in self.tensors:
+                if only is not None and (tensor.stacked or tensor.path[-1] not in only):
+                    continue
                 leaf = np.zeros(tensor.leaf(self.config), dtype)
                 stack = leaf if tensor.stacked else leaf[None]
                 list(pool.map(partial(self._fill, tensor, stack), range(len(stored)), stored))

@@ -1,20 +1,38 @@
 """A teacher is a pair of pure functions and its arrays, as an optax transformation is."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxkd.types import Batch, PyTree, Signal
+import numpy as np
+
+from jaxkd.types import PyTree
+
+HostRows = dict[str, Any]
+"""Fields of a `Batch` as numpy arrays, before they are put on devices."""
 
 
 class Teacher(NamedTuple):
     """Where the teacher's signal comes from.
 
     `state` holds its arrays and is an argument of the step: not captured, not donated, not checkpointed.
-    `annotate(batch)` runs on the host before the step; `signal(state, batch)` inside it, with `taps=names` when the
-    objective needs features and the teacher gives them.
+    `annotate(rows)` runs on the host, in the threads that read ahead, on the rows that a process holds: the identity,
+    or what a cache adds to them. `signal(state, batch)` runs inside the step; of `asks` it gets by keyword
+    "taps" (names of features, where the objective has any), "step", and "own" (`TrainState.ema`, or the student's
+    parameters where there is none).
     """
 
     state: PyTree
-    annotate: Callable[[Batch], Batch]
-    signal: Callable[..., Signal | None]
-    taps: bool = False  # whether `signal` takes `taps`
+    annotate: Callable[[HostRows], HostRows]
+    signal: Callable[..., Any]  # a `types.Signal`, or None where there is no teacher
+    asks: tuple[str, ...] = ()
+    writes: bool = False  # whether `signal` is a `Batch` of the teacher's own text, to be learned from instead
+
+
+def untouched(rows: HostRows) -> HostRows:
+    """The `annotate` of a teacher that needs nothing from the host."""
+    return rows
+
+
+def place(rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
+    """Domain and row [B] of a batch's rows: what a cache is addressed by."""
+    return np.asarray(rows["domain"]), np.asarray(rows["row"])

@@ -70,7 +70,7 @@ class Checkpoints:
         self._check_room(state)
         self._manager.save(
             step,
-            args=ocp.args.Composite(train=ocp.args.PyTreeSave(state._asdict()), mixture=ocp.args.JsonSave(progress)),
+            args=ocp.args.Composite(train=ocp.args.PyTreeSave(_present(state)), mixture=ocp.args.JsonSave(progress)),
         )
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -83,7 +83,7 @@ class Checkpoints:
         Raises:
             ValueError: when the step cannot be read as this state; the message names the step.
         """
-        target = abstract._asdict()
+        target = _present(abstract)
         arguments = ocp.args.PyTreeRestore(
             item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
         )
@@ -121,7 +121,15 @@ class Checkpoints:
         Raises:
             ValueError: as `restore`.
         """
-        return self._restore_params(step, {"student": abstract})["student"]
+        return self._restore(step, {"params": {"student": abstract}})["params"]["student"]
+
+    def restore_average(self, step: int, abstract: PyTree) -> PyTree:
+        """The running average of the student's parameters alone.
+
+        Raises:
+            ValueError: as `restore`.
+        """
+        return self._restore(step, {"ema": abstract})["ema"]
 
     def restore_objective(self, step: int, abstract: PyTree) -> PyTree:
         """What the objective learned, of those terms of `abstract` that are there; the others are left out.
@@ -136,10 +144,10 @@ class Checkpoints:
             if not common:
                 named = lambda terms: ", ".join(f"'{name}'" for name in terms) or "none"
                 raise ValueError(f"its terms with parameters are {named(there)}, asked for were {named(abstract)}")
-        return self._restore_params(step, {"objective": common})["objective"]
+        return self._restore(step, {"params": {"objective": common}})["params"]["objective"]
 
-    def _restore_params(self, step: int, abstract: dict[str, PyTree]) -> dict[str, PyTree]:
-        target = {"params": abstract}
+    def _restore(self, step: int, target: dict[str, PyTree]) -> dict[str, PyTree]:
+        """Parts of a train state."""
         arguments = ocp.args.PyTreeRestore(
             item=target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -148,7 +156,7 @@ class Checkpoints:
         with self._readable(step):
             self._check(step, target)
             read = self._manager.restore(step, args=ocp.args.Composite(train=arguments))
-        return read["train"]["params"]
+        return read["train"]
 
     def _check_room(self, state: TrainState) -> None:
         # Before writing: what Orbax and TensorStore print from their threads on a full disk helps nobody.
@@ -179,6 +187,11 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and let go of the directory."""
         self._manager.close()
+
+
+def _present(state: TrainState) -> dict[str, Any]:
+    """The parts that a state has, by name: one that is not kept leaves nothing on disk."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

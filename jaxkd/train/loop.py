@@ -15,13 +15,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxkd import job as jobs
-from jaxkd import load, metrics, schedules
+from jaxkd import load, metrics, preflight, schedules
 from jaxkd.data import loader, mixture
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
 from jaxkd.job import Job
 from jaxkd.sharding import batch_sharding
-from jaxkd.teachers.live import absent, live
+from jaxkd.teaching import open_stores, teach
 from jaxkd.train import log
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.state import TrainState, init_state
@@ -89,7 +89,9 @@ class Run:
         self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), run.keep_checkpoints)
         latest = self.checkpoints.latest()
         self.resumed = latest is not None
+        self.stores = open_stores(job, rows.fingerprints)
         self.models = load.models(job, rows, with_student=not self.resumed)
+        self.teaching = teach(job, self.models.teachers, self.stores)
         if latest is None:
             self.state: TrainState = self._first_state()
             self.mixture = jobs.sampling(job, rows.sizes)
@@ -101,8 +103,10 @@ class Run:
         self.models = self.models._replace(student=None)
         self.start = {r["domain"]: r["student_nats"] for r in log.read(workdir / "evals.jsonl") if r["step"] == 0}
 
-        self.teacher = live(self.models.teacher, job.teacher.forward) if job.objective.uses_teacher else absent()
-        plain = make_step(job.student.forward, self.teacher, job.objective, job.tx, job.experiment.optim.micro_batches)
+        e = job.experiment
+        plain = make_step(
+            job.student.forward, self.teaching.train, job.objective, job.tx, e.optim.micro_batches, e.teacher.decay
+        )
 
         def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
             after, measured = plain(state, teacher_state, batch)
@@ -111,14 +115,23 @@ class Run:
             return after, measured
 
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
-        comparison = compare.make_comparison(job.student.forward, job.teacher.forward, job.tokenizer.vocab)
+        comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
+
+    def loaded(self) -> preflight.Loaded:
+        """What is looked at before the first step."""
+        student = self.state.params["student"]
+        average = student if self.state.ema is None else self.state.ema
+        return preflight.Loaded(
+            self.job, self.rows, self.models.teachers, self.teaching, student, average, self.comparison
+        )
 
     def _first_state(self) -> TrainState:
         job, run = self.job, self.job.experiment.run
 
         def first(student: PyTree, key: jax.Array) -> TrainState:
-            return init_state({"student": student, "objective": job.objective_init(key)}, job.tx, job.objective.trains)
+            params = {"student": student, "objective": job.objective_init(key)}
+            return init_state(params, job.tx, job.objective.trains, job.own)
 
         place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
         state = jax.jit(first, out_shardings=place)(self.models.student, jax.random.key(run.seed))
@@ -166,14 +179,18 @@ class Run:
                 first + data.interval,
                 first,
                 batch_sharding(job.mesh),
+                self.teaching.train.annotate,
             )
             self.mixture = mixture.advance(self.mixture, data.interval * data.batch)
 
-    def evaluate(self, step: int, params: PyTree) -> list[compare.Row]:
+    def evaluate(self, step: int) -> list[compare.Row]:
         """Student beside teacher on the held-out rows."""
+        params = self.state.params["student"]
+        average = params if self.state.ema is None else self.state.ema
+        known = (self.teaching.judge.state, self.state.step, average)
         rows = compare.evaluate(
-            lambda batch: self.comparison(params, self.models.teacher, batch),
-            load.held_out(self.job, self.rows),
+            lambda batch: self.comparison(params, known, batch),
+            load.held_out(self.job, self.rows, self.teaching.judge.annotate),
             step,
             self.start if step else None,
         )
@@ -212,8 +229,8 @@ class Run:
         clock = time.perf_counter()
         batches = self._batches(step)
         while step < run.steps:
-            batch = self.teacher.annotate(next(batches))
-            self.state, measured = self.step(self.state, self.teacher.state, batch)
+            batch = next(batches)
+            self.state, measured = self.step(self.state, self.teaching.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
             step, waiting = step + 1, (step + 1, measured, batch)
@@ -269,7 +286,7 @@ class Run:
         return now
 
     def _evaluate(self, output: log.TrainLog, step: int) -> None:
-        rows = self.evaluate(step, self.state.params["student"])
+        rows = self.evaluate(step)
         output.evaluation(rows)
         if step < self.job.experiment.run.steps:
             mean = rows[-1]

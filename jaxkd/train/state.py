@@ -15,6 +15,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32: updates made
     params: dict[str, PyTree]
     opt_state: PyTree
+    ema: PyTree = None  # running average of the student's parameters, where it is its own teacher
 
 
 TRAINED = ("student", "objective")
@@ -26,7 +27,10 @@ def trained(params: dict[str, PyTree], names: tuple[str, ...] = TRAINED) -> dict
 
 
 def init_state(
-    params: dict[str, PyTree], tx: optax.GradientTransformation, names: tuple[str, ...] = TRAINED
+    params: dict[str, PyTree],
+    tx: optax.GradientTransformation,
+    names: tuple[str, ...] = TRAINED,
+    averaged: bool = False,
 ) -> TrainState:
     """The state before the first step; parameters in float32.
 
@@ -34,5 +38,7 @@ def init_state(
         params: all of them.
         tx: the optimiser.
         names: which of `params` it moves, the objective's `trains`.
+        averaged: whether `ema` is kept.
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)))
+    ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)), ema)

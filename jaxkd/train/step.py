@@ -33,42 +33,48 @@ def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1):
-    """`gradient(params, teacher_state, batch, step) -> (gradients, metrics)`, the mean over the batch's tokens.
+    """`gradient(params, teacher_state, batch, step, ema=None) -> (gradients, metrics)`, a mean over the tokens.
 
     Values, gradients and metrics are summed over micro-batches and divided once by the global token weight.
 
     Raises:
         ValueError: when a term needs features that the teacher's signal does not have.
     """
-    if objective.teacher_taps and not teacher.taps:
+    if objective.teacher_taps and "taps" not in teacher.asks:
         raise ValueError(
             f"{objective.needs_of_teacher()}, but this teacher's signal has no features: give a live teacher, or leave "
             "the term out"
         )
 
-    def value(moving, params, teacher_state, batch, step):
+    def value(moving, params, teacher_state, batch, step, ema):
         params = params | moving
         signal = None
-        if objective.uses_teacher:
-            signal = teacher.signal(teacher_state, batch, **_taps(objective.teacher_taps))
+        if objective.uses_teacher or teacher.writes:
+            known = _taps(objective.teacher_taps) | {"step": step, "own": params["student"] if ema is None else ema}
+            given = {name: each for name, each in known.items() if name in teacher.asks}
+            signal = teacher.signal(teacher_state, batch, **given)
+        if isinstance(signal, Batch):  # the teacher's own text, in the place of the data's
+            batch, signal = signal, None
         student = forward(params["student"], batch, **_taps(objective.student_taps))
         return objective.loss(params["objective"], student, signal, batch, step)
 
-    def gradient(params: PyTree, teacher_state: PyTree, batch: Batch, step: jax.Array) -> tuple[PyTree, Metrics]:
+    def gradient(
+        params: PyTree, teacher_state: PyTree, batch: Batch, step: jax.Array, ema: PyTree = None
+    ) -> tuple[PyTree, Metrics]:
         moving = trained(params, objective.trains)
         slope = partial(jax.grad(value, has_aux=True), moving, params)
         if micro_batches == 1:
-            grads, metrics = slope(teacher_state, batch, step)
+            grads, metrics = slope(teacher_state, batch, step, ema)
         else:
             parts = split(batch, micro_batches)
-            first = jax.eval_shape(slope, teacher_state, jax.tree.map(lambda x: x[0], parts), step)
+            first = jax.eval_shape(slope, teacher_state, jax.tree.map(lambda x: x[0], parts), step, ema)
 
             def accumulate(carry, part):
-                return jax.tree.map(jnp.add, carry, slope(teacher_state, part, step)), None
+                return jax.tree.map(jnp.add, carry, slope(teacher_state, part, step, ema)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
-        tokens = batch.weights.sum()
+        tokens = metrics["loss"][1]
         return jax.tree.map(lambda g: g / jnp.where(tokens > 0, tokens, 1.0), grads), metrics
 
     return gradient
@@ -80,6 +86,7 @@ def make_step(
     objective: Objective,
     tx: optax.GradientTransformation,
     micro_batches: int = 1,
+    decay: float = 1.0,
 ) -> Step:
     """`step(state, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -89,6 +96,7 @@ def make_step(
         objective: what to minimise.
         tx: the optimiser.
         micro_batches: parts into which the batch is cut to save memory; it divides the batch's rows.
+        decay: d of ema <- d ema + (1 - d) params, where the state keeps an average of the student.
 
     Raises:
         ValueError: when a term needs features that the teacher's signal does not have.
@@ -96,14 +104,17 @@ def make_step(
     gradient = make_gradient(forward, teacher, objective, micro_batches)
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradient(state.params, teacher_state, batch, state.step)
+        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema)
         moving = trained(state.params, objective.trains)
         updates, opt_state = tx.update(grads, state.opt_state, moving)
         params = state.params | optax.apply_updates(moving, updates)
         one = jnp.ones(())
         metrics["grad_norm"] = (optax.tree.norm(grads), one)
         metrics["param_norm"] = (optax.tree.norm(params), one)
-        metrics["tokens"] = (batch.weights.sum(), one)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        metrics["tokens"] = (metrics["loss"][1], one)
+        ema = state.ema
+        if ema is not None and decay != 1:
+            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params["student"])
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return step

@@ -1,0 +1,269 @@
+"""A teacher's signal of every row, computed once and stored: `jaxkd cache`, and what it costs and saves."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from jaxkd import flops, load
+from jaxkd.data import loader
+from jaxkd.data.shards import Block
+from jaxkd.data.store import Store, Writer
+from jaxkd.evals.payload import payload_kl
+from jaxkd.job import Job
+from jaxkd.sharding import batch_sharding
+from jaxkd.teachers import codec
+from jaxkd.teachers.live import live
+from jaxkd.teaching import described, layouts, reduced
+from jaxkd.types import Batch, Hidden, PyTree
+
+BLOCK = 256
+"""Rows in a file, and the most that an interruption loses; every file has 128 KiB that are not payload."""
+_SEED = 0  # of what is drawn: a cache serves runs of any seed
+
+
+class _Maker(NamedTuple):
+    """The live teacher, made into what is stored."""
+
+    params: PyTree
+    make: dict[str, Callable[[PyTree, Batch], Any]]  # per split: arrays [B L ...]
+    loss: Callable[[PyTree, Batch, Any], jax.Array]  # [B L] nats that a payload is from the teacher
+
+
+def _maker(job: Job, params: PyTree, name: str = "teacher") -> _Maker:
+    teacher = live(params, job.teachers[name].forward)
+    less = teacher if job.experiment.teacher.members else reduced(job, teacher, _SEED)
+
+    def hidden(params: PyTree, batch: Batch) -> Hidden:
+        return Hidden(teacher.signal(params, batch).head.hidden)
+
+    def told(params: PyTree, batch: Batch) -> Any:
+        given = {"step": jnp.zeros((), jnp.int32)} if "step" in less.asks else {}
+        found = less.signal(params, batch, **given)
+        return codec.Text(*[getattr(found, name) for name in codec.Text._fields]) if less.writes else found
+
+    def loss(params: PyTree, batch: Batch, payload: Any) -> jax.Array:
+        return payload_kl(teacher.signal(params, batch).head, payload, job.tokenizer.vocab)
+
+    train = hidden if less is teacher else told
+    return _Maker(params, {"train": jax.jit(train), "valid": jax.jit(hidden)}, jax.jit(loss))
+
+
+class _Hosts(NamedTuple):
+    """Which process writes what: groups of processes that hold the same rows of a batch share one block."""
+
+    groups: int
+    mine: int
+    writes: bool  # one process of each group does
+
+
+def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
+    by_row = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
+    held: dict[int, set[int]] = {}
+    device: Any
+    for device, index in by_row.devices_indices_map((batch,)).items():
+        held.setdefault(device.process_index, set()).update(range(batch)[index[0]])
+    places = {process: tuple(sorted(rows)) for process, rows in held.items()}
+    groups = sorted(set(places.values()))
+    me = jax.process_index()
+    first = min(process for process, rows in places.items() if rows == places[me])
+    return _Hosts(len(groups), groups.index(places[me]), first == me)
+
+
+def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
+    """Store the teacher's signal of all rows; blocks that are there are kept.
+
+    All processes go through the same batches together; each group of them fills a block of its own with its share.
+
+    Args:
+        job: its `teacher.cache` is the directory.
+        rows: prepared.
+        progress: show it on stderr.
+
+    Yields:
+        lines on what was written.
+
+    Raises:
+        ValueError: another writer is at it, or the directory holds something else.
+        OSError: the disk is full; what was written stays.
+    """
+    root = job.experiment.teacher.cache
+    sizes = {
+        name: {"train": len(train), "valid": len(valid)}
+        for name, train, valid in zip(rows.names, rows.train, rows.valid, strict=True)
+    }
+    manifest = described(job, rows.fingerprints)
+    started, process = time.perf_counter(), jax.process_index()
+    with Writer(root, manifest, sizes, block=BLOCK, leader=process == 0) as writer:
+        _meet("jaxkd cache: opened")
+        todo = writer.missing()
+        _meet("jaxkd cache: counted")  # before one writes what another has not looked for yet
+        total = sum(block.stop - block.start for block in todo)
+        measured: dict[str, float] = {}
+        if todo:
+            yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
+            params = load.models(job, rows, with_student=False, whole_teachers=True).teachers["teacher"]
+            measured = _fill(job, rows, _maker(job, params), writer, todo, progress and process == 0)
+        _meet("jaxkd cache: written")
+        if process == 0:
+            writer.finish()
+    took = time.perf_counter() - started
+    if measured:
+        rate = total * job.experiment.data.length / took
+        yield f"stored in {took:,.0f} s, {rate:,.0f} tokens/s"
+    for name, value in measured.items():
+        yield f"{name}: KL of what is stored from the teacher {value:.2e} nats per token, over a batch"
+    yield from costs(job, rows, {"teacher": Store(root)})
+
+
+def _meet(where: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _fill(
+    job: Job, rows: load.Domains, maker: _Maker, writer: Writer, todo: list[Block], progress: bool
+) -> dict[str, float]:
+    """Compute and write blocks; returns the payload's KL per domain, of its first batch of training rows."""
+    place = batch_sharding(job.mesh)
+    batch = job.experiment.run.eval_batch
+    hosts = _hosts(batch, place)
+    where = loader.local_rows(batch, place)
+    kls: dict[str, float] = {}
+    # One split and so one program at a time: all groups of a round run the same.
+    rounds = [
+        same[i : i + hosts.groups]
+        for split in ("train", "valid")
+        for same in [[block for block in todo if block.split == split]]
+        for i in range(0, len(same), hosts.groups)
+    ]
+    bar = tqdm(total=sum(b.stop - b.start for b in todo), unit=" rows", file=sys.stderr, disable=not progress)
+    for blocks in rounds:
+        block = blocks[min(hosts.mine, len(blocks) - 1)]
+        payloads: list[bytes] = []
+        domain = rows.names.index(block.domain)
+        for start in range(0, max(b.stop - b.start for b in blocks), len(where)):
+            wanted = np.minimum(block.start + start + np.arange(len(where)), block.stop - 1)
+            sources = rows.train if block.split == "train" else rows.valid
+            local = loader.read_rows(sources, np.full(len(where), domain), wanted)
+            placed = loader.place(local, batch, where, place)
+            found = maker.make[block.split](maker.params, placed)
+            payloads += _encoded(layouts(job)[block.split], found, local["weights"])
+            if block.split == "train" and block.domain not in kls and hosts.groups == 1:
+                kls |= _measured(job, block, maker, placed, payloads[-len(where) :])
+            bar.update(min(len(where), block.stop - block.start - start))
+        if hosts.writes and hosts.mine < len(blocks):
+            writer.write(block, payloads[: block.stop - block.start])
+    bar.close()
+    return kls
+
+
+def _encoded(layout: codec.Layout, found: Any, weights: np.ndarray) -> list[bytes]:
+    """Payloads of this process's rows of a batch."""
+    local = jax.tree.map(_local, found)
+    payloads = []
+    for i in range(len(weights)):
+        row = jax.tree.map(lambda x, i=i: x[i], local)
+        live = (row.weights if isinstance(row, codec.Text) else weights[i]) != 0
+        payloads.append(codec.encode(layout, row, live))
+    return payloads
+
+
+def _local(x: jax.Array) -> np.ndarray:
+    """This process's rows of a global array, each once, in their order."""
+    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def _measured(job: Job, block: Block, maker: _Maker, batch: Batch, payloads: list[bytes]) -> dict[str, float]:
+    stored = codec.decode_rows(layouts(job)[block.split], payloads)
+    if isinstance(stored, codec.Text):
+        return {}
+    kl = maker.loss(maker.params, batch, jax.tree.map(jnp.asarray, stored))
+    live = batch.weights != 0
+    return {block.domain: float(jnp.where(live, kl, 0.0).sum() / live.sum())}
+
+
+def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
+    """A batch of training rows read back, and held against the teacher run now.
+
+    Args:
+        job: for the teacher.
+        rows: of all domains; those that the store has are looked at.
+        name: of the teacher.
+        store: its cache.
+
+    Raises:
+        ValueError: when the cache is farther from the teacher than storing it again would be.
+    """
+    params = load.models(job, rows, with_student=False, whole_teachers=True).teachers[name]
+    maker, layout = _maker(job, params, name), store.layout("train")
+    place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
+    served = [d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]]
+    domain = np.asarray(served)[np.arange(size) % len(served)]
+    local = loader.read_rows(rows.train, domain, np.zeros(size, np.int64))
+    batch = loader.place(local, size, np.arange(size), place)
+    kept = [store.read(rows.names[d], "train", [0])[0] for d in domain]
+    fresh = _encoded(layout, maker.make["train"](params, batch), local["weights"])
+    stored: Any = codec.decode_rows(layout, kept)
+    again: Any = codec.decode_rows(layout, fresh)
+    where = f"the cache {store.root}"
+    if isinstance(stored, codec.Text):
+        same = float((np.asarray(stored.tokens) == np.asarray(again.tokens)).mean())
+        if same < 0.5:
+            raise ValueError(
+                f"{where} holds text that this teacher does not write: {same:.0%} of its tokens come again; delete the "
+                "directory and run `jaxkd cache`"
+            )
+        return f"cache: {same:.0%} of a row's tokens are written again"
+    live = batch.weights != 0
+    distance = lambda payload: maker.loss(params, batch, jax.tree.map(jnp.asarray, payload))
+    now, then = (float(jnp.where(live, distance(p), 0.0).sum() / live.sum()) for p in (again, stored))
+    if not then <= 1.5 * now + 0.01:
+        raise ValueError(
+            f"{where} is {then:.3f} nats per token from this teacher, and a new one would be {now:.3f}: it was made by "
+            "other weights or another forward pass; delete it and run `jaxkd cache`"
+        )
+    return f"cache: {then:.2e} nats per token from the live teacher, {now:.2e} if stored again"
+
+
+def costs(job: Job, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator[str]:
+    """Bytes and operations of the teachers, a line or two each.
+
+    Args:
+        job: for the sizes.
+        rows: of the domains.
+        stores: the caches of those that have one.
+    """
+    e, length = job.experiment, job.experiment.data.length
+    per_step = e.data.batch * length
+    for name, model in job.teachers.items():
+        whole = flops.body(model.config, length) + flops.head(model.config)
+        if name not in stores:
+            yield f"{name}, live: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step"
+            continue
+        store = stores[name]
+        held = {split: _bytes(store, rows, split) for split in ("train", "valid")}
+        saved = whole - (flops.head(model.config) if store.layout("train").signal == "hidden" else 0)
+        tokens = sum(n for d, n in zip(rows.names, rows.sizes) if d in store.manifest["sizes"]) * length
+        yield (
+            f"{name}, cached in {store.root}: {held['train'] / tokens:,.1f} bytes per token of the rows, "
+            f"{(held['train'] + held['valid']) / 1e6:,.1f} MB on disk, {held['valid'] / 1e6:,.1f} for held-out rows"
+        )
+        yield (
+            f"{name}, saved: {saved / 1e6:,.1f} MFLOP a token, {saved * per_step / 1e9:,.1f} GFLOP a step and "
+            f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps"
+        )
+
+
+def _bytes(store: Store, rows: load.Domains, split: str) -> int:
+    return sum(
+        file.stat().length for name in rows.names for file in store.root.glob(f"{name}/*/*-{split}.array_record*")
+    )

@@ -1,0 +1,93 @@
+"""Whether the values of an experiment fit together, as far as that shows before a file is opened."""
+
+import jax.numpy as jnp
+
+from jaxkd.experiment import SELF, Experiment, TeacherBlock, nearest
+from jaxkd.models import transformer
+from jaxkd.teachers import codec
+from jaxkd.teachers.signals import SIGNALS
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+AVERAGES = ("probabilities", "log_probabilities")
+
+
+def _check_teacher(t: TeacherBlock) -> None:
+    if t.members and t.path:
+        raise ValueError("teacher.path and teacher.members exclude each other: give one teacher, or several")
+    if not t.members and not t.path:
+        raise ValueError("missing key teacher.path: name the teacher's weights, or give teacher.members")
+    if t.signal not in SIGNALS:
+        raise ValueError(f"unknown teacher.signal '{t.signal}': {nearest(t.signal, SIGNALS)}")
+    if t.average not in AVERAGES:
+        raise ValueError(f"unknown teacher.average '{t.average}': {nearest(t.average, AVERAGES)}")
+    if t.signal == "hidden" and not t.cache:
+        raise ValueError("teacher.signal 'hidden' is a cached one: give teacher.cache a directory, or take 'head'")
+    if t.signal == "head" and t.cache:
+        raise ValueError(
+            "a head cannot be cached: take teacher.signal 'hidden', which is as exact, or leave out the cache"
+        )
+    if t.members and t.signal != "head":
+        raise ValueError(f"several teachers give one signal, 'head', not '{t.signal}': cache each of them by itself")
+    if t.path == SELF and (t.cache or t.signal == "token"):
+        raise ValueError("a teacher that is the student itself changes with it: it has no cache and no text of its own")
+    if not 0 <= t.decay <= 1:
+        raise ValueError(f"teacher.decay must be from 0 to 1, got {t.decay}")
+    if t.entries < 1:
+        raise ValueError(f"teacher.entries must be at least 1, got {t.entries}")
+    if not t.temperatures or any(not x > 0 for x in t.temperatures):
+        raise ValueError(f"teacher.temperatures must be above 0, got {t.temperatures}")
+    known = codec.DTYPES.get(t.signal, ())
+    if t.stored and t.stored not in known:
+        choices = ", ".join(filter(None, known)) or "leave it out"
+        raise ValueError(f"teacher.stored '{t.stored}' is not for signal '{t.signal}': {choices}")
+
+
+def check(e: Experiment, devices: int) -> None:
+    """See that values which one can judge without opening anything fit together.
+
+    Args:
+        e: the experiment.
+        devices: along the mesh's data axis.
+
+    Raises:
+        ValueError: naming the key, and what it may be.
+    """
+    _check_teacher(e.teacher)
+    dtypes = {
+        "teacher" if name == "teacher" else f"teacher.members.{name}": m.dtype for name, m in e.teacher.models.items()
+    }
+    for where, name in {"run": e.run.dtype, **dtypes}.items():
+        if name not in DTYPES:
+            raise ValueError(f"unknown {where}.dtype '{name}': {nearest(name, DTYPES)}")
+    if e.run.remat not in transformer.REMAT:
+        raise ValueError(f"unknown run.remat '{e.run.remat}': {nearest(e.run.remat, transformer.REMAT)}")
+    if not e.data.domains:
+        raise ValueError("data.domains is empty: name at least one domain and its source")
+    if "mean" in e.data.domains:
+        raise ValueError("a domain cannot be called 'mean': that is the row of the mean over domains")
+    if e.student.layers and e.student.keep:
+        raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
+    if e.student.path == "random" and (e.student.layers or e.student.keep):
+        raise ValueError("a random student is not cut: set its depth in student.shape.layers")
+    counts = {
+        "run.steps": e.run.steps,
+        "run.checkpoint_every": e.run.checkpoint_every,
+        "run.log_every": e.run.log_every,
+        "run.keep_checkpoints": e.run.keep_checkpoints,
+        "run.eval_batch": e.run.eval_batch,
+        "data.interval": e.data.interval,
+        "data.batch": e.data.batch,
+        "optim.micro_batches": e.optim.micro_batches,
+    }
+    for where, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{where} must be at least 1, got {number}")
+    rows, parts = e.data.batch, e.optim.micro_batches
+    if rows % (parts * devices):
+        raise ValueError(
+            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on the data axis"
+        )
+    if e.run.eval_batch % devices:
+        raise ValueError(
+            f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on the data axis"
+        )

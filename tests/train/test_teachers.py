@@ -1,0 +1,202 @@
+"""Every way a teacher reaches the step: less than its head, several of them, the student itself."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from harness import random_params
+from test_step import DOMAINS, make_batch, problem
+
+from jaxkd import divergences, objectives, schedules
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.teachers import many, signals
+from jaxkd.teachers.live import live, own
+from jaxkd.train.state import init_state
+from jaxkd.train.step import make_gradient, make_step
+
+VOCAB = 250
+STEP = jnp.zeros((), jnp.int32)
+KD = {"kd": (1.0, objectives.match(divergences.forward_kl()))}
+OTHER = Config(vocab=250, embed=40, layers=2, heads=5, kv_heads=5, head_dim=8, mlp=48)
+
+
+def gradient(teacher, terms=KD, batch=None, step=STEP, micro_batches=1, **options):
+    student, _, params = problem()
+    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS, **options)
+    run = jax.jit(make_gradient(student, teacher, objective, micro_batches))
+    return run(params, teacher.state, make_batch() if batch is None else batch, step)
+
+
+def other():
+    return live(random_params(OTHER, 5), functools.partial(transformer.forward, OTHER))
+
+
+def distance(a, b):
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+def both(weigh, **options):
+    return many.blend([problem()[1], other()], weigh, **options)
+
+
+# ------------------------------------------------------------------------------------- less than a head
+
+
+def test_all_entries_live_teach_what_the_head_teaches():
+    teacher = problem()[1]
+    every = signals.top_k(teacher, VOCAB, (1.0,), VOCAB)
+    assert distance(gradient(every)[0], gradient(teacher)[0]) < 2e-5
+
+
+def test_fewer_entries_never_see_more_than_the_whole():
+    """Data processing: the divergence over K + 1 entries is at most that over the vocabulary, in every domain."""
+    teacher = problem()[1]
+    whole = gradient(teacher)[1]
+    before = None
+    for entries in (64, 8, 1):
+        found = gradient(signals.top_k(teacher, entries, (1.0,), VOCAB))[1]
+        for name in ("kd", *[f"kd/{domain}" for domain in DOMAINS]):
+            assert 0 < float(found[name][0]) <= float((before or whole)[name][0])
+        before = found
+
+
+def test_draws_come_to_the_teacher_as_one_over_their_root():
+    """The gradient's mean square error is a variance over the number of draws."""
+    terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
+    teacher = problem()[1]
+    exact = gradient(teacher, terms)[0]
+
+    def error(draws):
+        run = signals.sampled(teacher, draws, 0, VOCAB)
+        return np.mean([distance(gradient(run, terms, step=jnp.int32(s))[0], exact) ** 2 for s in range(4)])
+
+    assert 8 < error(8) / error(128) < 32
+
+
+def test_a_rows_draws_are_its_own():
+    """They depend on the seed, the step, the domain and the row, and not on the place in the batch."""
+    batch, order = make_batch(), np.asarray([3, 0, 7, 1, 2, 6, 5, 4])
+    moved = jax.tree.map(lambda x: x[order], batch)
+    of = lambda *a: np.asarray(signals.uniforms(*a, 5))
+    np.testing.assert_array_equal(of(0, 3, batch)[order], of(0, 3, moved))
+    for other_draws in (of(1, 3, batch), of(0, 4, batch), of(0, 3, batch._replace(row=batch.row + 1))):
+        assert not np.array_equal(other_draws, of(0, 3, batch))
+    assert len(np.unique(of(0, 3, batch)[:, 0, 0])) == 8
+
+
+# --------------------------------------------------------------------------------------- several teachers
+
+
+def test_equal_teachers_are_one():
+    teacher = problem()[1]
+    for geometric in (False, True):
+        blend = many.blend([teacher, teacher], lambda batch, step: jnp.ones((8, 2)), geometric=geometric)
+        assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
+
+
+def test_a_blend_is_between_its_teachers():
+    """Cross-entropy is linear in p, so the gradient of the average is the average of the gradients."""
+    terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
+    blend = both(lambda batch, step: jnp.tile(jnp.asarray([3.0, 1.0]), (batch.row.shape[0], 1)))
+    each = [gradient(t, terms)[0] for t in (problem()[1], other())]
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *each)
+    assert distance(gradient(blend, terms)[0], expected) < 1e-5
+    assert distance(gradient(blend, terms, micro_batches=4)[0], expected) < 1e-5
+
+
+def test_weights_follow_the_step_and_the_domain():
+    weigh = many.shares([schedules.linear(1.0, 10), 0.5], [{}, {"code": 2.0, "poetry": 0.0}], DOMAINS)
+    batch = make_batch()
+    now, later = weigh(batch, 0), weigh(batch, 10)
+    np.testing.assert_allclose(now[:3], [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    np.testing.assert_allclose(later[:3], [[0.0, 1.0], [0.0, 0.0], [0.0, 0.0]], atol=1e-7)
+
+
+@pytest.mark.parametrize("domains", [{"cod": 1.0}, {"code": 1.0}])
+def test_a_domain_that_is_not_there_or_not_served_is_named(domains):
+    with pytest.raises(ValueError, match=r"'cod'|'law'"):
+        many.shares([1.0], [domains], DOMAINS)
+
+
+def test_each_row_has_the_teacher_of_its_route():
+    batch = make_batch()
+    routed = gradient(many.route([problem()[1], other()], lambda batch: (batch.row % 2).astype(jnp.int32)), KD, batch)
+    parts = []
+    for number, teacher in enumerate((problem()[1], other())):
+        mine = batch._replace(weights=jnp.where((batch.row % 2 == number)[:, None], batch.weights, 0.0))
+        found, metrics = gradient(teacher, KD, mine)
+        parts.append(jax.tree.map(lambda g, m=metrics: g * m["loss"][1], found))
+    expected = jax.tree.map(lambda a, b: (a + b) / routed[1]["loss"][1], *parts)
+    assert distance(routed[0], expected) < 1e-5
+
+
+def test_a_teacher_without_weight_is_not_run():
+    """Its parameters may be NaN, and the compiled program runs it under a condition."""
+    broken = other()._replace(state=jax.tree.map(lambda x: x * jnp.nan, other().state))
+    teacher = problem()[1]
+    blend = many.blend([teacher, broken], lambda batch, step: jnp.tile(jnp.asarray([1.0, 0.0]), (8, 1)))
+    assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
+
+
+def test_only_heads_blend():
+    teacher = problem()[1]
+    sparse = signals.top_k(teacher, 4, (1.0,), VOCAB)
+    with pytest.raises(ValueError, match="TopK"):
+        gradient(many.blend([teacher, sparse], lambda batch, step: jnp.ones((8, 2))))
+    with pytest.raises(ValueError, match="at least one"):
+        many.blend([], lambda batch, step: jnp.ones((8, 0)))
+
+
+def test_annealing_from_teacher_to_labels_is_two_schedules():
+    """Cross-entropy to (1 - a) p + a label, at every step: for terms linear in p the weights are all there is to it."""
+    steps, teacher = 8, problem()[1]
+    terms = {
+        "kd": (schedules.linear(1.0, steps), objectives.match(divergences.cross_entropy())),
+        "ce": (schedules.linear(0.0, steps, end=1.0), objectives.next_token()),
+    }
+    kd, ce = (gradient(teacher, {"only": (1.0, term)})[0] for _, term in terms.values())
+    for step in (0, 2, 8):
+        a = step / steps
+        expected = jax.tree.map(lambda x, y, a=a: (1 - a) * x + a * y, kd, ce)
+        assert distance(gradient(teacher, terms, step=jnp.int32(step))[0], expected) < 1e-5
+
+
+# --------------------------------------------------------------------------------------- the student itself
+
+
+def own_run(decay, steps=3):
+    student, _, params = problem()
+    terms = {"ce": (1.0, objectives.next_token()), "kd": (1.0, objectives.match(divergences.reverse_kl()))}
+    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
+    teacher, tx = own(student), optax.sgd(0.5)
+    step = jax.jit(make_step(student, teacher, objective, tx, decay=decay))
+    states, metrics = [init_state(params, tx, averaged=True)], []
+    for _ in range(steps):
+        state, measured = step(states[-1], teacher.state, make_batch())
+        states.append(state)
+        metrics.append({k: float(v[0]) for k, v in measured.items()})
+    return states, metrics
+
+
+def test_the_average_follows_the_student():
+    states, metrics = own_run(0.75)
+    assert metrics[0]["kd"] == pytest.approx(0.0, abs=1e-3)  # of 148 tokens: both are the same at first
+    assert metrics[2]["kd"] > 0.01
+    for before, after in itertools.pairwise(states):
+        expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before.ema, after.params["student"])
+        assert distance(after.ema, expected) < 1e-6
+
+
+def test_a_decay_of_one_is_the_student_as_it_began_and_zero_as_it_is():
+    first = problem()[2]["student"]
+    states, _ = own_run(1.0)
+    jax.tree.map(np.testing.assert_array_equal, states[-1].ema, first)
+    states, metrics = own_run(0.0)
+    assert distance(states[-1].ema, states[-1].params["student"]) < 1e-6
+    assert max(abs(m["kd"]) for m in metrics) < 1e-3
