@@ -1,8 +1,9 @@
 """A teacher's signal of every row, computed once and stored: `jaxkd cache`, and what it costs and saves."""
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jaxkd.data import loader
 from jaxkd.data.shards import Block
 from jaxkd.data.store import Store, Writer
 from jaxkd.evals.payload import payload_kl
-from jaxkd.job import Job
+from jaxkd.job import Job, Model
+from jaxkd.models import heads
 from jaxkd.sharding import batch_sharding
 from jaxkd.teachers import codec
 from jaxkd.teachers.live import live
@@ -109,11 +111,12 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
         measured: dict[str, float] = {}
         if todo:
             yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
-            params = load.models(job, rows, with_student=False, whole_teachers=True).teachers["teacher"]
+            params = load.teacher(job, "teacher")
             measured = _fill(job, rows, _maker(job, params), writer, todo, progress and process == 0)
         _meet("jaxkd cache: written")
         if process == 0:
             writer.finish()
+        _meet("jaxkd cache: finished")  # before one opens what is not marked complete yet
     took = time.perf_counter() - started
     if measured:
         rate = total * job.experiment.data.length / took
@@ -196,14 +199,20 @@ def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
 
     Args:
         job: for the teacher.
-        rows: of all domains; those that the store has are looked at.
+        rows: of all domains; those in the store are looked at.
         name: of the teacher.
         store: its cache.
 
     Raises:
         ValueError: when the cache is farther from the teacher than storing it again would be.
     """
-    params = load.models(job, rows, with_student=False, whole_teachers=True).teachers[name]
+    try:
+        params = load.teacher(job, name)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"{name} does not fit beside what is loaded ({str(error).splitlines()[0][:200]}), so its cache cannot be "
+            "held against it here: run `jaxkd check` where it fits, and train with --no-check"
+        ) from None
     maker, layout = _maker(job, params, name), store.layout("train")
     place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
     served = [d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]]
@@ -247,7 +256,10 @@ def costs(job: Job, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator
     for name, model in job.teachers.items():
         whole = flops.body(model.config, length) + flops.head(model.config)
         if name not in stores:
-            yield f"{name}, live: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step"
+            yield (
+                f"{name}, live: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step, "
+                f"{_planned(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
+            )
             continue
         store = stores[name]
         held = {split: _bytes(store, rows, split) for split in ("train", "valid")}
@@ -259,8 +271,19 @@ def costs(job: Job, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator
         )
         yield (
             f"{name}, saved: {saved / 1e6:,.1f} MFLOP a token, {saved * per_step / 1e9:,.1f} GFLOP a step and "
-            f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps"
+            f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps; its head takes "
+            f"{_planned(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
         )
+
+
+def _planned(model: Model, names: Collection[str]) -> int:
+    """Bytes of a model's parameters on each device, from their shapes."""
+    leaves = zip(
+        jax.tree.leaves({name: model.shapes[name] for name in names}),
+        jax.tree.leaves({name: model.shardings[name] for name in names}),
+        strict=True,
+    )
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
 
 
 def _bytes(store: Store, rows: load.Domains, split: str) -> int:

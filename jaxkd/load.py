@@ -122,16 +122,19 @@ class Models(NamedTuple):
     kept_layers: tuple[int, ...] | None  # of the model that the student was cut from
 
 
-def models(
-    job: Job, rows: Domains, with_student: bool = True, whole_teachers: bool | None = None, progress: bool = True
-) -> Models:
-    """Load the teachers, and make the student's first parameters unless a checkpoint will bring them.
+def teacher(job: Job, name: str) -> PyTree:
+    """A teacher's whole weights on their devices, whether it is cached or not."""
+    number = list(job.teachers).index(name)
+    return put(host_params(job.teachers[name], teacher_seed(job.experiment, number)), job.teachers[name])
+
+
+def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = True) -> Models:
+    """Load the teachers, of cached ones the head, and make the student's first parameters unless they are restored.
 
     Args:
         job: what to load.
         rows: prepared, for the choice of layers.
         with_student: whether the student is wanted.
-        whole_teachers: or their heads alone; None is as the run needs, heads of those that are cached.
         progress: show it on stderr.
 
     Raises:
@@ -143,7 +146,7 @@ def models(
     host: PyTree = None
     for number, (name, model) in enumerate(() if job.own else job.teachers.items()):
         cut_here = cut and number == 0
-        whole = not e.teacher.models[name].cache if whole_teachers is None else whole_teachers
+        whole = not e.teacher.models[name].cache
         found = host_params(model, teacher_seed(e, number), None if whole or cut_here else heads.names(model.config))
         teachers[name] = put(found if whole else {n: found[n] for n in heads.names(model.config)}, model)
         host = found if cut_here else host

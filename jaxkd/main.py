@@ -200,7 +200,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
             lambda batch: comparison(student, known, batch),
             load.held_out(built, rows, taught.judge.annotate),
             step,
-            start,
+            {} if built.own else start,
         )
     print(compare.table(result, start))
     if not any(row["step"] == step for row in before):

@@ -9,6 +9,7 @@ ever in place.
 import array
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -257,7 +258,7 @@ def prepare(
     seed: int = 0,
     progress: bool = True,
 ) -> Prepared:
-    """Make a domain's rows, or find them made. One process at a time may do this in a directory.
+    """Make a domain's rows, or find them made. Another process that wants the same ones waits for them.
 
     Args:
         name: the domain's.
@@ -286,7 +287,9 @@ def prepare(
     path = root / PackedRows.name / config.name / _VERSION
     if path.exists():
         return _read_prepared(name, path, fingerprint, built=False)
-    with _full_disk(name, root), _spool(path.parent) as file:
+    with _full_disk(name, root), _alone(root / f".{config.name}.lock"), _spool(path.parent) as file:
+        if path.exists():  # by another process, while this one waited
+            return _read_prepared(name, path, fingerprint, built=False)
         corpus = _collect(source, file, seed, name, progress)
         groups = len(np.unique(corpus.group))
         if groups < 2:
@@ -316,6 +319,18 @@ def prepare(
     if progress:
         print(f"{name}: rows written to {path}", file=sys.stderr)
     return _read_prepared(name, path, fingerprint, built=True)
+
+
+@contextlib.contextmanager
+def _alone(lock: epath.Path) -> Iterator[None]:
+    """Let other processes that want the same rows wait until they are there."""
+    if "://" in str(lock):
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it however the process ends
+        yield
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -45,7 +47,8 @@ def stored_documents(path, split):
 
 
 def left_in(directory):
-    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+    files = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if path.suffix != ".lock")
 
 
 def test_rows_hold_the_text(tmp_path):
@@ -194,6 +197,27 @@ def test_killed_build(tmp_path):
     assert prepared.built
     assert len(Rows(prepared.path, "train")) == prepared.train_rows
     assert [file.name for file in (tmp_path / "rows" / "packed_rows").glob("*/*")] == ["1.0.0"]
+
+
+def test_two_builds_at_once_are_one(tmp_path):
+    """The second waits for the first and finds its rows."""
+    arrived, go_on = threading.Event(), threading.Event()
+    documents = [(str(i), f"document {i} of this source says nothing else") for i in range(20)]
+
+    def slow():
+        arrived.set()
+        assert go_on.wait(30)
+        yield from (Document(*document) for document in documents)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare, Source("made up", "f", slow), tmp_path)
+        assert arrived.wait(30)
+        second = pool.submit(prepare, documents, tmp_path)
+        time.sleep(0.2)
+        assert not second.done()
+        go_on.set()
+        assert (first.result().built, second.result().built) == (True, False)
+    assert first.result()._replace(built=False) == second.result()
 
 
 def test_failing_builds_leave_nothing(tmp_path, monkeypatch):

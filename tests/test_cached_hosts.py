@@ -1,0 +1,67 @@
+"""A cache that two processes fill together: each its own files, all rows once."""
+
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from harness import REPOSITORY, jaxkd, process_environment, tiny_arguments, write_domain
+
+from jaxkd.data.store import Store
+from jaxkd.teachers import codec
+
+# What `jaxkd cache` does, in a world of several processes.
+PROGRAM = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jaxkd import caching, job, load
+from jaxkd.config import read_config
+from jaxkd.experiment import experiment
+built = job.build(experiment(read_config(sys.argv[3:])))
+with jax.set_mesh(built.mesh):
+    for line in caching.write(built, load.domains(built), progress=False):
+        print(line)
+"""
+
+
+@pytest.mark.parametrize(("data", "model"), [(2, 1), (1, 2)])
+def test_two_processes_fill_one_cache(tmp_path, data, model):
+    """Over `data` each writes blocks of its own; over `model` both hold the same rows, and one of them writes."""
+    domains = {"law": write_domain(tmp_path / "law.jsonl", 0), "code": write_domain(tmp_path / "code.jsonl", 1)}
+    common = [
+        *tiny_arguments(domains, tmp_path / "rows"), "--config.teacher.signal=top_k", "--config.teacher.entries=8",
+        "--config.run.eval_batch=4",
+    ]  # fmt: skip
+    alone = jaxkd("cache", *common, f"--config.teacher.cache={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    mesh = [f"--config.run.mesh.data={data}", f"--config.run.mesh.model={model}"]
+    together = [*common, *mesh, f"--config.teacher.cache={tmp_path / 'together'}"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(i), *together],
+            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+    one, two = Store(tmp_path / "alone"), Store(tmp_path / "together")
+    assert one.manifest == two.manifest
+    for domain, splits in one.manifest["sizes"].items():
+        for split, count in splits.items():
+            stored = [codec.decode_rows(s.layout(split), s.read(domain, split, range(count))) for s in (one, two)]
+            for a, b in zip(*stored, strict=True):
+                a, b = (np.where(np.isfinite(x), x, 0.0) for x in (a, b))
+                close = np.isclose(a, b, atol=5e-3)
+                assert close.all() if split == "valid" else close.mean() > 0.98  # near ties may change places
