@@ -27,3 +27,18 @@ def test_quick():
         assert row["max_grad_error"] < 1e-5, row
         assert row["temp_bytes"] < row["dense_temp_bytes"], row
         assert all(row[time] > 0 for time in TIMES), row
+
+
+@pytest.mark.slow
+def test_quick_teachers(tmp_path):
+    command = [sys.executable, "benchmarks/teachers.py", "--quick", "--json", "--directory", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    rows = {row["signal"]: row for row in map(json.loads, result.stdout.splitlines())}
+    assert rows["sft"]["step_over_sft"] == 1.0
+    assert rows["top-64"]["payload_bytes_per_token"] < 180
+    assert rows["sampled 50"]["payload_bytes_per_token"] < 40
+    kl = {name: row["kl_of_payload"] for name, row in rows.items()}
+    assert kl["hidden bfloat16"] < kl["hidden int8"] < 0.01 < kl["top-64"] < kl["top-8"]
+    assert rows["top-64"]["teacher_gflop_a_step"] == 0 < rows["hidden int8"]["teacher_gflop_a_step"]
