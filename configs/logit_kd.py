@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "directory": "rows",  # where prepared rows are kept, by fingerprint
                 "tokenizer": "teacher",
                 "text_key": "text",  # of JSONL, Parquet and TFDS records
-                "mixture": "natural",  # or "uniform", or weights such as "code=2,legal=1"
+                "mixture": "natural",  # a call of jaxkd/data/rules.py, or weights such as "code=2,legal=1"
                 "interval": 100,
                 "batch": 32,
                 "length": 512,

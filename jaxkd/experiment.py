@@ -105,7 +105,7 @@ class DataBlock:
     directory: str = "rows"
     tokenizer: str = "teacher"  # or "bytes", or a directory with tokenizer.json
     text_key: str = "text"
-    mixture: str = "natural"  # or "uniform", or weights such as "code=2,math=1"
+    mixture: str = "natural"  # a call of jaxkd/data/rules.py, such as "ddk(alpha=0.5)", or weights: "code=2,math=1"
     interval: int = 100  # steps in which the counts of the domains match their weights
     train_rows: int = 0  # a domain's limit, 0 for none
     valid_rows: int = 0

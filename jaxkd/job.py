@@ -16,8 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd import checks, objectives, sharding, terms
-from jaxkd.data import mixture as mixtures
-from jaxkd.data import tokenize
+from jaxkd.data import rules, tokenize
 from jaxkd.experiment import SELF, Experiment, MeshBlock, from_mapping, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
@@ -148,24 +147,21 @@ def build(experiment: Experiment) -> Job:
     tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
     notes = {n for m in (student, *teachers.values()) for n in sharding.replicated_axes(m.axes, m.shapes, mesh)}
     state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF)
-    return Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
+    job = Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
+    rule(job)  # a misspelt one is known before anything is loaded
+    return job
 
 
-def sampling(job: Job, sizes: list[int]) -> mixtures.Mixture:
-    """The mixture that `data.mixture` names, before the first interval.
-
-    Args:
-        job: for its domains.
-        sizes: rows per domain.
+def rule(job: Job) -> rules.Rule:
+    """How the domains are mixed: what `data.mixture` spells.
 
     Raises:
-        ValueError: for an unknown name or domain.
+        ValueError: for an unknown rule or domain.
     """
     name = job.experiment.data.mixture
-    if name == "natural":
-        return mixtures.init(mixtures.natural(sizes))
-    if name == "uniform":
-        return mixtures.init(mixtures.uniform(sizes))
+    if "=" not in name.partition("(")[0]:
+        found: rules.Rule = terms.call(name, rules, "data.mixture")
+        return found
     given = dict.fromkeys(job.domains, 0.0)
     for part in name.split(","):
         domain, _, weight = part.partition("=")
@@ -173,12 +169,12 @@ def sampling(job: Job, sizes: list[int]) -> mixtures.Mixture:
             number = float(weight)
         except ValueError:
             raise ValueError(
-                f"data.mixture '{name}' must be natural, uniform, or weights such as code=2,math=1"
+                f"data.mixture '{name}' must be a rule, such as ddk(alpha=0.5), or weights such as code=2,math=1"
             ) from None
         if domain.strip() not in given:
             raise ValueError(f"data.mixture names no domain '{domain.strip()}': {nearest(domain, job.domains)}")
         given[domain.strip()] = number
-    return mixtures.init(mixtures.fixed(list(given.values()), sizes))
+    return rules.fixed(list(given.values()))
 
 
 def abstract_batch(job: Job) -> Batch:

@@ -9,7 +9,6 @@ import pytest
 from harness import REPOSITORY, jaxkd, tiny_arguments, write_domain
 
 from jaxkd import config, job
-from jaxkd.data.mixture import Mixture
 from jaxkd.experiment import experiment
 from jaxkd.load import host_params
 from jaxkd.train.step import make_step
@@ -136,13 +135,17 @@ def test_every_recipe_builds_abstractly(recipe):
 
 def test_mixture_by_name():
     built = job.build(resolved("--config.data.mixture=code=3,manual=1"))
-    assert job.sampling(built, [10, 20]).sampling.tolist() == [0.75, 0.25]
-    natural = job.sampling(job.build(resolved()), [10, 30])
-    assert isinstance(natural, Mixture)
-    assert natural.sampling.tolist() == [0.25, 0.75]
-    for name, message in (("cod=1", "no domain 'cod': did you mean code"), ("evenly", "natural, uniform, or weights")):
+    assert job.rule(built).init([10, 20], None)[0].tolist() == [0.75, 0.25]
+    assert job.rule(job.build(resolved())).init([10, 30], None)[0].tolist() == [0.25, 0.75]
+    assert job.rule(job.build(resolved("--config.data.mixture=ddk(alpha=0.3)"))).measures
+    for name, message in (
+        ("cod=1", "no domain 'cod': did you mean code"),
+        ("unifrom", "unknown data.mixture 'unifrom': did you mean uniform"),
+        ("ddk(alpha=2.0)", "data.mixture: alpha must be from 0 to 1, got 2.0"),
+        ("code=much", "must be a rule, such as ddk"),
+    ):
         with pytest.raises(ValueError, match=message):
-            job.sampling(job.build(resolved(f"--config.data.mixture={name}")), [1, 1])
+            job.build(resolved(f"--config.data.mixture={name}"))
 
 
 def test_random_weights_follow_the_seed():

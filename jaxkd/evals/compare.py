@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.divergences import forward_kl, next_token
-from jaxkd.kernels.api import RANKED, linear_comparison
+from jaxkd.kernels.api import RANKED, linear_comparison, linear_divergence
 from jaxkd.types import Batch, Divergence, Forward, Output, PyTree
 
 Row = dict[str, Any]
@@ -61,6 +61,22 @@ def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], v
         )
 
     return comparison
+
+
+def make_scoring(student: Forward, vocab: int) -> Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]:
+    """`scoring(student_params, batch) -> (nats, tokens)`, sums of the student alone, to be jitted.
+
+    Args:
+        student: forward pass.
+        vocab: true vocabulary size.
+    """
+
+    def scoring(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        head, weights = student(params, batch).head, batch.weights
+        value, _ = linear_divergence((next_token(),), head, None, batch.targets, weights[None], (1.0,), vocab=vocab)
+        return value, weights.sum()
+
+    return scoring
 
 
 def _calibration(top: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Array:

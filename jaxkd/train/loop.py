@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from jaxkd import job as jobs
 from jaxkd import load, metrics, preflight, schedules
-from jaxkd.data import loader, mixture
+from jaxkd.data import loader, mixture, rules
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
 from jaxkd.job import Job
@@ -87,6 +87,7 @@ class Run:
         self.job, self.workdir, self.rows = job, workdir, rows
         run = job.experiment.run
         self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), run.keep_checkpoints)
+        self.rule = jobs.rule(job)
         latest = self.checkpoints.latest()
         self.resumed = latest is not None
         self.stores = open_stores(job, rows.fingerprints)
@@ -94,7 +95,9 @@ class Run:
         self.teaching = teach(job, self.models.teachers, self.stores)
         if latest is None:
             self.state: TrainState = self._first_state()
-            self.mixture = jobs.sampling(job, rows.sizes)
+            # A rule that measures begins once the first evaluation is there; until then the pool is as it is.
+            begins = rules.natural() if self.rule.measures else self.rule
+            self.mixture = mixture.init(begins.init(rows.sizes, None)[0])
             self.tokens = 0
         else:
             self.state, progress = self.checkpoints.restore(latest, job.state)
@@ -117,6 +120,7 @@ class Run:
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
         comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
+        self.scoring = jax.jit(compare.make_scoring(job.student.forward, job.tokenizer.vocab))
 
     def loaded(self) -> preflight.Loaded:
         """What is looked at before the first step."""
@@ -181,7 +185,42 @@ class Run:
                 batch_sharding(job.mesh),
                 self.teaching.train.annotate,
             )
-            self.mixture = mixture.advance(self.mixture, data.interval * data.batch)
+            sampling, state = self._reweighed(self.mixture.interval + 1)
+            self.mixture = mixture.advance(self.mixture, data.interval * data.batch, sampling)._replace(
+                rule_state=state
+            )
+
+    def _begin_rule(self) -> None:
+        """The rule's first state, from the evaluation before the first step."""
+        if self.mixture.rule_state or not self.rule.measures:
+            return
+        found = {r["domain"]: r for r in log.read(self.workdir / "evals.jsonl") if r["step"] == 0}
+        column = lambda key: np.asarray([found[name][key] for name in self.rows.names], np.float64)
+        start = rules.Gaps(*(column(key) for key in rules.Gaps._fields))
+        sampling, state = self.rule.init(self.rows.sizes, start)
+        # The teacher's losses are measured once; bytes a token are the same for every student.
+        known = {"teacher_nats": start.teacher_nats, "teacher_bits_per_byte": start.teacher_bits_per_byte}
+        known["bits_per_nat"] = start.student_bits_per_byte / start.student_nats
+        state = {"rule": state, **{name: values.tolist() for name, values in known.items()}}
+        self.mixture = self.mixture._replace(sampling=sampling, rule_state=state)
+
+    def _reweighed(self, interval: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Shares of an interval and the rule's state, from what the student knows at its beginning."""
+        kept = self.mixture.rule_state
+        if not self.rule.measures:
+            _, state = self.rule.init(self.rows.sizes, None)  # all that such rules keep follows from the recipe
+            return self.rule.update(state, None, interval)[0], kept
+        nats, params = [], self.state.params["student"]
+        for batches in load.held_out(self.job, self.rows).values():
+            sums = jax.device_get([self.scoring(params, batch) for batch, _ in batches])
+            nats.append(math.fsum(float(v) for v, _ in sums) / math.fsum(float(n) for _, n in sums))
+        student = np.asarray(nats)
+        teacher, teacher_bits, factor = (
+            np.asarray(kept[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
+        )
+        gaps = rules.Gaps(student, teacher, student * factor, teacher_bits)
+        sampling, state = self.rule.update(kept["rule"], gaps, interval)
+        return sampling, kept | {"rule": state}
 
     def evaluate(self, step: int) -> list[compare.Row]:
         """Student beside teacher on the held-out rows."""
@@ -215,6 +254,7 @@ class Run:
                 ):
                     output.restart_evaluation(step)
                     self._evaluate(output, step)
+                self._begin_rule()
                 finished = self._steps(step, run, output, interrupt)
             self.checkpoints.wait()
         finally:
@@ -225,15 +265,16 @@ class Run:
         return finished
 
     def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt) -> bool:
-        waiting: tuple[int, Metrics, Batch] | None = None
+        waiting: tuple[int, Metrics, Batch, np.ndarray] | None = None
         clock = time.perf_counter()
         batches = self._batches(step)
         while step < run.steps:
             batch = next(batches)
+            shares = self.mixture.sampling
             self.state, measured = self.step(self.state, self.teaching.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
-            step, waiting = step + 1, (step + 1, measured, batch)
+            step, waiting = step + 1, (step + 1, measured, batch, shares)
             stop = interrupt(step)
             save = step == run.steps or step % run.checkpoint_every == 0
             if stop or save or self._due(step):
@@ -259,7 +300,9 @@ class Run:
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
 
-    def _record(self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, clock: float) -> float:
+    def _record(
+        self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, shares: np.ndarray, clock: float
+    ) -> float:
         """Fetch a step's metrics, check and log them; returns the time at which they were there."""
         values = metrics.read(measured)
         now = time.perf_counter()
@@ -282,6 +325,8 @@ class Run:
             "tokens_per_s": tokens / (now - clock),
         }
         row["step_s"] = now - clock
+        if self.rule.measures:
+            row |= {f"share/{n}": float(w) for n, w in zip(self.rows.names, shares, strict=True)}
         output.step(row, step % self.job.experiment.run.log_every == 0)
         return now
 

@@ -1,0 +1,160 @@
+"""Rules against closed forms: fixed points, floors, caps, limits, and what a state must survive."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxkd.data import rules
+from jaxkd.data.rules import Gaps
+
+SIZES = [50, 400, 10, 40]
+
+
+def gaps(excess, teacher=2.0) -> Gaps:
+    excess = np.asarray(excess, np.float64)
+    there = np.full_like(excess, teacher)
+    return Gaps(there + excess, there, (there + excess) / 2, there / 2)
+
+
+def run(rule, measured, sizes=SIZES):
+    """Shares of each interval: the first, and then one per measurement."""
+    sampling, state = rule.init(sizes, measured[0])
+    found = [sampling]
+    for interval, each in enumerate(measured[1:], 1):
+        sampling, state = rule.update(json.loads(json.dumps(state)), each, interval)
+        assert sampling.sum() == pytest.approx(1.0, abs=1e-12)
+        assert (sampling >= 0).all()
+        found.append(sampling)
+    return found
+
+
+def softmax(x):
+    x = np.exp(np.asarray(x) - np.max(x))
+    return x / x.sum()
+
+
+def test_ddk_is_its_equations():
+    """Two updates by hand; the first interval is the pool as it is."""
+    first, second, third = run(rules.ddk(), [gaps([0.1, 0.5, 0.3, 0.0]), gaps([0.2, 0.4, 0.3, 0.1]), gaps([0.1] * 4)])
+    np.testing.assert_allclose(first, np.asarray(SIZES) / 500)
+    r = softmax(np.exp([0.1, 0.5, 0.3, 0.0]))
+    for shares, excess in ((second, [0.2, 0.4, 0.3, 0.1]), (third, [0.1] * 4)):
+        psi = r * np.exp(np.exp(excess))
+        r = 0.5 * psi / psi.sum() + 0.5 / 4
+        np.testing.assert_allclose(shares, r, rtol=1e-12)
+
+
+@given(st.lists(st.floats(0.0, 1.5), min_size=2, max_size=10), st.floats(0.05, 0.95))
+def test_constant_gaps_lead_to_the_fixed_point(excess, alpha):
+    """r_i = ((1 - alpha) / N) / (1 - alpha exp(rho_i) / Z), wherever Z puts the sum."""
+    count, rho = len(excess), np.exp(excess)
+    last = run(rules.ddk(alpha), [gaps(excess)] * 400, [1] * count)[-1]
+    z = (last * np.exp(rho)).sum()
+    np.testing.assert_allclose(last, (1 - alpha) / count / (1 - alpha * np.exp(rho) / z), rtol=1e-6)
+
+
+@given(st.lists(st.floats(-3.0, 12.0), min_size=2, max_size=8), st.floats(0.0, 1.0))
+def test_no_share_leaves_its_floor_and_its_cap(excess, alpha):
+    count = len(excess)
+    for sampling in run(rules.ddk(alpha), [gaps(excess)] * 6, [1] * count)[1:]:
+        assert sampling.min() >= (1 - alpha) / count - 1e-12
+        assert sampling.max() <= alpha + (1 - alpha) / count + 1e-12
+
+
+def test_an_outlier_converges_where_the_recursion_says():
+    """Nine domains at a ratio of 1.2 and one at 3, 6 or 50: at once 0.40, 0.93, 1; in the end 0.47, 0.55, 0.55."""
+    for ratio, at_once, in_the_end in ((3.0, 0.40, 0.47), (6.0, 0.93, 0.55), (50.0, 1.0, 0.55)):
+        excess = np.log([1.2] * 9 + [ratio])
+        rough = run(rules.ddk(smooth=False), [gaps(excess)] * 2, [1] * 10)[-1]
+        smooth = run(rules.ddk(), [gaps(excess)] * 200, [1] * 10)[-1]
+        assert rough[-1] == pytest.approx(at_once, abs=0.006)
+        assert smooth[-1] == pytest.approx(in_the_end, abs=0.006)
+
+
+def test_limits_of_alpha_and_of_equal_gaps():
+    measured = [gaps([0.1, 0.9, 0.2, 0.4])] * 3
+    np.testing.assert_allclose(run(rules.ddk(0.0), measured)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.ddk(1.0), measured)[1], softmax(2 * np.exp([0.1, 0.9, 0.2, 0.4])))
+    np.testing.assert_allclose(run(rules.ddk(), [gaps([0.7] * 4)] * 3)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.ddk(first="uniform"), measured)[0], 0.25)
+
+
+def test_an_untrained_student_is_no_overflow():
+    """A ratio of perplexities of e^9: everything goes to that domain, up to the cap; a clip holds it back."""
+    measured = [gaps([9.0, 0.1, 0.1, 0.1])] * 3
+    assert run(rules.ddk(), measured)[-1][0] == pytest.approx(0.625)
+    assert run(rules.ddk(1.0, smooth=False), measured)[-1][0] == pytest.approx(1.0)
+    clipped = run(rules.ddk(clip=2.0), measured)[-1]
+    assert 0.3 < clipped[0] < 0.5
+
+
+def test_scores_differ_as_they_say():
+    measured = [gaps([0.5, 0.1, 0.3, 0.2])] * 2
+    of = lambda score: run(rules.ddk(1.0, score, smooth=False), measured)[-1]
+    np.testing.assert_allclose(of("perplexity_ratio"), softmax(np.exp([0.5, 0.1, 0.3, 0.2])))
+    np.testing.assert_allclose(of("excess_loss"), softmax([0.5, 0.1, 0.3, 0.2]))
+    np.testing.assert_allclose(of("bits_per_byte"), softmax(np.exp(np.log(2) * np.array([0.5, 0.1, 0.3, 0.2]) / 2)))
+
+
+@pytest.mark.parametrize("rule", [rules.ddk(), rules.ddk(smooth=False), rules.sheared_llama()])
+def test_the_order_of_domains_means_nothing(rule):
+    excess, order = np.array([0.5, 0.1, 0.9, 0.3]), [2, 0, 3, 1]
+    plain = run(rule, [gaps(excess)] * 4)
+    moved = run(rule, [gaps(excess[order])] * 4, [SIZES[i] for i in order])
+    for a, b in zip(plain, moved, strict=True):
+        np.testing.assert_allclose(a[order], b, rtol=1e-12)
+
+
+def test_sheared_llama_by_hand():
+    _, second, third = run(rules.sheared_llama(0.1), [gaps([0] * 4), gaps([0.5, -1.0, 0.0, 1.0]), gaps([0.2, 0, 0, 0])])
+    w = np.asarray(SIZES) / 500
+    for shares, delta in ((second, [0.5, 0.0, 0.0, 1.0]), (third, [0.2, 0.0, 0.0, 0.0])):
+        w = w * np.exp(delta)
+        w = 0.9 * w / w.sum() + 0.1 / 4
+        np.testing.assert_allclose(shares, w, rtol=1e-12)
+
+
+def test_rules_that_measure_nothing():
+    nothing = [None] * 4
+    np.testing.assert_allclose(run(rules.natural(), nothing)[-1], np.asarray(SIZES) / 500)
+    np.testing.assert_allclose(run(rules.uniform(), nothing)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.fixed([1, 0, 3, 0]), nothing)[-1], [0.25, 0, 0.75, 0])
+    np.testing.assert_allclose(run(rules.temperature(1), nothing)[-1], np.asarray(SIZES) / 500)
+    np.testing.assert_allclose(run(rules.temperature(1e9), nothing)[-1], 0.25, rtol=1e-6)
+    stages = run(rules.staged({0: [1, 1, 1, 1], 2: [0, 0, 0, 1]}), nothing)
+    assert [s[3] for s in stages] == [0.25, 0.25, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.ddk(1.5), "alpha must be from 0 to 1"),
+        (lambda: rules.ddk(score="ratio"), "unknown score 'ratio': known: perplexity_ratio"),
+        (lambda: rules.ddk(clip=-1.0), "clip must be at least 0"),
+        (lambda: rules.ddk(first="none"), "first must be natural or uniform"),
+        (lambda: rules.temperature(0.5), "at least 1"),
+        (lambda: rules.staged({1: [1.0]}), "one begins at 0"),
+        (lambda: rules.sheared_llama(1.0), "floor must be"),
+        (lambda: run(rules.ddk(), [gaps([0.1, np.nan, 0.1, 0.1])]), "of domain 1 is .* no finite gap"),
+        (lambda: run(rules.sheared_llama(), [gaps([0.1] * 4), gaps([np.inf, 0, 0, 0])]), "of domain 0 is"),
+    ],
+)
+def test_what_cannot_be_is_said(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_large_lasting_gap_draws_more_and_an_equal_share_does_not():
+    """A domain's gap falls with the rows that it gets: the worst gap ends lower than under equal shares."""
+
+    def worst(rule):
+        excess, sampling, state = np.array([1.6, 0.2, 0.2, 0.2]), *rule.init([1] * 4, gaps([1.6, 0.2, 0.2, 0.2]))
+        for interval in range(1, 12):
+            excess = excess * np.exp(-0.6 * sampling)
+            sampling, state = rule.update(state, gaps(excess), interval)
+        return excess.max()
+
+    assert worst(rules.ddk()) < 0.8 * worst(rules.uniform())
