@@ -40,5 +40,5 @@ def test_quick_teachers(tmp_path):
     assert rows["top-64"]["payload_bytes_per_token"] < 180
     assert rows["sampled 50"]["payload_bytes_per_token"] < 40
     kl = {name: row["kl_of_payload"] for name, row in rows.items()}
-    assert kl["hidden bfloat16"] < kl["hidden int8"] < 0.01 < kl["top-64"] < kl["top-8"]
+    assert kl["hidden bfloat16"] < 1e-3 < kl["hidden int8"] < 0.03 < kl["top-64"] < kl["top-8"]
     assert rows["top-64"]["teacher_gflop_a_step"] == 0 < rows["hidden int8"]["teacher_gflop_a_step"]
