@@ -115,13 +115,13 @@ def _facts(built: job.Job, rows: load.Domains, store: Any) -> dict[str, Any]:
     tokens = sum(rows.sizes) * built.experiment.data.length
     disk = sum(file.stat().length for name in rows.names for file in store.root.glob(f"{name}/*/*-train.array_record*"))
     payload = sum(len(p) for name, n in zip(rows.names, rows.sizes) for p in store.read(name, "train", list(range(n))))
-    maker = caching._maker(built, load.teacher(built, "teacher"))
+    made = caching.maker(built, load.teacher(built, "teacher"))
     total, live = 0.0, 0.0
     for d, name in enumerate(rows.names):
         local = loader.read_rows(rows.train, jnp.full(4, d), jnp.arange(4))
         batch = loader.place(local, 4, jnp.arange(4), batch_sharding(built.mesh))
         stored: Any = codec.decode_rows(layouts(built)["train"], store.read(name, "train", range(4)))
-        kl = maker.loss(maker.params, batch, jax.tree.map(jnp.asarray, stored))
+        kl = made.loss(made.params, batch, jax.tree.map(jnp.asarray, stored))
         total += float(jnp.where(batch.weights != 0, kl, 0.0).sum())
         live += float(batch.weights.sum())
     return {

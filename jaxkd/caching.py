@@ -31,7 +31,7 @@ BLOCK = 256
 _SEED = 0  # of what is drawn: a cache serves runs of any seed
 
 
-class _Maker(NamedTuple):
+class Maker(NamedTuple):
     """The live teacher, made into what is stored."""
 
     params: PyTree
@@ -39,7 +39,14 @@ class _Maker(NamedTuple):
     loss: Callable[[PyTree, Batch, Any], jax.Array]  # [B L] nats that a payload is from the teacher
 
 
-def _maker(job: Job, params: PyTree, name: str = "teacher") -> _Maker:
+def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
+    """The live teacher, made into what `layouts` stores of it.
+
+    Args:
+        job: for the signal.
+        params: the teacher's.
+        name: of the teacher.
+    """
     teacher = live(params, job.teachers[name].forward)
     less = teacher if job.experiment.teacher.members else reduced(job, teacher, _SEED)
 
@@ -55,7 +62,7 @@ def _maker(job: Job, params: PyTree, name: str = "teacher") -> _Maker:
         return payload_kl(teacher.signal(params, batch).head, payload, job.tokenizer.vocab)
 
     train = hidden if less is teacher else told
-    return _Maker(params, {"train": jax.jit(train), "valid": jax.jit(hidden)}, jax.jit(loss))
+    return Maker(params, {"train": jax.jit(train), "valid": jax.jit(hidden)}, jax.jit(loss))
 
 
 class _Hosts(NamedTuple):
@@ -112,7 +119,7 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
         if todo:
             yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
             params = load.teacher(job, "teacher")
-            measured = _fill(job, rows, _maker(job, params), writer, todo, progress and process == 0)
+            measured = _fill(job, rows, maker(job, params), writer, todo, progress and process == 0)
         _meet("jaxkd cache: written")
         if process == 0:
             writer.finish()
@@ -132,7 +139,7 @@ def _meet(where: str) -> None:
 
 
 def _fill(
-    job: Job, rows: load.Domains, maker: _Maker, writer: Writer, todo: list[Block], progress: bool
+    job: Job, rows: load.Domains, made: Maker, writer: Writer, todo: list[Block], progress: bool
 ) -> dict[str, float]:
     """Compute and write blocks; returns the payload's KL per domain, of its first batch of training rows."""
     place = batch_sharding(job.mesh)
@@ -157,10 +164,10 @@ def _fill(
             sources = rows.train if block.split == "train" else rows.valid
             local = loader.read_rows(sources, np.full(len(where), domain), wanted)
             placed = loader.place(local, batch, where, place)
-            found = maker.make[block.split](maker.params, placed)
+            found = made.make[block.split](made.params, placed)
             payloads += _encoded(layouts(job)[block.split], found, local["weights"])
             if block.split == "train" and block.domain not in kls and hosts.groups == 1:
-                kls |= _measured(job, block, maker, placed, payloads[-len(where) :])
+                kls |= _measured(job, block, made, placed, payloads[-len(where) :])
             bar.update(min(len(where), block.stop - block.start - start))
         if hosts.writes and hosts.mine < len(blocks):
             writer.write(block, payloads[: block.stop - block.start])
@@ -185,11 +192,11 @@ def _local(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def _measured(job: Job, block: Block, maker: _Maker, batch: Batch, payloads: list[bytes]) -> dict[str, float]:
+def _measured(job: Job, block: Block, made: Maker, batch: Batch, payloads: list[bytes]) -> dict[str, float]:
     stored = codec.decode_rows(layouts(job)[block.split], payloads)
     if isinstance(stored, codec.Text):
         return {}
-    kl = maker.loss(maker.params, batch, jax.tree.map(jnp.asarray, stored))
+    kl = made.loss(made.params, batch, jax.tree.map(jnp.asarray, stored))
     live = batch.weights != 0
     return {block.domain: float(jnp.where(live, kl, 0.0).sum() / live.sum())}
 
@@ -213,14 +220,14 @@ def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
             f"{name} does not fit beside what is loaded ({str(error).splitlines()[0][:200]}), so its cache cannot be "
             "held against it here: run `jaxkd check` where it fits, and train with --no-check"
         ) from None
-    maker, layout = _maker(job, params, name), store.layout("train")
+    made, layout = maker(job, params, name), store.layout("train")
     place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
     served = [d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]]
     domain = np.asarray(served)[np.arange(size) % len(served)]
     local = loader.read_rows(rows.train, domain, np.zeros(size, np.int64))
     batch = loader.place(local, size, np.arange(size), place)
     kept = [store.read(rows.names[d], "train", [0])[0] for d in domain]
-    fresh = _encoded(layout, maker.make["train"](params, batch), local["weights"])
+    fresh = _encoded(layout, made.make["train"](params, batch), local["weights"])
     stored: Any = codec.decode_rows(layout, kept)
     again: Any = codec.decode_rows(layout, fresh)
     where = f"the cache {store.root}"
@@ -233,7 +240,7 @@ def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
             )
         return f"cache: {same:.0%} of a row's tokens are written again"
     live = batch.weights != 0
-    distance = lambda payload: maker.loss(params, batch, jax.tree.map(jnp.asarray, payload))
+    distance = lambda payload: made.loss(params, batch, jax.tree.map(jnp.asarray, payload))
     now, then = (float(jnp.where(live, distance(p), 0.0).sum() / live.sum()) for p in (again, stored))
     if not then <= 1.5 * now + 0.01:
         raise ValueError(
