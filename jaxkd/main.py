@@ -7,10 +7,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jaxkd import __version__
-from jaxkd.config import adopt, claim, commit, lock, read_config, saved_experiment, versions, write_json
+from jaxkd.config import adopt, claim, lock, read_config, saved_experiment, versions, write_json
 from jaxkd.experiment import experiment
 
 _CONFIG_HELP = """\
@@ -27,42 +26,6 @@ A domain's source (--config.data.domains.NAME=SOURCE) is one of
   tfds:NAME or tfds:NAME:SPLIT, any TFDS dataset that is on this machine, or its directory
   nothing (--config.data.domains.NAME=), which leaves out a domain that the recipe has
 """
-
-
-def _facts(job, rows, kept_layers, memory: dict[str, int], command: str) -> dict[str, Any]:
-    import jax
-
-    from jaxkd.models.transformer import parameter_count
-
-    def side(model, path: str) -> dict[str, Any]:
-        return {"path": path, "parameters": parameter_count(model.config), "layers": model.config.layers}
-
-    e = job.experiment
-    named = {"teacher": e.teacher.path} | {name: member.path for name, member in e.teacher.models.items()}
-    return {
-        "command": command,
-        "versions": versions(),
-        "git": commit(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "mesh": dict(job.mesh.shape),
-        "sharding_notes": list(job.notes),
-        "teachers": {
-            name: side(model, named[name]) | {"bytes_per_device": memory.get(name, 0)}
-            for name, model in job.teachers.items()
-        },
-        "student": side(job.student, e.student.path) | {"kept_layers": kept_layers},
-        "domains": [
-            {
-                "name": p.name,
-                "train_rows": p.train_rows,
-                "valid_rows": p.valid_rows,
-                "documents": p.documents,
-                "duplicates": p.duplicates,
-                "fingerprint": p.fingerprint,
-            }
-            for p in rows.prepared
-        ],
-    }
 
 
 # --------------------------------------------------------------------------------------- the verbs
@@ -83,7 +46,7 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
 def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
     e, workdir = experiment(read_config(config)), Path(options.workdir)
-    from jaxkd import job, load, preflight, report, teaching
+    from jaxkd import facts, job, load, preflight, report, teaching
     from jaxkd.evals import compare
     from jaxkd.train import log, loop
 
@@ -104,9 +67,9 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
         kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
         memory = teaching.bytes_per_device(run.models.teachers)
-        facts = _facts(built, rows, kept, memory, command)
-        write_json(before, facts)
-        for line in _models(built, facts, kept):
+        found = facts.facts(built, rows, kept, memory, command)
+        write_json(before, found)
+        for line in facts.models(built, found, kept):
             print(line)
         if not run.resumed and not options.no_check:
             for line in preflight.run(run.loaded(), run.stores):
@@ -118,25 +81,6 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         last = max(row["step"] for row in evaluations)
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
     print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
-
-
-def _models(job, facts: dict[str, Any], kept) -> list[str]:
-    """A line per model: what it is, and what it takes."""
-    lines, t = [], job.experiment.teacher
-    for name, side in facts["teachers"].items():
-        cache = "" if job.own else t.models[name].cache
-        signal = "hidden" if t.members and cache else t.signal
-        how = f"{signal} from {cache}" if cache else "live" if signal == "head" else f"live {signal}"
-        path = "the student's own average" if job.own else side["path"]
-        held = f"{side['bytes_per_device'] / 2**20:,.0f} MiB a device" if not job.own else "in the train state"
-        called = name if name == "teacher" else f"teacher {name}"
-        lines.append(
-            f"{called}: {path}, {side['layers']} layers, {side['parameters'] / 1e6:,.1f}M parameters, {how}, {held}"
-        )
-    side = facts["student"]
-    of = f" of {job.student.whole_layers}" if kept else ""
-    size = f"{side['parameters'] / 1e6:,.1f}M parameters"
-    return [*lines, f"student: {side['path']}, {side['layers']}{of} layers, {size}"]
 
 
 def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
