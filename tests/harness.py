@@ -98,7 +98,7 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     Processes share compiled programs through JAX's cache, which saves each of them ten seconds; `cache=False` is for
     tests that must see every process compile for itself.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     if cache:
         environment |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}

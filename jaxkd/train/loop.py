@@ -85,25 +85,23 @@ class Run:
             ValueError: when the checkpoint is of other rows, or cannot be read.
         """
         self.job, self.workdir, self.rows = job, workdir, rows
-        run = job.experiment.run
-        self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), run.keep_checkpoints)
         self.rule = jobs.rule(job)
-        latest = self.checkpoints.latest()
-        self.resumed = latest is not None
         self.stores = open_stores(job, rows.fingerprints)
-        self.models = load.models(job, rows, with_student=not self.resumed)
-        self.teaching = teach(job, self.models.teachers, self.stores)
-        if latest is None:
-            self.state: TrainState = self._first_state()
-            # A rule that measures begins once the first evaluation is there; until then the pool is as it is.
-            begins = rules.natural() if self.rule.measures else self.rule
-            self.mixture = mixture.init(begins.init(rows.sizes, None)[0])
-            self.tokens = 0
-        else:
-            self.state, progress = self.checkpoints.restore(latest, job.state)
-            self._adopt(progress)
-            say(f"resuming at step {latest} of {run.steps}")
-        self.models = self.models._replace(student=None)
+        self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), job.experiment.run.keep_checkpoints)
+        try:
+            self._load(say)
+            self._define()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the checkpoints, whose threads would otherwise complain behind an error's own line."""
+        self.checkpoints.close()
+
+    def _define(self) -> None:
+        """The functions that the loop calls; nothing is compiled yet."""
+        job, workdir = self.job, self.workdir
         self.start = {r["domain"]: r["student_nats"] for r in log.read(workdir / "evals.jsonl") if r["step"] == 0}
 
         e = job.experiment
@@ -121,6 +119,25 @@ class Run:
         comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
         self.scoring = jax.jit(compare.make_scoring(job.student.forward, job.tokenizer.vocab))
+
+    def _load(self, say: Callable[[str], None]) -> None:
+        """The models, and the state: the newest checkpoint's, or the first one."""
+        job, rows = self.job, self.rows
+        latest = self.checkpoints.latest()
+        self.resumed = latest is not None
+        self.models = load.models(job, rows, with_student=not self.resumed)
+        self.teaching = teach(job, self.models.teachers, self.stores)
+        if latest is None:
+            self.state: TrainState = self._first_state()
+            # A rule that measures begins once the first evaluation is there; until then the pool is as it is.
+            begins = rules.natural() if self.rule.measures else self.rule
+            self.mixture = mixture.init(begins.init(rows.sizes, None)[0])
+            self.tokens = 0
+        else:
+            self.state, progress = self.checkpoints.restore(latest, job.state)
+            self._adopt(progress)
+            say(f"resuming at step {latest} of {job.experiment.run.steps}")
+        self.models = self.models._replace(student=None)
 
     def loaded(self) -> preflight.Loaded:
         """What is looked at before the first step."""
@@ -258,10 +275,7 @@ class Run:
                 finished = self._steps(step, run, output, interrupt)
             self.checkpoints.wait()
         finally:
-            try:
-                output.close()
-            finally:
-                self.checkpoints.close()
+            output.close()
         return finished
 
     def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt) -> bool:
