@@ -289,10 +289,10 @@ def main(arguments: Sequence[str]) -> None:
     VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *arguments]))
 
 
-def console() -> None:
+def console(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can mend are one line, and the exit code is not 0."""
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("JAXKD_TRACEBACK"):
             raise

@@ -1,10 +1,11 @@
 """Eight fake devices and checked types for every test."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
-from harness import SMALL, jaxkd, tiny_arguments, write_domain
+from harness import SMALL, compiled_once, jaxkd, tiny_arguments, write_domain
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -13,9 +14,16 @@ from jaxtyping import install_import_hook
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.update(compiled_once())
 
 # Every annotated shape and type of jaxkd is checked while tests run; users pay nothing for it.
 install_import_hook("jaxkd", "harness.checked")
+
+# Before anything asks for a device, as the command line does it: `harness.here` runs whole commands in this process.
+from jaxkd.train.loop import join_processes  # noqa: E402
+
+join_processes()
+signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's notifier would let a test process outlive `timeout`
 
 settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
 settings.load_profile("shared")

@@ -1,5 +1,7 @@
 """What several test files share: small texts, small models, runs in processes of their own."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -92,17 +94,33 @@ def jaxkd(*arguments: str, devices: int = 1, **options) -> subprocess.CompletedP
     )
 
 
+def here(*arguments: str) -> subprocess.CompletedProcess:
+    """The command line in this process: without the ten seconds that a process takes to begin."""
+    from jaxkd import main
+
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        try:
+            main.console(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
 def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     """The environment of a user's shell, with this many fake devices.
 
     Processes share compiled programs through JAX's cache, which saves each of them ten seconds; `cache=False` is for
-    tests that must see every process compile for itself.
+    tests that must see every process compile for itself. LLVM's optimiser is left out, as in the tests' own process.
     """
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
-    if cache:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-    return environment
+    return environment if cache else {k: v for k, v in environment.items() if k not in compiled_once()}
+
+
+def compiled_once() -> dict[str, str]:
+    """Environment variables with which this process, and those that it starts, compile a program once."""
+    return {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")

@@ -13,7 +13,7 @@ from harness import (
     SMALL,
     Background,
     assert_same_run,
-    jaxkd,
+    here,
     lines,
     process_environment,
     tiny_arguments,
@@ -33,17 +33,18 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(place) -> list[str]:
     domains = {name: write_domain(place / f"{name}.jsonl", seed) for seed, name in enumerate(("law", "code"))}
-    return tiny_arguments(domains, place / "rows", *SMALL)
+    return tiny_arguments(domains, place / "rows", *SMALL, "--config.run.mesh.data=1")
 
 
-def good(*command: str) -> str:
-    done = jaxkd(*command)
+def good(verb: str, *arguments: str) -> str:
+    # What is checked before a run has tests of its own, in test_preflight.py.
+    done = here(verb, *(["--no-check"] if verb == "train" else []), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def bad(*command: str) -> str:
-    done = jaxkd(*command)
+    done = here(*command)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("\n") <= 3
     assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ attention of the N-th layer sees.
 """
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -318,6 +318,7 @@ def init(config: Config, key: jax.Array) -> PyTree:
     return nn.meta.unbox(_boxed(config, key))
 
 
+@lru_cache(maxsize=64)
 def abstract(config: Config) -> tuple[PyTree, PyTree]:
     """Shapes and logical axes of the parameters, with nothing computed.
 
