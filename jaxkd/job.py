@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkd import checks, objectives, sharding, terms
+from jaxkd import checks, objectives, schedules, sharding, terms
 from jaxkd.data import rules, tokenize
 from jaxkd.experiment import SELF, Experiment, MeshBlock, from_mapping, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
+from jaxkd.teachers import many
 from jaxkd.train import optim
 from jaxkd.train.state import TRAINED, TrainState, init_state, trained
 from jaxkd.types import Batch, Forward, Head, Output, PyTree, Sampled, Scalar, TopK
@@ -148,7 +150,10 @@ def build(experiment: Experiment) -> Job:
     notes = {n for m in (student, *teachers.values()) for n in sharding.replicated_axes(m.axes, m.shapes, mesh)}
     state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF)
     job = Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
-    rule(job)  # a misspelt one is known before anything is loaded
+    # What they would refuse is known before anything is loaded.
+    rule(job)
+    if e.teacher.members:
+        shares(job)
     return job
 
 
@@ -175,6 +180,35 @@ def rule(job: Job) -> rules.Rule:
             raise ValueError(f"data.mixture names no domain '{domain.strip()}': {nearest(domain, job.domains)}")
         given[domain.strip()] = number
     return rules.fixed(list(given.values()))
+
+
+def shares(job: Job) -> many.Weigh:
+    """What each of several teachers weighs in a row, by the step and the row's domain.
+
+    Raises:
+        ValueError: for a domain that is not there, a negative weight, or a domain that no teacher serves in some step.
+    """
+    members, steps = job.experiment.teacher.members, job.experiment.run.steps
+    scalars = [terms.scalar(m.weight, steps, f"teacher.members.{name}.weight") for name, m in members.items()]
+    weigh = many.shares(scalars, [m.domains for m in members.values()], job.domains)
+    # The last evaluation is at step `steps`.
+    now = [np.broadcast_to(schedules.value(s, np.arange(steps + 1)), steps + 1) for s in scalars]
+    for domain in job.domains:
+        total = np.zeros(steps + 1)
+        for (name, member), weight in zip(members.items(), now, strict=True):
+            mine = weight * (member.domains.get(domain, 0.0) if member.domains else 1.0)
+            if (bad := ~(np.isfinite(mine) & (mine >= 0))).any():
+                raise ValueError(
+                    f"teacher.members.{name} weighs {mine[bad][0]:g} in the domain '{domain}': a weight must be finite "
+                    "and not negative"
+                )
+            total += mine
+        if not total.all():
+            raise ValueError(
+                f"all teachers of the domain '{domain}' weigh nothing at step {int(np.argmin(total))} of {steps}: give "
+                "one of them a weight that stays above 0"
+            )
+    return weigh
 
 
 def abstract_batch(job: Job) -> Batch:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxkd import checks, load, terms
+from jaxkd import checks, load
 from jaxkd.data.store import Store
-from jaxkd.job import Job
+from jaxkd.job import Job, shares
 from jaxkd.models import heads
 from jaxkd.teachers import codec, many, signals
 from jaxkd.teachers.base import Teacher
@@ -47,7 +47,7 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
         judge, train = (
             many.blend(
                 [_one(job, name, params[name], stores.get(name), split) for name in job.teachers],
-                weights(job),
+                shares(job),
                 geometric=t.average == "log_probabilities",
             )
             for split in ("valid", "train")
@@ -71,17 +71,6 @@ def _one(job: Job, name: str, params: PyTree, store: Store | None, split: str) -
         return heads.output(model.config, params, hidden.astype(dtype))
 
     return cached(store, split, job.domains, params, head)
-
-
-def weights(job: Job) -> many.Weigh:
-    """What each member weighs in a row, by the step and the row's domain.
-
-    Raises:
-        ValueError: for a domain that is not there, or one that no member serves.
-    """
-    members, steps = job.experiment.teacher.members, job.experiment.run.steps
-    scalars = [terms.scalar(m.weight, steps, f"teacher.members.{name}.weight") for name, m in members.items()]
-    return many.shares(scalars, [m.domains for m in members.values()], job.domains)
 
 
 def reduced(job: Job, teacher: Teacher, seed: int) -> Teacher:

@@ -2,16 +2,19 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import random_params
+from harness import REPOSITORY, random_params
 from test_step import DOMAINS, make_batch, problem
 
-from jaxkd import divergences, objectives, schedules
+from jaxkd import divergences, job, objectives, schedules
+from jaxkd.config import read_config
+from jaxkd.experiment import experiment
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers import many, signals
@@ -122,6 +125,27 @@ def test_weights_follow_the_step_and_the_domain():
 def test_a_domain_that_is_not_there_or_not_served_is_named(domains):
     with pytest.raises(ValueError, match=r"'cod'|'law'"):
         many.shares([1.0], [domains], DOMAINS)
+
+
+FADES = {"schedule": "linear", "peak": 0.5, "end": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        (-0.5, 1.0, "members.one weighs -0.5 in the domain 'code'"),
+        (float("nan"), 1.0, "members.one weighs nan"),
+        (FADES, {**FADES, "peak": 0.2}, "weigh nothing at step 20 of 20"),
+        ({**FADES, "peak": 0.0, "end": 1.0}, 0.0, "weigh nothing at step 0 of 20"),
+    ],
+)
+def test_weights_that_leave_a_row_without_its_teachers_are_refused(one, two, message):
+    """A mixture of them would be no distribution, and its divergence a number all the same."""
+    values = dict(read_config([f"--config={REPOSITORY / 'configs' / 'tiny.py'}"]))
+    member = {"path": "random", "shape": values["teacher"]["shape"]}
+    values["teacher"] = {"members": {"one": {**member, "weight": one}, "two": {**member, "weight": two}}}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        job.build(experiment(values))
 
 
 def test_each_row_has_the_teacher_of_its_route():
