@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jaxkd.types import Batch, Hidden, PyTree
 
 BLOCK = 256
 """Rows in a file, and the most that an interruption loses; every file has 128 KiB that are not payload."""
+_WRITTEN_AGAIN = 1 / 3  # of a text's tokens: draws part after the first that rounding decides otherwise
 _SEED = 0  # of what is drawn: a cache serves runs of any seed
 
 
@@ -53,7 +55,11 @@ def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
     def hidden(params: PyTree, batch: Batch) -> Hidden:
         return Hidden(teacher.signal(params, batch).head.hidden)
 
+    # A row's draws follow from its domain's name: the same whichever domains a job has, and in whatever order.
+    called = jnp.asarray([zlib.crc32(domain.encode()) & 0x7FFFFFFF for domain in job.domains], jnp.int32)
+
     def told(params: PyTree, batch: Batch) -> Any:
+        batch = batch._replace(domain=called[batch.domain])
         given = {"step": jnp.zeros((), jnp.int32)} if "step" in less.asks else {}
         found = less.signal(params, batch, **given)
         return codec.Text(*[getattr(found, name) for name in codec.Text._fields]) if less.writes else found
@@ -125,7 +131,7 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
             writer.finish()
         _meet("jaxkd cache: finished")  # before one opens what is not marked complete yet
     took = time.perf_counter() - started
-    if measured:
+    if todo:
         rate = total * job.experiment.data.length / took
         yield f"stored in {took:,.0f} s, {rate:,.0f} tokens/s"
     for name, value in measured.items():
@@ -196,13 +202,17 @@ def _measured(job: Job, block: Block, made: Maker, batch: Batch, payloads: list[
     stored = codec.decode_rows(layouts(job)[block.split], payloads)
     if isinstance(stored, codec.Text):
         return {}
-    kl = made.loss(made.params, batch, jax.tree.map(jnp.asarray, stored))
-    live = batch.weights != 0
-    return {block.domain: float(jnp.where(live, kl, 0.0).sum() / live.sum())}
+    return {block.domain: _distance(made, batch, jax.tree.map(jnp.asarray, stored))}
+
+
+def _distance(made: Maker, batch: Batch, payload: Any) -> float:
+    """Nats per token from the teacher."""
+    kl, live = made.loss(made.params, batch, payload), batch.weights != 0
+    return float(jnp.where(live, kl, 0.0).sum() / live.sum())
 
 
 def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
-    """A batch of training rows read back, and held against the teacher run now.
+    """Training rows of every domain read back, and held against the teacher run now.
 
     Args:
         job: for the teacher.
@@ -220,34 +230,55 @@ def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
             f"{name} does not fit beside what is loaded ({str(error).splitlines()[0][:200]}), so its cache cannot be "
             "held against it here: run `jaxkd check` where it fits, and train with --no-check"
         ) from None
-    made, layout = maker(job, params, name), store.layout("train")
-    place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
-    served = [d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]]
-    domain = np.asarray(served)[np.arange(size) % len(served)]
-    local = loader.read_rows(rows.train, domain, np.zeros(size, np.int64))
-    batch = loader.place(local, size, np.arange(size), place)
-    kept = [store.read(rows.names[d], "train", [0])[0] for d in domain]
-    fresh = _encoded(layout, made.make["train"](params, batch), local["weights"])
-    stored: Any = codec.decode_rows(layout, kept)
-    again: Any = codec.decode_rows(layout, fresh)
-    where = f"the cache {store.root}"
-    if isinstance(stored, codec.Text):
-        same = float((np.asarray(stored.tokens) == np.asarray(again.tokens)).mean())
-        if same < 0.5:
+    made, where = maker(job, params, name), f"the cache {store.root}"
+    found = [_again(job, rows, made, store, domain, row) for domain, row in _spots(rows, store, job)]
+    then, now = np.mean(found, 0)
+    if store.layout("train").signal == "token":
+        if then < _WRITTEN_AGAIN:
             raise ValueError(
-                f"{where} holds text that this teacher does not write: {same:.0%} of its tokens come again; delete the "
+                f"{where} holds text that this teacher does not write: {then:.0%} of its tokens come again; delete the "
                 "directory and run `jaxkd cache`"
             )
-        return f"cache: {same:.0%} of a row's tokens are written again"
-    live = batch.weights != 0
-    distance = lambda payload: made.loss(params, batch, jax.tree.map(jnp.asarray, payload))
-    now, then = (float(jnp.where(live, distance(p), 0.0).sum() / live.sum()) for p in (again, stored))
+        return f"cache: {then:.0%} of the text is written again"
     if not then <= 1.5 * now + 0.01:
         raise ValueError(
             f"{where} is {then:.3f} nats per token from this teacher, and a new one would be {now:.3f}: it was made by "
             "other weights or another forward pass; delete it and run `jaxkd cache`"
         )
     return f"cache: {then:.2e} nats per token from the live teacher, {now:.2e} if stored again"
+
+
+def _spots(rows: load.Domains, store: Store, job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of domain and row [B]: of each domain in the store the first row, the last, and some between."""
+    size = job.experiment.run.eval_batch
+    served = np.asarray([d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]])
+    count = -(-2 * len(served) // size) * size
+    place = np.arange(count)
+    domain, share = served[place % len(served)], place // len(served) / ((count - 1) // len(served))
+    row = np.rint(share * (np.asarray(rows.sizes)[domain] - 1)).astype(np.int64)
+    yield from zip(domain.reshape(-1, size), row.reshape(-1, size), strict=True)
+
+
+def _again(
+    job: Job, rows: load.Domains, made: Maker, store: Store, domain: np.ndarray, row: np.ndarray
+) -> tuple[float, float]:
+    """Nats per token from the teacher: of what is stored of rows [B], and of what would be now.
+
+    Of text the share of the stored tokens that are written again, and 1.
+    """
+    layout, place = store.layout("train"), batch_sharding(job.mesh)
+    mine = loader.local_rows(len(row), place)
+    local = loader.read_rows(rows.train, domain[mine], row[mine])
+    batch = loader.place(local, len(row), mine, place)
+    kept = [store.read(rows.names[d], "train", [r])[0] for d, r in zip(domain[mine], row[mine], strict=True)]
+    fresh = _encoded(layout, made.make["train"](made.params, batch), local["weights"])
+    stored, now = (codec.decode_rows(layout, payloads) for payloads in (kept, fresh))
+    if isinstance(stored, codec.Text) and isinstance(now, codec.Text):
+        same = np.asarray(stored.targets == now.targets)[np.asarray(stored.weights) != 0]
+        return float(same.mean()) if same.size else 1.0, 1.0
+    placed = (loader.place({**local, "teacher": x}, len(row), mine, place).teacher for x in (stored, now))
+    then, again = (_distance(made, batch, x) for x in placed)
+    return then, again
 
 
 def costs(job: Job, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator[str]:

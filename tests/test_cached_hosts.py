@@ -1,4 +1,4 @@
-"""A cache that two processes fill together: each its own files, all rows once."""
+"""A cache that two processes fill together, each its own files, all rows once, and look at before they train."""
 
 import socket
 import subprocess
@@ -11,19 +11,23 @@ from harness import REPOSITORY, jaxkd, process_environment, tiny_arguments, writ
 from jaxkd.data.store import Store
 from jaxkd.teachers import codec
 
-# What `jaxkd cache` does, in a world of several processes.
+# What `jaxkd cache` and then `jaxkd train` do, in a world of several processes.
 PROGRAM = """
 import sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from jaxkd import caching, job, load
+from jaxkd import caching, job, load, preflight
 from jaxkd.config import read_config
 from jaxkd.experiment import experiment
 built = job.build(experiment(read_config(sys.argv[3:])))
 with jax.set_mesh(built.mesh):
-    for line in caching.write(built, load.domains(built), progress=False):
+    rows = load.domains(built)
+    for line in caching.write(built, rows, progress=False):
         print(line)
+    if built.mesh.shape["data"] == 2:
+        for line in preflight.run(*preflight.prepare(built, rows)):
+            print(line)
 """
 
 
@@ -54,8 +58,9 @@ def test_two_processes_fill_one_cache(tmp_path, data, model):
         for i in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
+        assert data == 1 or "from the live teacher" in said
     one, two = Store(tmp_path / "alone"), Store(tmp_path / "together")
     assert one.manifest == two.manifest
     for domain, splits in one.manifest["sizes"].items():
