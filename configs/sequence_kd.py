@@ -4,9 +4,9 @@
     jaxkd train --config configs/sequence_kd.py --workdir runs/sequence_kd
 
 The teacher goes on from the first 32 tokens of each row, drawing at temperature 1, and the student is trained on
-what it wrote; prompts have no weight. `--config.teacher.cache=` makes the text anew in every step instead. Only
-terms that need no distribution can learn from text. Teacher and data as in configs/quickstart.py, 32 rows of each
-domain.
+what it wrote; prompts have no weight. `--config.teacher.temperatures="(0.0,)"` takes the most probable token each
+time, and `--config.teacher.cache=` makes the text anew in every step. Only terms that need no distribution can learn
+from text. Teacher and data as in configs/quickstart.py, 32 rows of each domain.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,7 @@
 """Whether the values of an experiment fit together, as far as that shows before a file is opened."""
 
+import math
+
 import jax.numpy as jnp
 
 from jaxkd.experiment import SELF, Experiment, TeacherBlock, nearest
@@ -34,8 +36,12 @@ def _check_teacher(t: TeacherBlock) -> None:
         raise ValueError(f"teacher.decay must be from 0 to 1, got {t.decay}")
     if t.entries < 1:
         raise ValueError(f"teacher.entries must be at least 1, got {t.entries}")
-    if not t.temperatures or any(not x > 0 for x in t.temperatures):
-        raise ValueError(f"teacher.temperatures must be above 0, got {t.temperatures}")
+    # The teacher's own text may be the most probable one.
+    low = {"token": lambda x: x >= 0}.get(t.signal, lambda x: x > 0)
+    if not t.temperatures or not all(math.isfinite(x) and low(x) for x in t.temperatures):
+        raise ValueError(f"teacher.temperatures must be finite and above 0 (or 0 for text), got {t.temperatures}")
+    if t.signal == "token" and len(t.temperatures) > 1:
+        raise ValueError(f"signal 'token' is text drawn at one temperature, got teacher.temperatures {t.temperatures}")
     known = codec.DTYPES.get(t.signal, ())
     if t.stored and t.stored not in known:
         choices = ", ".join(filter(None, known)) or "leave it out"
