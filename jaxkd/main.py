@@ -1,7 +1,6 @@
 """The command line: `jaxkd VERB --config=FILE:ARGUMENT --config.block.key=value`."""
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -58,9 +57,9 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     changes = claim(workdir, e, options.accept_changes)
     for note in built.notes:
         print(f"mesh: {note}")
-    with lock(workdir), jax.set_mesh(built.mesh), contextlib.ExitStack() as held:
+    with lock(workdir), jax.set_mesh(built.mesh):
         rows = load.domains(built)
-        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows)))
+        run = loop.Run(built, workdir, rows)
         for change in changes:
             print(f"changed: {change}")
         adopt(workdir, e)

@@ -44,7 +44,7 @@ KNOWN = {
 class Checkpoint:
     """An opened model: its header was read and checked, its weights were not read yet.
 
-    `fingerprint` is the same on every machine and differs when a weight file or its config does.
+    `fingerprint` is the same on every machine. Another model has another; a changed byte may not show in it.
     `tokenizer_dir` is the Hugging Face directory, or `None` for a GGUF file.
     """
 
