@@ -157,7 +157,12 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
     if changes and not trained:
-        for name in ("evals.jsonl", "metrics.jsonl", "run.json"):  # of an experiment that never made a step
+        for name in (
+            "evals.jsonl",
+            "metrics.jsonl",
+            "mixture.jsonl",
+            "run.json",
+        ):  # of an experiment that never made a step
             (workdir / name).unlink(missing_ok=True)
         adopt(workdir, e)
         return []

@@ -14,7 +14,20 @@ from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.types import Batch, Divergence, Head, Scalar
 
-_RESERVED = ("loss", "step", "lr", "tokens", "tokens_per_s", "step_s", "grad_norm", "param_norm")
+_RESERVED = (
+    "loss",
+    "step",
+    "lr",
+    "tokens",
+    "tokens_per_s",
+    "step_s",
+    "grad_norm",
+    "param_norm",
+    "share",
+    "rule_s",
+    "excess",
+    "weight",
+)
 
 
 def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:

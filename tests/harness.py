@@ -128,7 +128,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")
 
 # ------------------------------------------------------------------------- runs and what they leave
 
-TIMINGS = ("tokens_per_s", "step_s")
+TIMINGS = ("tokens_per_s", "step_s", "rule_s", "rule_share")
 SMALL = (
     "--config.run.steps=12",
     "--config.run.checkpoint_every=3",
@@ -142,9 +142,9 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def logged(workdir: Path) -> list[dict]:
-    """The metrics, timings left out."""
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(workdir / "metrics.jsonl")]
+def logged(workdir: Path, file: str = "metrics.jsonl") -> list[dict]:
+    """The metrics, or an interval's mixture, timings left out."""
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(workdir / file)]
 
 
 def final_state(workdir: Path, step: int = 12) -> tuple[dict, dict]:
@@ -164,6 +164,7 @@ def final_state(workdir: Path, step: int = 12) -> tuple[dict, dict]:
 
 def assert_same_run(workdir: Path, reference: Path) -> None:
     assert logged(workdir) == logged(reference)
+    assert logged(workdir, "mixture.jsonl") == logged(reference, "mixture.jsonl")
     assert lines(workdir / "evals.jsonl") == lines(reference / "evals.jsonl")
     (state, mixture), (expected, expected_mixture) = final_state(workdir), final_state(reference)
     assert len(expected) > 20

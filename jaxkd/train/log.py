@@ -45,17 +45,20 @@ def truncate(path: Path, step: int) -> None:
 class TrainLog:
     """The three outputs of a training run, side by side."""
 
-    def __init__(self, workdir: Path, steps: int, step: int):
+    def __init__(self, workdir: Path, steps: int, step: int, interval: int):
         """Go on after `step`: later lines of an earlier process are dropped.
 
         Args:
-            workdir: gets `metrics.jsonl`, `evals.jsonl` and `tensorboard/`.
+            workdir: gets `metrics.jsonl`, `evals.jsonl`, `mixture.jsonl` and `tensorboard/`.
             steps: of the whole run.
             step: where this process starts.
+            interval: the first step of the interval that `step` is in, or that ends with it.
         """
-        self._metrics, self._evals = workdir / "metrics.jsonl", workdir / "evals.jsonl"
-        for path in (self._metrics, self._evals):
-            truncate(path, step)
+        self._metrics, self._evals, self._mixture = (
+            workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture")
+        )
+        for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
+            truncate(path, last)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
         self._bar = tqdm(total=steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
 
@@ -80,6 +83,11 @@ class TrainLog:
         append(self._evals, rows)
         for row in rows:
             self._to_board(f"eval/{row['domain']}", row, row["step"])
+
+    def mixture(self, row: dict[str, Any]) -> None:
+        """What an interval is drawn from, to the files, before its first step."""
+        append(self._mixture, [row])
+        self._to_board("mixture", row, row["step"])
 
     def _to_board(self, prefix: str, row: dict[str, Any], step: int) -> None:
         for name, number in row.items():

@@ -4,6 +4,7 @@ import contextlib
 import math
 import signal
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxkd import job as jobs
 from jaxkd import load, metrics, preflight, schedules
-from jaxkd.data import loader, mixture, rules
-from jaxkd.data.mixture import Mixture
+from jaxkd.data import loader
 from jaxkd.evals import compare
 from jaxkd.job import Job
 from jaxkd.sharding import batch_sharding
 from jaxkd.teaching import open_stores, teach
 from jaxkd.train import log
 from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.mixing import Mixing
 from jaxkd.train.state import TrainState, init_state
 from jaxkd.train.step import make_step
 from jaxkd.types import Batch, Metrics, PyTree
@@ -85,7 +85,9 @@ class Run:
             ValueError: when the checkpoint is of other rows, or cannot be read.
         """
         self.job, self.workdir, self.rows = job, workdir, rows
-        self.rule = jobs.rule(job)
+        self.seconds: list[float] = []  # of the present interval's steps
+        self.rule_s: float | None = None  # that the rule took just before the next step
+        self.mixing = Mixing(job, rows)
         self.stores = open_stores(job, rows.fingerprints)
         self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), job.experiment.run.keep_checkpoints)
         try:
@@ -101,8 +103,8 @@ class Run:
 
     def _define(self) -> None:
         """The functions that the loop calls; nothing is compiled yet."""
-        job, workdir = self.job, self.workdir
-        self.start = {r["domain"]: r["student_nats"] for r in log.read(workdir / "evals.jsonl") if r["step"] == 0}
+        job = self.job
+        self.start = {row["domain"]: row["student_nats"] for row in self._first_evaluation()}
 
         e = job.experiment
         plain = make_step(
@@ -118,7 +120,6 @@ class Run:
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
         comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
-        self.scoring = jax.jit(compare.make_scoring(job.student.forward, job.tokenizer.vocab))
 
     def _load(self, say: Callable[[str], None]) -> None:
         """The models, and the state: the newest checkpoint's, or the first one."""
@@ -129,9 +130,6 @@ class Run:
         self.teaching = teach(job, self.models.teachers, self.stores)
         if latest is None:
             self.state: TrainState = self._first_state()
-            # A rule that measures begins once the first evaluation is there; until then the pool is as it is.
-            begins = rules.natural() if self.rule.measures else self.rule
-            self.mixture = mixture.init(begins.init(rows.sizes, None)[0])
             self.tokens = 0
         else:
             self.state, progress = self.checkpoints.restore(latest, job.state)
@@ -167,77 +165,30 @@ class Run:
                 f"the rows of {', '.join(changed) or 'some domains'} are not those that {self.workdir} was trained on: "
                 "the text, the tokenizer or how rows are cut has changed; use a new --workdir"
             )
-        saved = progress["mixture"]
-        self.mixture = Mixture(
-            np.asarray(saved["sampling"], np.float64),
-            saved["rule_state"],
-            np.asarray(saved["drawn"], np.int64),
-            saved["interval"],
-        )
+        self.mixing.restore(progress["mixture"])
         self.tokens = progress["tokens"]
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, as JSON; floats keep every bit."""
-        m = self.mixture
-        saved = {"sampling": m.sampling.tolist(), "rule_state": m.rule_state, "drawn": m.drawn.tolist()}
-        return {
-            "mixture": {**saved, "interval": m.interval},
-            "tokens": self.tokens,
-            "rows": self.rows.fingerprints,
-        }
+        return {"mixture": self.mixing.saved(), "tokens": self.tokens, "rows": self.rows.fingerprints}
 
-    def _batches(self, start: int) -> Iterator[Batch]:
-        """Batches from `start` on; the mixture moves at each interval's end, and nothing is read across it."""
-        job, data = self.job, self.job.experiment.data
-        while True:
-            first = self.mixture.interval * data.interval
-            yield from loader.batches(
-                self.rows.train,
-                self.mixture,
-                job.experiment.run.seed,
-                data.batch,
-                max(start, first),
-                first + data.interval,
-                first,
-                batch_sharding(job.mesh),
-                self.teaching.train.annotate,
-            )
-            sampling, state = self._reweighed(self.mixture.interval + 1)
-            self.mixture = mixture.advance(self.mixture, data.interval * data.batch, sampling)._replace(
-                rule_state=state
-            )
-
-    def _begin_rule(self) -> None:
-        """The rule's first state, from the evaluation before the first step."""
-        if self.mixture.rule_state or not self.rule.measures:
-            return
-        found = {r["domain"]: r for r in log.read(self.workdir / "evals.jsonl") if r["step"] == 0}
-        column = lambda key: np.asarray([found[name][key] for name in self.rows.names], np.float64)
-        start = rules.Gaps(*(column(key) for key in rules.Gaps._fields))
-        sampling, state = self.rule.init(self.rows.sizes, start)
-        # The teacher's losses are measured once; bytes a token are the same for every student.
-        known = {"teacher_nats": start.teacher_nats, "teacher_bits_per_byte": start.teacher_bits_per_byte}
-        known["bits_per_nat"] = start.student_bits_per_byte / start.student_nats
-        state = {"rule": state, **{name: values.tolist() for name, values in known.items()}}
-        self.mixture = self.mixture._replace(sampling=sampling, rule_state=state)
-
-    def _reweighed(self, interval: int) -> tuple[np.ndarray, dict[str, Any]]:
-        """Shares of an interval and the rule's state, from what the student knows at its beginning."""
-        kept = self.mixture.rule_state
-        if not self.rule.measures:
-            _, state = self.rule.init(self.rows.sizes, None)  # all that such rules keep follows from the recipe
-            return self.rule.update(state, None, interval)[0], kept
-        nats, params = [], self.state.params["student"]
-        for batches in load.held_out(self.job, self.rows).values():
-            sums = jax.device_get([self.scoring(params, batch) for batch, _ in batches])
-            nats.append(math.fsum(float(v) for v, _ in sums) / math.fsum(float(n) for _, n in sums))
-        student = np.asarray(nats)
-        teacher, teacher_bits, factor = (
-            np.asarray(kept[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
+    def _interval(self, step: int) -> Iterator[Batch]:
+        """The present interval's batches from `step` on; nothing is read beyond its end."""
+        return loader.batches(
+            self.rows.train,
+            self.mixing.mixture,
+            self.job.experiment.run.seed,
+            self.job.experiment.data.batch,
+            step,
+            self.mixing.end,
+            self.mixing.start,
+            batch_sharding(self.job.mesh),
+            self.teaching.train.annotate,
         )
-        gaps = rules.Gaps(student, teacher, student * factor, teacher_bits)
-        sampling, state = self.rule.update(kept["rule"], gaps, interval)
-        return sampling, kept | {"rule": state}
+
+    def _first_evaluation(self) -> list[compare.Row]:
+        """Rows of the one before the first step, where it has been made."""
+        return [row for row in log.read(self.workdir / "evals.jsonl") if row["step"] == 0]
 
     def evaluate(self, step: int) -> list[compare.Row]:
         """Student beside teacher on the held-out rows."""
@@ -262,7 +213,7 @@ class Run:
             OSError: when a checkpoint could not be written.
         """
         run, step = self.job.experiment.run, int(self.state.step)
-        output = log.TrainLog(self.workdir, run.steps, step)
+        output = log.TrainLog(self.workdir, run.steps, step, self.mixing.start)
         interrupt = Interrupt()
         try:
             with interrupt.listening():
@@ -271,7 +222,9 @@ class Run:
                 ):
                     output.restart_evaluation(step)
                     self._evaluate(output, step)
-                self._begin_rule()
+                self.mixing.begin(self._first_evaluation())
+                if not any(row["step"] == self.mixing.start for row in log.read(self.workdir / "mixture.jsonl")):
+                    output.mixture(self.mixing.line(self.tokens))
                 finished = self._steps(step, run, output, interrupt)
             self.checkpoints.wait()
         finally:
@@ -279,16 +232,22 @@ class Run:
         return finished
 
     def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt) -> bool:
-        waiting: tuple[int, Metrics, Batch, np.ndarray] | None = None
+        waiting: tuple[int, Metrics, Batch] | None = None
         clock = time.perf_counter()
-        batches = self._batches(step)
+        batches = None
         while step < run.steps:
+            if step == self.mixing.end:
+                if waiting is not None:
+                    self._record(output, *waiting, clock)
+                batches, waiting = None, None
+                self._reweigh(output)
+                clock = time.perf_counter()
+            batches = self._interval(step) if batches is None else batches
             batch = next(batches)
-            shares = self.mixture.sampling
             self.state, measured = self.step(self.state, self.teaching.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
-            step, waiting = step + 1, (step + 1, measured, batch, shares)
+            step, waiting = step + 1, (step + 1, measured, batch)
             stop = interrupt(step)
             save = step == run.steps or step % run.checkpoint_every == 0
             if stop or save or self._due(step):
@@ -309,14 +268,20 @@ class Run:
                 return False
         return True
 
+    def _reweigh(self, output: log.TrainLog) -> None:
+        """The next interval's mixture, and what it cost beside the steps of the last one."""
+        seconds = self.mixing.advance(self.state.params["student"])
+        step_s = statistics.median(self.seconds) if self.seconds else None
+        line = self.mixing.line(self.tokens, seconds, step_s)
+        output.mixture(line)
+        self.seconds, self.rule_s = [], line.get("rule_s")
+
     def _due(self, step: int) -> bool:
         """Whether this step is evaluated: before, after, and every so often."""
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
 
-    def _record(
-        self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, shares: np.ndarray, clock: float
-    ) -> float:
+    def _record(self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, clock: float) -> float:
         """Fetch a step's metrics, check and log them; returns the time at which they were there."""
         values = metrics.read(measured)
         now = time.perf_counter()
@@ -339,8 +304,12 @@ class Run:
             "tokens_per_s": tokens / (now - clock),
         }
         row["step_s"] = now - clock
-        if self.rule.measures:
-            row |= {f"share/{n}": float(w) for n, w in zip(self.rows.names, shares, strict=True)}
+        self.seconds.append(now - clock)
+        if self.mixing.rule.measures:
+            shares = zip(self.rows.names, self.mixing.mixture.sampling.tolist(), strict=True)
+            row |= {f"share/{name}": share for name, share in shares}
+        if self.rule_s is not None:  # before this step, and in none of the times above
+            row["rule_s"], self.rule_s = self.rule_s, None
         output.step(row, step % self.job.experiment.run.log_every == 0)
         return now
 

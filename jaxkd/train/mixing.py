@@ -1,0 +1,143 @@
+"""The mixture of a run: what its rule measures at an interval's end, and the shares that follow."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxkd import job as jobs
+from jaxkd import load
+from jaxkd.data import mixture, rules
+from jaxkd.data.mixture import Mixture
+from jaxkd.evals import compare
+from jaxkd.job import Job
+from jaxkd.types import PyTree
+
+
+class Mixing:
+    """The mixture of the present interval, and the rule that gives the next one."""
+
+    def __init__(self, job: Job, rows: load.Domains):
+        """The mixture before the first step; compiles nothing.
+
+        Args:
+            job: for the rule.
+            rows: prepared.
+
+        Raises:
+            ValueError: when the rule does not fit the domains.
+        """
+        self._job, self._rows = job, rows
+        self.rule = jobs.rule(job)
+        self._scoring = jax.jit(compare.make_scoring(job.student.forward, job.tokenizer.vocab))
+        self.gaps: rules.Gaps | None = None  # the newest measurement of this process
+        if self.rule.measures:
+            # Such a rule begins once the first evaluation is there; until then the pool is as it is.
+            self.mixture = mixture.init(mixture.natural(rows.sizes))
+        else:
+            sampling, state = self.rule.init(rows.sizes, None)
+            self.mixture = mixture.init(sampling)._replace(rule_state={"rule": state})
+
+    @property
+    def start(self) -> int:
+        """The present interval's first step."""
+        return self.mixture.interval * self._job.experiment.data.interval
+
+    @property
+    def end(self) -> int:
+        """The next interval's first step."""
+        return self.start + self._job.experiment.data.interval
+
+    @property
+    def _count(self) -> int:
+        """Rows in an interval."""
+        data = self._job.experiment.data
+        return data.interval * data.batch
+
+    def saved(self) -> dict[str, Any]:
+        """The mixture as JSON values; floats keep every bit."""
+        m = self.mixture
+        drawn = {"sampling": m.sampling.tolist(), "drawn": m.drawn.tolist()}
+        return {**drawn, "rule_state": m.rule_state, "interval": m.interval}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved` gave."""
+        sampling, drawn = np.asarray(saved["sampling"], np.float64), np.asarray(saved["drawn"], np.int64)
+        self.mixture = Mixture(sampling, saved["rule_state"], drawn, saved["interval"])
+
+    def begin(self, evaluation: Sequence[Mapping[str, Any]]) -> None:
+        """The first state of a rule that measures, unless it has one.
+
+        Args:
+            evaluation: rows of the one before the first step, a domain each.
+        """
+        if self.mixture.rule_state:
+            return
+        found = {row["domain"]: row for row in evaluation}
+        column = lambda key: np.asarray([found[name][key] for name in self._rows.names], np.float64)
+        self.gaps = start = rules.Gaps(*(column(key) for key in rules.Gaps._fields))
+        sampling, state = self.rule.init(self._rows.sizes, start)
+        # The teacher's losses are measured once; bytes a token are the same for every student.
+        known = {"teacher_nats": start.teacher_nats, "teacher_bits_per_byte": start.teacher_bits_per_byte}
+        known["bits_per_nat"] = start.student_bits_per_byte / start.student_nats
+        state = {"rule": state, **{name: values.tolist() for name, values in known.items()}}
+        self.mixture = self.mixture._replace(sampling=sampling, rule_state=state)
+
+    def advance(self, params: PyTree) -> float:
+        """Go on to the next interval, from what the student knows at its beginning.
+
+        Args:
+            params: the student's.
+
+        Returns:
+            Seconds that this took, the wait for the steps before it left out.
+        """
+        if self.rule.measures:
+            jax.block_until_ready(params)
+        began = time.perf_counter()
+        kept, interval = self.mixture.rule_state, self.mixture.interval + 1
+        self.gaps = self._measured(params) if self.rule.measures else None
+        sampling, state = self.rule.update(kept["rule"], self.gaps, interval)
+        self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(rule_state=kept | {"rule": state})
+        return time.perf_counter() - began
+
+    def _measured(self, params: PyTree) -> rules.Gaps:
+        """The student's losses on the held-out rows, sharded over the whole mesh, beside what the teacher's were."""
+        nats, kept = [], self.mixture.rule_state
+        for batches in load.held_out(self._job, self._rows).values():
+            sums = jax.device_get([self._scoring(params, batch) for batch, _ in batches])
+            nats.append(math.fsum(float(v) for v, _ in sums) / math.fsum(float(n) for _, n in sums))
+        student = np.asarray(nats)
+        teacher, teacher_bits, factor = (
+            np.asarray(kept[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
+        )
+        return rules.Gaps(student, teacher, student * factor, teacher_bits)
+
+    def line(self, tokens: int, seconds: float | None = None, step_s: float | None = None) -> dict[str, Any]:
+        """What `mixture.jsonl` says of the present interval.
+
+        Args:
+            tokens: trained on before it.
+            seconds: that the rule took for it; None for the first interval.
+            step_s: seconds of a step of the interval before, the median; None where this process made none.
+        """
+        m = self.mixture
+        row: dict[str, Any] = {"step": self.start, "interval": m.interval, "tokens": tokens}
+        columns: dict[str, Sequence[Any]] = {
+            "share": m.sampling.tolist(),
+            "rows": mixture.counts(m.sampling, self._count).tolist(),
+            "drawn": m.drawn.tolist(),
+            "epochs": (m.drawn / np.maximum(self._rows.sizes, 1)).tolist(),
+        }
+        if self.gaps is not None:
+            columns["ratio"] = np.exp(self.gaps.student_nats - self.gaps.teacher_nats).tolist()
+        for key, values in columns.items():
+            row |= {f"{key}/{name}": value for name, value in zip(self._rows.names, values, strict=True)}
+        if seconds is not None and self.rule.measures:
+            row["rule_s"] = seconds
+            if step_s is not None:
+                row["rule_share"] = seconds / (seconds + step_s * self._job.experiment.data.interval)
+        return row
