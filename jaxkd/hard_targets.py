@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxkd.types import Divergence, Side
 
-__all__ = ["next_token", "z_loss"]
+__all__ = ["excess_loss", "next_token", "z_loss"]
 
 Array = jax.Array
 
@@ -34,6 +34,14 @@ def next_token(smoothing: float = 0.0) -> Divergence:
         return (1 - smoothing) * target + smoothing * every / size
 
     return Divergence(phi, combine, uses_teacher=False)
+
+
+def excess_loss() -> Divergence:
+    """max(log p[target] - log q[target], 0): how far the student's loss on a token is above the teacher's.
+
+    Not minimised but looked at: the score of Group DRO (DoReMi, arXiv 2305.10429, Algorithm 1), clipped per token.
+    """
+    return Divergence(lambda lp, lq, side: (jnp.where(side.hit, lp - lq, 0.0),), lambda gap: jnp.maximum(gap, 0.0))
 
 
 def z_loss() -> Divergence:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkd import checks, objectives, schedules, sharding, terms
+from jaxkd import checks, groups, objectives, schedules, sharding, terms
 from jaxkd.data import rules, tokenize
 from jaxkd.experiment import SELF, Experiment, MeshBlock, from_mapping, nearest
 from jaxkd.models import transformer, weights
@@ -126,6 +126,7 @@ def build(experiment: Experiment) -> Job:
             for name, (checkpoint, config) in opened.items()
         }
 
+    mixing = _rule(e)  # a misspelt one is known before anything is loaded
     objective = objectives.total(
         terms.build(
             e.objective,
@@ -137,6 +138,7 @@ def build(experiment: Experiment) -> Job:
         domains=tuple(e.data.domains),
         tails=e.teacher.temperatures,
         trains=("objective",) if e.student.frozen else TRAINED,
+        excess=mixing.group_dro is not None,
     )
     objective_init = partial(objective.init, **_outputs(e, objective, student, teachers))
     extra = jax.eval_shape(objective_init, jax.random.key(0))
@@ -148,12 +150,11 @@ def build(experiment: Experiment) -> Job:
     o = e.optim
     tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
     notes = {n for m in (student, *teachers.values()) for n in sharding.replicated_axes(m.axes, m.shapes, mesh)}
-    state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF)
+    kept = groups.init(np.ones(len(e.data.domains))) if mixing.group_dro else None
+    state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF, kept)
     job = Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
-    # What they would refuse is known before anything is loaded.
-    rule(job)
     if e.teacher.members:
-        shares(job)
+        shares(job)  # what it would refuse is known before anything is loaded
     return job
 
 
@@ -161,13 +162,39 @@ def rule(job: Job) -> rules.Rule:
     """How the domains are mixed: what `data.mixture` spells.
 
     Raises:
-        ValueError: for an unknown rule or domain.
+        ValueError: for an unknown rule or domain, or one that this teacher cannot serve.
     """
-    name = job.experiment.data.mixture
+    return _rule(job.experiment)
+
+
+def check_shares(job: Job) -> None:
+    """Make the first shares of a rule that needs no measurement: what it reads of another run must be there.
+
+    Raises:
+        ValueError, FileNotFoundError: when it is not.
+    """
+    found = rule(job)
+    if not found.measures:
+        found.init([1] * len(job.domains), None)
+
+
+def _rule(e: Experiment) -> rules.Rule:
+    name, domains = e.data.mixture, tuple(e.data.domains)
     if "=" not in name.partition("(")[0]:
-        found: rules.Rule = terms.call(name, rules, "data.mixture")
+        found = terms.call(name, rules, "data.mixture")
+        if not isinstance(found, rules.Rule):
+            try:
+                found = found(domains)
+            except ValueError as error:
+                raise ValueError(f"data.mixture: {error}") from None
+        if found.group_dro and (_told(e).kind is not Head or e.teacher.path == SELF):
+            kind = "is the student itself" if e.teacher.path == SELF else f"gives '{e.teacher.signal}'"
+            raise ValueError(
+                f"data.mixture '{name}' compares the student's loss on each token with the teacher's, and this teacher "
+                f"{kind}: take another one, with teacher.signal 'head' or 'hidden'"
+            )
         return found
-    given = dict.fromkeys(job.domains, 0.0)
+    given = dict.fromkeys(domains, 0.0)
     for part in name.split(","):
         domain, _, weight = part.partition("=")
         try:
@@ -177,7 +204,7 @@ def rule(job: Job) -> rules.Rule:
                 f"data.mixture '{name}' must be a rule, such as ddk(alpha=0.5), or weights such as code=2,math=1"
             ) from None
         if domain.strip() not in given:
-            raise ValueError(f"data.mixture names no domain '{domain.strip()}': {nearest(domain, job.domains)}")
+            raise ValueError(f"data.mixture names no domain '{domain.strip()}': {nearest(domain, domains)}")
         given[domain.strip()] = number
     return rules.fixed(list(given.values()))
 
@@ -336,11 +363,17 @@ def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, co
 
 
 def _abstract_state(
-    student: Model, extra: PyTree, trains: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh, averaged: bool
+    student: Model,
+    extra: PyTree,
+    trains: tuple[str, ...],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    averaged: bool,
+    kept: groups.Groups | None,
 ) -> TrainState:
     everywhere = NamedSharding(mesh, PartitionSpec())
     first = partial(init_state, tx=tx, names=trains, averaged=averaged)
-    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra})
+    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra}, groups=kept)
     # Matrices of the objective are as wide as the model, so they are spread as its own are.
     axes = lambda leaf: ("embed", *[None] * (len(leaf.shape) - 1)) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
     spread = jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.spec(axes(leaf), leaf.shape, mesh)), extra)
@@ -352,5 +385,6 @@ def _abstract_state(
         trained(params, trains),
         transform_non_params=lambda _: everywhere,
     )
-    places: Any = (everywhere, params, opt_state, student.shardings if averaged else None)
+    averages = student.shardings if averaged else None
+    places: Any = (everywhere, params, opt_state, averages, jax.tree.map(lambda _: everywhere, kept))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, TrainState(*places))

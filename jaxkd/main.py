@@ -46,7 +46,7 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
 def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
     e, workdir = experiment(read_config(config)), Path(options.workdir)
-    from jaxkd import facts, job, load, preflight, report, teaching
+    from jaxkd import facts, job, load, mixture_page, preflight, report, teaching
     from jaxkd.evals import compare
     from jaxkd.train import log, loop
 
@@ -55,6 +55,8 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
     built = job.build(e)
     changes = claim(workdir, e, options.accept_changes)
+    if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs
+        job.check_shares(built)
     for note in built.notes:
         print(f"mesh: {note}")
     with lock(workdir), jax.set_mesh(built.mesh):
@@ -80,6 +82,8 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         evaluations = log.read(workdir / "evals.jsonl")
         last = max(row["step"] for row in evaluations)
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
+        if told := mixture_page.cost(log.read(workdir / "mixture.jsonl")):
+            print(told)
     print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
 
 
@@ -110,6 +114,7 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     import jax
 
     built = job.build(job.elsewhere(e))
+    job.check_shares(built)
     with jax.set_mesh(built.mesh):
         rows = load.domains(built)
         loaded, stores = preflight.prepare(built, rows)

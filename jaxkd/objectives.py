@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxkd import divergences, schedules
 from jaxkd.fields import Field
+from jaxkd.hard_targets import excess_loss
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.metrics import per_domain
 from jaxkd.types import Batch, Blend, Divergence, Head, Metrics, Output, PyTree, Scalar, Signal
@@ -36,8 +37,8 @@ class Objective(NamedTuple):
     """What a step minimises.
 
     `init(key, student, teacher) -> params["objective"]` from the two sides' abstract outputs, which objectives without
-    features do not need; `loss(params, student, signal, batch, step) -> (value, metrics)` with `value` the weighted
-    sum over the batch's tokens.
+    features do not need; `loss(params, student, signal, batch, step, by_domain=None) -> (value, metrics)` with `value`
+    the weighted sum over the batch's tokens, `by_domain` [domains] a factor of every token's weight in it.
     """
 
     init: Callable[..., PyTree]
@@ -45,6 +46,7 @@ class Objective(NamedTuple):
     uses_teacher: bool
     fields: Mapping[str, Field] = MappingProxyType({})  # the terms that need features
     trains: tuple[str, ...] = ("student", "objective")  # what of the train state's `params` the step moves
+    domains: tuple[str, ...] = ()  # the batch's, in their order
 
     @property
     def student_taps(self) -> tuple[str, ...]:
@@ -87,6 +89,7 @@ def total(
     tails: tuple[float, ...] = (1.0,),
     chunk: int | None = None,
     trains: tuple[str, ...] = ("student", "objective"),
+    excess: bool = False,
 ) -> Objective:
     """The weighted sum of named terms, those over the vocabulary in one kernel call.
 
@@ -103,6 +106,7 @@ def total(
         tails: temperatures at which a top-k teacher's tail is stored.
         chunk: tokens at a time in the kernel; None sizes it.
         trains: what of `params` the step moves; without "student" it stands still and has no backward pass.
+        excess: report `excess`, the mean of max(student's loss - teacher's, 0) per token, as what Group DRO scores.
 
     Raises:
         ValueError: when no term is left; from `init`, when a model does not have what a term needs.
@@ -115,34 +119,42 @@ def total(
     weights = {name: weight for name, (weight, _) in kept.items()}
     vocabulary = {name: term for name, (_, term) in kept.items() if isinstance(term, Vocab)}
     features = {name: term for name, (_, term) in kept.items() if isinstance(term, Field)}
+    if excess:  # without a weight: in the same kernel call, and in no gradient
+        weights["excess"], vocabulary["excess"] = 0.0, match(excess_loss())
 
     def loss(
-        params: PyTree, student: Output, signal: Signal | None, batch: Batch, step: jax.Array
+        params: PyTree,
+        student: Output,
+        signal: Signal | None,
+        batch: Batch,
+        step: jax.Array,
+        by_domain: jax.Array | None = None,
     ) -> tuple[jax.Array, Metrics]:
+        counted = batch if by_domain is None else batch._replace(weights=_scaled(batch, by_domain))
         weight = {name: schedules.value(w, step) for name, w in weights.items()}
         values: list[jax.Array] = []
         fields: dict[str, jax.Array] = {}
         if vocabulary:
             terms = {name: (weight[name], term) for name, term in vocabulary.items()}
-            value, found = _vocabulary(terms, student, signal, batch, step, vocab=vocab, tails=tails, chunk=chunk)
+            value, found = _vocabulary(terms, student, signal, counted, step, vocab=vocab, tails=tails, chunk=chunk)
             values.append(value)
             fields |= dict(zip(vocabulary, found, strict=True))
         for name, term in features.items():
             own = params.get(name, {})
-            value, fields[name] = term.fn(own, student, signal, batch, weight[name] * batch.weights, vocab)
+            value, fields[name] = term.fn(own, student, signal, counted, weight[name] * counted.weights, vocab)
             values.append(value)
         value = functools.reduce(operator.add, values)
 
         tokens = batch.weights.sum(-1)
         metrics: Metrics = {"loss": (jax.lax.stop_gradient(value), tokens.sum())}
-        for name in kept:
+        for name in weights:
             field = jnp.where(batch.weights != 0, fields[name], 0.0)
             metrics |= per_domain(name, (field * batch.weights).sum(-1), tokens, batch.domain, domains)
         return value, metrics
 
     uses_teacher = any(t.divergence.uses_teacher for t in vocabulary.values())
     uses_teacher |= any(t.uses_teacher for t in features.values())
-    return Objective(functools.partial(_init, features), loss, uses_teacher, features, trains)
+    return Objective(functools.partial(_init, features), loss, uses_teacher, features, trains, domains)
 
 
 def _init(
@@ -187,6 +199,10 @@ def _vocabulary(
         standardized=tuple(term.standardize for _, term in terms.values()),
         **options,
     )
+
+
+def _scaled(batch: Batch, by_domain: jax.Array) -> jax.Array:
+    return batch.weights * by_domain[batch.domain][:, None]
 
 
 def _cleaned(signal: Any, batch: Batch) -> Any:

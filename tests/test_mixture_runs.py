@@ -1,8 +1,10 @@
-"""Runs whose mixture follows what the student lacks."""
+"""Runs whose mixture, or whose weights in the loss, follow what the student lacks."""
+
+import json
 
 import numpy as np
 import pytest
-from harness import Background, assert_same_run, jaxkd, lines
+from harness import Background, assert_same_run, final_state, jaxkd, lines
 
 from jaxkd.data import rules
 
@@ -49,3 +51,69 @@ def test_killed_in_an_interval_equals_undisturbed(step, weighed, arguments, tmp_
     done = jaxkd("train", "--workdir", str(workdir), *arguments, DDK)
     assert done.returncode == 0, done.stderr
     assert_same_run(workdir, weighed)
+
+
+def test_intervals_and_their_cost_are_written_down(weighed):
+    rows = lines(weighed / "mixture.jsonl")
+    assert [(row["step"], row["interval"]) for row in rows] == [(0, 0), (5, 1), (10, 2)]
+    for row, found in zip(rows, shares(weighed)[::5], strict=True):
+        assert [row["share/alpha"], row["share/beta"]] == found.tolist()
+    metrics = lines(weighed / "metrics.jsonl")
+    assert [row["step"] for row in metrics if "rule_s" in row] == [6, 11]
+    assert [row["tokens"] for row in rows] == [0, metrics[4]["tokens"], metrics[9]["tokens"]]
+    for row in rows[1:]:
+        assert 0 < row["rule_share"] < 1
+        assert row["ratio/alpha"] > 0
+    page = (weighed / "report.html").read_text()
+    assert "Shares that rows are drawn with" in page
+    assert "The rule measured 2 times" in page
+
+
+PROXY = "--config.data.mixture=doremi_proxy(eta=5.0)"
+
+
+@pytest.fixture(scope="module")
+def proxy(arguments, tmp_path_factory):
+    """A proxy run that was killed in an interval and went on."""
+    workdir = tmp_path_factory.mktemp("proxies") / "killed"
+    run = Background(workdir, [*arguments, PROXY])
+    run.wait_for_step(7)
+    run.process.kill()
+    run.finish()
+    done = jaxkd("train", "--workdir", str(workdir), *arguments, PROXY)
+    assert done.returncode == 0, done.stderr
+    assert "weights of the domains, averaged: alpha=" in done.stdout
+    return workdir
+
+
+def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp_path):
+    done = jaxkd("train", "--workdir", str(tmp_path / "whole"), *arguments, PROXY)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(proxy, tmp_path / "whole")
+    assert (proxy / "domain_weights.json").read_text() == (tmp_path / "whole" / "domain_weights.json").read_text()
+
+
+def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
+    state, _ = final_state(proxy)
+    average = np.frombuffer(state["['groups']['average']"], np.float32)
+    stored = json.loads((proxy / "domain_weights.json").read_text())
+    np.testing.assert_allclose(list(stored["weights"].values()), average / average.sum(), rtol=1e-6)
+    # Metrics hold the weights that a step was made with; the last update is in the state alone.
+    used = [[row["weight/alpha"], row["weight/beta"]] for row in lines(proxy / "metrics.jsonl")]
+    last = np.exp(np.frombuffer(state["['groups']['log_weights']"], np.float32))
+    np.testing.assert_allclose(np.mean([*used[1:], last], 0), average, rtol=1e-5)
+    assert used[0] == [0.5, 0.5]
+    assert len({tuple(pair) for pair in used}) == 12  # at every step
+
+
+def test_the_second_run_draws_by_them_and_says_early_what_is_missing(proxy, arguments, tmp_path):
+    second = [*arguments, f"--config.data.mixture=doremi('{proxy}')", "--config.run.eval_every=0"]
+    done = jaxkd("train", "--workdir", str(tmp_path / "second"), *second)
+    assert done.returncode == 0, done.stderr
+    stored = json.loads((proxy / "domain_weights.json").read_text())["weights"]
+    for row in lines(tmp_path / "second" / "mixture.jsonl"):
+        assert {name: row[f"share/{name}"] for name in stored} == pytest.approx(stored)
+        assert all(abs(row[f"rows/{name}"] - 40 * weight) <= 1 for name, weight in stored.items())
+    wrong = jaxkd("train", "--workdir", str(tmp_path / "third"), *arguments, "--config.data.mixture=doremi('nowhere')")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines()[-1].startswith("jaxkd: error: data.mixture: there is no run at nowhere")

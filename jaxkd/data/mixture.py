@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxkd.data.permute import permute
 
-# Tags keep the two uses of a seed apart: rows within a domain, and the shuffle of an interval.
-_ROWS, _SHUFFLE = 1, 2
+# Tags keep the uses of a seed apart: rows within a domain, the shuffle of an interval, rows that a rule looks at.
+_ROWS, _SHUFFLE, _PROBE = 1, 2, 3
 
 
 class Mixture(NamedTuple):
@@ -144,6 +144,20 @@ def order(mixture: Mixture, sizes: Sequence[int], seed: int, rows: int) -> tuple
         row[domain == d] = permute(n % size[d], int(size[d]), (seed, _ROWS, int(d), n // size[d]))
     shuffle = permute(np.arange(rows), max(rows, 1), (seed, _SHUFFLE, mixture.interval))
     return domain[shuffle], row[shuffle]
+
+
+def probe(domain: int, size: int, seed: int, interval: int, rows: int) -> np.ndarray:
+    """Rows of a domain that a rule looks at before an interval, [rows]: others each time until all were seen.
+
+    Args:
+        domain: its number.
+        size: its rows.
+        seed: the run's.
+        interval: that they are looked at for.
+        rows: how many.
+    """
+    n = interval * rows + np.arange(rows, dtype=np.int64)
+    return permute(n % size, size, (seed, _PROBE, domain, n // size))
 
 
 def advance(mixture: Mixture, rows: int, sampling: np.ndarray | None = None) -> Mixture:

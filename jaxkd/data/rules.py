@@ -4,14 +4,28 @@ Plain numpy in float64 on the host, the same on every process; states are JSON v
 float. A recipe's `data.mixture` is a call of one of these functions.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxkd.data import mixture as mixtures
+from jaxkd.groups import GroupDRO
 
-__all__ = ["ddk", "fixed", "natural", "sheared_llama", "staged", "temperature", "uniform"]
+__all__ = [
+    "ddk",
+    "doge",
+    "doremi",
+    "doremi_proxy",
+    "fixed",
+    "natural",
+    "sheared_llama",
+    "staged",
+    "temperature",
+    "uniform",
+]
 
 State = dict[str, Any]
 """What a rule keeps between intervals, as JSON values."""
@@ -26,17 +40,31 @@ class Gaps(NamedTuple):
     teacher_bits_per_byte: np.ndarray
 
 
+class Gradients(NamedTuple):
+    """How the domains' gradients agree: of the student's loss on training rows of each, at an interval's beginning."""
+
+    products: np.ndarray  # float64 [domains, domains], g_i . g_j
+    lr: float  # of the next step
+
+
 class Rule(NamedTuple):
     """How the shares of the domains change from interval to interval.
 
     `init(sizes, start) -> (sampling, state)` gives the first interval's shares, from the rows per domain and what was
-    measured before the first step. `update(state, gaps, interval) -> (sampling, state)` gives those of `interval`, from
-    what was measured at its beginning. `measures` says whether they read what is measured; None is passed otherwise.
+    measured before the first step. `update(state, measured, interval) -> (sampling, state)` gives those of `interval`,
+    from what was measured at its beginning. `measures` names what that is: `Gaps`, which `init` gets too; `Gradients`,
+    which `update` alone gets; None is passed for what is not measured. An "average" in the state, [domains], is stored
+    when the run is over, for `doremi` to draw from. `group_dro` moves weights of the domains in the loss besides.
     """
 
-    init: Callable[[Sequence[int], Gaps | None], tuple[np.ndarray, State]]
-    update: Callable[[State, Gaps | None, int], tuple[np.ndarray, State]]
-    measures: bool = False
+    init: Callable[[Sequence[int], Any], tuple[np.ndarray, State]]
+    update: Callable[[State, Any, int], tuple[np.ndarray, State]]
+    measures: type | None = None
+    group_dro: GroupDRO | None = None
+
+
+ByName = Callable[[tuple[str, ...]], Rule]
+"""A rule that knows domains by name: a function of the names of all domains, in their order."""
 
 
 def _constant(shares: Callable[[Sequence[int]], np.ndarray]) -> Rule:
@@ -118,8 +146,10 @@ def ddk(
         psi_i = r_t(i) exp(rho_i),   r_{t+1} = alpha psi / sum psi + (1 - alpha) / N    (Eq. 2)
 
     r_{t+1} are interval t+1's shares. The first interval is drawn from the whole pool, as in Algorithm 1, and r_0 is
-    only where the recursion begins. Computed in log space, so that a ratio of thousands is no overflow. No share is
-    ever below (1 - alpha) / N or above alpha + (1 - alpha) / N. With constant gaps the fixed point is
+    only where the recursion begins. Gaps are of cross-entropies with the text: which way the distilling KL points, on
+    which the paper is ambiguous, is the objective's business. Computed in log space, so that a ratio of thousands is no
+    overflow. No share is ever below (1 - alpha) / N or above alpha + (1 - alpha) / N. With constant gaps the fixed
+    point is
     r_i = ((1 - alpha) / N) / (1 - alpha exp(rho_i) / Z).
 
     Args:
@@ -171,7 +201,7 @@ def ddk(
             log_r = np.maximum(np.log(sampling), -1e6)  # finite, so that JSON can hold it
         return sampling / sampling.sum(), {"log_r": log_r.tolist(), "rho": found.tolist()}
 
-    return Rule(init, update, measures=True)
+    return Rule(init, update, Gaps)
 
 
 def sheared_llama(floor: float = 1e-4) -> Rule:
@@ -189,8 +219,7 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
 
     Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; the code's step size 1 and floor 1e-4; it clamps nothing.
     """
-    if not 0 <= floor < 1:
-        raise ValueError(f"floor must be from 0 to below 1, got {floor}")
+    _require_floor(floor)
 
     def init(sizes: Sequence[int], start: Gaps | None) -> tuple[np.ndarray, State]:
         begin = mixtures.natural(sizes)
@@ -204,12 +233,150 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
         share = (1 - floor) * share + floor / len(share)
         return share, {"log_w": np.log(np.maximum(share, 1e-300)).tolist()}
 
-    return Rule(init, update, measures=True)
+    return Rule(init, update, Gaps)
+
+
+def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") -> Rule:
+    """Constant shares, and weights in the loss that rise where the student is behind: DoReMi's proxy run.
+
+        lambda_i = mean over the batch's tokens of domain i of max(loss - teacher's loss, 0)
+        log w <- log w + eta lambda,   w <- (1 - c) w / sum w + c / N,   the loss of domain i counts w_i / share_i
+
+    at every step, inside it (`jaxkd/groups.py`). The teacher stands for the paper's reference model. The mean of w over
+    all steps is stored at the end, as `domain_weights.json`; a second run draws rows by it: `doremi("runs/proxy")`.
+
+    Args:
+        eta: how fast the weights move.
+        floor: c, of which no weight falls below c / N; 1e-3 in the paper (recalled), 1e-4 in the code.
+        first: the shares: "uniform" as in the paper, or "natural".
+
+    Raises:
+        ValueError: for values that these cannot be.
+
+    Source: DoReMi (arXiv 2305.10429), Algorithm 1 and the authors' code. One difference: a step's weights follow from
+    the losses up to the step before.
+    """
+    if not eta >= 0:
+        raise ValueError(f"eta must be at least 0, got {eta}")
+    _require_floor(floor)
+    if first not in ("natural", "uniform"):
+        raise ValueError(f"first must be natural or uniform, got '{first}'")
+    return _constant(getattr(mixtures, first))._replace(group_dro=GroupDRO(eta, floor))
+
+
+def doremi(proxy: str) -> ByName:
+    """The shares that another run arrived at, always: the second run of DoReMi, and of DoGE.
+
+    Args:
+        proxy: workdir of a finished run under `doremi_proxy` or `doge`, over the same domains.
+
+    Raises:
+        FileNotFoundError, ValueError: from `init`, when there is no such run, it is not finished, or of other domains.
+    """
+    return lambda domains: _constant(lambda sizes: mixtures.fixed(_averaged(proxy, domains), sizes))
+
+
+AVERAGED = "domain_weights.json"
+"""What a run leaves whose weights are to be drawn by: {"mixture": its rule, "steps": ..., "weights": {domain: w}}."""
+
+
+def _averaged(run: str, domains: tuple[str, ...]) -> list[float]:
+    """Weights that a finished run stored, in the domains' order."""
+    where = Path(run).expanduser()
+    if not where.is_dir():
+        raise FileNotFoundError(
+            f"data.mixture: there is no run at {run}: train it first, with data.mixture 'doremi_proxy()'"
+        )
+    try:
+        weights = json.loads((where / AVERAGED).read_text(encoding="utf-8"))["weights"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"data.mixture: the run at {run} has no {AVERAGED}: it is not finished, or its data.mixture is neither "
+            "'doremi_proxy()' nor 'doge()'; its own command goes on with it"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"data.mixture: {where / AVERAGED} is damaged: run that run's command again") from None
+    if set(weights) != set(domains):
+        raise ValueError(
+            f"data.mixture: the run at {run} has the domains {', '.join(weights)}, and this one {', '.join(domains)}: "
+            "its weights are for those; train a proxy on the same domains"
+        )
+    return [weights[name] for name in domains]
+
+
+def doge(mu: float = 0.05, targets: Sequence[str] = (), norm: float = 1.0, limit: float = 5.0) -> ByName:
+    """Domains weighted by how much a step on each of them helps the others, or some targets: DoGE.
+
+        score_i = lr <g_i, sum_{j != i} g_j> / mean_j |g_j|,  cut to [0, limit lr]         (universal)
+        score_i = lr <g_i, sum_{j in targets} g_j> / mean_j |g_j|, cut likewise            (out of domain)
+        log w_i <- log w_i + score_i / mu,   w <- w / sum w
+
+    g_i is the gradient of the student's own loss on training rows of domain i, at each interval's beginning. The paper
+    moves w at every step of a proxy that sees all domains alike and weighs their losses; here rows are drawn by w,
+    which is the same in expectation, once an interval: for the paper's pace divide mu by the interval's steps. The
+    mean of w is stored at the end, and a second run draws by it: `doremi("runs/proxy")`.
+
+    Args:
+        mu: the smaller, the faster w moves.
+        targets: names of domains that are looked at and never drawn; none for universal.
+        norm: each gradient is cut to this norm first, 0 for none.
+        limit: largest score, in learning rates.
+
+    Raises:
+        ValueError: for values that these cannot be; when a product is not finite.
+
+    Source: DoGE (arXiv 2310.15393), Algorithm 1; mu, the mean norm and both cuts as in the authors' code.
+    """
+    if not mu > 0 or not norm >= 0 or not limit > 0:
+        raise ValueError(f"doge needs mu > 0, norm >= 0 and limit > 0, got {mu}, {norm} and {limit}")
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+
+    def named(domains: tuple[str, ...]) -> Rule:
+        unknown = [name for name in targets if name not in domains]
+        if unknown:
+            raise ValueError(f"doge: targets name no domain '{unknown[0]}': known: {', '.join(domains)}")
+        trained = np.asarray([name not in targets for name in domains])
+        if not trained.any():
+            raise ValueError("doge: all domains are targets, and none is left to train on: leave targets out")
+        return _doge(trained, mu, norm, limit)
+
+    return named
+
+
+def _doge(trained: np.ndarray, mu: float, norm: float, limit: float) -> Rule:
+    """The rule, once it is known which domains are drawn; the others are the targets."""
+    universal = bool(trained.all())
+
+    def init(sizes: Sequence[int], start: Any) -> tuple[np.ndarray, State]:
+        begin = mixtures.fixed(trained.astype(float).tolist(), sizes)
+        return begin, {"log_w": np.log(begin[trained]).tolist(), "average": begin.tolist(), "updates": 0}
+
+    def update(state: State, measured: Any, interval: int) -> tuple[np.ndarray, State]:
+        _require_finite(measured.products.sum(1), "gradient")
+        lengths = np.sqrt(np.diag(measured.products))
+        cut = np.minimum(1.0, norm / (lengths + 1e-6)) if norm else np.ones_like(lengths)
+        products = (measured.products * np.outer(cut, cut))[trained]
+        helped = products.sum(1) - np.diag(products) if universal else products[:, ~trained].sum(1)
+        score = measured.lr * helped / ((lengths * cut)[trained].mean() + 1e-6)
+        score = np.clip(score, 0.0, limit * measured.lr)
+        log_w = _log_softmax(np.asarray(state["log_w"]) + score / mu)
+        sampling = np.zeros(len(trained))
+        sampling[trained] = np.exp(log_w)
+        average, count = np.asarray(state["average"]), state["updates"] + 1
+        average = average + (sampling - average) / count
+        return sampling, {"log_w": log_w.tolist(), "average": average.tolist(), "updates": count}
+
+    return Rule(init, update, Gradients)
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max()
     return x - np.log(np.exp(x).sum())
+
+
+def _require_floor(floor: float) -> None:
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must be from 0 to below 1, got {floor}")
 
 
 def _require_finite(values: np.ndarray, what: str) -> None:

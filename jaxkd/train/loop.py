@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxkd import load, metrics, preflight, schedules
+from jaxkd import groups, load, metrics, preflight, schedules
 from jaxkd.data import loader
 from jaxkd.evals import compare
 from jaxkd.job import Job
@@ -108,7 +108,13 @@ class Run:
 
         e = job.experiment
         plain = make_step(
-            job.student.forward, self.teaching.train, job.objective, job.tx, e.optim.micro_batches, e.teacher.decay
+            job.student.forward,
+            self.teaching.train,
+            job.objective,
+            job.tx,
+            e.optim.micro_batches,
+            e.teacher.decay,
+            self.mixing.rule.group_dro,
         )
 
         def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -129,6 +135,7 @@ class Run:
         self.models = load.models(job, rows, with_student=not self.resumed)
         self.teaching = teach(job, self.models.teachers, self.stores)
         if latest is None:
+            self.mixing.first()
             self.state: TrainState = self._first_state()
             self.tokens = 0
         else:
@@ -150,7 +157,8 @@ class Run:
 
         def first(student: PyTree, key: jax.Array) -> TrainState:
             params = {"student": student, "objective": job.objective_init(key)}
-            return init_state(params, job.tx, job.objective.trains, job.own)
+            weights = groups.init(self.mixing.mixture.sampling) if self.mixing.rule.group_dro else None
+            return init_state(params, job.tx, job.objective.trains, job.own, weights)
 
         place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
         state = jax.jit(first, out_shardings=place)(self.models.student, jax.random.key(run.seed))
@@ -224,9 +232,11 @@ class Run:
                     self._evaluate(output, step)
                 self.mixing.begin(self._first_evaluation())
                 if not any(row["step"] == self.mixing.start for row in log.read(self.workdir / "mixture.jsonl")):
-                    output.mixture(self.mixing.line(self.tokens))
+                    output.mixture(self.mixing.line(self.tokens, self.state.groups))
                 finished = self._steps(step, run, output, interrupt)
             self.checkpoints.wait()
+            if finished and (told := self.mixing.finish(self.state, self.workdir)):
+                output.say(told)
         finally:
             output.close()
         return finished
@@ -272,7 +282,7 @@ class Run:
         """The next interval's mixture, and what it cost beside the steps of the last one."""
         seconds = self.mixing.advance(self.state.params["student"])
         step_s = statistics.median(self.seconds) if self.seconds else None
-        line = self.mixing.line(self.tokens, seconds, step_s)
+        line = self.mixing.line(self.tokens, self.state.groups, seconds, step_s)
         output.mixture(line)
         self.seconds, self.rule_s = [], line.get("rule_s")
 

@@ -1,44 +1,62 @@
 """The mixture of a run: what its rule measures at an interval's end, and the shares that follow."""
 
+import json
 import math
+import operator
+import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import job as jobs
-from jaxkd import load
-from jaxkd.data import mixture, rules
+from jaxkd import load, schedules
+from jaxkd.data import loader, mixture, rules
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
+from jaxkd.groups import Groups
 from jaxkd.job import Job
+from jaxkd.sharding import batch_sharding
+from jaxkd.train.state import TrainState
 from jaxkd.types import PyTree
 
 
 class Mixing:
     """The mixture of the present interval, and the rule that gives the next one."""
 
+    mixture: Mixture  # from `first` or `restore` on
+
     def __init__(self, job: Job, rows: load.Domains):
-        """The mixture before the first step; compiles nothing.
+        """Compile and decide nothing yet.
 
         Args:
             job: for the rule.
             rows: prepared.
-
-        Raises:
-            ValueError: when the rule does not fit the domains.
         """
         self._job, self._rows = job, rows
         self.rule = jobs.rule(job)
-        self._scoring = jax.jit(compare.make_scoring(job.student.forward, job.tokenizer.vocab))
-        self.gaps: rules.Gaps | None = None  # the newest measurement of this process
-        if self.rule.measures:
+        scoring = compare.make_scoring(job.student.forward, job.tokenizer.vocab)
+        self._scoring = jax.jit(scoring)
+        slope = jax.grad(lambda params, batch: operator.truediv(*scoring(params, batch)))
+        self._slope = jax.jit(slope, out_shardings=job.student.shardings)
+        self._product = jax.jit(lambda a, b: jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b)))
+        self.gaps: rules.Gaps | None = None  # the newest of this process
+
+    def first(self) -> None:
+        """The mixture before the first step.
+
+        Raises:
+            ValueError, FileNotFoundError: when the rule does not fit the domains, or what it reads is not there.
+        """
+        if self.rule.measures is rules.Gaps:
             # Such a rule begins once the first evaluation is there; until then the pool is as it is.
-            self.mixture = mixture.init(mixture.natural(rows.sizes))
+            self.mixture = mixture.init(mixture.natural(self._rows.sizes))
         else:
-            sampling, state = self.rule.init(rows.sizes, None)
+            sampling, state = self.rule.init(self._rows.sizes, None)
             self.mixture = mixture.init(sampling)._replace(rule_state={"rule": state})
 
     @property
@@ -69,7 +87,7 @@ class Mixing:
         self.mixture = Mixture(sampling, saved["rule_state"], drawn, saved["interval"])
 
     def begin(self, evaluation: Sequence[Mapping[str, Any]]) -> None:
-        """The first state of a rule that measures, unless it has one.
+        """The first state of a rule that measures gaps, unless it has one.
 
         Args:
             evaluation: rows of the one before the first step, a domain each.
@@ -99,12 +117,31 @@ class Mixing:
             jax.block_until_ready(params)
         began = time.perf_counter()
         kept, interval = self.mixture.rule_state, self.mixture.interval + 1
-        self.gaps = self._measured(params) if self.rule.measures else None
-        sampling, state = self.rule.update(kept["rule"], self.gaps, interval)
+        measured: Any = None
+        if self.rule.measures is rules.Gradients:
+            measured = self._gradients(params, interval)
+        elif self.rule.measures:
+            measured = self.gaps = self._gaps(params)
+        sampling, state = self.rule.update(kept["rule"], measured, interval)
         self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(rule_state=kept | {"rule": state})
         return time.perf_counter() - began
 
-    def _measured(self, params: PyTree) -> rules.Gaps:
+    def _gradients(self, params: PyTree, interval: int) -> rules.Gradients:
+        """Products of the domains' gradients: a backward pass on training rows of each, over the whole mesh."""
+        job, count = self._job, len(self._rows.names)
+        size, place = job.experiment.run.eval_batch, batch_sharding(job.mesh)
+        where, found = loader.local_rows(size, place), []
+        for d, rows in enumerate(self._rows.train):
+            row = mixture.probe(d, len(rows), job.experiment.run.seed, interval, size)[where]
+            local = loader.read_rows(self._rows.train, np.full(len(row), d), row)
+            found.append(self._slope(params, loader.place(local, size, where, place)))
+        pairs = [(i, j) for i in range(count) for j in range(i + 1)]
+        products = np.zeros((count, count))
+        for (i, j), value in zip(pairs, jax.device_get([self._product(found[i], found[j]) for i, j in pairs])):
+            products[i, j] = products[j, i] = value
+        return rules.Gradients(products, float(schedules.value(job.lr, interval * job.experiment.data.interval)))
+
+    def _gaps(self, params: PyTree) -> rules.Gaps:
         """The student's losses on the held-out rows, sharded over the whole mesh, beside what the teacher's were."""
         nats, kept = [], self.mixture.rule_state
         for batches in load.held_out(self._job, self._rows).values():
@@ -116,11 +153,30 @@ class Mixing:
         )
         return rules.Gaps(student, teacher, student * factor, teacher_bits)
 
-    def line(self, tokens: int, seconds: float | None = None, step_s: float | None = None) -> dict[str, Any]:
+    def finish(self, state: TrainState, workdir: Path) -> str:
+        """Store what a proxy run is for, the average of its weights; returns a line on it, empty for other rules."""
+        if state.groups is not None:
+            average = np.asarray(state.groups.average, np.float64)
+        else:
+            average = np.asarray(self.mixture.rule_state["rule"].get("average", []), np.float64)
+        if not average.size:
+            return ""
+        weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
+        told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
+        target = workdir / rules.AVERAGED
+        target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        os.replace(target.with_suffix(".tmp"), target)
+        spelled = ",".join(f"{name}={weight:.4f}" for name, weight in weights.items())
+        return f"weights of the domains, averaged: {spelled}; to draw by them: data.mixture='doremi(\"{workdir}\")'"
+
+    def line(
+        self, tokens: int, groups: Groups | None = None, seconds: float | None = None, step_s: float | None = None
+    ) -> dict[str, Any]:
         """What `mixture.jsonl` says of the present interval.
 
         Args:
             tokens: trained on before it.
+            groups: the train state's.
             seconds: that the rule took for it; None for the first interval.
             step_s: seconds of a step of the interval before, the median; None where this process made none.
         """
@@ -134,6 +190,9 @@ class Mixing:
         }
         if self.gaps is not None:
             columns["ratio"] = np.exp(self.gaps.student_nats - self.gaps.teacher_nats).tolist()
+        if groups is not None:
+            columns["weight"] = np.exp(np.asarray(groups.log_weights)).tolist()
+            columns["average"] = np.asarray(groups.average).tolist()
         for key, values in columns.items():
             row |= {f"{key}/{name}": value for name, value in zip(self._rows.names, values, strict=True)}
         if seconds is not None and self.rule.measures:

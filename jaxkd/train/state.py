@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxkd.groups import Groups
 from jaxkd.types import PyTree
 
 
@@ -16,6 +17,7 @@ class TrainState(NamedTuple):
     params: dict[str, PyTree]
     opt_state: PyTree
     ema: PyTree = None  # running average of the student's parameters, where it is its own teacher
+    groups: Groups | None = None  # weights of the domains in the loss, where they move at every step
 
 
 TRAINED = ("student", "objective")
@@ -31,6 +33,7 @@ def init_state(
     tx: optax.GradientTransformation,
     names: tuple[str, ...] = TRAINED,
     averaged: bool = False,
+    groups: Groups | None = None,
 ) -> TrainState:
     """The state before the first step; parameters in float32.
 
@@ -39,6 +42,7 @@ def init_state(
         tx: the optimiser.
         names: which of `params` it moves, the objective's `trains`.
         averaged: whether `ema` is kept.
+        groups: the first weights of the domains, where they move.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)), ema)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)), ema, groups)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxkd import groups as dro
+from jaxkd.groups import GroupDRO, Groups
 from jaxkd.objectives import Objective
 from jaxkd.sharding import constrain
 from jaxkd.teachers.base import Teacher
@@ -33,9 +35,10 @@ def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1):
-    """`gradient(params, teacher_state, batch, step, ema=None) -> (gradients, metrics)`, a mean over the tokens.
+    """`gradient(params, teacher_state, batch, step, ema=None, groups=None) -> (gradients, metrics)`, means over tokens.
 
-    Values, gradients and metrics are summed over micro-batches and divided once by the global token weight.
+    Values, gradients and metrics are summed over micro-batches and divided once by the global token weight. The
+    domains' weights `groups` are traced arrays: as they move, nothing is compiled again.
 
     Raises:
         ValueError: when a term needs features that the teacher's signal does not have.
@@ -46,7 +49,7 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
             "the term out"
         )
 
-    def value(moving, params, teacher_state, batch, step, ema):
+    def value(moving, params, teacher_state, batch, step, ema, by_domain):
         params = params | moving
         signal = None
         if objective.uses_teacher or teacher.writes:
@@ -56,21 +59,28 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
         if isinstance(signal, Batch):  # the teacher's own text, in the place of the data's
             batch, signal = signal, None
         student = forward(params["student"], batch, **_taps(objective.student_taps))
-        return objective.loss(params["objective"], student, signal, batch, step)
+        return objective.loss(params["objective"], student, signal, batch, step, by_domain)
 
     def gradient(
-        params: PyTree, teacher_state: PyTree, batch: Batch, step: jax.Array, ema: PyTree = None
+        params: PyTree,
+        teacher_state: PyTree,
+        batch: Batch,
+        step: jax.Array,
+        ema: PyTree = None,
+        groups: Groups | None = None,
     ) -> tuple[PyTree, Metrics]:
         moving = trained(params, objective.trains)
         slope = partial(jax.grad(value, has_aux=True), moving, params)
+        # Of the whole batch, before it is cut: a micro-batch alone would weigh its domains otherwise.
+        by_domain = None if groups is None else dro.factors(groups, dro.tokens(batch, len(groups.sampling)))
         if micro_batches == 1:
-            grads, metrics = slope(teacher_state, batch, step, ema)
+            grads, metrics = slope(teacher_state, batch, step, ema, by_domain)
         else:
             parts = split(batch, micro_batches)
-            first = jax.eval_shape(slope, teacher_state, jax.tree.map(lambda x: x[0], parts), step, ema)
+            first = jax.eval_shape(slope, teacher_state, jax.tree.map(lambda x: x[0], parts), step, ema, by_domain)
 
             def accumulate(carry, part):
-                return jax.tree.map(jnp.add, carry, slope(teacher_state, part, step, ema)), None
+                return jax.tree.map(jnp.add, carry, slope(teacher_state, part, step, ema, by_domain)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
@@ -87,6 +97,7 @@ def make_step(
     tx: optax.GradientTransformation,
     micro_batches: int = 1,
     decay: float = 1.0,
+    group_dro: GroupDRO | None = None,
 ) -> Step:
     """`step(state, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
@@ -97,6 +108,8 @@ def make_step(
         tx: the optimiser.
         micro_batches: parts into which the batch is cut to save memory; it divides the batch's rows.
         decay: d of ema <- d ema + (1 - d) params, where the state keeps an average of the student.
+        group_dro: how the domains' weights move, where the state keeps them; the objective then reports `excess`. A
+            step's gradient has the weights of the step before, since its own losses are made together with it.
 
     Raises:
         ValueError: when a term needs features that the teacher's signal does not have.
@@ -104,7 +117,7 @@ def make_step(
     gradient = make_gradient(forward, teacher, objective, micro_batches)
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema)
+        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, state.groups)
         moving = trained(state.params, objective.trains)
         updates, opt_state = tx.update(grads, state.opt_state, moving)
         params = state.params | optax.apply_updates(moving, updates)
@@ -115,6 +128,19 @@ def make_step(
         ema = state.ema
         if ema is not None and decay != 1:
             ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params["student"])
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        groups = state.groups
+        if groups is not None and group_dro is not None:
+            groups, weights = _moved(groups, metrics, objective.domains, state.step, group_dro)
+            metrics |= weights
+        return TrainState(state.step + 1, params, opt_state, ema, groups), metrics
 
     return step
+
+
+def _moved(
+    groups: Groups, metrics: Metrics, names: tuple[str, ...], step: jax.Array, how: GroupDRO
+) -> tuple[Groups, Metrics]:
+    """The domains' weights after a step, and as metrics those that it was made with."""
+    excess, found = (jnp.stack([metrics[f"excess/{name}"][i] for name in names]) for i in (0, 1))
+    used = {f"weight/{name}": (jnp.exp(groups.log_weights[i]), jnp.ones(())) for i, name in enumerate(names)}
+    return dro.update(groups, excess, found, step, how), used

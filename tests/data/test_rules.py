@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxkd.data import rules
-from jaxkd.data.rules import Gaps
+from jaxkd.data.rules import Gaps, Gradients
 
 SIZES = [50, 400, 10, 40]
 
@@ -45,6 +45,18 @@ def test_ddk_is_its_equations():
         psi = r * np.exp(np.exp(excess))
         r = 0.5 * psi / psi.sum() + 0.5 / 4
         np.testing.assert_allclose(shares, r, rtol=1e-12)
+
+
+def test_sheared_llama_ends_at_its_fixed_point_and_stands_still_without_gaps():
+    """w_i = (c / N) / (1 - (1 - c) exp(delta_i) / Z), never below c / N; without a floor one domain takes all."""
+    excess, floor = np.array([0.5, 0.1, 0.0, -0.4]), 0.1
+    last = run(rules.sheared_llama(floor), [gaps(excess)] * 600)[-1]
+    growth = np.exp(np.maximum(excess, 0.0))
+    np.testing.assert_allclose(last, floor / 4 / (1 - (1 - floor) * growth / (last * growth).sum()), rtol=1e-6)
+    assert (last >= floor / 4).all()
+    np.testing.assert_allclose(run(rules.sheared_llama(0.0), [gaps(excess)] * 200)[-1], [1, 0, 0, 0], atol=1e-12)
+    still = run(rules.sheared_llama(0.0), [gaps([-0.5, 0.0, -0.1, 0.0])] * 50)[-1]
+    np.testing.assert_allclose(still, np.asarray(SIZES) / 500)
 
 
 @given(st.lists(st.floats(0.0, 1.5), min_size=2, max_size=10), st.floats(0.05, 0.95))
@@ -117,10 +129,82 @@ def test_sheared_llama_by_hand():
         np.testing.assert_allclose(shares, w, rtol=1e-12)
 
 
+NAMES = ("a", "b", "c", "d")
+GRADIENTS = np.array([[0.3, 0.0, 0.4], [0.0, 0.5, 0.0], [0.3, 0.1, 0.0], [-0.2, 0.0, -0.2]])
+
+
+def test_doge_by_hand():
+    """Four gradients in three dimensions; the last points away from the others, so its score is cut to 0."""
+    measured = Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
+    first, second, third = run(rules.doge(mu=0.05)(NAMES), [None, measured, measured])
+    np.testing.assert_allclose(first, 0.25)
+    # <g_i, sum of the others>: a: 0.09 - 0.14, b: 0.05, c: 0.09 + 0.05 - 0.06, d: -0.14 - 0.06
+    helped = np.array([-0.05, 0.05, 0.08, -0.20])
+    length = (0.5 + 0.5 + np.sqrt(0.1) + np.sqrt(0.08)) / 4
+    score = np.maximum(0.1 * helped / length, 0.0)
+    np.testing.assert_allclose(second, softmax(score / 0.05), rtol=1e-4)
+    np.testing.assert_allclose(third, softmax(2 * score / 0.05), rtol=1e-4)
+
+
+def test_doge_cuts_long_gradients_and_large_scores():
+    long = Gradients(np.outer([30.0, 10.0], [30.0, 10.0]), 0.1)
+    equal = run(rules.doge(mu=0.05)(NAMES[:2]), [None, long], [1, 1])[-1]
+    np.testing.assert_allclose(equal, 0.5)  # parallel: at equal lengths each helps the other as much
+    limited = run(rules.doge(mu=0.05, norm=0.0, limit=5.0)(NAMES[:2]), [None, long], [1, 1])[-1]
+    np.testing.assert_allclose(limited, 0.5)  # both scores are far above the limit
+
+
+def test_doge_looks_at_targets_and_draws_none_of_them():
+    measured = Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
+    first, second = run(rules.doge(mu=0.05, targets=("c",))(NAMES), [None, measured])
+    np.testing.assert_allclose(first, [1 / 3, 1 / 3, 0, 1 / 3])
+    score = np.maximum(0.1 * np.array([0.09, 0.05, -0.06]) / ((0.5 + 0.5 + np.sqrt(0.08)) / 3), 0.0)
+    np.testing.assert_allclose(second[[0, 1, 3]], softmax(score / 0.05), rtol=1e-4)
+    assert second[2] == 0.0
+
+
+def test_doge_keeps_the_average_of_its_shares():
+    rule, measured = rules.doge(mu=0.01)(NAMES), Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
+    _, state = rule.init(SIZES, None)
+    found = []
+    for interval in range(1, 5):
+        sampling, state = rule.update(json.loads(json.dumps(state)), measured, interval)
+        found.append(sampling)
+    np.testing.assert_allclose(state["average"], np.mean(found, 0), rtol=1e-12)
+
+
+def write_weights(path, weights, mixture="doremi_proxy()"):
+    path.mkdir(exist_ok=True)
+    (path / rules.AVERAGED).write_text(json.dumps({"mixture": mixture, "steps": 10, "weights": weights}))
+    return str(path)
+
+
+def test_doremi_draws_by_the_names_of_another_run(tmp_path):
+    proxy = write_weights(tmp_path / "proxy", {"d": 0.1, "a": 0.2, "b": 0.3, "c": 0.4})
+    found = run(rules.doremi(proxy)(NAMES), [None] * 3)
+    np.testing.assert_allclose(found, [[0.2, 0.3, 0.4, 0.1]] * 3)
+
+
+def test_doremi_says_what_is_wrong_with_its_proxy(tmp_path):
+    begin = lambda where: rules.doremi(str(where))(NAMES).init(SIZES, None)
+    with pytest.raises(FileNotFoundError, match=r"there is no run at .*none: train it first, with .*doremi_proxy"):
+        begin(tmp_path / "none")
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(ValueError, match=r"unfinished has no domain_weights\.json: it is not finished, or"):
+        begin(tmp_path / "unfinished")
+    with pytest.raises(ValueError, match="has the domains a, x, and this one a, b, c, d"):
+        begin(write_weights(tmp_path / "other", {"a": 0.5, "x": 0.5}))
+    (tmp_path / "other" / rules.AVERAGED).write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        begin(tmp_path / "other")
+
+
 def test_rules_that_measure_nothing():
     nothing = [None] * 4
     np.testing.assert_allclose(run(rules.natural(), nothing)[-1], np.asarray(SIZES) / 500)
     np.testing.assert_allclose(run(rules.uniform(), nothing)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.doremi_proxy(), nothing)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.doremi_proxy(first="natural"), nothing)[-1], np.asarray(SIZES) / 500)
     np.testing.assert_allclose(run(rules.fixed([1, 0, 3, 0]), nothing)[-1], [0.25, 0, 0.75, 0])
     np.testing.assert_allclose(run(rules.temperature(1), nothing)[-1], np.asarray(SIZES) / 500)
     np.testing.assert_allclose(run(rules.temperature(1e9), nothing)[-1], 0.25, rtol=1e-6)
@@ -138,6 +222,16 @@ def test_rules_that_measure_nothing():
         (lambda: rules.temperature(0.5), "at least 1"),
         (lambda: rules.staged({1: [1.0]}), "one begins at 0"),
         (lambda: rules.sheared_llama(1.0), "floor must be"),
+        (lambda: rules.doremi_proxy(floor=-0.1), "floor must be"),
+        (lambda: rules.doremi_proxy(eta=-1.0), "eta must be at least 0"),
+        (lambda: rules.doremi_proxy(first="none"), "first must be natural or uniform"),
+        (lambda: rules.doge(mu=0.0), "doge needs mu > 0"),
+        (lambda: rules.doge(targets=("x",))(NAMES), "no domain 'x': known: a, b, c, d"),
+        (lambda: rules.doge(targets=NAMES)(NAMES), "none is left to train on"),
+        (
+            lambda: run(rules.doge()(NAMES), [None, Gradients(np.full((4, 4), np.nan), 0.1)]),
+            "the gradient of domain 0 is",
+        ),
         (lambda: run(rules.ddk(), [gaps([0.1, np.nan, 0.1, 0.1])]), "of domain 1 is .* no finite gap"),
         (lambda: run(rules.sheared_llama(), [gaps([0.1] * 4), gaps([np.inf, 0, 0, 0])]), "of domain 0 is"),
     ],
