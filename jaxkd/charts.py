@@ -75,6 +75,9 @@ figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
 .dashed { stroke-dasharray: 5 5; }
 .mark { fill: currentColor; }
 .hollow { fill: var(--panel); stroke: currentColor; stroke-width: 1.6; }
+.area { fill: currentColor; fill-opacity: .78; shape-rendering: crispEdges; }
+.area:hover { fill-opacity: 1; }
+.inside { fill: var(--back); font-size: 11px; font-weight: 600; pointer-events: none; }
 .hit { fill: transparent; }
 .hit:hover { fill: currentColor; fill-opacity: .35; }
 .s0 { color: var(--c0); } .s1 { color: var(--c1); } .s2 { color: var(--c2); } .s3 { color: var(--c3); }

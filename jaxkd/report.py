@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxkd import mixture_page
 from jaxkd.charts import (
     STYLE,
     Line,
@@ -29,9 +30,9 @@ PANEL = (340, 220)  # the drawing of a chart that stands with two others in a ro
 
 
 def write(workdir: Path) -> Path:
-    """Make `WORKDIR/report.html` of config.json, run.json, metrics.jsonl and evals.jsonl; return its path.
+    """Make `WORKDIR/report.html` of config.json, run.json and the .jsonl files; return its path.
 
-    Args: workdir: of one run. One of the two .jsonl files may be missing: the page then says so.
+    Args: workdir: of one run. metrics.jsonl or evals.jsonl may be missing: the page then says so.
     Errors: FileNotFoundError names the file that is missing, ValueError the line that is not JSON.
     """
     workdir = Path(workdir)
@@ -39,10 +40,12 @@ def write(workdir: Path) -> Path:
     metrics, evals = read_lines(workdir / "metrics.jsonl"), read_lines(workdir / "evals.jsonl")
     if metrics is None and evals is None:
         raise FileNotFoundError(missing(workdir, "metrics.jsonl"))
+    mixture = read_lines(workdir / "mixture.jsonl") or []
     target = workdir / "report.html"
     partial = workdir / f".report.html.{os.getpid()}"
     try:
-        partial.write_text(page(workdir.resolve().name, config, run, metrics or [], evals or []), encoding="utf-8")
+        text = page(workdir.resolve().name, config, run, metrics or [], evals or [], mixture)
+        partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)  # a reader sees the old page or the new one, never half of one
     finally:
         partial.unlink(missing_ok=True)
@@ -351,13 +354,16 @@ def config_cards(config: Row) -> str:
     return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
 
 
-def page(title: str, config: Row, run: Row, metrics: Sequence[Row], evals: Sequence[Row]) -> str:
+def page(
+    title: str, config: Row, run: Row, metrics: Sequence[Row], evals: Sequence[Row], mixture: Sequence[Row] = ()
+) -> str:
     """The whole page as text.
 
-    Args: title: the run's name. config, run, metrics, evals: what the four files hold.
+    Args: title: the run's name. config, run, metrics, evals, mixture: what the files hold.
     """
     domains = by_domain(evals)
     drawn = dict.fromkeys([*domains, *(str(d.get("name", "?")) for d in run.get("domains") or [])])
+    last = max((int(row["step"]) for row in [*metrics, *evals]), default=0)
     version = escape((run.get("versions") or {}).get("jaxkd", ""))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -367,6 +373,7 @@ def page(title: str, config: Row, run: Row, metrics: Sequence[Row], evals: Seque
         f"{summary(metrics, domains)}</header>"
         + section("Results", results(domains))
         + section("Evaluation", evaluation_charts(domains))
+        + section("Mixture", mixture_page.charts(mixture, evals, last, styles(drawn)))
         + section("Training", training_charts(config, metrics, drawn))
         + section("Data", domains_table(run))
         + section("Run", facts(run, metrics))
