@@ -7,10 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from jaxkd.charts import BOTTOM, LEFT, RIGHT, TOP, Axis, Line, escape, figure, frame, number, percent, ticks
+from jaxkd.charts import (
+    BOTTOM,
+    COLORS,
+    LEFT,
+    MARKED_POINTS,
+    RIGHT,
+    TOP,
+    Axis,
+    Line,
+    escape,
+    figure,
+    frame,
+    number,
+    percent,
+    thin,
+    ticks,
+)
 
 Row = dict[str, Any]
-COLORS = 7
 SPANS = 150  # intervals that are drawn one by one; neighbours are averaged beyond
 SIZE = (520, 270)
 
@@ -57,7 +72,9 @@ def charts(lines: Sequence[Row], evals: Sequence[Row], last: int, style: Mapping
     steps = [float(row["step"]) for row in lines]
 
     def curves(found: Mapping[str, Sequence[float]]) -> list[Line]:
-        return [Line(name, steps, values, style[name]) for name, values in found.items()]
+        # Colours repeat after so many: the markers that then tell lines apart are drawn where points are few.
+        most = MARKED_POINTS if len(names) > COLORS else 400
+        return [Line(name, *thin(steps, values, most), style[name]) for name, values in found.items()]
 
     measured = columns(lines, "ratio", names)
     if measured:
@@ -101,12 +118,14 @@ def stack(title: str, lines: Sequence[Row], names: Sequence[str], end: float, st
     for left, right, shares in spans:
         below = 0.0
         for name, share in zip(names, shares, strict=True):
-            high, low = y_axis.at(100 * (below + share)), y_axis.at(100 * below)
+            # Edges are rounded, not sizes: what touches must leave no seam.
+            x, end_x = round(x_axis.at(left), 1), round(x_axis.at(right), 1)
+            high, low = round(y_axis.at(100 * (below + share)), 1), round(y_axis.at(100 * below), 1)
             below += share
             said = f"{name}\nsteps {number(left, 6)} to {number(right, 6)}: {percent(share)}"
             out.append(
-                f'<rect class="area s{style[name] % COLORS}" x="{x_axis.at(left):.1f}" y="{high:.1f}" '
-                f'width="{x_axis.at(right) - x_axis.at(left):.1f}" height="{max(low - high, 0):.1f}">'
+                f'<rect class="area s{style[name] % COLORS}" x="{x:.1f}" y="{high:.1f}" '
+                f'width="{end_x - x:.1f}" height="{max(low - high, 0):.1f}">'
                 f"<title>{escape(said)}</title></rect>"
             )
     below = 0.0
