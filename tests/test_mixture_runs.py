@@ -64,6 +64,8 @@ def test_intervals_and_their_cost_are_written_down(weighed):
     for row in rows[1:]:
         assert 0 < row["rule_share"] < 1
         assert row["ratio/alpha"] > 0
+    (events,) = (weighed / "tensorboard").iterdir()
+    assert b"mixture/share/alpha" in events.read_bytes()
     page = (weighed / "report.html").read_text()
     assert "Shares that rows are drawn with" in page
     assert "The rule measured 2 times" in page

@@ -186,7 +186,7 @@ class Mixing:
             "share": m.sampling.tolist(),
             "rows": mixture.counts(m.sampling, self._count).tolist(),
             "drawn": m.drawn.tolist(),
-            "epochs": (m.drawn / np.maximum(self._rows.sizes, 1)).tolist(),
+            "epochs": (m.drawn / [len(rows) for rows in self._rows.train]).tolist(),
         }
         if self.gaps is not None:
             columns["ratio"] = np.exp(self.gaps.student_nats - self.gaps.teacher_nats).tolist()

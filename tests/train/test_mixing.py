@@ -113,7 +113,7 @@ def test_an_interval_says_what_it_is_drawn_from(make):
         seconds = mixing.advance(made.student)
     line = mixing.line(2400, None, seconds, 0.5)
     assert (line["step"], line["interval"], line["tokens"]) == (data.interval, 1, 2400)
-    sizes = dict(zip(made.rows.names, made.rows.sizes))
+    sizes = {name: len(rows) for name, rows in zip(made.rows.names, made.rows.train)}
     assert sum(line[f"rows/{n}"] for n in sizes) == data.interval * data.batch
     for name, size in sizes.items():
         assert line[f"drawn/{name}"] == first[f"rows/{name}"]
@@ -157,7 +157,7 @@ def test_any_number_of_hosts_reads_the_same_batches_before_and_after_a_re_weight
     place, size = batch_sharding(made.job.mesh), made.job.experiment.data.batch
     everywhere = jax.NamedSharding(made.job.mesh, jax.P(*place.spec[:1])).addressable_devices_indices_map((size,))
     for interval in range(2):
-        order = mixture.order(mixing.mixture, made.rows.sizes, 0, 5 * size)
+        order = mixture.order(mixing.mixture, [len(rows) for rows in made.rows.train], 0, 5 * size)
         whole = [np.stack([part[step * size : (step + 1) * size] for part in order]) for step in range(5)]
         for step in range(5):
             pieces, places = [], []
