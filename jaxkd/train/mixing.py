@@ -164,8 +164,9 @@ class Mixing:
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
         told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
         target = workdir / rules.AVERAGED
-        target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        os.replace(target.with_suffix(".tmp"), target)
+        if jax.process_index() == 0:
+            target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            os.replace(target.with_suffix(".tmp"), target)
         spelled = ",".join(f"{name}={weight:.4f}" for name, weight in weights.items())
         return f"weights of the domains, averaged: {spelled}; to draw by them: data.mixture='doremi(\"{workdir}\")'"
 
