@@ -34,6 +34,7 @@ def facts(job: Job, rows: Domains, kept_layers, memory: dict[str, int], command:
             {
                 "name": p.name,
                 "train_rows": p.train_rows,
+                "whole_rows": p.whole_rows,  # of the whole text, which natural shares follow
                 "valid_rows": p.valid_rows,
                 "documents": p.documents,
                 "duplicates": p.duplicates,

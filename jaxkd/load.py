@@ -36,8 +36,13 @@ class Domains(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Training rows per domain."""
+        """Training rows per domain that are there to draw from."""
         return [len(rows) for rows in self.train]
+
+    @property
+    def whole(self) -> list[int]:
+        """Training rows that each domain's whole text would give, beyond `data.train_rows` too: what rules weigh by."""
+        return [p.whole_rows for p in self.prepared]
 
     @property
     def fingerprints(self) -> dict[str, str]:

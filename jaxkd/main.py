@@ -37,8 +37,9 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
 
     rows = load.domains(job.build(job.elsewhere(experiment(read_config(config)))))
     for p in rows.prepared:
+        made = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
         print(
-            f"{p.name}: {p.train_rows:,} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
+            f"{p.name}: {made} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
             f"({p.duplicates:,} duplicates dropped), {'built in' if p.built else 'already in'} {p.path}"
         )
 

@@ -6,7 +6,6 @@ the old. TFDS writes into a directory of another name and renames it when all is
 ever in place.
 """
 
-import array
 import contextlib
 import errno
 import fcntl
@@ -28,6 +27,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
+from jaxkd.data.corpus import Corpus, collect, divide
 from jaxkd.data.pack import Row, pack
 from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
@@ -53,72 +53,8 @@ class Prepared(NamedTuple):
     duplicates: int  # documents left out because the same text came before
     tokens: int  # tokens in the rows, padding left out
     bytes: int  # text bytes of the rows' targets
+    whole_rows: int  # that the whole training text would give: an estimate where `train_rows` is a limit that was met
     built: bool  # by this call; otherwise it was there
-
-
-class _Corpus(NamedTuple):
-    """Distinct documents, spooled to a nameless file; small arrays say what is where."""
-
-    file: BinaryIO
-    offsets: np.ndarray  # int64 [documents + 1]
-    order: np.ndarray  # uint64 [documents], a keyed hash of the text
-    group: np.ndarray  # uint64 [documents], a keyed hash of the group's name
-    duplicates: int
-
-    def texts(self, chosen: np.ndarray) -> Iterator[str]:
-        for i in chosen:
-            self.file.seek(self.offsets[i])
-            yield self.file.read(self.offsets[i + 1] - self.offsets[i]).decode()
-
-
-def _keyed(text: bytes, seed: int) -> int:
-    keyed = hashlib.blake2b(text, digest_size=8, key=f"jaxkd {seed}".encode())
-    return int.from_bytes(keyed.digest(), "little")
-
-
-def _collect(source: Source, file: BinaryIO, seed: int, name: str, progress: bool) -> _Corpus:
-    """Read all documents once: drop duplicates and empty ones, keep the text on disk."""
-    seen: set[bytes] = set()
-    offsets, order, group = array.array("q", [0]), array.array("Q"), array.array("Q")
-    duplicates = 0
-    title = f"{name}: reading"
-    for document in tqdm(source.documents(), title, unit=" documents", disable=not progress, leave=False):
-        folded = " ".join(document.text.split()).casefold().encode("utf-8", "replace")
-        digest = hashlib.sha256(folded).digest()[:16]
-        if not folded:
-            continue
-        if digest in seen:
-            duplicates += 1
-            continue
-        seen.add(digest)
-        # Lone surrogates, which JSON can spell, have no UTF-8 form.
-        offsets.append(offsets[-1] + file.write(document.text.encode("utf-8", "replace")))
-        order.append(_keyed(digest, seed))
-        group.append(_keyed(document.group.encode("utf-8", "replace"), seed))
-    file.flush()
-    return _Corpus(
-        file, np.array(offsets, np.int64), np.array(order, np.uint64), np.array(group, np.uint64), duplicates
-    )
-
-
-def _divide(corpus: _Corpus, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and of the validation documents, in order of use; whole groups go to one side.
-
-    Groups are taken for validation in the order of their hash while they fit into the share of the text; if
-    none fits, the smallest is taken. So one huge group does not swallow the training text, and no side is
-    empty.
-    """
-    groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
-    size = np.bincount(member, weights=np.diff(corpus.offsets)).astype(np.int64)
-    room, valid = int(share * size.sum()), np.zeros(len(groups), bool)
-    for number in range(len(groups)):
-        if size[number] <= room:
-            valid[number] = True
-            room -= int(size[number])
-    if not valid.any():
-        valid[np.argmin(size)] = True
-    ordered = np.argsort(corpus.order, kind="stable")
-    return ordered[~valid[member[ordered]]], ordered[valid[member[ordered]]]
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -154,7 +90,7 @@ def _spread(
 
 
 def _pack_side(
-    corpus: _Corpus, chosen: np.ndarray, tokenizer: Tokenizer, length: int, cap: int, seed: int
+    corpus: Corpus, chosen: np.ndarray, tokenizer: Tokenizer, length: int, cap: int, seed: int
 ) -> Iterator[Row]:
     """The rows of the chosen documents, at most `cap` unless that is 0."""
     documents = _tokenised(corpus.texts(chosen), tokenizer)
@@ -234,10 +170,26 @@ def _check(name: str, length: int, caps: tuple[int, int], valid_share: float) ->
         raise ValueError(f"valid_share must be between 0 and 1, got {valid_share}")
 
 
+def _whole_rows(facts: Mapping[str, Any]) -> int:
+    """Rows of the whole training text, from its bytes and the rows'; 0 where an older jaxkd did not keep its bytes."""
+    limit, made = facts["caps"]["train"], int(facts["train_rows"])
+    if not limit or made < limit:
+        return made
+    size = int(facts.get("train_bytes", 0))
+    return max(made, round(size * (made + facts["valid_rows"]) / facts["bytes"])) if size else 0
+
+
+def _amend(path: epath.Path, **facts: int) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")) | facts
+    temporary = path.parent / (path.name + ".tmp")
+    temporary.write_text(json.dumps(known), encoding="utf-8")
+    temporary.replace(path)
+
+
 def _read_prepared(name: str, path: epath.Path, fingerprint: str, built: bool) -> Prepared:
     try:
         facts = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
-        numbers = {key: int(facts[key]) for key in Prepared._fields[3:9]}
+        numbers = {key: int(facts[key]) for key in Prepared._fields[3:9]} | {"whole_rows": _whole_rows(facts)}
         same = facts["fingerprint"] == fingerprint and (path / "dataset_info.json").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         same = False
@@ -285,24 +237,28 @@ def prepare(
     root = epath.Path(directory).expanduser()
     config = tfds.core.BuilderConfig(name=f"{name}-{fingerprint[:12]}")
     path = root / PackedRows.name / config.name / _VERSION
+    alone = functools.partial(_alone, root / f".{config.name}.lock")
     if path.exists():
-        return _read_prepared(name, path, fingerprint, built=False)
-    with _full_disk(name, root), _alone(root / f".{config.name}.lock"), _spool(path.parent) as file:
+        found = _read_prepared(name, path, fingerprint, built=False)
+        if not found.whole_rows:
+            print(f"{name}: rows of an older jaxkd, reading the text once more for its whole size", file=sys.stderr)
+            with alone(), _spool(path.parent) as file:
+                corpus = collect(source, file, seed, name, progress)
+                _amend(path / "metadata.json", train_bytes=corpus.size(divide(corpus, valid_share)[0]))
+            found = _read_prepared(name, path, fingerprint, built=False)
+        return found
+    with _full_disk(name, root), alone(), _spool(path.parent) as file:
         if path.exists():  # by another process, while this one waited
             return _read_prepared(name, path, fingerprint, built=False)
-        corpus = _collect(source, file, seed, name, progress)
-        groups = len(np.unique(corpus.group))
-        if groups < 2:
-            raise ValueError(
-                f"domain {name!r} ({source.spec}) has {len(corpus.order)} distinct documents in {groups} "
-                "groups, 2 are needed: one to train and one to validate on. "
-                "Split the text into more documents (files, or lines of JSONL)"
-            )
-        facts: dict[str, Any] = {"name": name, "spec": source.spec, "fingerprint": fingerprint, **choices}
+        corpus = collect(source, file, seed, name, progress)
+        corpus.require_two_groups(f"domain {name!r} ({source.spec})")
+        facts = {"name": name, "spec": source.spec, "fingerprint": fingerprint, **choices}
         facts |= {"documents": len(corpus.order), "duplicates": corpus.duplicates, "tokens": 0, "bytes": 0}
+        divided = dict(zip(caps, divide(corpus, valid_share)))
+        facts["train_bytes"] = corpus.size(divided["train"])
         sides = {
             split: functools.partial(_pack_side, corpus, chosen, tokenizer, length, caps[split], seed)
-            for split, chosen in zip(caps, _divide(corpus, valid_share))
+            for split, chosen in divided.items()
         }
         with _quiet(), tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
             builder = PackedRows(

@@ -54,9 +54,9 @@ class Mixing:
         """
         if self.rule.measures is rules.Gaps:
             # Such a rule begins once the first evaluation is there; until then the pool is as it is.
-            self.mixture = mixture.init(mixture.natural(self._rows.sizes))
+            self.mixture = mixture.init(mixture.natural(self._rows.whole))
         else:
-            sampling, state = self.rule.init(self._rows.sizes, None)
+            sampling, state = self.rule.init(self._rows.whole, None)
             self.mixture = mixture.init(sampling)._replace(rule_state={"rule": state})
 
     @property
@@ -97,7 +97,7 @@ class Mixing:
         found = {row["domain"]: row for row in evaluation}
         column = lambda key: np.asarray([found[name][key] for name in self._rows.names], np.float64)
         self.gaps = start = rules.Gaps(*(column(key) for key in rules.Gaps._fields))
-        sampling, state = self.rule.init(self._rows.sizes, start)
+        sampling, state = self.rule.init(self._rows.whole, start)
         # The teacher's losses are measured once; bytes a token are the same for every student.
         known = {"teacher_nats": start.teacher_nats, "teacher_bits_per_byte": start.teacher_bits_per_byte}
         known["bits_per_nat"] = start.student_bits_per_byte / start.student_nats

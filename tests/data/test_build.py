@@ -261,6 +261,28 @@ def test_a_side_without_rows(tmp_path):
     assert left_in(tmp_path) == []
 
 
+def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path, capfd):
+    """Natural shares follow the text and not the limit; rows of an older jaxkd, which kept no size, learn it."""
+    documents = [(str(i), text) for i, text in enumerate(dict.fromkeys(sentences(400)))]
+    whole = prepare(documents, tmp_path)
+    assert whole.whole_rows == whole.train_rows
+    few = prepare(documents, tmp_path, train_rows=20, valid_rows=4)
+    assert few.train_rows == 20
+    assert few.whole_rows == pytest.approx(whole.train_rows, rel=0.05)
+    roomy = prepare(documents, tmp_path, train_rows=10_000, valid_rows=4)
+    assert roomy.whole_rows == roomy.train_rows == whole.train_rows
+    file = few.path / "metadata.json"
+    facts = json.loads(file.read_text())
+    del facts["train_bytes"]
+    file.write_text(json.dumps(facts))
+    capfd.readouterr()
+    again = prepare(documents, tmp_path, train_rows=20, valid_rows=4)
+    assert again == few._replace(built=False)
+    assert "rows of an older jaxkd, reading the text once more" in capfd.readouterr().err
+    prepare(documents, tmp_path, train_rows=20, valid_rows=4)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,0 +1,96 @@
+"""The distinct documents of a source, spooled to disk, and their division into training and validation."""
+
+import array
+import hashlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from jaxkd.data.sources import Source
+
+
+class Corpus(NamedTuple):
+    """Distinct documents, spooled to a nameless file; small arrays say what is where."""
+
+    file: BinaryIO
+    offsets: np.ndarray  # int64 [documents + 1]
+    order: np.ndarray  # uint64 [documents], a keyed hash of the text
+    group: np.ndarray  # uint64 [documents], a keyed hash of the group's name
+    duplicates: int
+
+    def require_two_groups(self, what: str) -> None:
+        """Raises: ValueError when there is not one group to train and another one to validate on."""
+        groups = len(np.unique(self.group))
+        if groups < 2:
+            raise ValueError(
+                f"{what} has {len(self.order)} distinct documents in {groups} groups, 2 are needed: one to train and "
+                "one to validate on. Split the text into more documents (files, or lines of JSONL)"
+            )
+
+    def size(self, chosen: np.ndarray) -> int:
+        """Bytes of the documents with these indices."""
+        return int(np.diff(self.offsets)[chosen].sum())
+
+    def texts(self, chosen: np.ndarray) -> Iterator[str]:
+        """Documents by index, one after another."""
+        for i in chosen:
+            self.file.seek(self.offsets[i])
+            yield self.file.read(self.offsets[i + 1] - self.offsets[i]).decode()
+
+
+def _keyed(text: bytes, seed: int) -> int:
+    keyed = hashlib.blake2b(text, digest_size=8, key=f"jaxkd {seed}".encode())
+    return int.from_bytes(keyed.digest(), "little")
+
+
+def collect(source: Source, file: BinaryIO, seed: int, name: str, progress: bool) -> Corpus:
+    """Read all documents once: drop duplicates and empty ones, keep the text on disk.
+
+    Args:
+        source: of the text.
+        file: what is kept of it.
+        seed: of the documents' order and division.
+        name: the domain's, for the progress bar.
+        progress: show it on stderr.
+    """
+    seen: set[bytes] = set()
+    offsets, order, group = array.array("q", [0]), array.array("Q"), array.array("Q")
+    duplicates = 0
+    title = f"{name}: reading"
+    for document in tqdm(source.documents(), title, unit=" documents", disable=not progress, leave=False):
+        folded = " ".join(document.text.split()).casefold().encode("utf-8", "replace")
+        digest = hashlib.sha256(folded).digest()[:16]
+        if not folded:
+            continue
+        if digest in seen:
+            duplicates += 1
+            continue
+        seen.add(digest)
+        # Lone surrogates, which JSON can spell, have no UTF-8 form.
+        offsets.append(offsets[-1] + file.write(document.text.encode("utf-8", "replace")))
+        order.append(_keyed(digest, seed))
+        group.append(_keyed(document.group.encode("utf-8", "replace"), seed))
+    file.flush()
+    return Corpus(file, np.array(offsets, np.int64), np.array(order, np.uint64), np.array(group, np.uint64), duplicates)
+
+
+def divide(corpus: Corpus, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training and of the validation documents, in order of use; whole groups go to one side.
+
+    Groups are taken for validation in the order of their hash while they fit into the share of the text; if
+    none fits, the smallest is taken. So one huge group does not swallow the training text, and no side is
+    empty.
+    """
+    groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
+    size = np.bincount(member, weights=np.diff(corpus.offsets)).astype(np.int64)
+    room, valid = int(share * size.sum()), np.zeros(len(groups), bool)
+    for number in range(len(groups)):
+        if size[number] <= room:
+            valid[number] = True
+            room -= int(size[number])
+    if not valid.any():
+        valid[np.argmin(size)] = True
+    ordered = np.argsort(corpus.order, kind="stable")
+    return ordered[~valid[member[ordered]]], ordered[valid[member[ordered]]]
