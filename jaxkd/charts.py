@@ -72,6 +72,7 @@ figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
 .rule { stroke: var(--soft); }
 .line { fill: none; stroke: currentColor; stroke-width: 1.9; stroke-linejoin: round; stroke-linecap: round; }
 .faint { stroke-width: 1; opacity: .3; }
+.band { fill: currentColor; opacity: .16; }
 .dashed { stroke-dasharray: 5 5; }
 .mark { fill: currentColor; }
 .hollow { fill: var(--panel); stroke: currentColor; stroke-width: 1.6; }
@@ -99,6 +100,7 @@ class Line(NamedTuple):
     style: int = 0
     dashed: bool = False
     raw: Sequence[float] | None = None  # the same before smoothing, drawn faintly behind and told by the tooltip
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # from, to: how far several runs spread
 
 
 class Axis(NamedTuple):
@@ -284,6 +286,10 @@ def curve(line: Line, x_axis: Axis, y_axis: Axis, unit: str) -> str:
     points = place(line.y)
     color, dashes = f"s{line.style % COLORS}", " dashed" if line.dashed else ""
     out = []
+    if line.band is not None:
+        low, high = (place(edge) for edge in line.band)
+        around = [point for point in [*low, *reversed(high)] if point is not None]
+        out.append(f'<path class="band {color}" d="{path(around)}Z"/>')
     if line.raw is not None:
         out.append(f'<path class="line faint {color}" d="{path(place(line.raw))}"/>')
     out.append(f'<path class="line {color}{dashes}" d="{path(points)}"/>')
@@ -363,7 +369,7 @@ def figure(
     allow it. y_range: shared by several charts. width, height: of the drawing, in its own units.
     """
     head = f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-    every = [v for line in lines for v in (*line.y, *(line.raw or ()))]
+    every = [v for line in lines for v in (*line.y, *(line.raw or ()), *(v for edge in line.band or () for v in edge))]
     positive = [v for v in every if math.isfinite(v) and v > 0]
     log = log and len(positive) > 1 and max(positive) > 50 * min(positive)
     span = y_range or limits(positive if log else every, zero and not log)

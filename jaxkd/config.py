@@ -111,7 +111,9 @@ def _parse(arguments: Sequence[str], known: Mapping[str, Any] | None = None) -> 
         if wrong and known and wrong[1] in known:
             kind = type(known[wrong[1]]).__name__
             raise ValueError(f"--config.{wrong[1]} must be {kind}, got '{wrong[2]}'") from None
-        raise ValueError(str(error).splitlines()[0]) from None
+        lines = str(error).strip().splitlines()
+        # What a recipe itself raises comes inside a traceback, whose last line it is.
+        raise ValueError(lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else lines[0]) from None
     except (SyntaxError, AttributeError, ImportError, NameError, KeyError) as error:
         raise ValueError(f"the recipe {arguments[0]} cannot be read: {type(error).__name__}: {error}") from None
 

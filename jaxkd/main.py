@@ -126,6 +126,20 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         print(line)
 
 
+def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Train variants of a recipe times seeds, one after another. The same command skips what is done and resumes."""
+    from jaxkd import sweep as sweeps
+
+    workdir = Path(options.workdir)
+    lines = [*options.run, *(sweeps.read_runs(Path(options.runs)) if options.runs else [])]
+    runs = sweeps.plan(options.config, config[1:], workdir, options.variants, lines, options.seeds)
+    if options.print:
+        for line in sweeps.printed(runs, workdir):
+            print(line)
+    elif code := sweeps.go(runs, workdir, lambda line: print(line, flush=True)):
+        raise SystemExit(code)
+
+
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Score a run's student beside its teacher on the held-out rows."""
     workdir = Path(options.workdir)
@@ -203,6 +217,19 @@ def report(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     print(f"report: {reporter.write(Path(options.workdir))}")
 
 
+def compare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Put finished runs side by side: mean and spread over seeds, per domain, and a page of curves."""
+    from jaxkd import comparison, comparison_page
+
+    places = [Path(place) for place in options.places]
+    found = comparison.gather(places, options.against)
+    page = comparison_page.write(found, Path(options.to) if options.to else places[0] / "compare.html")
+    if options.json:
+        print(json.dumps(comparison.as_json(found), indent=2))
+    else:
+        print(f"{comparison.text(found)}\n\npage: {page}")
+
+
 def _student(built, workdir: Path, step: int | None):
     from jaxkd.train.checkpoint import Checkpoints
 
@@ -223,9 +250,11 @@ VERBS = {
     "cache": cache,
     "check": check,
     "train": train,
+    "sweep": sweep,
     "evaluate": evaluate,
     "export": export,
     "report": report,
+    "compare": compare,
 }
 
 
@@ -236,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, function in VERBS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        takes_config = name in ("prepare", "cache", "check", "train")
+        takes_config = name in ("prepare", "cache", "check", "train", "sweep")
         sub = verbs.add_parser(
             name,
             help=summary,
@@ -247,11 +276,15 @@ def parser() -> argparse.ArgumentParser:
         )
         if takes_config:
             sub.add_argument("--config", metavar="FILE[:ARGUMENT]", required=True, help="the recipe, see below")
-        if not takes_config or name == "train":
+        if name == "compare":
+            _compare_arguments(sub)
+        elif not takes_config or name in ("train", "sweep"):
             sub.add_argument("--workdir", required=True, help="directory of the run")
         if name == "train":
             sub.add_argument("--no-check", action="store_true", help="train even if `jaxkd check` would refuse")
             sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
+        if name == "sweep":
+            _sweep_arguments(sub)
         if name in ("evaluate", "export"):
             sub.add_argument("--step", type=int, help="checkpoint to take (default: the newest)")
         if name == "export":
@@ -259,6 +292,22 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
             sub.add_argument("--overwrite", action="store_true", help="replace whatever --to holds")
     return root
+
+
+def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--variants", nargs="+", default=[], metavar="ARGUMENT", help="recipe arguments, a variant each")
+    one = '"NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"'
+    sub.add_argument("--run", action="append", default=[], metavar="LINE", help=f"a variant, {one}")
+    sub.add_argument("--runs", metavar="FILE", help="a file of such lines")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="values of run.seed (default: 0)")
+    sub.add_argument("--print", action="store_true", help="print the commands that are left, for a launcher")
+
+
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("places", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
+    sub.add_argument("--against", metavar="VARIANT", help="what the others are held against (default: the first)")
+    sub.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    sub.add_argument("--to", metavar="FILE", help="the page (default: compare.html in the first directory)")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
