@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd import divergences
+from jaxkd import divergences, terms
+from jaxkd.data import rules
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.types import LOG_FLOOR, Head
 
-LOSSES = Path(__file__).parent.parent / "docs/losses.md"
+DOCS = Path(__file__).parent.parent / "docs"
+LOSSES = DOCS / "losses.md"
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +71,42 @@ def test_every_divergence_is_listed():
     text = LOSSES.read_text(encoding="utf-8")
     missing = [name for name in divergences.__all__ if f"`{name}(" not in text]
     assert not missing, f"docs/losses.md does not list {', '.join(missing)}"
+
+
+def test_worked_rule(monkeypatch):
+    """The rule that docs/ddk.md adds, called as a recipe would: shares follow the square of the excess loss."""
+    [block] = re.findall(r"^```python\n(.*?)^```", (DOCS / "ddk.md").read_text(encoding="utf-8"), re.M | re.S)
+    names: dict = {}
+    exec(block, names)
+    monkeypatch.setattr(rules, "by_excess", names["by_excess"], raising=False)
+    monkeypatch.setattr(rules, "__all__", [*rules.__all__, "by_excess"])
+    rule = terms.call("by_excess(power=2.0)", rules, "data.mixture")
+    assert rule.measures
+    sampling, state = rule.init([10, 30, 60], None)
+    np.testing.assert_allclose(sampling, [0.1, 0.3, 0.6])
+    nats = np.asarray([4.0, 5.0, 2.0])
+    gaps = rules.Gaps(nats, np.full(3, 3.0), nats, nats)
+    sampling, _ = rule.update(state, gaps, 1)
+    np.testing.assert_allclose(sampling, [0.2, 0.8, 0.0], atol=1e-12)
+
+
+def test_numbers_of_the_ddk_page():
+    """What it says of small gaps, and of one domain that is far behind."""
+
+    def settled(ratios, **options):
+        nats = np.log(ratios)
+        gaps, rule = rules.Gaps(nats, 0 * nats, nats, nats), rules.ddk(**options)
+        sampling, state = rule.init([1] * len(ratios), gaps)
+        for interval in range(1, 50):
+            sampling, state = rule.update(state, gaps, interval)
+        return sampling
+
+    text = " ".join((DOCS / "ddk.md").read_text(encoding="utf-8").split())
+    small = np.linspace(1.2, 1.8, 10)
+    for given, name in (({"smooth": False}, "Eq. 1 gives shares of"), ({}, "Eq. 2 settles at")):
+        found = settled(small, **given)
+        assert f"{name} {found.min():.3f} to {found.max():.3f}" in text
+    outliers = [np.r_[ratio, np.full(9, 1.2)] for ratio in (3.0, 6.0, 50.0)]
+    eq1, eq2 = ([settled(ratios, **given)[0] for ratios in outliers] for given in ({"smooth": False}, {}))
+    assert "Eq. 1 gives that one {:.2f}, {:.2f} or {:.2f}".format(*eq1) in text
+    assert "Eq. 2 settles at {:.2f}, {:.2f} and {:.2f}".format(*eq2) in text
