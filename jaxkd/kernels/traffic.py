@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkd.chips import CHIPS, Chip
 from jaxkd.types import Head
 
 LOGIT_BYTES = 38
@@ -18,32 +19,6 @@ slope over the chunk's tokens of the bytes in programs compiled for v5e (39) and
 _LANES = 128
 _CLEARLY = 0.9  # a tie goes to the XLA form: the roofline leaves out vector units, which the Pallas form keeps busier
 _STAY, _STREAM = (1024, 512, 256, 128), (256, 128)
-
-
-class Chip(NamedTuple):
-    """One JAX device. VMEM is of one core: where a device has two, a kernel's blocks go to both."""
-
-    vmem: int  # bytes
-    flops: float  # bfloat16 multiplications and additions per second
-    bandwidth: float  # HBM bytes per second
-
-    @property
-    def ridge(self) -> float:
-        """FLOPs per byte above which products, not memory, take the time."""
-        return self.flops / self.bandwidth
-
-
-# VMEM as `jax.experimental.pallas.tpu.get_tpu_info` has it, the rest from the makers' pages. By `device_kind`.
-CHIPS = {
-    "TPU v4": Chip(16 * 2**20, 275e12, 1228e9),
-    "TPU v5 lite": Chip(128 * 2**20, 197e12, 819e9),
-    "TPU v5e": Chip(128 * 2**20, 197e12, 819e9),
-    "TPU v5": Chip(64 * 2**20, 459e12, 2765e9),
-    "TPU v5p": Chip(64 * 2**20, 459e12, 2765e9),
-    "TPU v6 lite": Chip(128 * 2**20, 918e12, 1640e9),
-    "TPU v6e": Chip(128 * 2**20, 918e12, 1640e9),
-    "TPU7x": Chip(64 * 2**20, 1153e12, 3690e9),
-}
 
 
 class Sizes(NamedTuple):

@@ -1,0 +1,162 @@
+"""TPU generations as numbers, and the names by which people ask for slices of them.
+
+Sources: Google's pages on each generation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). VMEM is what
+`jax.experimental.pallas.tpu.get_tpu_info` says; HBM is what libtpu's compiler lets a program have, which is a quarter
+to a whole GiB less than what is on the chip.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+_GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One JAX device, at its peak. VMEM is of one core: where a device has two, a kernel's blocks go to both."""
+
+    vmem: int  # bytes
+    flops: float  # bfloat16 multiplications and additions per second
+    bandwidth: float  # HBM bytes per second
+    hbm: int = 0  # bytes that a program may have
+    link: float = 0.0  # bytes per second over one link between chips, each way
+    dcn: float | None = None  # bytes per second to other slices; None where the makers do not say
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs per byte above which products, not memory, take the time."""
+        return self.flops / self.bandwidth
+
+
+# A tpu7x chip is two devices: half of its HBM, of each link and of its network is each one's.
+CHIPS = {
+    "TPU v4": Chip(16 * 2**20, 275e12, 1228e9, int(30.75 * _GIB), 50e9),
+    "TPU v5 lite": Chip(128 * 2**20, 197e12, 819e9, int(15.75 * _GIB), 50e9, 3.125e9),
+    "TPU v5": Chip(64 * 2**20, 459e12, 2765e9, int(95.74 * _GIB), 100e9, 6.25e9),
+    "TPU v6 lite": Chip(128 * 2**20, 918e12, 1640e9, int(31.25 * _GIB), 100e9, 12.5e9),
+    "TPU7x": Chip(64 * 2**20, 1153e12, 3690e9, int(94.75 * _GIB), 50e9, 6.25e9),
+}
+"""By `device_kind`."""
+CHIPS |= {"TPU v5e": CHIPS["TPU v5 lite"], "TPU v5p": CHIPS["TPU v5"], "TPU v6e": CHIPS["TPU v6 lite"]}
+
+
+class Generation(NamedTuple):
+    """What a slice of some TPUs may be, and what the number in its name counts."""
+
+    name: str  # as libtpu spells it
+    aliases: tuple[str, ...]
+    kind: str  # JAX's `device_kind`
+    shapes: tuple[tuple[int, ...], ...]  # those that a number names
+    counted: str  # what that number counts
+    per_chip: int = 1  # of those
+    devices_per_chip: int = 1
+
+
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_CUBES = (
+    *((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8)),
+    *((8, 8, 16), (8, 16, 16), (16, 16, 16)),
+)
+GENERATIONS = (
+    Generation("v4", (), "TPU v4", _CUBES, "TensorCores", 2),
+    Generation("v5e", ("v5litepod",), "TPU v5 lite", _FLAT, "chips"),
+    Generation("v5p", (), "TPU v5", _CUBES, "TensorCores", 2),
+    Generation("v6e", (), "TPU v6 lite", _FLAT, "chips"),
+    Generation("tpu7x", ("v7x",), "TPU7x", _CUBES, "TensorCores", 2, 2),
+)
+_ON_ONE_HOST = 8  # chips of a flat slice that one machine can hold; larger ones have four a machine
+
+
+class Topology(NamedTuple):
+    """One slice: chips in a grid, every one linked to its neighbours."""
+
+    asked: str
+    generation: Generation
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """As libtpu spells it."""
+        return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def chip(self) -> Chip:
+        """One JAX device of it."""
+        return CHIPS[self.generation.kind]
+
+    @property
+    def chips(self) -> int:
+        """In all."""
+        return math.prod(self.shape)
+
+    @property
+    def hosts(self) -> int:
+        """Machines that run a process each."""
+        flat = len(self.shape) == 2
+        return 1 if self.chips <= (_ON_ONE_HOST if flat else 4) else self.chips // 4
+
+    @property
+    def devices(self) -> int:
+        """As `jax.devices()` counts them."""
+        return self.chips * self.generation.devices_per_chip
+
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Per dimension, whether the last chip is linked to the first: whole pods, and multiples of 4 x 4 x 4."""
+        if len(self.shape) == 2:
+            return tuple(n == 16 for n in self.shape)
+        return (all(n % 4 == 0 for n in self.shape),) * 3
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `jax.experimental.topologies.get_topology_desc` needs to know beside the name."""
+        more: dict[str, Any] = {"chip_config_name": "megacore"} if self.generation.name == "v4" else {}
+        return more | ({"chips_per_host_bounds": (1, 1, 1)} if self.chips == 1 else {})
+
+    def sentence(self) -> str:
+        """Chips, hosts and devices, and where a number could be taken for another what it counts."""
+        g, plural = self.generation, lambda n, what: f"{n:,} {what}{'' if n == 1 else 's'}"
+        counts = [plural(self.chips, "chip"), plural(self.hosts, "host"), plural(self.devices, "JAX device")]
+        said = f"{self.name}: {', '.join(counts)}"
+        if g.per_chip > 1 and "-" in self.asked and "x" not in self.asked.rpartition("-")[2]:
+            said += f" (the number in {self.asked} counts {g.counted}, {g.per_chip} a chip, not chips)"
+        return said
+
+
+def topology(name: str) -> Topology:
+    """The slice of a name, such as "v5litepod-256", "v5p-128", "v6e-64", "tpu7x-4x4x4" or "v5e:16x16".
+
+    Raises:
+        ValueError: for a generation that is not known, or a size that it does not come in.
+    """
+    generations = {alias: g for g in GENERATIONS for alias in (g.name, *g.aliases)}
+    match = re.fullmatch(r"([a-z0-9]+)[-:=](\d+(?:x\d+)*)", name.strip().lower())
+    if match is None or match[1] not in generations:
+        known = ", ".join(f"{g.name}-{_number(g, g.shapes[3])}" for g in GENERATIONS)
+        raise ValueError(
+            f"no topology '{name}': give a generation and a size, such as {known} or v5litepod-256, or a grid of chips "
+            "such as v5e:16x16 or v5p:4x4x8"
+        )
+    g = generations[match[1]]
+    if "x" in match[2]:
+        shape = tuple(map(int, match[2].split("x")))
+        if len(shape) != len(g.shapes[0]) or 0 in shape:
+            raise ValueError(f"no topology '{name}': a {g.name} slice has {len(g.shapes[0])} dimensions, {_grids(g)}")
+        return Topology(name, g, shape)
+    for shape in g.shapes:
+        if _number(g, shape) == int(match[2]):
+            return Topology(name, g, shape)
+    numbers = ", ".join(str(_number(g, shape)) for shape in g.shapes)
+    of_each = f", {g.per_chip} a chip" if g.per_chip > 1 else ""
+    raise ValueError(
+        f"no topology '{name}': the number of a {g.name} slice counts {g.counted}{of_each} and is one of {numbers}; "
+        f"another grid of chips is given as such, {_grids(g)}"
+    )
+
+
+def _number(g: Generation, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * g.per_chip
+
+
+def _grids(g: Generation) -> str:
+    return f"such as {g.name}:{'x'.join(map(str, g.shapes[3]))}"
