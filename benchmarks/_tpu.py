@@ -1,7 +1,7 @@
 """Programs compiled for TPUs on a machine that has none: what fits on a chip, and what a mesh exchanges."""
 
+import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,6 +17,8 @@ from _forms import FORMS, Shape
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxkd import chips
+from jaxkd.hlo import Program
 from jaxkd.kernels import traffic
 from jaxkd.kernels.api import IMPLEMENTATIONS, chunk_size
 from jaxkd.sharding import MESH_AXES, make_mesh
@@ -31,7 +33,8 @@ class Chip(NamedTuple):
     kind: str  # as JAX names it
 
 
-CHIPS = {"v5e": Chip("v5e:2x2", 16 * 2**30, "TPU v5 lite"), "v6e": Chip("v6e:2x2", 32 * 2**30, "TPU v6 lite")}
+KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
+CHIPS = {name: Chip(f"{name}:2x2", chips.CHIPS[kind].hbm, kind) for name, kind in KINDS.items()}
 WAYS = {"dense": None, "xla": "xla", "pallas": "pallas_tpu"}
 VOCAB, WIDTH, TEACHER_WIDTH = 128_256, 2_048, 4_096  # Llama-3.2-1B learns from Llama-3.1-8B
 FORM = "forward_kl"
@@ -108,56 +111,6 @@ def _largest(way: str, chip: str) -> dict:
     return row | {"next_tokens": COUNTS[fails] if fails < len(COUNTS) else None, "note": found.get(fails)}
 
 
-# ------------------------------------------------------------------------------------- collectives
-
-_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all"
-_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32, "f64": 64}
-
-
-def collectives(text: str) -> list[dict]:
-    """Each collective of a compiled program: `op`, `bytes` of its result, and whether a loop repeats it.
-
-    Args:
-        text: `compiled.as_text()`.
-    """
-    computations: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if match := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            here = computations.setdefault(match.group(1), [])
-        elif line.startswith(" "):
-            here.append(line)
-    calls = {
-        name: {called for line in lines for called in re.findall(r"=\{?%([\w.-]+)", line) if called in computations}
-        for name, lines in computations.items()
-    }
-    looped: set[str] = set()
-    everything = "\n".join(line for lines in computations.values() for line in lines)
-    waiting = set(re.findall(r"body=%([\w.-]+)", everything))
-    while waiting:
-        name = waiting.pop()
-        if name not in looped:
-            looped.add(name)
-            waiting |= calls.get(name, set())
-    rows = []
-    for name, lines in computations.items():
-        for line in lines:
-            if match := re.search(rf"= (.*?) ({_COLLECTIVES})(-start)?\(", line):
-                kind, op, start = match.groups()
-                shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", kind)
-                sizes = [_bytes(dtype, dims) for dtype, dims in shapes if dtype in _BITS]
-                # What starts a gather returns its operand too.
-                size = max(sizes) if start and op != "all-reduce" else sum(sizes)
-                rows.append({"op": op, "bytes": size, "in_loop": name in looped})
-    return rows
-
-
-def _bytes(dtype: str, dimensions: str) -> int:
-    size = _BITS[dtype] // 8
-    for length in filter(None, dimensions.split(",")):
-        size *= int(length)
-    return size
-
-
 def _sharded(way: str) -> Iterator[dict]:
     """The collectives of one program over a data x model mesh."""
     row = {"name": f"{way} {SHARDED} collective", "mesh": "x".join(map(str, MESH)), "tokens": SHARDED_TOKENS}
@@ -174,8 +127,8 @@ def _sharded(way: str) -> Iterator[dict]:
     with jax.set_mesh(mesh):
         program = jax.jit(_function(way), out_shardings=gradients).lower(*arguments).compile()
     row["temp_bytes"] = program.memory_analysis().temp_size_in_bytes
-    for found in collectives(program.as_text()):
-        yield row | found
+    for found in Program(program.as_text()).collectives(dict(mesh.shape)):
+        yield row | dataclasses.asdict(found)
 
 
 def table() -> Iterator[dict]:

@@ -1,0 +1,301 @@
+"""Compiled programs read as text: how often each loop runs, what devices exchange, what goes to memory.
+
+XLA's own figures count the body of a loop once. Here every instruction counts as often as the loops around it run.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
+    *("ragged-all-to-all", "collective-broadcast"),
+)
+_BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
+# What moves nothing by itself: names for what is there already, and loops, whose insides are counted on their own.
+_STILL = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "optimization-barrier", "opt-barrier", "async-start", "async-update", "domain"),
+}
+_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
+_SLICES = ("dynamic-slice", "slice", "gather")
+_NAMES = re.compile(r"%([\w.\-]+)")
+_ARRAYS = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    kind: str  # its result's type, with layouts
+    op: str
+    operands: tuple[str, ...]
+    rest: str  # attributes
+    root: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Equal exchanges of one program."""
+
+    op: str
+    axis: str  # of the mesh; several are joined by "+"
+    bytes: int  # of one, on one device: the whole array that is gathered, reduced or moved
+    in_loop: bool
+    count: int  # times a step
+
+
+class Program:
+    """The text of an optimised module, taken apart."""
+
+    def __init__(self, text: str):
+        """Read `compiled.as_text()`."""
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry, here = "", []
+        for line in text.splitlines():
+            if (head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)) and not line.startswith(" "):
+                here = self.computations.setdefault(head[2], [])
+                self.entry = head[2] if head[1] else self.entry
+            elif (found := _instruction(line)) is not None:
+                here.append(found)
+        self.kinds = {name: {i.name: i.kind for i in body} for name, body in self.computations.items()}
+        self.times: dict[str, int] = {}  # executions of each computation in one step; those of fusions' too
+        self.looped: set[str] = set()
+        self.moving: set[str] = set()  # computations whose instructions run one by one, not as part of a fusion
+        self._visit(self.entry, 1, False, True)
+
+    def _visit(self, name: str, times: int, looped: bool, moving: bool) -> None:
+        self.times[name] = self.times.get(name, 0) + times
+        if looped:
+            self.looped.add(name)
+        if moving:
+            self.moving.add(name)
+        for i in self.computations.get(name, []):
+            if i.op == "while":
+                trips, parts = self.trips(i), dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", i.rest))
+                for part in parts.values():
+                    self._visit(part, times * trips, True, moving)
+            elif i.op in ("call", "conditional"):
+                for part in _called(i):
+                    self._visit(part, times, looped, moving)
+            elif i.op in ("fusion", "async-start"):
+                for part in _called(i):
+                    self._visit(part, times, looped, False)
+
+    def trips(self, loop: Instruction) -> int:
+        """Of a `while`: what the compiler says, or the bound in its condition; 1 if neither is there."""
+        if known := re.search(r'known_trip_count\\?"?[:=]\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)', loop.rest):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        waiting, bounds = [condition[1]] if condition else [], []
+        while waiting:
+            for i in self.computations.get(waiting.pop(), []):
+                waiting += _called(i)
+                if i.op == "constant" and (value := re.match(r"(\d+)$", ",".join(i.operands))) and "s32[]" in i.kind:
+                    bounds.append(int(value[1]))
+        return max(bounds, default=1)
+
+    def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
+        """All exchanges between devices, equal ones together, the largest in sum first.
+
+        Args:
+            mesh: axis name -> devices, in the order in which the mesh's devices are numbered.
+        """
+        once: dict[tuple[str, str], tuple[Collective, int]] = {}
+        for name, body in self.computations.items():
+            for i in body:
+                op = i.op.removesuffix("-start")
+                if op not in COLLECTIVES or name not in self.times:
+                    continue
+                axis = axis_of(groups(i.rest, math.prod(mesh.values())), mesh)
+                if not axis:
+                    continue
+                size = self._exchanged(name, i)
+                if op == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    op = "reduce-scatter"  # how a TPU's program spells it: a fusion that keeps a slice of the sum
+                # One that overlaps with products stands in the fusions that begin, carry and end it, on one channel.
+                channel = re.search(r"channel_id=(\d+)", i.rest)
+                key = (op, channel[1]) if channel and channel[1] != "1" else (op, f"{name} {i.name}")
+                times = max(self.times[name], once[key][1] if key in once else 0)
+                once[key] = Collective(op, axis, size, name in self.looped, 0), times
+        found: dict[Collective, int] = {}
+        for collective, times in once.values():
+            found[collective] = found.get(collective, 0) + times
+        rows = [dataclasses.replace(collective, count=count) for collective, count in found.items()]
+        return sorted(rows, key=lambda c: -c.bytes * c.count)
+
+    def _exchanged(self, computation: str, i: Instruction) -> int:
+        result = size(i.kind.replace("u32[]", ""))  # without what a start hands on to its end
+        operands = sum(size(self.kinds[computation].get(o, "")) for o in i.operands)
+        if i.op == "all-reduce-start":
+            return result
+        if i.op.endswith("-start"):  # its result holds its operands too
+            result -= operands
+        return max(result, operands)
+
+    def traffic(self) -> int:
+        """Bytes that the program reads from and writes to the device's main memory in one step.
+
+        Of a fusion's operands only what it reads of them; of an update in place only the update. Arrays that the
+        compiler put into on-chip memory, S(1) in their layout, are no traffic.
+        """
+        return sum(
+            self.times[name] * sum(self._moved(name, i) for i in self.computations[name]) for name in self.moving
+        )
+
+    def _moved(self, computation: str, i: Instruction) -> int:
+        if i.op in _STILL or i.op.endswith("-done"):
+            return 0
+        kinds = self.kinds[computation]
+        if i.op == "custom-call" and re.search(rf'custom_call_target="(?:{"|".join(_CALLS)})', i.rest):
+            return 0
+        if i.op == "copy-start":  # (destination, source, context)
+            return size(i.kind, memory=True)
+        if i.op == "slice-start":  # ((source), destination, context): read from memory, to on-chip memory
+            return size(i.kind) - sum(size(kinds.get(o, "")) for o in i.operands)
+        inner = self.computations.get(next(iter(_called(i)), ""), []) if i.op == "fusion" else []
+        reads, in_place = 0, False
+        for number, operand in enumerate(i.operands):
+            kind = kinds.get(operand, "")
+            if not (whole := size(kind, memory=True)):
+                continue
+            if i.op in _SLICES and number == 0:
+                reads += size(i.kind)
+            elif i.op == "dynamic-update-slice" and number == 0:
+                in_place = True
+            elif inner:
+                read, updated = self._read_of(inner, number, whole)
+                reads, in_place = reads + read, in_place or updated
+            else:
+                reads += whole
+        if not in_place:
+            return reads + size(i.kind, memory=True)
+        body = inner or [i]
+        kept = {x.name: x.kind for x in body} if inner else kinds
+        updates = [x for x in body if x.op == "dynamic-update-slice"]
+        return reads + sum(size(kept.get(x.operands[1], "")) for x in updates)
+
+    @staticmethod
+    def _read_of(body: list[Instruction], number: int, whole: int) -> tuple[int, bool]:
+        """What a fusion reads of its operand with that number, and whether it updates it in place."""
+        names = [i.name for i in body if i.op == "parameter" and i.operands[:1] == (str(number),)]
+        if not names:
+            return whole, False
+        waiting, read, updated = names, 0, False
+        while waiting:
+            name = waiting.pop()
+            for i in body:
+                if name not in i.operands:
+                    continue
+                if i.op == "bitcast":
+                    waiting.append(i.name)
+                elif i.op in _SLICES and i.operands[0] == name:
+                    read += size(i.kind)
+                elif i.op == "dynamic-update-slice" and i.operands[0] == name:
+                    updated = True
+                else:
+                    return whole, False
+        return min(read, whole), updated
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = re.match(r"\s+(ROOT )?%?([\w.\-]+) = ", line)
+    if start is None:
+        return None
+    rest = line[start.end() :]
+    if rest.startswith("("):
+        end = _closing(rest, 0) + 1
+    else:
+        end = rest.find(" ")
+    kind, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.find("(")
+    if opening < 0:
+        return None
+    closing = _closing(rest, opening)
+    op, inside = rest[:opening], rest[opening + 1 : closing]
+    operands = tuple(_NAMES.findall(inside)) or tuple(filter(None, [inside.strip()]))
+    return Instruction(start[2], kind, op, operands, rest[closing + 1 :], bool(start[1]))
+
+
+def _closing(text: str, opening: int) -> int:
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] == "(") - (text[place] == ")")
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _called(i: Instruction) -> list[str]:
+    pattern = r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
+    return re.findall(pattern, i.rest) + (_NAMES.findall(branches[1]) if branches else [])
+
+
+def size(kind: str, memory: bool = False) -> int:
+    """Bytes of a type such as "(f32[8,128]{1,0:T(8,128)}, s32[])"; with `memory`, of what lies in main memory only."""
+    total = 0
+    for dtype, dimensions, layout in _ARRAYS.findall(kind):
+        if memory and (space := re.search(r"S\((\d+)\)", layout)) and space[1] != "0":
+            continue
+        bits = _BITS.get(dtype) if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0])
+        total += -(-math.prod(map(int, filter(None, dimensions.split(",")))) * (bits or 0) // 8)
+    return total
+
+
+def groups(attributes: str, devices: int) -> Iterator[list[int]]:
+    """The groups of devices that exchange with each other, from an instruction's attributes."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
+        yield from _lists(pairs[1] + "}")
+    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            ids = ids.transpose([int(n) for n in iota[3].split(",")])
+        yield from ids.reshape(shape[0], -1).tolist()
+    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
+        yield from _of_mesh(*named.groups())
+    elif (listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes)) is not None:
+        yield from _lists(listed[1])
+    else:
+        yield list(range(devices))
+
+
+def _of_mesh(sizes: str, order: str | None, axes: str) -> list[list[int]]:
+    """Groups that vary along axes of a mesh of the compiler's own: "'a'=2,'b'=4", perhaps "[4,2]T(1,0)", "'b'"."""
+    names, extents = zip(*re.findall(r"'([^']+)'=(\d+)", sizes), strict=True)
+    dims = [int(n) for n in extents]
+    ids = np.arange(math.prod(dims))
+    if order and (found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
+        ids = ids.reshape([int(n) for n in found[1].split(",")])
+        if found[2]:
+            ids = ids.transpose([int(n) for n in found[2].split(",")])
+    shape, varying = [], []
+    parts = {name: (before, part) for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
+    for name, extent in zip(names, dims, strict=True):
+        before, part = (int(n or 0) for n in parts.get(name, ("1", "1")))
+        before, part = before or 1, part or extent  # a whole axis has neither
+        shape += [before, part, extent // before // part]
+        varying += [len(shape) - 2] if name in parts else []
+    ids = ids.reshape(shape)
+    still = [d for d in range(ids.ndim) if d not in varying]
+    return ids.transpose([*still, *varying]).reshape(-1, math.prod(shape[d] for d in varying)).tolist()
+
+
+def _lists(text: str) -> Iterator[list[int]]:
+    for inner in re.findall(r"\{([\d,]+)\}", text):
+        yield [int(n) for n in inner.split(",")]
+
+
+def axis_of(exchanging: Iterator[list[int]], mesh: Mapping[str, int]) -> str:
+    """The mesh axes along which groups of devices lie, joined by "+"; empty for groups of one."""
+    shape = tuple(mesh.values())
+    varying = np.zeros(len(shape), bool)
+    for group in exchanging:
+        places = np.asarray(np.unravel_index(group, shape))
+        varying |= (places != places[:, :1]).any(axis=1)
+    return "+".join(name for name, varies in zip(mesh, varying, strict=True) if varies)

@@ -1,0 +1,154 @@
+"""Programs read as text: trips of loops, what devices exchange along which axis, what goes to main memory."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxkd import hlo
+from jaxkd.sharding import make_mesh
+
+MESH = {"data": 4, "model": 2}
+LAYERS, WIDTH, ROWS = 5, 64, 16
+
+# As the TPU compiler writes programs: a gather that overlaps with products stands in three fusions on one channel, a
+# reduction that keeps a slice is a fusion, a loop's trips are in its condition, and S(1) is memory on the chip.
+TPU = """HloModule jit_step, is_scheduled=true
+
+%begin (p: bf16[8,64]) -> (bf16[8,64], bf16[32,64]) {
+  %p = bf16[8,64]{1,0} parameter(0)
+  %gather.1 = bf16[32,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %begun = (bf16[8,64]{1,0}, bf16[32,64]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%end (p.1: bf16[8,64]) -> bf16[32,64] {
+  %p.1 = bf16[8,64]{1,0} parameter(0)
+  ROOT %gather.2 = bf16[32,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}
+
+%all-reduce-scatter.clone (p.2: f32[32,64]) -> f32[8,64] {
+  %p.2 = f32[32,64]{1,0} parameter(0)
+  %sum = f32[32,64]{1,0} all-reduce(%p.2), channel_id=9, replica_groups=mesh['a'=4,'b'=2] {'a'}, to_apply=%add
+  ROOT %kept = f32[8,64]{1,0} dynamic-slice(%sum, %zero), dynamic_slice_sizes={8,64}
+}
+
+%one_layer (stack: f32[5,8,64], which: s32[]) -> f32[8,64] {
+  %stack = f32[5,8,64]{2,1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %layer = f32[1,8,64]{2,1,0} dynamic-slice(%stack, %which), dynamic_slice_sizes={1,8,64}
+  ROOT %flat = f32[8,64]{1,0} bitcast(%layer)
+}
+
+%body (carry: (s32[], f32[5,8,64], f32[32,64])) -> (s32[], f32[5,8,64], f32[32,64]) {
+  %carry = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %all = f32[5,8,64]{2,1,0} get-tuple-element(%carry), index=1
+  %x = f32[32,64]{1,0} get-tuple-element(%carry), index=2
+  %slice = f32[8,64]{1,0} fusion(%all, %i), kind=kLoop, calls=%one_layer
+  %narrow = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} convert(%slice)
+  %first = (bf16[8,64]{1,0}, bf16[32,64]{1,0:S(1)}) fusion(%narrow), kind=kCustom, calls=%begin
+  %last = bf16[32,64]{1,0:S(1)} fusion(%narrow), kind=kCustom, calls=%end
+  %part = f32[8,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.clone
+  ROOT %next = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) tuple(%i, %all, %x)
+}
+
+%condition (carry.1: (s32[], f32[5,8,64], f32[32,64])) -> pred[] {
+  %carry.1 = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%carry.1), index=0
+  %bound = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (start: (s32[], f32[5,8,64], f32[32,64])) -> f32[] {
+  %start = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
+  %loop = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) while(%start), condition=%condition, body=%body
+  %hop.1 = f32[32,64]{1,0} get-tuple-element(%loop), index=2
+  %hop = (f32[32,64]{1,0:S(1)}, f32[32,64]{1,0:S(1)}, u32[]{:S(2)}) collective-permute-start(%hop.1), channel_id=3, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
+  %hopped = f32[32,64]{1,0:S(1)} collective-permute-done(%hop)
+  ROOT %value = f32[] all-reduce(%scalar), channel_id=1, replica_groups={}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_exchanges_of_a_tpu_program():
+    found = hlo.Program(TPU).collectives(MESH)
+    assert found == [
+        hlo.Collective("reduce-scatter", "data", 32 * 64 * 4, True, 5),
+        hlo.Collective("all-gather", "data", 32 * 64 * 2, True, 5),
+        hlo.Collective("collective-permute", "model", 32 * 64 * 4, False, 1),
+        hlo.Collective("all-reduce", "data+model", 4, False, 1),
+    ]
+
+
+def test_memory_traffic_of_a_tpu_program():
+    """Of the stack one layer a trip; nothing of what is on the chip; a fusion's operands and results once."""
+    layer, whole = 8 * 64 * 4, 32 * 64 * 4
+    slice_, convert, begin, scatter, compare = 2 * layer + 4, layer, 8 * 64 * 2, whole + layer, 4 + 4 + 1
+    once = whole + 4  # the hop reads its operand, the sum writes a number
+    assert hlo.Program(TPU).traffic() == 5 * (slice_ + convert + begin + scatter + compare) + once
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_in_place_is_the_update(fused):
+    update = "dynamic-update-slice(%p, %u, %i, %i)"
+    arrays = """%p = f32[100,64]{1,0} parameter(0)
+  %u = f32[1,64]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %new = f32[100,64]{1,0} """
+    inner = f"%write (p: f32[100,64], u: f32[1,64], i: s32[]) -> f32[100,64] {{\n  {arrays}{update}\n}}\n\n"
+    outer = "fusion(%p, %u, %i), kind=kLoop, calls=%write" if fused else update
+    text = f"{inner}ENTRY %main (p: f32[100,64], u: f32[1,64], i: s32[]) -> f32[100,64] {{\n  {arrays}{outer}\n}}\n"
+    assert hlo.Program(text).traffic() == 2 * 64 * 4 + (4 if fused else 8)  # and the places, for each axis
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axis"),
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", "data"),
+        ("replica_groups=[4,2]<=[8], dimensions={1}", "model"),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "data"),
+        ("replica_groups=[1,8]<=[8]", "data+model"),
+        ("replica_groups={}", "data+model"),
+        ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", ""),
+        ("replica_groups=mesh['x'=4,'y'=2] {'y'}, to_apply=%add", "model"),
+        ("replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}", "data"),
+        ("replica_groups=mesh['x'=8] {'x':(4)2}", "model"),
+        ("source_target_pairs={{0,2},{2,0}}", "data"),
+    ],
+)
+def test_groups_of_devices_lie_along_an_axis(attributes, axis):
+    assert hlo.axis_of(hlo.groups(attributes, 8), MESH) == axis
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A stack of layers in a scan, its weights spread over both axes, compiled for eight fake devices."""
+    mesh = make_mesh(**MESH)
+    place = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+
+    def run(x, stack):
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P(None, "model")))
+            y = jnp.tanh(x @ w)
+            return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, P("data", None))), None
+
+        return jnp.sum(jax.lax.scan(layer, x, stack)[0])
+
+    x, stack = place((ROWS, WIDTH), "data", None), place((LAYERS, WIDTH, WIDTH), None, "data", "model")
+    return jax.jit(run).lower(x, stack).compile()
+
+
+def test_exchanges_of_a_compiled_program_are_counted_per_trip(compiled):
+    found = {(c.op, c.axis, c.in_loop): c for c in hlo.Program(compiled.as_text()).collectives(MESH)}
+    weights = found["all-gather", "data", True]
+    assert (weights.bytes, weights.count) == (WIDTH * WIDTH // 2 * 4, LAYERS)
+    rows = found["all-gather", "model", True]
+    assert (rows.bytes, rows.count) == (ROWS // 4 * WIDTH * 4, LAYERS)
+    assert not found["all-reduce", "data", False].in_loop
+
+
+def test_traffic_grows_with_the_trips(compiled):
+    """Every layer's weights are read, gathered and multiplied; XLA's own figure has one layer of them."""
+    gathered = WIDTH * WIDTH // 2 * 4
+    assert hlo.Program(compiled.as_text()).traffic() > LAYERS * 2 * gathered
