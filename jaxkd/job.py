@@ -83,22 +83,32 @@ def elsewhere(e: Experiment) -> Experiment:
     return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
 
 
-def build(experiment: Experiment) -> Job:
+def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[str, Config] | None = None) -> Job:
     """Functions, abstract trees and shardings of an experiment; reads headers, loads no weights.
+
+    Args:
+        experiment: what to build.
+        devices: to run on, None for those that are here.
+        shapes: of models that are not to be opened, by path: what can be planned with. Their tokenizer is a size.
 
     Raises:
         ValueError, FileNotFoundError: for values that do not fit together or paths that are not there.
     """
     e = experiment
     alone = (e.run.mesh.data, e.run.mesh.model) == (1, 1)
-    mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, jax.devices()[:1] if alone else None)
+    devices = devices or jax.devices()
+    mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, devices[:1] if alone else devices)
     checks.check(e, mesh.shape["data"])
-    opened = _open_teachers(e)
-    student_checkpoint, student_config = _open_student(e, opened)
+    shapes = shapes or {}
+    opened = _open_teachers(e, shapes)
+    student_checkpoint, student_config = _open_student(e, opened, shapes)
     known = {_called(name): side for name, side in opened.items()}
     known["student"] = (student_checkpoint, student_config)
     own: dict[str, tokenize.Tokenizer] = {}
-    tokenizer = _tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
+    if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
+        tokenizer = tokenize.of_size(min(config.vocab for _, config in known.values()))
+    else:
+        tokenizer = _tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
     whole = student_config.layers
     student_config = _cut(e, student_config)
     for side, (checkpoint, config) in known.items():
@@ -279,14 +289,16 @@ def _called(name: str) -> str:
     return name if name == "teacher" else f"teacher '{name}'"
 
 
-def _open_teachers(e: Experiment) -> dict[str, tuple[weights.Checkpoint | None, Config]]:
+def _open_teachers(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, tuple[weights.Checkpoint | None, Config]]:
     where = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
-    return {name: _open(member.path, member.shape, where(name)) for name, member in e.teacher.models.items()}
+    return {name: _open(member.path, member.shape, where(name), shapes) for name, member in e.teacher.models.items()}
 
 
-def _open_student(e: Experiment, teachers: Mapping[str, tuple]) -> tuple[weights.Checkpoint | None, Config]:
+def _open_student(
+    e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, Config]
+) -> tuple[weights.Checkpoint | None, Config]:
     if e.student.path != "teacher":
-        return _open(e.student.path, e.student.shape, "student")
+        return _open(e.student.path, e.student.shape, "student", shapes)
     if not teachers:
         raise ValueError("student.path is 'teacher', but the student is its own teacher: name the student's weights")
     return next(iter(teachers.values()))
@@ -302,7 +314,11 @@ def _cut(e: Experiment, config: Config) -> Config:
     return dataclasses.replace(config, layers=len(layers) or keep or config.layers)
 
 
-def _open(path: str, shape: Mapping[str, Any], where: str) -> tuple[weights.Checkpoint | None, Config]:
+def _open(
+    path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config]
+) -> tuple[weights.Checkpoint | None, Config]:
+    if path in shapes:
+        return None, shapes[path]
     if path != "random":
         checkpoint = weights.open_checkpoint(path)
         return checkpoint, checkpoint.config

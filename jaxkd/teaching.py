@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxkd import checks, load
+from jaxkd import job as jobs
 from jaxkd.data.store import Store
-from jaxkd.job import Job, shares
+from jaxkd.job import Job
 from jaxkd.models import heads
 from jaxkd.teachers import codec, many, signals
 from jaxkd.teachers.base import Teacher
-from jaxkd.teachers.cached import cached
+from jaxkd.teachers.cached import cached, recorded
 from jaxkd.teachers.live import absent, live, own
 from jaxkd.types import Batch, Output, PyTree
 
@@ -38,7 +39,7 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
     Args:
         job: what was asked for.
         params: of each teacher by name; of a cached one its head.
-        stores: the opened caches of those that have one.
+        stores: the opened caches of those that have one; without its store a cached teacher can be compiled, not run.
     """
     t = job.experiment.teacher
     if job.own:
@@ -47,14 +48,14 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
         judge, train = (
             many.blend(
                 [_one(job, name, params[name], stores.get(name), split) for name in job.teachers],
-                shares(job),
+                jobs.shares(job),
                 geometric=t.average == "log_probabilities",
             )
             for split in ("valid", "train")
         )
     else:
         judge, train = (_one(job, "teacher", params["teacher"], stores.get("teacher"), s) for s in ("valid", "train"))
-    if not stores:
+    if not any(model.cache for model in t.models.values()):
         train = reduced(job, train, job.experiment.run.seed)
     if not job.objective.uses_teacher and t.signal != "token":
         train = absent()._replace(state=judge.state)
@@ -64,12 +65,14 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
 def _one(job: Job, name: str, params: PyTree, store: Store | None, split: str) -> Teacher:
     """A model that teaches, live or from what is stored of it."""
     model, dtype = job.teachers[name], checks.DTYPES[job.experiment.teacher.models[name].dtype]
-    if store is None:
+    if not job.experiment.teacher.models[name].cache:
         return live(params, model.forward)
 
     def head(params: PyTree, hidden: jax.Array) -> Output:
         return heads.output(model.config, params, hidden.astype(dtype))
 
+    if store is None:
+        return recorded(params, head)
     return cached(store, split, job.domains, params, head)
 
 
@@ -145,6 +148,18 @@ def layouts(job: Job, name: str = "teacher") -> dict[str, codec.Layout]:
         "token": lambda: codec.Layout("token", length, vocab),
     }[signal]()
     return {"train": train, "valid": codec.Layout("hidden", length, width=width, dtype=t.models[name].dtype)}
+
+
+def abstract_batch(job: Job) -> Batch:
+    """Shapes and shardings of a global batch, with what caches add to it."""
+    batch, found = jobs.abstract_batch(job), []
+    for name, model in job.experiment.teacher.models.items():
+        row = codec.empty(layouts(job, name)["train"]) if model.cache else None
+        found.append(None if isinstance(row, codec.Text) else row)  # text stands in the batch's own fields
+    place, rows = batch.row.sharding, job.experiment.data.batch
+    put = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place)
+    kept = jax.tree.map(put, tuple(found) if job.experiment.teacher.members else next(iter(found), None))
+    return batch._replace(teacher=kept if jax.tree.leaves(kept) else None)
 
 
 def open_stores(job: Job, rows: Mapping[str, str]) -> dict[str, Store]:

@@ -160,6 +160,12 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
     return _finish(tokenizer, start, end, fields.get("tokenizer.chat_template"))
 
 
+def of_size(vocab: int) -> Tokenizer:
+    """A tokenizer of which the number of ids is known and nothing else: to plan with, not to encode."""
+    nothing = tokenizers.Tokenizer(models.BPE())
+    return Tokenizer(nothing, vocab, None, None, hashlib.sha256(b"").hexdigest(), None, nothing.to_str())
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxkd.data.store import Store
 from jaxkd.teachers import codec
-from jaxkd.teachers.base import HostRows, Teacher, place
+from jaxkd.teachers.base import HostRows, Teacher, place, untouched
 from jaxkd.types import Batch, Hidden, Output, PyTree, Signal
 
 
@@ -24,6 +24,7 @@ def cached(
         state: what `head` needs; for hidden states the teacher's unembedding.
         head: `head(state, hidden) -> Output` of stored hidden states; None for the other signals.
     """
+    told = recorded(state, head)
     layout = store.layout(split)
     nothing = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
     held = store.manifest["sizes"]
@@ -40,10 +41,21 @@ def cached(
             return {**rows, **{name: getattr(found, name) for name in found._fields}}
         return {**rows, "teacher": found}
 
+    return told._replace(annotate=annotate)
+
+
+def recorded(state: PyTree = None, head: Callable[..., Output] | None = None) -> Teacher:
+    """What a batch already brings with it, as the signal of a teacher: the part of `cached` inside the step.
+
+    Args:
+        state: as for `cached`.
+        head: as for `cached`.
+    """
+
     def signal(state: PyTree, batch: Batch, **options: Any) -> Signal | None:
         if not isinstance(batch.teacher, Hidden):
             return batch.teacher
         assert head is not None, "hidden states need the teacher's head"
         return head(state, jnp.asarray(batch.teacher.hidden))
 
-    return Teacher({} if state is None else state, annotate, signal)
+    return Teacher({} if state is None else state, untouched, signal)
