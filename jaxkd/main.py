@@ -88,6 +88,24 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
 
 
+def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Compile a run's step for TPUs that are not here: memory, exchanges, time, and settings that fit."""
+    e = experiment(read_config(config))
+    if options.slices != 1:
+        raise ValueError(f"--slices {options.slices}: a run is on one slice so far; its mesh has no axis across slices")
+    from jaxkd import chips, suggest
+    from jaxkd import plan as planning
+
+    topology = chips.topology(options.topology)
+    if options.suggest:
+        found = suggest.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
+        planned, said = found.plan, suggest.lines(found)
+    else:
+        planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
+        said = planning.lines(planned)
+    print(json.dumps(planned.json()) if options.json else "\n".join(said))
+
+
 def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Store what the teacher says of every row, to train from without it. The same command resumes."""
     e = experiment(read_config(config))
@@ -249,6 +267,7 @@ VERBS = {
     "prepare": prepare,
     "cache": cache,
     "check": check,
+    "plan": plan,
     "train": train,
     "sweep": sweep,
     "evaluate": evaluate,
@@ -265,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, function in VERBS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        takes_config = name in ("prepare", "cache", "check", "train", "sweep")
+        takes_config = name in ("prepare", "cache", "check", "plan", "train", "sweep")
         sub = verbs.add_parser(
             name,
             help=summary,
@@ -276,6 +295,8 @@ def parser() -> argparse.ArgumentParser:
         )
         if takes_config:
             sub.add_argument("--config", metavar="FILE[:ARGUMENT]", required=True, help="the recipe, see below")
+        if name == "plan":
+            _plan_arguments(sub)
         if name == "compare":
             _compare_arguments(sub)
         elif not takes_config or name in ("train", "sweep"):
@@ -301,6 +322,15 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--runs", metavar="FILE", help="a file of such lines")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="values of run.seed (default: 0)")
     sub.add_argument("--print", action="store_true", help="print the commands that are left, for a launcher")
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    topology = "such as v5litepod-16, v5p-128, v6e-64, or a grid: v5e:4x4"
+    sub.add_argument("--topology", required=True, metavar="NAME", help=topology)
+    sub.add_argument("--slices", type=int, default=1, help="how many of them (one so far)")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--suggest", action="store_true", help="look for the fastest mesh, remat and micro-batches")
+    sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="to compile suggestions in")
 
 
 def _compare_arguments(sub: argparse.ArgumentParser) -> None:

@@ -1,0 +1,171 @@
+"""Which mesh, rematerialisation and micro-batches to run with on a slice: ranked on paper, the best compiled."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from jaxkd import flops
+from jaxkd import plan as planning
+from jaxkd.chips import Topology
+from jaxkd.experiment import Experiment, MeshBlock
+from jaxkd.job import Job
+from jaxkd.models.transformer import REMAT
+from jaxkd.plan import Plan
+
+_WIDEST = 16  # devices on the model axis: beyond it every layer waits for its sums
+_ROOM = 1.25  # how far an estimate on paper may be above the limit and still be worth a compilation
+
+
+class Guess(NamedTuple):
+    """A candidate, as far as arithmetic tells."""
+
+    experiment: Experiment
+    bytes: float  # on a device
+    seconds: float  # of a step
+
+
+class Suggestion(NamedTuple):
+    """The fastest that was compiled and fits, or what was asked for if none does."""
+
+    plan: Plan
+    asked: Experiment
+    compiled: int
+    known: int  # candidates on paper
+    seconds: float  # that were spent
+
+
+def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str], None]) -> Suggestion:
+    """Rank what a recipe may set, compile the best within a budget, and keep the fastest that fits.
+
+    Args:
+        e: what was asked for.
+        topology: to run on.
+        budget: seconds; no compilation is begun that would go beyond it if it took as long as the last one.
+        say: prints a line on each.
+
+    Raises:
+        ValueError: when no mesh of the slice divides the batch.
+    """
+    start, place = time.monotonic(), planning.devices(topology)
+    guesses = sorted(_guesses(e, topology, place), key=lambda g: g.seconds)
+    if not guesses:
+        raise ValueError(
+            f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name}: with {topology.devices} "
+            f"devices and up to {_WIDEST} on the model axis it must be a multiple of "
+            f"{max(topology.devices // _WIDEST, 1)}"
+        )
+    likely = [g for g in guesses if g.bytes <= _ROOM * topology.chip.hbm] or guesses
+    best: Plan | None = None
+    last, compiled = 0.0, 0
+    for guess in likely:
+        began = time.monotonic()
+        if compiled and (began - start + last > budget or (best and best.estimate and _hopeless(guess, best))):
+            break
+        found = planning.plan(planning.build(guess.experiment, place), topology)
+        last, compiled = time.monotonic() - began, compiled + 1
+        said = f"{found.estimate.step_s:.3g} s" if found.estimate else "does not fit"
+        say(f"{' '.join(overrides(e, guess.experiment)) or 'as it is'}: {said} ({last:.0f} s to compile)")
+        if best is None or _better(found, best):
+            best = found
+    assert best is not None
+    return Suggestion(best, e, compiled, len(guesses), time.monotonic() - start)
+
+
+def _hopeless(guess: Guess, best: Plan) -> bool:
+    """Whether a candidate is slower on paper, where everything is at its peak, than what was compiled."""
+    return best.estimate is not None and guess.seconds > best.estimate.step_s
+
+
+def _better(found: Plan, best: Plan) -> bool:
+    if found.estimate is None or best.estimate is None:
+        return found.fits or (not best.fits and found.memory.peak < best.memory.peak)
+    return found.estimate.step_s < best.estimate.step_s
+
+
+def _guesses(e: Experiment, topology: Topology, place: list) -> Iterator[Guess]:
+    """Every mesh, with each remat and the number of micro-batches, on paper."""
+    model = 1
+    while model <= min(_WIDEST, topology.devices):
+        data = topology.devices // model
+        rows = e.data.batch // data
+        if data * model == topology.devices and rows and e.data.batch % data == 0:
+            evaluated = -(-e.run.eval_batch // data) * data
+            run = dataclasses.replace(e.run, mesh=MeshBlock(data, model), eval_batch=evaluated)
+            optim = dataclasses.replace(e.optim, micro_batches=1)
+            built = planning.build(dataclasses.replace(e, run=run, optim=optim), place)
+            for remat in REMAT:
+                for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+                    tried = dataclasses.replace(
+                        built.experiment,
+                        run=dataclasses.replace(built.experiment.run, remat=remat),
+                        optim=dataclasses.replace(optim, micro_batches=parts),
+                    )
+                    yield _guess(built._replace(experiment=tried), topology)
+        model *= 2
+
+
+def _guess(built: Job, topology: Topology) -> Guess:
+    """Memory and time of a candidate from its shapes.
+
+    memory = state + teacher + gradients + activations of a micro-batch + the heads, gathered
+    time = max(products, weights and attention through memory, weights and sums through links)
+    """
+    e, chip, student = built.experiment, topology.chip, built.student.config
+    data, model = built.mesh.shape["data"], built.mesh.shape["model"]
+    parts, kept = e.optim.micro_batches, e.run.remat == "layer"
+    tokens = e.data.batch * e.data.length // data // parts  # of a micro-batch, on a device
+    teachers = [] if built.own else [m.config for n, m in built.teachers.items() if not e.teacher.models[n].cache]
+    taught = planning.held(planning.weights_of(built))
+    own = planning.held(built.state.params)
+
+    layer = lambda c: tokens * (12 * c.embed + (3 * c.mlp + 6 * c.heads * e.data.length) / model * 2)
+    saved = student.layers * (2 * tokens * student.embed if kept else layer(student))
+    head = student.embed * student.padded_vocab * 10 / model + sum(
+        2 * c.embed * c.padded_vocab / model for c in teachers
+    )
+    temporary = saved + max(map(layer, [student, *teachers])) + head + own * (2 if parts > 1 else 1)
+    fixed = planning.held(built.state) + taught
+
+    weights = lambda c: 2 * (flops.body(c, 1) / 2 + c.embed * c.padded_vocab) / model  # bfloat16, gathered over data
+    passes = 4 if kept else 3
+    through = parts * (passes * weights(student) + sum(map(weights, teachers)))
+    attention = lambda c: c.layers * c.heads / model * tokens * e.data.length * 12 * parts
+    moved = through + passes * attention(student) + sum(map(attention, teachers)) + 28 / 4 * own
+    gathered = (1 - 1 / data) * (through + parts * weights(student))
+    sums = lambda c: 4 * c.layers * tokens * c.embed * 2 * parts * (1 - 1 / model)
+    exchanged = gathered + (passes - 1) * sums(student) + sum(map(sums, teachers))
+    links = sum(2 if wraps else 1 for n, wraps in zip(topology.shape, topology.wraps, strict=True) if n > 1) or math.inf
+    seconds = max(
+        planning.flops_of(built).executed / topology.devices / chip.flops,
+        moved / chip.bandwidth,
+        exchanged / (links * chip.link),
+    )
+    return Guess(e, fixed + temporary, seconds)
+
+
+def overrides(asked: Experiment, e: Experiment) -> list[str]:
+    """The command line's arguments that make one experiment of another, as far as candidates differ."""
+    values = lambda x: {
+        "run.mesh.data": x.run.mesh.data,
+        "run.mesh.model": x.run.mesh.model,
+        "run.remat": x.run.remat,
+        "optim.micro_batches": x.optim.micro_batches,
+        "run.eval_batch": x.run.eval_batch,
+    }
+    before = values(asked)
+    return [f"--config.{key}={value}" for key, value in values(e).items() if value != before[key]]
+
+
+def lines(s: Suggestion) -> list[str]:
+    """A suggestion to read: the plan, how it was found, and what to add to the command."""
+    added = " ".join(overrides(s.asked, s.plan.job.experiment)) or "nothing: the recipe is the fastest as it is"
+    found = [
+        *planning.lines(s.plan),
+        f"looked at {s.known} candidates on paper, {s.compiled} compiled in {s.seconds:.0f} s",
+    ]
+    return [
+        *found,
+        f"add       {added}" if s.plan.fits else "add       none of what was compiled fits: a larger slice, see above",
+    ]

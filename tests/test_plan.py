@@ -1,0 +1,360 @@
+"""Planning, as far as it needs no TPU compiler: names of slices, sizes of models, FLOPs, what is said and refused."""
+
+import dataclasses
+import importlib.util
+import json
+from collections import namedtuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import REPOSITORY
+
+from jaxkd import chips, flops, main, plan, program, suggest, teaching
+from jaxkd.config import read_config
+from jaxkd.experiment import experiment
+from jaxkd.hlo import Collective
+from jaxkd.models import families, published, transformer
+from jaxkd.teachers import codec
+from jaxkd.types import Batch
+
+TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
+POD = f"--config={REPOSITORY / 'configs' / 'llama_8b_to_1b.py'}"
+
+
+def built(*overrides: str, recipe: str = TINY):
+    return plan.build(experiment(read_config([recipe, *overrides])), jax.devices())
+
+
+# ------------------------------------------------------------------------------------------ slices
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "chip_count", "hosts", "devices"),
+    [
+        ("v5litepod-256", "v5e:16x16", 256, 64, 256),
+        ("v5litepod-16", "v5e:4x4", 16, 4, 16),
+        ("v6e-8", "v6e:2x4", 8, 1, 8),
+        ("v6e-64", "v6e:8x8", 64, 16, 64),
+        ("v4-8", "v4:2x2x1", 4, 1, 4),
+        ("v5p-128", "v5p:4x4x4", 64, 16, 64),
+        ("tpu7x-128", "tpu7x:4x4x4", 64, 16, 128),
+        ("tpu7x-4x8x8", "tpu7x:4x8x8", 256, 64, 512),
+        ("V5E:4x8", "v5e:4x8", 32, 8, 32),
+    ],
+)
+def test_names_of_slices(name, grid, chip_count, hosts, devices):
+    found = chips.topology(name)
+    assert (found.name, found.chips, found.hosts, found.devices) == (grid, chip_count, hosts, devices)
+
+
+def test_a_number_that_counts_cores_is_explained():
+    said = chips.topology("v5p-128").sentence()
+    assert "64 chips, 16 hosts, 64 JAX devices" in said
+    assert "the number in v5p-128 counts TensorCores, 2 a chip, not chips" in said
+    assert "counts" not in chips.topology("v5p:4x4x4").sentence()
+    assert "counts" not in chips.topology("v6e-64").sentence()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5p-100", r"counts TensorCores, 2 a chip and is one of 8, 16, 32, .* v5p:2x4x4"),
+        ("v6e-12", r"counts chips and is one of 1, 4, 8, 16, 32, 64, 128, 256"),
+        ("v5e:4x4x4", r"a v5e slice has 2 dimensions, such as v5e:4x4"),
+        ("h100-8", r"no topology 'h100-8': .* v4-64, v5e-16, v5p-64, v6e-16, tpu7x-64 or v5litepod-256"),
+    ],
+)
+def test_unknown_slices_are_refused_with_those_that_are_known(name, message):
+    with pytest.raises(ValueError, match=message):
+        chips.topology(name)
+
+
+def test_links_close_rings_in_whole_pods_only():
+    assert chips.topology("v5e-256").wraps == (True, True)
+    assert chips.topology("v5e-128").wraps == (False, True)
+    assert chips.topology("v5p-128").wraps == (True, True, True)
+    assert chips.topology("v5p-32").wraps == (False, False, False)
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # as Hugging Face counts them
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B", 70_553_706_496),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.2-3B", 3_212_749_824),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-4B", 4_022_468_096),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-14B", 14_768_307_200),
+        ("Qwen/Qwen3-32B", 32_762_123_264),
+        ("Qwen/Qwen1.5-1.8B", 1_836_828_672),
+        ("Qwen/Qwen1.5-14B", 14_167_290_880),
+        ("HuggingFaceTB/SmolLM2-135M", 134_515_008),
+    ],
+)
+def test_published_shapes_have_the_published_number_of_parameters(name, parameters):
+    assert transformer.parameter_count(published.MODELS[name]) == parameters
+
+
+def test_models_are_known_by_name_directory_or_config(tmp_path):
+    known = published.MODELS["meta-llama/Llama-3.2-1B"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(families.to_hf(known)))
+    for path in ("models/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct", str(tmp_path / "mine")):
+        e = experiment(read_config([POD, f"--config.student.path={path}"]))
+        assert plan.shapes(e)[path] == known
+    e = experiment(read_config([POD, "--config.student.path=models/unknown"]))
+    with pytest.raises(ValueError, match=r"student.path 'models/unknown' is not on this machine .*Qwen/Qwen3-32B"):
+        plan.shapes(e)
+    sizes = {"vocab": 128_256, "embed": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 128}
+    given = [f"--config.student.shape.{key}={value}" for key, value in sizes.items()]
+    e = experiment(read_config([POD, "--config.student.path=models/unknown", *given]))
+    assert plan.shapes(e)["models/unknown"].mlp == 128
+
+
+def test_a_pod_is_planned_from_names_alone():
+    job = built("--config.data.tokenizer=not/here", recipe=POD)
+    assert job.mesh.size == 8
+    assert job.tokenizer.vocab == 128_256
+    held = plan.held(job.state.params["student"])
+    assert held == pytest.approx(4 * 1_235_814_400 / 8, rel=1e-3)
+    assert plan.held(plan.weights_of(job)) == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- FLOPs
+
+
+def test_flops_equal_a_count_by_hand():
+    config = transformer.Config(vocab=100, embed=8, layers=3, heads=4, kv_heads=2, head_dim=2, mlp=16)
+    weights = 8 * 2 * (4 + 2 + 2 + 4) + 3 * 8 * 16
+    seen = sum(range(1, 11)) / 10  # tokens that a token of a row of ten sees on average
+    forward = 3 * (2 * weights + 2 * 2 * 4 * 2 * seen) + 2 * 8 * 100
+    side = flops.Side(config)
+    found = flops.step([side], side, 20, 10, remat=True)
+    assert found.teacher == 20 * forward
+    assert found.student == 3 * 20 * forward
+    assert found.again == 20 * (forward - 2 * 8 * 100)
+    assert found.masked == 20 * 5 * 3 * (2 * 2 * 4 * 2 * (10 - seen))
+    assert flops.step([], side, 20, 10, remat=True, moves=False).executed == 20 * (forward + 3 * 4 * 4 * 2 * 4.5)
+
+
+def test_flops_equal_what_xla_counts_where_no_loop_repeats():
+    """One layer, forwards and backwards: the compiler's own figure also has what is not a product, a few per cent."""
+    config = transformer.Config(vocab=512, embed=128, layers=1, heads=4, kv_heads=2, head_dim=32, mlp=512)
+    rows, length = 2, 64
+    params = transformer.abstract(config)[0]
+    numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    one = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    batch = Batch(numbers, numbers, weights, numbers, numbers, one, one)
+
+    def value(params, batch):
+        head = transformer.forward(config, params, batch).head
+        return jnp.sum(jnp.square(head.hidden @ head.unembed))
+
+    counted = jax.jit(jax.grad(value)).lower(params, batch).compile().cost_analysis()["flops"]
+    ours = flops.step([], flops.Side(config), rows * length, length, remat=False).executed
+    assert ours < counted < 1.05 * ours
+
+
+@pytest.mark.parametrize(
+    ("overrides", "body", "head"),
+    [
+        ((), 1, 1),
+        (("--config.teacher.signal=top_k",), 1, 1),
+        (("--config.teacher.signal=hidden", "--config.teacher.cache=gone"), 0, 1),
+        (("--config.teacher.signal=top_k", "--config.teacher.cache=gone"), 0, 0),
+        (("--config.objective.kd.weight=0.0",), 0, 0),
+    ],
+)
+def test_a_teacher_costs_what_is_run_of_it(overrides, body, head):
+    job = built(*overrides)
+    c = job.teacher.config
+    assert plan.flops_of(job).teacher == 8 * 64 * (body * flops.body(c, 64) + head * flops.head(c))
+
+
+# -------------------------------------------------------------------------------- what is compiled
+
+
+@pytest.mark.parametrize("signal", ["hidden", "top_k", "sampled", "token"])
+def test_a_cached_teacher_is_compiled_without_its_cache(signal):
+    """The abstract batch is what a store's rows are, and the step takes it."""
+    term = "cross_entropy" if signal == "sampled" else "next_token" if signal == "token" else "forward_kl"
+    job = built(
+        f"--config.teacher.signal={signal}", "--config.teacher.cache=gone", f"--config.objective.kd.divergence={term}"
+    )
+    batch = teaching.abstract_batch(job)
+    layout = teaching.layouts(job)["train"]
+    stored = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
+    rows = codec.decode_rows(layout, [stored] * 8)
+    if signal == "token":
+        assert batch.teacher is None
+    else:
+        assert type(batch.teacher) is type(rows)
+        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), batch.teacher, rows)
+        assert all(jax.tree.leaves(same))
+    teacher = teaching.teach(job, plan.weights_of(job), {}).train
+    with jax.set_mesh(job.mesh):
+        after, measured = jax.eval_shape(program.jitted_step(job, teacher), job.state, teacher.state, batch)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, job.state)
+    assert {"loss", "lr"} <= set(measured)
+
+
+# -------------------------------------------------------------------------------- time and verdict
+
+Device = namedtuple("Device", "coords")
+
+
+class Grid:
+    """A mesh over a 4 x 4 slice, `data` along one side and `model` along the other."""
+
+    axis_names = ("data", "model")
+    devices = np.empty((4, 4), object)
+
+
+for _x in range(4):
+    for _y in range(4):
+        Grid.devices[_x, _y] = Device((_x, _y, 0))
+
+
+@pytest.mark.parametrize(
+    ("op", "axis", "share"),
+    [
+        ("all-gather", "data", 3 / 4),  # one line of four: three quarters of the array through one link
+        ("reduce-scatter", "data", 3 / 4),
+        ("all-reduce", "model", 3 / 2),
+        ("all-gather", "data+model", 15 / 16 / 2),  # both sides of the grid at once
+        ("collective-permute", "data", 1.0),
+    ],
+)
+def test_exchanges_take_their_bytes_over_their_links(op, axis, share):
+    topology = chips.topology("v5e:4x4")
+    found = plan.seconds(Collective(op, axis, 10**9, True, 1), Grid, topology)
+    assert found == pytest.approx(share * 10**9 / 50e9)
+
+
+def test_rings_are_used_both_ways():
+    open_, closed = (
+        plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, chips.topology(name))
+        for name in ("v5e:4x4", "v5e:16x16")
+    )
+    assert open_ == closed  # four of sixteen in a row are no ring
+    ring = chips.topology("v5p:4x4x4")
+    found = plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, ring)
+    assert found == pytest.approx(3 / 4 * 10**9 / (2 * 100e9))
+
+
+@pytest.fixture(scope="module")
+def example():
+    """A plan with numbers of our own: what is made of them is what is tested."""
+    job = built("--config.optim.micro_batches=1")
+    topology = chips.topology("v5e:2x4")
+    memory = plan.Memory(limit=16_000, peak=10_000, params=1_000, optimizer=2_000, teacher=3_000, temp=4_000)
+    step = flops.Step(teacher=2e12, student=6e12, again=1e12, masked=1e12)
+    rows = (Collective("all-gather", "data", 1 << 20, True, 12),)
+    return plan.Plan(topology, job, memory, step, rows, plan.Estimate(0.5, 0.25, 0.125))
+
+
+def test_the_json_object(example):
+    found = json.loads(json.dumps(example.json()))
+    assert found == {
+        "topology": "v5e:2x4",
+        "devices": 8,
+        "fits": True,
+        "hbm_bytes": {
+            "limit": 16_000,
+            "peak": 10_000,
+            "params": 1_000,
+            "optimizer": 2_000,
+            "teacher": 3_000,
+            "temp": 4_000,
+        },
+        "flops": {"model": 8e12, "teacher": 2e12, "student": 6e12},
+        "collectives": [{"op": "all-gather", "axis": "data", "bytes": 1 << 20, "in_loop": True, "count": 12}],
+        "estimate": {"step_s": 0.5, "tokens_per_s": 1024.0, "mfu": 8e12 / 0.5 / (8 * 197e12), "bound": "compute"},
+    }
+
+
+def test_what_is_said_of_a_plan(example):
+    said = "\n".join(plan.lines(example))
+    assert "bound by compute" in said
+    assert "all-gather over data: 1 MiB x 12, in a loop" in said
+    assert "20 steps: at least 0.00278 hours, 0.0222 chip-hours" in said
+    assert said.endswith("fits")
+
+
+def test_a_plan_that_does_not_fit_says_what_would(example):
+    memory = example.memory._replace(peak=24_000, temp=18_000)
+    large = dataclasses.replace(example.job.experiment.data, batch=64)
+    job = example.job._replace(experiment=dataclasses.replace(example.job.experiment, data=large))
+    found = example._replace(job=job, memory=memory, estimate=None)
+    assert found.json()["estimate"] == {"step_s": None, "tokens_per_s": None, "mfu": None, "bound": None}
+    said = "\n".join(plan.lines(found))
+    assert "DOES NOT FIT" in said
+    assert "--config.optim.micro_batches=2 " in said  # 6,000 + 18,000 / 2 is below 16,000
+    assert "--config.run.remat=layer" in said
+    assert "--topology v5e:4x4," in said
+    fixed = "\n".join(plan.lines(found._replace(memory=memory._replace(temp=1_000))))
+    assert "micro_batches=" not in fixed.split("What would fit:")[1]
+
+
+def test_a_state_beyond_the_limit_is_refused_without_compiling():
+    job = built("--config.teacher.path=meta-llama/Llama-3.1-70B", recipe=POD)
+    found = plan.plan(job, chips.topology("v5e:2x4"))
+    assert not found.fits
+    assert found.memory.teacher == pytest.approx(2 * 70_553_706_496 / 8, rel=1e-3)
+    assert found.memory.temp == 0
+    assert found.memory.peak > found.memory.limit
+    assert plan.would_fit(found)[0].startswith("--topology v5e:4x4")
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("the total memory required for HLO temporaries (2.00G) exceeds available HBM (15.75G).", 2 * 2**30 + 100),
+        ("the total memory required for the program (2.00G) exceeds available HBM (15.75G).", 2 * 2**30),
+        ("Ran out of memory in memory space hbm. Used 512.00M of 15.75M hbm.", 2**29),
+    ],
+)
+def test_the_compilers_refusals_are_read(message, wanted):
+    assert plan._wanted(f"RESOURCE_EXHAUSTED: {message}", 100) == wanted
+
+
+def test_candidates_divide_the_batch_and_are_ranked():
+    e = experiment(read_config([POD]))
+    topology = chips.topology("v5e:2x4")
+    guesses = list(suggest._guesses(e, topology, jax.devices()))
+    tried = {(g.experiment.run.mesh.data, g.experiment.run.mesh.model) for g in guesses}
+    assert tried == {(8, 1), (4, 2), (2, 4), (1, 8)}
+    for g in guesses:
+        assert e.data.batch % (g.experiment.optim.micro_batches * g.experiment.run.mesh.data) == 0
+        assert g.experiment.run.eval_batch % g.experiment.run.mesh.data == 0
+    one = {
+        (g.experiment.run.remat, g.experiment.optim.micro_batches): g
+        for g in guesses
+        if g.experiment.run.mesh.model == 1
+    }
+    assert one["layer", 4].bytes < one["none", 4].bytes
+    assert one["layer", 16].bytes < one["layer", 4].bytes
+    assert one["none", 4].seconds < one["layer", 4].seconds
+    assert suggest.overrides(e, one["none", 2].experiment) == [
+        "--config.run.mesh.data=8",
+        "--config.run.remat=none",
+        "--config.optim.micro_batches=2",
+    ]
+
+
+def test_what_cannot_be_planned_is_one_sentence(monkeypatch):
+    command = ["plan", TINY, "--topology", "v5e:2x2"]
+    with pytest.raises(ValueError, match="--slices 2: a run is on one slice so far"):
+        main.main([*command, "--slices", "2"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="libtpu, which is not installed: pip install 'jax\\[tpu\\]'"):
+        main.main(command)

@@ -1,0 +1,57 @@
+"""Whole train steps planned by the real compiler, without a TPU: what fits, what is exchanged, what does not fit."""
+
+import importlib.util
+import json
+
+import pytest
+from harness import REPOSITORY, jaxkd
+
+pytestmark = [
+    pytest.mark.tpu,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="compiling for TPUs needs libtpu: bash launch/setup.sh tpu, or pip install 'jax[tpu]'",
+    ),
+]
+GIB = 2**30
+
+
+def planned(topology: str, *more: str) -> dict:
+    recipe = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
+    result = jaxkd("plan", recipe, "--topology", topology, "--json", *more)
+    assert result.returncode == 0, result.stderr
+    print(result.stdout, result.stderr)
+    return json.loads(result.stdout)
+
+
+def test_a_step_is_planned_on_a_mesh():
+    found = planned("v5litepod-4", "--config.run.mesh.model=2", "--config.optim.micro_batches=2")
+    assert (found["topology"], found["devices"], found["fits"]) == ("v5e:2x2", 4, True)
+    memory, time = found["hbm_bytes"], found["estimate"]
+    assert memory["limit"] == int(15.75 * GIB)
+    assert memory["params"] + memory["optimizer"] + memory["teacher"] < memory["peak"] < GIB
+    rows = found["collectives"]
+    # Weights are gathered over `data`: in each of two micro-batches at least two of every layer.
+    gathered = [c for c in rows if c["op"] == "all-gather" and c["in_loop"] and c["bytes"] == 32 * 32 * 4]
+    assert {c["axis"] for c in gathered} == {"data"}
+    assert sum(c["count"] for c in gathered) >= 2 * 2 * (4 + 2)
+    assert all(c["count"] % 2 == 0 for c in rows if c["in_loop"])
+    assert any(c["op"] == "all-reduce" and "model" in c["axis"] for c in rows)
+    assert time["bound"] in ("compute", "hbm", "ici")
+    assert time["tokens_per_s"] == pytest.approx(8 * 64 / time["step_s"])
+    assert 0 < time["mfu"] < 1
+
+
+def test_a_suggestion_is_compiled_and_fits():
+    found = planned("v6e:2x4", "--suggest", "--budget", "1")
+    assert (found["devices"], found["fits"]) == (8, True)
+
+
+def test_what_does_not_fit_is_a_verdict():
+    large = ("--config.data.batch=8192", "--config.data.length=2048", "--config.run.eval_batch=4")
+    found = planned("v5e:2x2", *large)
+    assert not found["fits"]
+    assert found["hbm_bytes"]["peak"] > 2 * found["hbm_bytes"]["limit"]
+    assert found["hbm_bytes"]["temp"] > found["hbm_bytes"]["limit"]
+    assert found["estimate"] == {"step_s": None, "tokens_per_s": None, "mfu": None, "bound": None}
