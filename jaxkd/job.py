@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkd import checks, groups, objectives, schedules, sharding, terms
+from jaxkd import checks, groups, objectives, opening, schedules, sharding, terms
 from jaxkd.data import rules, tokenize
-from jaxkd.experiment import SELF, Experiment, MeshBlock, from_mapping, nearest
+from jaxkd.experiment import SELF, Experiment, MeshBlock, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
@@ -28,7 +28,6 @@ from jaxkd.train.state import TRAINED, TrainState, init_state, trained
 from jaxkd.types import Batch, Forward, Head, Output, PyTree, Sampled, Scalar, TopK
 
 VOCAB_MULTIPLE = 128
-_SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
 
 
 class Model(NamedTuple):
@@ -100,22 +99,22 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, devices[:1] if alone else devices)
     checks.check(e, mesh.shape["data"])
     shapes = shapes or {}
-    opened = _open_teachers(e, shapes)
-    student_checkpoint, student_config = _open_student(e, opened, shapes)
-    known = {_called(name): side for name, side in opened.items()}
+    opened = opening.teachers(e, shapes)
+    student_checkpoint, student_config = opening.student(e, opened, shapes)
+    known = {opening.called(name): side for name, side in opened.items()}
     known["student"] = (student_checkpoint, student_config)
     own: dict[str, tokenize.Tokenizer] = {}
     if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
         tokenizer = tokenize.of_size(min(config.vocab for _, config in known.values()))
     else:
-        tokenizer = _tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
+        tokenizer = opening.tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
     whole = student_config.layers
     student_config = _cut(e, student_config)
     for side, (checkpoint, config) in known.items():
-        _check_vocabulary(tokenizer, side, config)
+        opening.check_vocabulary(tokenizer, side, config)
         if checkpoint is not None and checkpoint.has_tokenizer:
-            own[side] = _tokenizer("teacher", checkpoint)
-            _check_same_tokenizer(tokenizer, own[side], side)
+            own[side] = opening.tokenizer("teacher", checkpoint)
+            opening.check_same_tokenizer(tokenizer, own[side], side)
         if e.data.length > config.max_length:
             raise ValueError(
                 f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
@@ -131,7 +130,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         dtypes = {name: member.dtype for name, member in e.teacher.models.items()}
         teachers = {
             name: _model(config, checkpoint, columns, mesh, dtypes[name], dtypes[name], "none")._replace(
-                tokenizer=own.get(_called(name))
+                tokenizer=own.get(opening.called(name))
             )
             for name, (checkpoint, config) in opened.items()
         }
@@ -284,26 +283,6 @@ def _told(e: Experiment) -> terms.Told:
     return terms.Told(kind, t.entries, t.temperatures, layers=t.signal == "head" and not t.members)
 
 
-def _called(name: str) -> str:
-    """A teacher in messages."""
-    return name if name == "teacher" else f"teacher '{name}'"
-
-
-def _open_teachers(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, tuple[weights.Checkpoint | None, Config]]:
-    where = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
-    return {name: _open(member.path, member.shape, where(name), shapes) for name, member in e.teacher.models.items()}
-
-
-def _open_student(
-    e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, Config]
-) -> tuple[weights.Checkpoint | None, Config]:
-    if e.student.path != "teacher":
-        return _open(e.student.path, e.student.shape, "student", shapes)
-    if not teachers:
-        raise ValueError("student.path is 'teacher', but the student is its own teacher: name the student's weights")
-    return next(iter(teachers.values()))
-
-
 def _cut(e: Experiment, config: Config) -> Config:
     """The student's config once layers are left out."""
     layers, keep = e.student.layers, e.student.keep
@@ -312,58 +291,6 @@ def _cut(e: Experiment, config: Config) -> Config:
     if keep and not 1 <= keep <= config.layers:
         raise ValueError(f"student.keep is {keep}, but the model it is cut from has {config.layers} layers")
     return dataclasses.replace(config, layers=len(layers) or keep or config.layers)
-
-
-def _open(
-    path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config]
-) -> tuple[weights.Checkpoint | None, Config]:
-    if path in shapes:
-        return None, shapes[path]
-    if path != "random":
-        checkpoint = weights.open_checkpoint(path)
-        return checkpoint, checkpoint.config
-    if not shape:
-        raise ValueError(f"{where}.path is 'random', so {where}.shape must say how large: " + ", ".join(_sizes()))
-    config = from_mapping(Config, shape, f"{where}.shape")
-    if config.heads % config.kv_heads:
-        raise ValueError(f"{where}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
-    return None, config
-
-
-def _sizes() -> list[str]:
-    return [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
-
-
-def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tokenizer:
-    if name == "bytes":
-        return tokenize.byte_tokenizer()
-    if name != "teacher":
-        return tokenize.from_directory(name)
-    if checkpoint is None:
-        raise ValueError("data.tokenizer is 'teacher', but a random model has none: give 'bytes' or a directory")
-    if checkpoint.tokenizer_dir is not None:
-        return tokenize.from_directory(checkpoint.tokenizer_dir)
-    return tokenize.from_gguf(checkpoint.tokenizer_fields or {})
-
-
-def _check_vocabulary(tokenizer: tokenize.Tokenizer, side: str, config: Config) -> None:
-    if not tokenizer.vocab <= config.vocab <= tokenizer.vocab + _SPARE_IDS:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab} ids but the {side}'s weights have {config.vocab}: they do not "
-            "belong together; give data.tokenizer the directory of the model's own tokenizer"
-        )
-
-
-def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, side: str) -> None:
-    if data.fingerprint == model.fingerprint:
-        return
-    ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (data, model))
-    differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if differ:
-        raise ValueError(
-            f"the data's tokenizer and the {side}'s own have different vocabularies: {len(differ)} tokens have other "
-            f"ids, such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
-        )
 
 
 def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, compute: str, remat: str) -> Model:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd import schedules
-from jaxkd.job import Job
+from jaxkd.job import Job, rule
 from jaxkd.teachers.base import Teacher
 from jaxkd.train.state import TrainState
 from jaxkd.train.step import make_step
@@ -21,7 +21,15 @@ def jitted_step(job: Job, teacher: Teacher) -> Any:
         teacher: as the student learns from it.
     """
     e = job.experiment
-    plain = make_step(job.student.forward, teacher, job.objective, job.tx, e.optim.micro_batches, e.teacher.decay)
+    plain = make_step(
+        job.student.forward,
+        teacher,
+        job.objective,
+        job.tx,
+        e.optim.micro_batches,
+        e.teacher.decay,
+        rule(job).group_dro,
+    )
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         after, measured = plain(state, teacher_state, batch)

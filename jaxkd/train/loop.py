@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxkd import groups, load, metrics, preflight, schedules
+from jaxkd import groups, load, metrics, preflight, program, schedules
 from jaxkd.data import loader
 from jaxkd.evals import compare
 from jaxkd.job import Job
@@ -25,7 +24,6 @@ from jaxkd.train import log
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.mixing import Mixing
 from jaxkd.train.state import TrainState, init_state
-from jaxkd.train.step import make_step
 from jaxkd.types import Batch, Metrics, PyTree
 
 
@@ -105,25 +103,7 @@ class Run:
         """The functions that the loop calls; nothing is compiled yet."""
         job = self.job
         self.start = {row["domain"]: row["student_nats"] for row in self._first_evaluation()}
-
-        e = job.experiment
-        plain = make_step(
-            job.student.forward,
-            self.teaching.train,
-            job.objective,
-            job.tx,
-            e.optim.micro_batches,
-            e.teacher.decay,
-            self.mixing.rule.group_dro,
-        )
-
-        def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-            after, measured = plain(state, teacher_state, batch)
-            # In the program, so that reading it never waits for the step that is running.
-            measured["lr"] = (jnp.asarray(schedules.value(job.lr, state.step), jnp.float32), jnp.ones(()))
-            return after, measured
-
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda s: s.sharding, job.state), None))
+        self.step = program.jitted_step(job, self.teaching.train)
         comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
 
