@@ -5,10 +5,11 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxkd import __version__
+from jaxkd import __version__, processes
 from jaxkd.config import adopt, claim, lock, read_config, saved_experiment, versions, write_json
 from jaxkd.experiment import experiment
 
@@ -51,7 +52,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.evals import compare
     from jaxkd.train import log, loop
 
-    loop.join_processes()
+    processes.join()
     import jax
 
     built = job.build(e)
@@ -86,6 +87,8 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         if told := mixture_page.cost(log.read(workdir / "mixture.jsonl")):
             print(told)
     print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
+    if not finished:
+        raise SystemExit(processes.STOPPED)
 
 
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -112,9 +115,8 @@ def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     if not e.teacher.cache:
         raise ValueError("teacher.cache names no directory: set --config.teacher.cache=DIRECTORY and a teacher.signal")
     from jaxkd import caching, job, load
-    from jaxkd.train import loop
 
-    loop.join_processes()
+    processes.join()
     import jax
 
     built = job.build(e)
@@ -127,9 +129,8 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     """Look at everything that a run depends on, before one is paid for."""
     e = experiment(read_config(config))
     from jaxkd import caching, job, load, preflight
-    from jaxkd.train import loop
 
-    loop.join_processes()
+    processes.join()
     import jax
 
     built = job.build(job.elsewhere(e))
@@ -384,10 +385,13 @@ def console(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         print(f"jaxkd: error: {' '.join(text.split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(processes.ABSENT if isinstance(error, processes.Absent) else 1) from None
     except KeyboardInterrupt:
         print("jaxkd: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(processes.UNFORESEEN) from None
 
 
 if __name__ == "__main__":

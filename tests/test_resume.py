@@ -7,6 +7,8 @@ import time
 import pytest
 from harness import Background, assert_same_run, jaxkd, lines_so_far
 
+from jaxkd import processes
+
 
 @pytest.mark.slow
 def test_killed_ten_times_equals_undisturbed(undisturbed, arguments, tmp_path):
@@ -34,7 +36,7 @@ def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_pat
     run.process.send_signal(number)
     output = run.finish()
     if number != signal.SIGKILL:
-        assert run.process.returncode == 0, output
+        assert run.process.returncode == processes.STOPPED, output  # saved, and to be started again
         assert "Traceback" not in output
         if "the same command goes on" not in output:
             pytest.fail(f"the run ended before the signal was noticed: {output[-500:]}")

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,19 +24,6 @@ from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.mixing import Mixing
 from jaxkd.train.state import TrainState, init_state
 from jaxkd.types import Batch, Metrics, PyTree
-
-
-def join_processes() -> None:
-    """Start `jax.distributed`, for one process too: its coordination service is what notices SIGTERM.
-
-    No Python handler for SIGTERM may be installed after this; it would replace the one that is.
-    """
-    if jax.distributed.is_initialized():
-        return
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    jax.distributed.initialize(f"localhost:{port}", 1, 0, cluster_detection_method="deactivate")
 
 
 class Interrupt:
