@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Runs jaxkd on one host of a job, with the flags of its chips:  bash launch/host.sh [--chip NAME] [--dry-run] -- ARGUMENT...
+# --chip: one of launch/flags (v4, v5e, v5p, v6e, tpu7x, gpu), or JAXKD_CHIP; none is no flags. LIBTPU_INIT_ARGS and
+#   XLA_FLAGS that are set already go after those of the file, so that they win; other variables that are set stay.
+# --background DIR: starts it detached from the terminal; DIR gets run.log, run.pid and, when it has ended, run.code.
+# SIGTERM reaches jaxkd, which saves and exits with 75. SkyPilot's variables become jaxkd's, where GPUs are used.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/commands.sh"
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+chip="${JAXKD_CHIP:-}" background="" supervise=""
+read_options "chip background supervise" "" "$@"
+require "$work"
+jaxkd="$root/.venv/bin/jaxkd"
+[ -n "$dry" ] || [ -x "$jaxkd" ] || fail "jaxkd is not set up here: bash launch/setup.sh tpu (or cuda) makes .venv"
+
+settings=()
+setting() { # setting NAME VALUE
+    export "$1=$2"
+    settings+=("$1=$2")
+}
+
+flags() { # flags FILE: its lines are NAME=VALUE; names that come again are joined by spaces
+    local line name tpu="" xla=""
+    while IFS= read -r line || [ -n "$line" ]; do
+        case "$line" in '' | '#'*) continue ;; esac
+        name="${line%%=*}"
+        case "$name" in
+            LIBTPU_INIT_ARGS) tpu="$tpu${tpu:+ }${line#*=}" ;;
+            XLA_FLAGS) xla="$xla${xla:+ }${line#*=}" ;;
+            *) [ -n "${!name:-}" ] || setting "$name" "${line#*=}" ;;
+        esac
+    done <"$1"
+    [ -z "$tpu" ] || setting LIBTPU_INIT_ARGS "$tpu${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+    [ -z "$xla" ] || setting XLA_FLAGS "$xla${XLA_FLAGS:+ $XLA_FLAGS}"
+}
+
+if [ -n "$chip" ] && [ -z "$supervise" ]; then
+    file="$root/launch/flags/$chip.env"
+    [ -f "$file" ] || fail "no flags for chip '$chip'; launch/flags has: $(cd "$root/launch/flags" && echo *.env)"
+    [ -n "$background" ] || flags "$file"
+fi
+
+# On TPUs JAX finds the other hosts by itself; on GPUs SkyPilot knows them.
+if [ "${SKYPILOT_NUM_NODES:-1}" -gt 1 ] && [ "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" -gt 0 ] && [ -z "${JAXKD_COORDINATOR:-}" ]; then
+    setting JAXKD_COORDINATOR "${SKYPILOT_NODE_IPS%%$'\n'*}:8476"
+    setting JAXKD_NUM_PROCESSES "$SKYPILOT_NUM_NODES"
+    setting JAXKD_PROCESS_ID "$SKYPILOT_NODE_RANK"
+fi
+
+cd "$root"
+if [ -n "$dry" ]; then
+    quoted env ${settings[@]+"${settings[@]}"} .venv/bin/jaxkd "${rest[@]}"
+elif [ -n "$background" ]; then
+    mkdir -p "$background"
+    pid="$(cat "$background/run.pid" 2>/dev/null || true)"
+    if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then fail "a run is going on here, process $pid: $background/run.log"; fi
+    rm -f "$background/run.code"
+    # A session of its own: it outlives the ssh connection that started it.
+    setsid bash "${BASH_SOURCE[0]}" --supervise "$background" --chip "$chip" -- "${rest[@]}" \
+        </dev/null >>"$background/run.log" 2>&1 &
+    echo $! >"$background/run.pid"
+    echo "started, process $!: $background/run.log"
+elif [ -n "$supervise" ]; then
+    # Stays to write down how it ended, and hands SIGTERM on: bash alone would die of it and leave the child behind.
+    code=0
+    bash "${BASH_SOURCE[0]}" --chip "$chip" -- "${rest[@]}" &
+    child=$!
+    trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+    while true; do
+        code=0
+        wait "$child" || code=$?
+        kill -0 "$child" 2>/dev/null || break # a signal ends `wait` early
+    done
+    echo "$code" >"$supervise/run.code.new" && mv "$supervise/run.code.new" "$supervise/run.code"
+else
+    exec "$jaxkd" "${rest[@]}"
+fi
