@@ -103,22 +103,9 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     student_checkpoint, student_config = opening.student(e, opened, shapes)
     known = {opening.called(name): side for name, side in opened.items()}
     known["student"] = (student_checkpoint, student_config)
-    own: dict[str, tokenize.Tokenizer] = {}
-    if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
-        tokenizer = tokenize.of_size(min(config.vocab for _, config in known.values()))
-    else:
-        tokenizer = opening.tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
+    tokenizer, own = opening.tokenizers(e, known, shapes)
     whole = student_config.layers
     student_config = _cut(e, student_config)
-    for side, (checkpoint, config) in known.items():
-        opening.check_vocabulary(tokenizer, side, config)
-        if checkpoint is not None and checkpoint.has_tokenizer:
-            own[side] = opening.tokenizer("teacher", checkpoint)
-            opening.check_same_tokenizer(tokenizer, own[side], side)
-        if e.data.length > config.max_length:
-            raise ValueError(
-                f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
-            )
 
     # All heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])

@@ -12,20 +12,22 @@ from jaxkd.models.transformer import Config
 _SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
 
 
+Side = tuple[weights.Checkpoint | None, Config]
+"""Where a model's weights are, None for random ones or a shape alone, and its config."""
+
+
 def called(name: str) -> str:
     """A teacher in messages."""
     return name if name == "teacher" else f"teacher '{name}'"
 
 
-def teachers(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, tuple[weights.Checkpoint | None, Config]]:
+def teachers(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, Side]:
     """Each teacher's checkpoint, None for one that has only a shape, and its config; `shapes` of those not to open."""
     where = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
     return {name: _open(member.path, member.shape, where(name), shapes) for name, member in e.teacher.models.items()}
 
 
-def student(
-    e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, Config]
-) -> tuple[weights.Checkpoint | None, Config]:
+def student(e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, Config]) -> Side:
     """The same of the student, or of the teacher that it is cut from."""
     if e.student.path != "teacher":
         return _open(e.student.path, e.student.shape, "student", shapes)
@@ -34,9 +36,7 @@ def student(
     return next(iter(teachers.values()))
 
 
-def _open(
-    path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config]
-) -> tuple[weights.Checkpoint | None, Config]:
+def _open(path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config]) -> Side:
     if path in shapes:
         return None, shapes[path]
     if path != "random":
@@ -54,7 +54,37 @@ def _sizes() -> list[str]:
     return [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
 
 
-def tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tokenizer:
+def tokenizers(
+    e: Experiment, known: Mapping[str, Side], shapes: Mapping[str, Config]
+) -> tuple[tokenize.Tokenizer, dict[str, tokenize.Tokenizer]]:
+    """The data's tokenizer, and those that models bring with them, by side.
+
+    Args:
+        e: the experiment.
+        known: every model's checkpoint and config, the first teacher first.
+        shapes: of models that are not opened; a tokenizer of theirs is a size.
+
+    Raises:
+        ValueError: when a model's ids are not the tokenizer's, or its context is shorter than a row.
+    """
+    if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
+        data = tokenize.of_size(min(config.vocab for _, config in known.values()))
+    else:
+        data = _tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
+    own: dict[str, tokenize.Tokenizer] = {}
+    for side, (checkpoint, config) in known.items():
+        _check_vocabulary(data, side, config)
+        if checkpoint is not None and checkpoint.has_tokenizer:
+            own[side] = _tokenizer("teacher", checkpoint)
+            _check_same_tokenizer(data, own[side], side)
+        if e.data.length > config.max_length:
+            raise ValueError(
+                f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
+            )
+    return data, own
+
+
+def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tokenizer:
     """The tokenizer that `data.tokenizer` names; "teacher" is the checkpoint's own."""
     if name == "bytes":
         return tokenize.byte_tokenizer()
@@ -67,8 +97,7 @@ def tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Toke
     return tokenize.from_gguf(checkpoint.tokenizer_fields or {})
 
 
-def check_vocabulary(tokenizer: tokenize.Tokenizer, side: str, config: Config) -> None:
-    """Raises: ValueError when a model has other ids than the tokenizer, padding left out."""
+def _check_vocabulary(tokenizer: tokenize.Tokenizer, side: str, config: Config) -> None:
     if not tokenizer.vocab <= config.vocab <= tokenizer.vocab + _SPARE_IDS:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab} ids but the {side}'s weights have {config.vocab}: they do not "
@@ -76,8 +105,7 @@ def check_vocabulary(tokenizer: tokenize.Tokenizer, side: str, config: Config) -
         )
 
 
-def check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, side: str) -> None:
-    """Raises: ValueError when a model's own tokenizer has other ids for the same tokens."""
+def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, side: str) -> None:
     if data.fingerprint == model.fingerprint:
         return
     ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (data, model))

@@ -20,9 +20,9 @@ os.environ.update(compiled_once())
 install_import_hook("jaxkd", "harness.checked")
 
 # Before anything asks for a device, as the command line does it: `harness.here` runs whole commands in this process.
-from jaxkd.train.loop import join_processes  # noqa: E402
+from jaxkd import processes  # noqa: E402
 
-join_processes()
+processes.join()
 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's notifier would let a test process outlive `timeout`
 
 settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
