@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import Background, assert_same_run, final_state, jaxkd, lines
+from harness import Background, assert_same_run, final_state, here, jaxkd, lines
 
 from jaxkd.data import rules
 
@@ -76,12 +76,7 @@ PROXY = "--config.data.mixture=doremi_proxy(eta=5.0)"
 
 @pytest.fixture(scope="module")
 def proxy(arguments, tmp_path_factory):
-    """A proxy run that was killed in an interval and went on."""
-    workdir = tmp_path_factory.mktemp("proxies") / "killed"
-    run = Background(workdir, [*arguments, PROXY])
-    run.wait_for_step(7)
-    run.process.kill()
-    run.finish()
+    workdir = tmp_path_factory.mktemp("proxies") / "whole"
     done = jaxkd("train", "--workdir", str(workdir), *arguments, PROXY)
     assert done.returncode == 0, done.stderr
     assert "weights of the domains, averaged: alpha=" in done.stdout
@@ -89,10 +84,14 @@ def proxy(arguments, tmp_path_factory):
 
 
 def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp_path):
-    done = jaxkd("train", "--workdir", str(tmp_path / "whole"), *arguments, PROXY)
+    run = Background(tmp_path / "killed", [*arguments, PROXY])
+    run.wait_for_step(7)
+    run.process.kill()
+    run.finish()
+    done = jaxkd("train", "--workdir", str(tmp_path / "killed"), *arguments, PROXY)
     assert done.returncode == 0, done.stderr
-    assert_same_run(proxy, tmp_path / "whole")
-    assert (proxy / "domain_weights.json").read_text() == (tmp_path / "whole" / "domain_weights.json").read_text()
+    assert_same_run(tmp_path / "killed", proxy)
+    assert (tmp_path / "killed" / "domain_weights.json").read_text() == (proxy / "domain_weights.json").read_text()
 
 
 def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
@@ -109,13 +108,14 @@ def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
 
 
 def test_the_second_run_draws_by_them_and_says_early_what_is_missing(proxy, arguments, tmp_path):
-    second = [*arguments, f"--config.data.mixture=doremi('{proxy}')", "--config.run.eval_every=0"]
-    done = jaxkd("train", "--workdir", str(tmp_path / "second"), *second)
+    alone = [*arguments, "--config.run.mesh.data=1", "--config.run.eval_every=0"]
+    second = [*alone, f"--config.data.mixture=doremi('{proxy}')"]
+    done = here("train", "--workdir", str(tmp_path / "second"), *second)
     assert done.returncode == 0, done.stderr
     stored = json.loads((proxy / "domain_weights.json").read_text())["weights"]
     for row in lines(tmp_path / "second" / "mixture.jsonl"):
         assert {name: row[f"share/{name}"] for name in stored} == pytest.approx(stored)
         assert all(abs(row[f"rows/{name}"] - 40 * weight) <= 1 for name, weight in stored.items())
-    wrong = jaxkd("train", "--workdir", str(tmp_path / "third"), *arguments, "--config.data.mixture=doremi('nowhere')")
+    wrong = here("train", "--workdir", str(tmp_path / "third"), *alone, "--config.data.mixture=doremi('nowhere')")
     assert wrong.returncode == 1
     assert wrong.stderr.strip().splitlines()[-1].startswith("jaxkd: error: data.mixture: there is no run at nowhere")
