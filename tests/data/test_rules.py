@@ -147,11 +147,15 @@ def test_doge_by_hand():
 
 
 def test_doge_cuts_long_gradients_and_large_scores():
-    long = Gradients(np.outer([30.0, 10.0], [30.0, 10.0]), 0.1)
-    equal = run(rules.doge(mu=0.05)(NAMES[:2]), [None, long], [1, 1])[-1]
-    np.testing.assert_allclose(equal, 0.5)  # parallel: at equal lengths each helps the other as much
-    limited = run(rules.doge(mu=0.05, norm=0.0, limit=5.0)(NAMES[:2]), [None, long], [1, 1])[-1]
-    np.testing.assert_allclose(limited, 0.5)  # both scores are far above the limit
+    long = np.array([[30.0, 0.0], [0.5, 0.0], [0.0, 0.4]])
+    shares = lambda **options: run(
+        rules.doge(mu=0.05, **options)(NAMES[:3]), [None, Gradients(long @ long.T, 0.1)], [1] * 3
+    )[-1]
+    helped = np.array([0.5, 0.5, 0.0])  # the first is cut to a length of 1
+    np.testing.assert_allclose(shares(), softmax(0.1 * helped / ((1 + 0.5 + 0.4) / 3) / 0.05), rtol=1e-4)
+    uncut = 0.1 * 30 * helped / ((30 + 0.5 + 0.4) / 3)
+    np.testing.assert_allclose(shares(norm=0.0), softmax(uncut / 0.05), rtol=1e-4)
+    np.testing.assert_allclose(shares(norm=0.0, limit=0.3), softmax(np.minimum(uncut, 0.03) / 0.05), rtol=1e-4)
 
 
 def test_doge_looks_at_targets_and_draws_none_of_them():

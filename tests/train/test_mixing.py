@@ -176,3 +176,14 @@ def test_any_number_of_hosts_reads_the_same_batches_before_and_after_a_re_weight
             mixing.advance(made.student)
         assert mixing.mixture.interval == interval + 1
     assert math.isclose(mixing.mixture.sampling.sum(), 1.0)
+
+
+def test_a_proxy_is_refused_a_teacher_that_says_too_little(tmp_path):
+    arguments = tiny_arguments(
+        {"wide": write_domain(tmp_path / "wide.jsonl", 0)},
+        tmp_path / "rows",
+        "--config.data.mixture=doremi_proxy()",
+        "--config.teacher.signal=top_k",
+    )
+    with pytest.raises(ValueError, match=r"'doremi_proxy\(\)' compares .* this teacher gives 'top_k': take another"):
+        job.build(experiment(read_config(arguments)))
