@@ -55,6 +55,11 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     processes.join()
     import jax
 
+    if (count := jax.process_count()) > 1:
+        raise ValueError(
+            f"`jaxkd train` runs in one process so far, on all devices of one host, but this job has {count}: start it "
+            "on one host (`jaxkd cache` and `jaxkd check` run on several)"
+        )
     built = job.build(e)
     changes = claim(workdir, e, options.accept_changes)
     if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs

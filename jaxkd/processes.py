@@ -126,7 +126,7 @@ def _one_gpu_a_task(environ: Mapping[str, str]) -> None:
         raise ValueError(f"this node has {max(here, local + 1)} tasks but each sees {gpus} of its GPUs: {ask}")
     if gpus > here:
         raise ValueError(
-            f"this node has {gpus} GPUs but {here} tasks, each of which uses one GPU: {ask} "
+            f"this node has {gpus} GPUs but {here} task{'s' * (here > 1)}, and a task uses one GPU: {ask} "
             f"(or set JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(gpus)))} for one task on each node)"
         )
 

@@ -61,7 +61,7 @@ def test_place(environ, platforms, found):
         (TASK | {"CUDA_VISIBLE_DEVICES": "0"}, "this node has 8 tasks but each sees 1 of its GPUs: ask with --ntasks"),
         (
             TASK | {"SLURM_STEP_TASKS_PER_NODE": "8,1", "SLURM_LOCALID": "0"},
-            "this node has 8 GPUs but 1 tasks, .* JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7 for one task on each node",
+            "this node has 8 GPUs but 1 task, .* JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7 for one task on each node",
         ),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, "mpirun started several processes, but not where they meet: set JAXKD_COORD"),
         ({"SKYPILOT_NUM_NODES": "2"}, "SkyPilot started several processes, but not where they meet"),
@@ -206,6 +206,26 @@ def test_a_verb_that_waits_in_vain_asks_to_be_started_again(address, tmp_path):
     assert done.returncode == processes.ABSENT == os.EX_UNAVAILABLE
     assert done.stderr.startswith(f"jaxkd: error: of 2 processes, process 1 did not come to {address} within 1 s")
     assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_training_in_two_processes_is_refused_by_both(address, tmp_path):
+    """Both join, and both say so; neither waits for the other."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "jaxkd", "train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "w")],
+            cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=process_environment() | {
+                "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": address, "JAXKD_NUM_PROCESSES": "2",
+                "JAXKD_PROCESS_ID": str(index),
+            },
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1, errors
+        assert "`jaxkd train` runs in one process so far, on all devices of one host, but this job has 2" in errors
     assert not (tmp_path / "w").exists()
 
 
