@@ -166,23 +166,25 @@ def test_port_that_is_taken(address):
 # ---------------------------------------------------------------------------------- real processes
 
 PROGRAM = """
-import os
-from jaxkd import processes
+import os, sys
+from jaxkd import main, processes
 here = processes.join()
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
 print(here.index, jax.process_count(), multihost_utils.process_allgather(jnp.ones(())).sum(), os.environ["http_proxy"])
-processes.join()
+main.console()  # joins, too: a second time it does nothing
 """
 
 
-def test_two_processes_join_and_exchange_past_a_dead_proxy(address):
-    """Both with the proxy variables of many clusters, which gRPC would wait for; a second call does nothing."""
+def test_two_processes_join_past_a_dead_proxy_exchange_and_are_refused_to_train(address, tmp_path):
+    """Both with the proxy variables of many clusters, which gRPC would wait for."""
     dead = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "x"}
+    train = ["train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "w")]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=process_environment() | dead | HERE | {
+            [sys.executable, "-c", PROGRAM, *train], cwd=REPOSITORY, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=process_environment() | dead | {
                 "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": address, "JAXKD_NUM_PROCESSES": "2",
                 "JAXKD_PROCESS_ID": str(index),
             },
@@ -191,10 +193,12 @@ def test_two_processes_join_and_exchange_past_a_dead_proxy(address):
     ]  # fmt: skip
     for index, process in enumerate(started):
         output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        assert process.returncode == 1, errors
         assert output.splitlines()[-1] == f"{index} 2 2.0 http://127.0.0.1:9"  # gloo has a line of its own before
         assert f"jaxkd: process {index} of 2 (explicit)" in errors
-        assert "proxy" not in errors
+        assert "detected proxy" not in errors
+        assert "`jaxkd train` runs in one process so far, on all devices of one host, but this job has 2" in errors
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_verb_that_waits_in_vain_asks_to_be_started_again(address, tmp_path):
@@ -206,26 +210,6 @@ def test_a_verb_that_waits_in_vain_asks_to_be_started_again(address, tmp_path):
     assert done.returncode == processes.ABSENT == os.EX_UNAVAILABLE
     assert done.stderr.startswith(f"jaxkd: error: of 2 processes, process 1 did not come to {address} within 1 s")
     assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "w").exists()
-
-
-def test_training_in_two_processes_is_refused_by_both(address, tmp_path):
-    """Both join, and both say so; neither waits for the other."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "jaxkd", "train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "w")],
-            cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=process_environment() | {
-                "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": address, "JAXKD_NUM_PROCESSES": "2",
-                "JAXKD_PROCESS_ID": str(index),
-            },
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    for process in started:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 1, errors
-        assert "`jaxkd train` runs in one process so far, on all devices of one host, but this job has 2" in errors
     assert not (tmp_path / "w").exists()
 
 
