@@ -105,26 +105,22 @@ class Program:
         Args:
             mesh: axis name -> devices, in the order in which the mesh's devices are numbered.
         """
-        once: dict[tuple[str, str], tuple[Collective, int]] = {}
+        found: dict[Collective, int] = {}
         for name, body in self.computations.items():
+            begins = any("AsyncCollectiveStart" in i.rest for i in body)
             for i in body:
                 op = i.op.removesuffix("-start")
                 if op not in COLLECTIVES or name not in self.times:
                     continue
+                if "chain_id=" in i.rest and not begins:
+                    continue  # it overlaps with products: the fusions that carry and end it name it again
                 axis = axis_of(groups(i.rest, math.prod(mesh.values())), mesh)
                 if not axis:
                     continue
-                size = self._exchanged(name, i)
                 if op == "all-reduce" and name.startswith("all-reduce-scatter"):
                     op = "reduce-scatter"  # how a TPU's program spells it: a fusion that keeps a slice of the sum
-                # One that overlaps with products stands in the fusions that begin, carry and end it, on one channel.
-                channel = re.search(r"channel_id=(\d+)", i.rest)
-                key = (op, channel[1]) if channel and channel[1] != "1" else (op, f"{name} {i.name}")
-                times = max(self.times[name], once[key][1] if key in once else 0)
-                once[key] = Collective(op, axis, size, name in self.looped, 0), times
-        found: dict[Collective, int] = {}
-        for collective, times in once.values():
-            found[collective] = found.get(collective, 0) + times
+                one = Collective(op, axis, self._exchanged(name, i), name in self.looped, 0)
+                found[one] = found.get(one, 0) + self.times[name]
         rows = [dataclasses.replace(collective, count=count) for collective, count in found.items()]
         return sorted(rows, key=lambda c: -c.bytes * c.count)
 

@@ -23,7 +23,8 @@ class Guess(NamedTuple):
 
     experiment: Experiment
     bytes: float  # on a device
-    seconds: float  # of a step
+    seconds: float  # of a step, at best
+    whole: float  # of a step in which nothing hides anything: what decides among equals
 
 
 class Suggestion(NamedTuple):
@@ -49,7 +50,7 @@ def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str
         ValueError: when no mesh of the slice divides the batch.
     """
     start, place = time.monotonic(), planning.devices(topology)
-    guesses = sorted(_guesses(e, topology, place), key=lambda g: g.seconds)
+    guesses = sorted(_guesses(e, topology, place), key=lambda g: (g.seconds, g.whole))
     if not guesses:
         raise ValueError(
             f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name}: with {topology.devices} "
@@ -137,12 +138,12 @@ def _guess(built: Job, topology: Topology) -> Guess:
     sums = lambda c: 4 * c.layers * tokens * c.embed * 2 * parts * (1 - 1 / model)
     exchanged = gathered + (passes - 1) * sums(student) + sum(map(sums, teachers))
     links = sum(2 if wraps else 1 for n, wraps in zip(topology.shape, topology.wraps, strict=True) if n > 1) or math.inf
-    seconds = max(
+    times = (
         planning.flops_of(built).executed / topology.devices / chip.flops,
         moved / chip.bandwidth,
         exchanged / (links * chip.link),
     )
-    return Guess(e, fixed + temporary, seconds)
+    return Guess(e, fixed + temporary, max(times), sum(times))
 
 
 def overrides(asked: Experiment, e: Experiment) -> list[str]:

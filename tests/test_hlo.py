@@ -12,19 +12,19 @@ from jaxkd.sharding import make_mesh
 MESH = {"data": 4, "model": 2}
 LAYERS, WIDTH, ROWS = 5, 64, 16
 
-# As the TPU compiler writes programs: a gather that overlaps with products stands in three fusions on one channel, a
-# reduction that keeps a slice is a fusion, a loop's trips are in its condition, and S(1) is memory on the chip.
+# As the TPU compiler writes programs: a gather that overlaps with products stands in the fusions that begin and end it,
+# a reduction that keeps a slice is a fusion, a loop's trips are in its condition, and S(1) is memory on the chip.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %begin (p: bf16[8,64]) -> (bf16[8,64], bf16[32,64]) {
   %p = bf16[8,64]{1,0} parameter(0)
-  %gather.1 = bf16[32,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %gather.1 = bf16[32,64]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, frontend_attributes={chain_id="0"}
   ROOT %begun = (bf16[8,64]{1,0}, bf16[32,64]{1,0}) custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
 }
 
 %end (p.1: bf16[8,64]) -> bf16[32,64] {
   %p.1 = bf16[8,64]{1,0} parameter(0)
-  ROOT %gather.2 = bf16[32,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  ROOT %gather.2 = bf16[32,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
 %all-reduce-scatter.clone (p.2: f32[32,64]) -> f32[8,64] {
