@@ -36,8 +36,8 @@ class Place(NamedTuple):
 
     found: str  # "one", "explicit", "slurm", "gketpu" or "gcetpu" (of which JAX finds the rest), "pathways"
     coordinator: str = ""
-    count: int = 1
-    index: int = 0
+    size: int = 1
+    rank: int = 0
 
 
 # ------------------------------------------------------------------------------------------- where
@@ -156,7 +156,7 @@ def join() -> Place:
     """
     import jax
 
-    here = place(os.environ, jax.config.jax_platforms or "")
+    here = place(os.environ, jax.config.values["jax_platforms"] or "")
     if jax.distributed.is_initialized() or here.found == "pathways":
         return here
     seconds = _patience(os.environ)
@@ -175,8 +175,8 @@ def join() -> Place:
             # Beyond its own limit JAX ends the process with a page of C++: ours comes first.
             with _patient({"slurm": "the tasks of this SLURM job"}.get(here.found, "the hosts of this TPU"), seconds):
                 _detected(start, here.found, seconds + 60)
-    if here.count > 1:
-        _say(f"process {here.index} of {here.count} ({here.found})")
+    if here.size > 1:
+        _say(f"process {here.rank} of {here.size} ({here.found})")
     return here
 
 
@@ -247,7 +247,7 @@ def roll_call(here: Place, seconds: float) -> None:
         Absent: some did not come; process 0 knows which.
         OSError: process 0 cannot listen at the port.
     """
-    verdict = (_call if here.index == 0 else _answer)(here, seconds)
+    verdict = (_call if here.rank == 0 else _answer)(here, seconds)
     if "absent" in verdict:
         raise Absent(verdict["absent"])
     if "wrong" in verdict:
@@ -261,12 +261,12 @@ def _call(here: Place, seconds: float) -> dict[str, str]:
     lines: list[socket.socket] = []
     deadline = time.monotonic() + seconds
     with _listen(here) as server, contextlib.ExitStack() as closing:
-        while len(came) < here.count - 1 and not verdict:
-            missing = [i for i in range(1, here.count) if i not in came]
+        while len(came) < here.size - 1 and not verdict:
+            missing = [i for i in range(1, here.size) if i not in came]
             names = f"process{'es' * (len(missing) > 1)} {_few(missing)}"
             if (left := deadline - time.monotonic()) <= 0:
                 verdict["absent"] = (
-                    f"of {here.count} processes, {names} did not come to {here.coordinator} within {seconds:g} s: look "
+                    f"of {here.size} processes, {names} did not come to {here.coordinator} within {seconds:g} s: look "
                     f"at the logs there, and at {COORDINATOR} and {COUNT} ({PATIENCE} is the limit)"
                 )
                 break
@@ -275,13 +275,13 @@ def _call(here: Place, seconds: float) -> dict[str, str]:
                 line = closing.enter_context(server.accept()[0])
             except TimeoutError:
                 if time.monotonic() < deadline:
-                    _say(f"waiting for {names} of {here.count} at {here.coordinator}")
+                    _say(f"waiting for {names} of {here.size} at {here.coordinator}")
                 continue
             if (said := _heard(line)) is None:
                 continue  # something else that tried the port
             count, index = said
-            if count != here.count:
-                verdict["wrong"] = f"process {index} has {COUNT}={count}, but process 0 has {COUNT}={here.count}"
+            if count != here.size:
+                verdict["wrong"] = f"process {index} has {COUNT}={count}, but process 0 has {COUNT}={here.size}"
             elif index == 0 or (index in came and _open(came[index])):
                 verdict["wrong"] = f"two processes have {INDEX}={index}: each needs its own, from 0 to {count - 1}"
             came[index] = line
@@ -331,7 +331,7 @@ def _answer(here: Place, seconds: float) -> dict[str, str]:
     while (left := start + seconds - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=min(left, 5.0)) as line:
-                line.sendall((json.dumps({"count": here.count, "index": here.index}) + "\n").encode())
+                line.sendall((json.dumps({"count": here.size, "index": here.rank}) + "\n").encode())
                 line.settimeout(left + 15)  # process 0 may have begun to wait a little later
                 verdict = json.loads(line.makefile().readline())
                 return {str(k): str(v) for k, v in verdict.items()}

@@ -74,9 +74,9 @@ def test_classic_mistakes(environ, sentence):
 
 def test_tasks_of_a_slurm_job_without_gpus_are_not_held_to_them():
     bare = {name: value for name, value in TASK.items() if name != "CUDA_VISIBLE_DEVICES"}
-    assert place(bare, "").count == 16
-    assert place(TASK | {"CUDA_VISIBLE_DEVICES": "0"}, "cpu").count == 16
-    assert place(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "JAX_LOCAL_DEVICE_IDS": "0,1"}, "").count == 16
+    assert place(bare, "").size == 16
+    assert place(TASK | {"CUDA_VISIBLE_DEVICES": "0"}, "cpu").size == 16
+    assert place(TASK | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "JAX_LOCAL_DEVICE_IDS": "0,1"}, "").size == 16
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3"])
@@ -171,7 +171,7 @@ from jaxkd import main, processes
 here = processes.join()
 import jax, jax.numpy as jnp
 from jax.experimental import multihost_utils
-print(here.index, jax.process_count(), multihost_utils.process_allgather(jnp.ones(())).sum(), os.environ["http_proxy"])
+print(here.rank, jax.process_count(), multihost_utils.process_allgather(jnp.ones(())).sum(), os.environ["http_proxy"])
 main.console()  # joins, too: a second time it does nothing
 """
 
