@@ -1,6 +1,7 @@
 """The command line: `jaxkd VERB --config=FILE:ARGUMENT --config.block.key=value`."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -66,9 +67,9 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         job.check_shares(built)
     for note in built.notes:
         print(f"mesh: {note}")
-    with lock(workdir), jax.set_mesh(built.mesh):
+    with lock(workdir), jax.set_mesh(built.mesh), contextlib.ExitStack() as held:
         rows = load.domains(built)
-        run = loop.Run(built, workdir, rows)
+        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows)))
         for change in changes:
             print(f"changed: {change}")
         adopt(workdir, e)

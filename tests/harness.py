@@ -113,7 +113,7 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     Processes share compiled programs through JAX's cache, which saves each of them ten seconds; `cache=False` is for
     tests that must see every process compile for itself. LLVM's optimiser is left out, as in the tests' own process.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     return environment if cache else {k: v for k, v in environment.items() if k not in compiled_once()}
 
