@@ -1,5 +1,6 @@
 """Every way a teacher reaches the step: less than its head, several of them, the student itself."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -145,6 +146,23 @@ def test_weights_that_leave_a_row_without_its_teachers_are_refused(one, two, mes
     member = {"path": "random", "shape": values["teacher"]["shape"]}
     values["teacher"] = {"members": {"one": {**member, "weight": one}, "two": {**member, "weight": two}}}
     with pytest.raises(ValueError, match=re.escape(message)):
+        job.build(experiment(values))
+
+
+@pytest.mark.parametrize(
+    ("signal", "temperatures", "message"),
+    [
+        ("token", (0.0,), None),
+        ("token", (-1.0,), "must be finite and above 0"),
+        ("token", (1.0, 2.0), "one temperature"),
+        ("top_k", (0.0,), "must be finite and above 0"),
+    ],
+)
+def test_text_may_be_the_most_probable_one(signal, temperatures, message):
+    values = dict(read_config([f"--config={REPOSITORY / 'configs' / 'tiny.py'}"]))
+    values["teacher"] = {**values["teacher"], "signal": signal, "temperatures": temperatures}
+    values["objective"] = {"ce": values["objective"]["ce"]}
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         job.build(experiment(values))
 
 
