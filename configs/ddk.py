@@ -77,7 +77,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "teacher": {"path": teacher, "dtype": "float32" if small else "bfloat16"}
             | (
                 {"signal": "top_k", "entries": 64, "temperatures": (1.0,), "cache": "cache/ddk-small"}
-                if small and "ted" not in method  # whose filters look into the teacher
+                # TED's filters look into the teacher, and DoReMi's proxy asks it for every token's probability.
+                if small and "ted" not in method and method != "doremi_proxy"
                 else {}
             ),
             "student": {

@@ -54,8 +54,8 @@ def test_small_builds(method):
     shape = [f"--config.teacher.shape.{name}={size}" for name, size in sizes.items()]
     random = ["--config.teacher.path=random", "--config.data.tokenizer=bytes", "--config.run.mesh.data=1", *shape]
     built = job.build(read(f"small,{method}", *random))
-    assert built.student.config.layers == 15
-    assert built.objective.uses_teacher == (method not in ("cpt", "doremi_proxy", "doremi"))
+    assert built.student.config.layers == 6
+    assert built.objective.uses_teacher == (method not in ("cpt", "doremi"))
 
 
 @pytest.mark.parametrize("argument", ["x", "small,llama", "kd,cpt"])
