@@ -15,6 +15,8 @@ number_from 0 restarts
 number_from 60 grace
 accelerator "$accelerator"
 [ -n "$gcloud_name" ] || fail "xpk has no name for $generation:$grid: use a size that has a number (see docs/launch.md)"
+[ "$grid" != 2x4 ] || sentence="$sentence; xpk takes hosts of four chips, so that these are 2 hosts and processes"
+[ "$generation" != tpu7x ] || sentence="$sentence; xpk runs two containers, and so two processes, on each host"
 echo "$launcher: $slices x $sentence" >&2
 command=(xpk workload create "--workload=$name" "--cluster=$cluster" "--tpu-type=$gcloud_name" "--num-slices=$slices"
     "--docker-image=$image" "--max-restarts=$restarts" '--restart-on-exit-codes=69,70,75'
