@@ -53,7 +53,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.evals import compare
     from jaxkd.train import log, loop
 
-    processes.join()
+    processes.join(saves=True)
     import jax
 
     if (count := jax.process_count()) > 1:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -143,11 +144,14 @@ def _number(environ: Mapping[str, str], *names: str, default: int = 1) -> int:
 # -------------------------------------------------------------------------------------------- join
 
 
-def join() -> Place:
+def join(saves: bool = False) -> Place:
     """Start `jax.distributed`: before anything else is asked of JAX, once.
 
-    Its coordination service is what notices SIGTERM, so it is started for one process too, and no Python handler for
-    SIGTERM may be installed afterwards: it would replace the one that is.
+    Its coordination service is what notices SIGTERM, so it is started for one process too, and a run that saves may
+    install no Python handler for SIGTERM afterwards: it would replace the one that is.
+
+    Args:
+        saves: whether the process asks for SIGTERM between its steps, and saves; it ends any other one at once.
 
     Raises:
         ValueError: when the environment cannot be right.
@@ -175,6 +179,8 @@ def join() -> Place:
             # Beyond its own limit JAX ends the process with a page of C++: ours comes first.
             with _patient({"slurm": "the tasks of this SLURM job"}.get(here.found, "the hosts of this TPU"), seconds):
                 _detected(start, here.found, seconds + 60)
+    if not saves:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if here.size > 1:
         _say(f"process {here.rank} of {here.size} ({here.found})")
     return here

@@ -1,7 +1,6 @@
 """Eight fake devices and checked types for every test."""
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ install_import_hook("jaxkd", "harness.checked")
 from jaxkd import processes  # noqa: E402
 
 processes.join()
-signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX's notifier would let a test process outlive `timeout`
 
 settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
 settings.load_profile("shared")
