@@ -76,8 +76,8 @@ class Program:
             self.moving.add(name)
         for i in self.computations.get(name, []):
             if i.op == "while":
-                trips, parts = self.trips(i), dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", i.rest))
-                for part in parts.values():
+                trips = self.trips(i, self.computations[name])
+                for part in re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", i.rest):
                     self._visit(part, times * trips, True, moving)
             elif i.op in ("call", "conditional"):
                 for part in _called(i):
@@ -86,18 +86,30 @@ class Program:
                 for part in _called(i):
                     self._visit(part, times, looped, False)
 
-    def trips(self, loop: Instruction) -> int:
-        """Of a `while`: what the compiler says, or the bound in its condition; 1 if neither is there."""
+    def trips(self, loop: Instruction, around: list[Instruction]) -> int:
+        """Of a `while`: what the compiler says, or what follows from its counter's bound, step and start.
+
+        Args:
+            loop: the instruction.
+            around: the computation that it stands in.
+        """
         if known := re.search(r'known_trip_count\\?"?[:=]\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)', loop.rest):
             return int(known[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-        waiting, bounds = [condition[1]] if condition else [], []
-        while waiting:
-            for i in self.computations.get(waiting.pop(), []):
-                waiting += _called(i)
-                if i.op == "constant" and (value := re.match(r"(\d+)$", ",".join(i.operands))) and "s32[]" in i.kind:
-                    bounds.append(int(value[1]))
-        return max(bounds, default=1)
+        parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", loop.rest))
+        condition, body = (self.computations.get(parts.get(name, ""), []) for name in ("condition", "body"))
+        numbers = _constants(condition)
+        places = {i.name: int(m[1]) for i in condition if (m := re.search(r"\bindex=(\d+)", i.rest))}
+        compared = next((i for i in condition if i.root and i.op == "compare"), None)
+        if compared is None:  # hidden in a fusion: its bound is the only large number there
+            inside = [
+                value for i in condition for c in _called(i) for value in _constants(self.computations[c]).values()
+            ]
+            return max([*numbers.values(), *inside], default=1)
+        bound = next((numbers[o] for o in compared.operands if o in numbers), 1)
+        counter = next((places[o] for o in compared.operands if o in places), -1)
+        step = _step(body, counter)
+        start = _element(around, loop.operands[0], counter)
+        return max(-(-(bound - _constants(around).get(start, 0)) // step), 1)
 
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
         """All exchanges between devices, equal ones together, the largest in sum first.
@@ -224,6 +236,31 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return place
     return len(text)
+
+
+def _constants(body: list[Instruction]) -> dict[str, int]:
+    whole = [i for i in body if i.op == "constant" and re.match(r"[su]\d+\[\]", i.kind)]
+    return {i.name: int(i.operands[0]) for i in whole if re.fullmatch(r"-?\d+", i.operands[0])}
+
+
+def _element(body: list[Instruction], name: str, place: int) -> str:
+    """The name of a tuple's element, copies looked through."""
+    named = {i.name: i for i in body}
+    found = named.get(name)
+    if found is None or found.op != "tuple" or not 0 <= place < len(found.operands):
+        return ""
+    element = found.operands[place]
+    while element in named and named[element].op in ("copy", "bitcast"):
+        element = named[element].operands[0]
+    return element
+
+
+def _step(body: list[Instruction], counter: int) -> int:
+    """By how much a loop's body moves its counter; 1 where that does not show."""
+    root = next((i.name for i in body if i.root), "")
+    named, numbers = {i.name: i for i in body}, _constants(body)
+    moved = named.get(_element(body, root, counter))
+    return next((numbers[o] for o in moved.operands if o in numbers), 1) if moved and moved.op == "add" else 1
 
 
 def _called(i: Instruction) -> list[str]:

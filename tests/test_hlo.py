@@ -13,7 +13,7 @@ MESH = {"data": 4, "model": 2}
 LAYERS, WIDTH, ROWS = 5, 64, 16
 
 # As the TPU compiler writes programs: a gather that overlaps with products stands in the fusions that begin and end it,
-# a reduction that keeps a slice is a fusion, a loop's trips are in its condition, and S(1) is memory on the chip.
+# a reduction that keeps a slice is a fusion, a loop's trips follow from its counter, S(1) is memory on the chip.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %begin (p: bf16[8,64]) -> (bf16[8,64], bf16[32,64]) {
@@ -43,6 +43,8 @@ TPU = """HloModule jit_step, is_scheduled=true
 %body (carry: (s32[], f32[5,8,64], f32[32,64])) -> (s32[], f32[5,8,64], f32[32,64]) {
   %carry = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%carry), index=0
+  %two = s32[] constant(2)
+  %on = s32[] add(%i, %two)
   %all = f32[5,8,64]{2,1,0} get-tuple-element(%carry), index=1
   %x = f32[32,64]{1,0} get-tuple-element(%carry), index=2
   %slice = f32[8,64]{1,0} fusion(%all, %i), kind=kLoop, calls=%one_layer
@@ -50,18 +52,22 @@ TPU = """HloModule jit_step, is_scheduled=true
   %first = (bf16[8,64]{1,0}, bf16[32,64]{1,0:S(1)}) fusion(%narrow), kind=kCustom, calls=%begin
   %last = bf16[32,64]{1,0:S(1)} fusion(%narrow), kind=kCustom, calls=%end
   %part = f32[8,64]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.clone
-  ROOT %next = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) tuple(%i, %all, %x)
+  ROOT %next = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) tuple(%on, %all, %x)
 }
 
 %condition (carry.1: (s32[], f32[5,8,64], f32[32,64])) -> pred[] {
   %carry.1 = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
   %i.1 = s32[] get-tuple-element(%carry.1), index=0
-  %bound = s32[]{:T(128)} constant(5)
+  %bound = s32[]{:T(128)} constant(12)
   ROOT %less = pred[] compare(%i.1, %bound), direction=LT
 }
 
-ENTRY %main (start: (s32[], f32[5,8,64], f32[32,64])) -> f32[] {
-  %start = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
+ENTRY %main (given: (s32[], f32[5,8,64], f32[32,64])) -> f32[] {
+  %given = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) parameter(0)
+  %three = s32[] constant(3)
+  %stack.2 = f32[5,8,64]{2,1,0} get-tuple-element(%given), index=1
+  %x.2 = f32[32,64]{1,0} get-tuple-element(%given), index=2
+  %start = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) tuple(%three, %stack.2, %x.2)
   %loop = (s32[], f32[5,8,64]{2,1,0}, f32[32,64]{1,0}) while(%start), condition=%condition, body=%body
   %hop.1 = f32[32,64]{1,0} get-tuple-element(%loop), index=2
   %hop = (f32[32,64]{1,0:S(1)}, f32[32,64]{1,0:S(1)}, u32[]{:S(2)}) collective-permute-start(%hop.1), channel_id=3, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
@@ -84,9 +90,9 @@ def test_exchanges_of_a_tpu_program():
 def test_memory_traffic_of_a_tpu_program():
     """Of the stack one layer a trip; nothing of what is on the chip; a fusion's operands and results once."""
     layer, whole = 8 * 64 * 4, 32 * 64 * 4
-    slice_, convert, begin, scatter, compare = 2 * layer + 4, layer, 8 * 64 * 2, whole + layer, 4 + 4 + 1
+    slice_, convert, begin, scatter, count = 2 * layer + 4, layer, 8 * 64 * 2, whole + layer, 3 * 4 + 2 * 4 + 1
     once = whole + 4  # the hop reads its operand, the sum writes a number
-    assert hlo.Program(TPU).traffic() == 5 * (slice_ + convert + begin + scatter + compare) + once
+    assert hlo.Program(TPU).traffic() == 5 * (slice_ + convert + begin + scatter + count) + once
 
 
 @pytest.mark.parametrize("fused", [False, True])
