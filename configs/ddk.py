@@ -10,7 +10,7 @@ The argument is a pair of models and a method, either of them or both ("llama,kd
 
 - `qwen` (default): Qwen1.5-14B to Qwen1.5-1.8B on ten domains; `llama`: LLaMA2-13B to TinyLLaMA-1.1B on the same;
   `starcoder`: StarCoder-15.5B to 3B on four languages, an architecture that cannot be read here so far: set
-  --config.teacher.path and --config.student.path to a code model of one that can; `small`: SmolLM2-135M to six of its
+  --config.teacher.path and --config.student.path to a code model of one that can; `small`: SmolLM2-135M to half its
   layers on six domains, for two CPU cores, with the teacher's 64 most probable tokens cached.
 - `ddk` (default); `no_smoothing`: Eq. 1 in every interval; `uniform`: equal sampling; `kd`: the pool as it is, which is
   also the paper's KD; `minillm`: `kd` with reverse KL for forward KL, as the paper has it; `cpt`: no teacher;
@@ -46,7 +46,7 @@ PAIRS = {
     "qwen": ("models/Qwen1.5-14B", "models/Qwen1.5-1.8B", TEN, {6: 10, 12: 20, 18: 30, 24: 40}),
     "llama": ("models/Llama-2-13b-hf", "models/TinyLlama-1.1B", TEN, {6: 10, 11: 20, 17: 30, 22: 40}),
     "starcoder": ("models/starcoderbase", "models/starcoderbase-3b", FOUR, {9: 10, 18: 20, 27: 30, 36: 40}),
-    "small": ("smollm2-135m-instruct", "teacher", SIX, {3: 3, 4: 12, 6: 30}),
+    "small": ("smollm2-135m-instruct", "teacher", SIX, {5: 10, 10: 20, 15: 30}),
 }
 METHODS = {
     "ddk": "ddk(alpha=0.5)",
@@ -83,7 +83,7 @@ def get_config(arg: str = "") -> ConfigDict:
             ),
             "student": {
                 "path": student,
-                "layers": (0, 1, 2, 11, 28, 29) if small else (),
+                "layers": (0, 1, 2, 6, 8, 9, 10, 11, 20, 21, 23, 24, 27, 28, 29) if small else (),
                 "keep": 0,
                 "frozen": method == "ted_filters",
                 "objective_from": "runs/ddk/ted_filters/seed-0" if method == "ted" else "",
@@ -95,7 +95,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "tokenizer": "teacher",
                 "text_key": "text",
                 "mixture": METHODS[method],
-                "interval": 9 if small else 1000,
+                "interval": 8 if small else 1000,
                 "batch": 2 if small else 256,
                 "length": 128 if small else 2048,
                 "train_rows": 80 if small else 0,  # that are cached; "natural" is of the whole text all the same
@@ -106,7 +106,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "lr": {
                     "schedule": "cosine",
                     "peak": 8e-4 if small else 3e-5,
-                    "warmup": 6 if small else 1000,
+                    "warmup": 4 if small else 1000,
                     "end": 4e-5 if small else 3e-6,
                 },
                 "b1": 0.9,
@@ -117,14 +117,14 @@ def get_config(arg: str = "") -> ConfigDict:
                 "micro_batches": 1,
             },
             "run": {
-                "steps": 72 if small else 30_000,
+                "steps": 48 if small else 30_000,
                 "seed": 0,
                 "dtype": "float32" if small else "bfloat16",
                 "remat": "none" if small else "layer",
                 "mesh": {"data": -1, "model": 1},
                 "eval_every": 0 if small else 5000,
                 "eval_batch": 6 if small else 256,
-                "checkpoint_every": 72 if small else 500,
+                "checkpoint_every": 48 if small else 500,
                 "keep_checkpoints": 1,
                 "log_every": 1,
             },
