@@ -267,7 +267,7 @@ def seconds(c: Collective, mesh: Any, topology: Topology) -> float:
     """The least time of one exchange: its bytes over all links that its group of devices has between its members.
 
     A gather or a scatter over n devices moves (n - 1) / n of the array through every one of them, a reduction that
-    keeps everything twice that; a permutation is one hop.
+    keeps everything twice that; a permutation is one hop, and those in opposite directions go at once.
     """
     axes = c.axis.split("+")
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
@@ -279,9 +279,8 @@ def seconds(c: Collective, mesh: Any, topology: Topology) -> float:
         links += 0 if spanned == 1 else 2 if wraps and spanned == extent else 1
     # Devices of one chip exchange through its memory.
     bandwidth = links * topology.chip.link or topology.chip.bandwidth
-    if c.op == "collective-permute":
-        return c.bytes / (topology.chip.link if links else bandwidth)
-    return _WAYS.get(c.op, 1.0) * c.bytes * (len(group) - 1) / len(group) / bandwidth
+    part = 1 if c.op == "collective-permute" else _WAYS.get(c.op, 1.0) * (len(group) - 1) / len(group)
+    return part * c.bytes / bandwidth
 
 
 # ---------------------------------------------------------------------------------- what is said

@@ -232,6 +232,7 @@ for _x in range(4):
         ("all-reduce", "model", 3 / 2),
         ("all-gather", "data+model", 15 / 16 / 2),  # both sides of the grid at once
         ("collective-permute", "data", 1.0),
+        ("collective-permute", "data+model", 1 / 2),
     ],
 )
 def test_exchanges_take_their_bytes_over_their_links(op, axis, share):
