@@ -290,6 +290,9 @@ def test_test_passes_arguments_and_status_on(machine):
     assert (done.returncode, done.stdout) == (5, "--numprocesses auto --dist loadfile -k a or b\n")
     assert done.stderr.startswith("parity group skipped: ")
     assert done.stderr.splitlines()[-1].startswith("tpu group skipped: ")
+    done = machine.run("test.sh")
+    assert (done.returncode, done.stdout) == (5, "--numprocesses auto --dist loadfile -m not slow\n")
+    assert done.stderr.splitlines()[-1] == "slow group left out: bash launch/test.sh -m slow"
 
 
 @pytest.mark.parametrize("script", ["local.sh", "test.sh"])
