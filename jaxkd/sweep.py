@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxkd.config import read_config, saved_experiment
 from jaxkd.experiment import Experiment, experiment
+from jaxkd.processes import STOPPED
 
 _COMMITTED = "commit_success.txt"  # Orbax writes it last
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
@@ -225,7 +226,8 @@ def go(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -
     """Run what is left, and go on behind a run that fails.
 
     Returns:
-        The exit code: 0 when all runs are done, 1 when some are not, 128 and the signal's number after a signal.
+        The exit code: 0 when all runs are done, 1 when some are not, after SIGTERM the one on which launchers start the
+        same command again, after Ctrl-C 130.
     """
     done = [run for run in runs if result(run) is not None]
     say(f"{len(runs)} runs in {workdir}: {len(done)} are done, {len(runs) - len(done)} to go")
@@ -239,7 +241,7 @@ def go(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -
             took = f"{time.monotonic() - started:,.0f} s"
             if child.stopped:
                 say(f"{name}: stopped; the same command goes on from here")
-                return 128 + child.stopped
+                return STOPPED if child.stopped == signal.SIGTERM else 128 + child.stopped
             found = result(command.run) if command.run else {}
             if code or found is None:
                 failed[name] = _last_line(command.log) or f"exit code {code}"
