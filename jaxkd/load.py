@@ -218,3 +218,22 @@ def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tup
     if not all(math.isfinite(s) for s in scores):
         raise ValueError("the loss is not finite when a layer is left out: check the teacher's weights")
     return shrink.most_important(scores, job.experiment.student.keep)
+
+
+def trained(job: Job, workdir: Path, step: int | None) -> tuple[int, PyTree, PyTree]:
+    """A run's student: the step of a checkpoint, the newest for None; its parameters; their average, where kept.
+
+    Raises:
+        FileNotFoundError: when there is no checkpoint.
+        ValueError: when it cannot be read.
+    """
+    checkpoints = Checkpoints((workdir / "checkpoints").absolute(), read_only=True)
+    try:
+        latest = checkpoints.latest()
+        if latest is None:
+            raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
+        chosen = latest if step is None else step
+        student = checkpoints.restore_student(chosen, job.state.params["student"])
+        return chosen, student, checkpoints.restore_average(chosen, job.state.ema) if job.own else student
+    finally:
+        checkpoints.close()

@@ -177,7 +177,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
 
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
-        step, student, average = _student(built, workdir, options.step)
+        step, student, average = load.trained(built, workdir, options.step)
         rows = load.domains(built)
         stores = teaching.open_stores(built, rows.fingerprints)
         taught = teaching.teach(built, load.models(built, rows, with_student=False).teachers, stores)
@@ -203,12 +203,12 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     import jax
 
     from jaxkd import export as exporter
-    from jaxkd import job
+    from jaxkd import job, load
     from jaxkd.train import log
 
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
-        step, student, _ = _student(built, workdir, options.step)
+        step, student, _ = load.trained(built, workdir, options.step)
         host = jax.device_get(student)
     token = lambda number: None if number is None else built.tokenizer.tokenizer.id_to_token(number)
     card = {
@@ -253,21 +253,6 @@ def compare(options: argparse.Namespace, config: Sequence[str], command: str) ->
         print(json.dumps(comparison.as_json(found), indent=2))
     else:
         print(f"{comparison.text(found)}\n\npage: {page}")
-
-
-def _student(built, workdir: Path, step: int | None):
-    from jaxkd.train.checkpoint import Checkpoints
-
-    checkpoints = Checkpoints((workdir / "checkpoints").absolute(), read_only=True)
-    try:
-        latest = checkpoints.latest()
-        if latest is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
-        chosen = latest if step is None else step
-        student = checkpoints.restore_student(chosen, built.state.params["student"])
-        return chosen, student, checkpoints.restore_average(chosen, built.state.ema) if built.own else student
-    finally:
-        checkpoints.close()
 
 
 VERBS = {

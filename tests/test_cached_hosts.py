@@ -31,6 +31,7 @@ with jax.set_mesh(built.mesh):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "model"), [(2, 1), (1, 2)])
 def test_two_processes_fill_one_cache(tmp_path, data, model):
     """Over `data` each writes blocks of its own; over `model` both hold the same rows, and one of them writes."""

@@ -131,6 +131,7 @@ def test_the_teachers_text_trains(place, arguments, cached):
     assert rows[0]["tokens"] < 8 * 63 - 20  # prompts have no weight
 
 
+@pytest.mark.slow
 def test_a_killed_cache_goes_on_and_is_the_same(place, arguments):
     """Killed while it writes, the polite way too; the bytes are those of an undisturbed cache."""
     rows = ["--config.data.train_rows=0"]
@@ -215,6 +216,7 @@ def test_several_teachers_train_and_are_judged(place, arguments, variant):
     assert "student" in good("evaluate", "--workdir", str(workdir))
 
 
+@pytest.mark.slow
 def test_members_may_be_cached_each_for_its_own_domains(place, arguments):
     """One teacher's hidden states for one domain, another's for the other: trained as the live ones."""
     rest = [a for a in arguments if not a.startswith("--config=")]
@@ -246,6 +248,7 @@ def test_features_learn_from_cached_hidden_states(place, arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_student_teaches_itself_and_its_average_is_kept(place, arguments):
     """Stopped half-way and continued, the run is the undisturbed one to the last bit."""
     self_taught = [

@@ -64,7 +64,7 @@ def train(e, rows, workdir, steps=3):
     """The first steps of a run, saved; its loop without the log."""
     run = loop.Run(job.build(e), workdir, rows, say=lambda line: None)
     first, losses = jax.tree.map(np.asarray, run.state.params), []
-    for batch in itertools.islice(run._batches(0), steps):
+    for batch in itertools.islice(run._interval(0), steps):
         run.state, metrics = run.step(run.state, run.teaching.train.state, batch)
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
     run.checkpoints.save(steps, run.state, run._progress())

@@ -41,6 +41,7 @@ def test_the_first_interval_is_the_pool_and_the_next_follow_the_rule(weighed, un
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 7])
 def test_killed_in_an_interval_equals_undisturbed(step, weighed, arguments, tmp_path):
     workdir = tmp_path / "killed"
@@ -83,6 +84,7 @@ def proxy(arguments, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp_path):
     run = Background(tmp_path / "killed", [*arguments, PROXY])
     run.wait_for_step(7)
@@ -107,6 +109,7 @@ def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
     assert len({tuple(pair) for pair in used}) == 12  # at every step
 
 
+@pytest.mark.slow
 def test_the_second_run_draws_by_them_and_says_early_what_is_missing(proxy, arguments, tmp_path):
     alone = [*arguments, "--config.run.mesh.data=1", "--config.run.eval_every=0"]
     second = [*alone, f"--config.data.mixture=doremi('{proxy}')"]

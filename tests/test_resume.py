@@ -25,6 +25,7 @@ def test_killed_ten_times_equals_undisturbed(undisturbed, arguments, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_path):
     workdir = tmp_path / "stopped"

@@ -127,6 +127,7 @@ def wait_until_dead(process: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_the_run_and_ends_the_sweep(swept):
     workdir, (said, code), _ = swept
     assert code == 130
@@ -135,6 +136,7 @@ def test_ctrl_c_saves_the_run_and_ends_the_sweep(swept):
     assert "stopped by a signal: step" in (workdir / "good" / "seed-0.log").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_killed_goes_on_and_equals_an_undisturbed_run(swept, undisturbed):
     workdir, _, (said, _) = swept
     assert "good, seed 0: done in" in said
@@ -142,6 +144,7 @@ def test_what_was_killed_goes_on_and_equals_an_undisturbed_run(swept, undisturbe
     assert_same_run(workdir / "good" / "seed-0", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_and_the_rest_is_run(swept):
     workdir, _, (said, code) = swept
     assert code == 1
@@ -150,6 +153,7 @@ def test_a_failure_is_named_and_the_rest_is_run(swept):
     assert lines(workdir / "short" / "seed-0" / "evals.jsonl")[-1]["step"] == 2
 
 
+@pytest.mark.slow
 def test_what_is_done_is_left_alone(swept, given):
     """By what it left: a run whose last checkpoint is gone is not done, whatever else is there."""
     workdir, _, _ = swept

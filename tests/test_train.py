@@ -51,6 +51,7 @@ def test_the_finished_command_repeated_changes_nothing(undisturbed, arguments):
     assert ((undisturbed / "metrics.jsonl").read_bytes(), (undisturbed / "evals.jsonl").read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_another_mesh_gives_the_same_rows_and_nearly_the_same_losses(undisturbed, arguments, tmp_path):
     workdir = tmp_path / "sharded"
     options = ["--config.run.mesh.data=4", "--config.run.mesh.model=2"]
@@ -122,6 +123,7 @@ def test_the_numbers_are_what_they_were(undisturbed):
     ]
 
 
+@pytest.mark.slow
 def test_every_option_of_the_template_in_one_sharded_run(arguments, tmp_path):
     """bfloat16, rematerialisation, micro-batches, measured importance, a sparse log; stopped and resumed."""
     options = [
