@@ -31,7 +31,8 @@ def bash(command: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_shell_scripts_are_clean():
-    if (shellcheck := shutil.which("shellcheck")) is None:
+    beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # .venv need not be activated
+    if (shellcheck := shutil.which("shellcheck", path=beside)) is None:
         pytest.skip("shellcheck is not installed: bash launch/setup.sh test brings it")
     done = subprocess.run([shellcheck, "-x", "-P", LAUNCH, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
