@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import SMALL, compiled_once, jaxkd, tiny_arguments, write_domain
+from harness import SMALL, jaxkd, tiny_arguments, write_domain
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -13,7 +13,6 @@ from jaxtyping import install_import_hook
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.update(compiled_once())
 
 # Every annotated shape and type of jaxkd is checked while tests run; users pay nothing for it.
 install_import_hook("jaxkd", "harness.checked")

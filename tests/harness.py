@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,12 +100,31 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
     from jaxkd import main
 
     output, errors, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+    with _compiled_once(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             main.console(arguments)
         except SystemExit as stop:
             code = stop.code
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+@contextlib.contextmanager
+def _compiled_once() -> Iterator[None]:
+    """JAX's cache of programs, as processes of their own have it; other tests look at programs as they are compiled."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {"jax_compilation_cache_dir": _CACHE.name, "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # which looks at the settings once
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
@@ -115,12 +135,9 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     """
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
-    return environment if cache else {k: v for k, v in environment.items() if k not in compiled_once()}
-
-
-def compiled_once() -> dict[str, str]:
-    """Environment variables with which this process, and those that it starts, compile a program once."""
-    return {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    if cache:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return environment
 
 
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")
