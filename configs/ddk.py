@@ -21,7 +21,8 @@ From the paper: loss CE + 0.2 KL(p || q) at T = 1, alpha = 0.5, 1,000 steps an i
 steps and cosine to 3e-6 at 30,000, about 15B tokens, 500 held-out samples a domain. It states no batch, length or
 optimiser: 256 rows of 2,048 tokens follow from 15B tokens in 30,000 steps; AdamW's values are the usual ones. Runtime:
 16 A100-80G in the paper, not measured here. Expected, mean of its eleven tasks: ddk 55.4, kd 52.9, ted 52.6, minillm
-52.6, doremi 51.0, cpt 50.5 (Table 1, no seeds given). `small`: two to three minutes a run, numbers in docs/results.md.
+52.6, doremi 51.0, cpt 50.5 (Table 1, no seeds given). `small`: five minutes a run on one core,
+numbers in docs/results.md.
 """
 
 from ml_collections import ConfigDict
