@@ -8,8 +8,8 @@ the next token through the teacher's head. Stage 2: the student and its filters 
 filters keep, beside next-token cross-entropy and forward KL at T = 2. For models that mean something give both runs the
 same --config.teacher.path, --config.student.layers, --config.data.tokenizer=teacher and map of layers, such as
 "--config.objective.ted.feature=ted_match(layers={5: 10, 10: 20, 15: 30})" (ted_filters in stage 1). The paper's weight
-of the third term is 100 to 7500 on GLUE, task by task: tune it. Expected after 20 steps: stage 1's loss falls from 5.50
-to 5.42 (a random head knows little), stage 2's from 5.49 to 4.11.
+of the third term is 100 to 7500 on GLUE, task by task: tune it. Expected after 20 steps: stage 1's loss falls from 5.5
+by a tenth (a random head knows little), stage 2's to about 4.1.
 """
 
 from ml_collections import ConfigDict
