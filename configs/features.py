@@ -8,8 +8,8 @@ papers. The student is narrower than the teacher, so hidden and cosine learn pro
 in params["objective"] and are left behind by export. To distil real models give both paths and a map of layers that
 fits them, such as "--config.objective.feature.feature=hidden_mse(layers={5: 10, 10: 20, 15: 30})". Minitron (arXiv
 2407.14679) found that such terms help only where much depth was cut. Expected after 20 steps: the loss falls from 5.5
-to about 4.2 (hidden), the feature's own value from about 1.0 to 0.4 (cosine) and from 0.4 to 0.1 (cka); next to the random
-models' cross-entropy minilm and attention are too small to see.
+to about 4.2 (hidden), the feature's own value from about 1.0 to 0.4 (cosine) and from 0.4 to 0.1 (cka); next to the
+random models' cross-entropy minilm and attention are too small to see.
 """
 
 from ml_collections import ConfigDict
