@@ -33,7 +33,9 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(place) -> list[str]:
     domains = {name: write_domain(place / f"{name}.jsonl", seed) for seed, name in enumerate(("law", "code"))}
-    return tiny_arguments(domains, place / "rows", *SMALL, "--config.run.mesh.data=1")
+    given = tiny_arguments(domains, place / "rows", *SMALL, "--config.run.mesh.data=1")
+    assert here("prepare", *given).returncode == 0  # so that no test's messages are of rows that are being built
+    return given
 
 
 def good(verb: str, *arguments: str) -> str:
