@@ -11,7 +11,7 @@ chip="${JAXKD_CHIP:-}" background="" supervise=""
 read_options "chip background supervise" "" "$@"
 require "$work"
 jaxkd="$root/.venv/bin/jaxkd"
-[ -n "$dry" ] || [ -x "$jaxkd" ] || fail "jaxkd is not set up here: bash launch/setup.sh tpu (or cuda) makes .venv"
+[ -n "$dry" ] || [ -x "$jaxkd" ] || fail "jaxkd is not set up here: bash launch/setup.sh tpu (or cuda12) makes .venv"
 
 settings=()
 setting() { # setting NAME VALUE
