@@ -104,7 +104,7 @@ def test_a_cached_run_needs_no_teacher_and_says_so(place, arguments):
     assert "MFLOP a token" in checked
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_draws_train(place, arguments, cached):
     how = teacher(place, "drawn", signal="sampled", entries=12) if cached else ["--config.teacher.signal=sampled"]
     if cached:
@@ -114,7 +114,7 @@ def test_draws_train(place, arguments, cached):
     assert losses(workdir)[-1] < losses(workdir)[0]
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_teachers_text_trains(place, arguments, cached):
     only = ["--config.objective.kd.weight=0.0", "--config.objective.kd.divergence=next_token"]
     values = {"signal": "token", "prompt": 8}
@@ -235,6 +235,7 @@ def test_members_may_be_cached_each_for_its_own_domains(place, arguments):
         assert a == pytest.approx(b, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_features_learn_from_cached_hidden_states(place, arguments):
     feature = ["--config.objective.kd.divergence=", "--config.objective.kd.feature=hidden_mse(layers={-1: -1})"]
     how = teacher(place, "hidden32", signal="hidden", stored="float32")

@@ -231,6 +231,7 @@ def test_help_names_every_verb():
     assert "--config.optim.lr.peak" in jaxkd("train", "--help").stdout
 
 
+@pytest.mark.slow
 def test_rows_that_changed_under_a_run_are_noticed(tmp_path):
     text = write_domain(tmp_path / "a.jsonl", 3)
     arguments = tiny_arguments({"a": text}, tmp_path / "rows", "--config.run.steps=2", "--config.run.eval_every=0")

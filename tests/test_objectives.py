@@ -189,6 +189,7 @@ def test_micro_batches_equal_the_whole_batch():
     same(program(4)(start(everything()), models()[2].state, BATCH, STEP), reference())
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     mesh = sharding.make_mesh(4, 2)
     params, state = start(everything()), models()[2].state

@@ -94,6 +94,7 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_an_exported_student_continues_as_a_checkpoint(undisturbed, arguments, tmp_path):
     student = tmp_path / "student"
     assert jaxkd("export", "--workdir", str(undisturbed), "--to", str(student)).returncode == 0
@@ -154,6 +155,7 @@ def test_every_option_of_the_template_in_one_sharded_run(arguments, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_a_student_of_random_weights(arguments, tmp_path):
     shape = {"vocab": 257, "embed": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 32}
     options = [f"--config.student.shape.{key}={value}" for key, value in shape.items()]

@@ -23,12 +23,19 @@ class Softening(NamedTuple):
     tail: int = 0  # which of a top-k teacher's stored tails belongs to it
 
 
+_LANES = 128
+
+
 def _sum_of_vectors(x: jax.Array) -> jax.Array:
     """[c v] -> [c]: XLA on CPUs fuses what is summed into the sum's loop, where exp takes an entry at a time.
 
-    A product with ones is a kernel of its own, so that `x` is made in vectors: 1.3 to 1.8 times faster in all.
+    A product with ones is a kernel of its own, so that `x` is made in vectors. It adds one entry after the other, so it
+    is kept short, and the sums of 128 are left to XLA's tree.
     """
-    return x @ jnp.ones(x.shape[-1], x.dtype)
+    tokens, entries = x.shape
+    if entries % _LANES:
+        return x.sum(-1)
+    return (x.reshape(-1, _LANES) @ jnp.ones(_LANES, x.dtype)).reshape(tokens, -1).sum(-1)
 
 
 class Columns(NamedTuple):

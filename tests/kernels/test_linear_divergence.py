@@ -33,7 +33,11 @@ def family(temperature):
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "vocab", "temperature"), [(8, 1, 64, 1.0), (1, 8, 51, 2.0), (4, 2, 51, 1.0), (2, 4, 64, 2.0)]
+    ("data", "model", "vocab", "temperature"),
+    [
+        (4, 2, 51, 1.0),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1, 64, 1.0), (1, 8, 51, 2.0), (2, 4, 64, 2.0))],
+    ],
 )
 def test_each_sharded_matches_dense_float64(data, model, vocab, temperature):
     student, teacher, targets, one = problem(columns=64)
@@ -43,7 +47,14 @@ def test_each_sharded_matches_dense_float64(data, model, vocab, temperature):
         close(fused(*arguments, chunk=2, mesh=mesh), dense(*arguments), weights != 0)
 
 
-@pytest.mark.parametrize(("mesh", "vocab"), [(None, 64), (None, 51), ((1, 8), 51), ((4, 2), 51)])
+@pytest.mark.parametrize(
+    ("mesh", "vocab"),
+    [
+        (None, 51),
+        ((4, 2), 51),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 64), ((1, 8), 51))],
+    ],
+)
 def test_standardised_logits(mesh, vocab):
     student, teacher, targets, one = problem(columns=64)
     terms = tuple(term for term in FAMILY.values() if not term.normaliser)
@@ -53,8 +64,17 @@ def test_standardised_logits(mesh, vocab):
         close(fused(*arguments, chunk=4, mesh=mesh, **more), dense(*arguments, **more), weights != 0)
 
 
-@pytest.mark.parametrize("standard", [False, True])
-@pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
+@pytest.mark.parametrize(
+    ("mesh", "standard"),
+    [
+        (None, True),
+        ((4, 2), False),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((None, False), ((1, 8), False), ((1, 8), True), ((4, 2), True))
+        ],
+    ],
+)
 def test_impossible_tokens_match_dense_float64(mesh, standard):
     """A teacher with -inf among its logits: dear, finite, and the same on both sides of the kernel."""
     student, teacher, targets, one = problem(columns=64)
@@ -151,10 +171,11 @@ def test_zero_with_no_gradient_at_equality(name):
     ("mesh", "temperature", "vocab", "chunk"),
     [
         (None, 2.0, 1000, 8),
-        (None, 1.0, 1024, 10),
         ((4, 2), 1.0, 1000, 8),
-        ((1, 8), 2.0, 1024, 12),
-        ((8, 1), 1.0, 1000, 3),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((None, 1.0, 1024, 10), ((1, 8), 2.0, 1024, 12), ((8, 1), 1.0, 1000, 3))
+        ],
     ],
 )
 def test_bfloat16_operands_accumulate_in_float32(mesh, temperature, vocab, chunk):
