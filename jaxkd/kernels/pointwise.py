@@ -23,21 +23,6 @@ class Softening(NamedTuple):
     tail: int = 0  # which of a top-k teacher's stored tails belongs to it
 
 
-_LANES = 128
-
-
-def _sum_of_vectors(x: jax.Array) -> jax.Array:
-    """[c v] -> [c]: XLA on CPUs fuses what is summed into the sum's loop, where exp takes an entry at a time.
-
-    A product with ones is a kernel of its own, so that `x` is made in vectors. It adds one entry after the other, so it
-    is kept short, and the sums of 128 are left to XLA's tree.
-    """
-    tokens, entries = x.shape
-    if entries % _LANES:
-        return x.sum(-1)
-    return (x.reshape(-1, _LANES) @ jnp.ones(_LANES, x.dtype)).reshape(tokens, -1).sum(-1)
-
-
 class Columns(NamedTuple):
     """The vocabulary entries that one device holds."""
 
@@ -55,7 +40,7 @@ class Columns(NamedTuple):
 
     def sum(self, x: jax.Array) -> jax.Array:
         """[c v] -> [c] over the whole vocabulary."""
-        return self.total(jax.lax.platform_dependent(x, cpu=_sum_of_vectors, default=lambda x: x.sum(-1)))
+        return self.total(x.sum(-1))
 
     def max(self, x: jax.Array) -> jax.Array:
         """[c v] -> [c] over the whole vocabulary."""
