@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from jaxkd import flops, load
+from jaxkd import flops, load, unison
 from jaxkd.data import loader
 from jaxkd.data.shards import Block
 from jaxkd.data.store import Store, Writer
@@ -117,19 +116,19 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
     manifest = described(job, rows.fingerprints)
     started, process = time.perf_counter(), jax.process_index()
     with Writer(root, manifest, sizes, block=BLOCK, leader=process == 0) as writer:
-        _meet("jaxkd cache: opened")
+        unison.meet("the cache is opened")
         todo = writer.missing()
-        _meet("jaxkd cache: counted")  # before one writes what another has not looked for yet
+        unison.meet("the cache is counted")  # before one writes what another has not looked for yet
         total = sum(block.stop - block.start for block in todo)
         measured: dict[str, float] = {}
         if todo:
             yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
             params = load.teacher(job, "teacher")
             measured = _fill(job, rows, maker(job, params), writer, todo, progress and process == 0)
-        _meet("jaxkd cache: written")
+        unison.meet("the cache is written")
         if process == 0:
             writer.finish()
-        _meet("jaxkd cache: finished")  # before one opens what is not marked complete yet
+        unison.meet("the cache is finished")  # before one opens what is not marked complete yet
     took = time.perf_counter() - started
     if todo:
         rate = total * job.experiment.data.length / took
@@ -137,11 +136,6 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
     for name, value in measured.items():
         yield f"{name}: KL of what is stored from the teacher {value:.2e} nats per token, over a batch"
     yield from costs(job, rows, {"teacher": Store(root)})
-
-
-def _meet(where: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
 
 
 def _fill(

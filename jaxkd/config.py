@@ -12,7 +12,9 @@ import json
 import os
 import platform
 import re
+import secrets
 import subprocess
+import time
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -198,18 +200,47 @@ def adopt(workdir: Path, e: Experiment) -> None:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Keep a second process out of a run's workdir.
+def lock(workdir: Path) -> Iterator[str]:
+    """Keep a second command out of a run's workdir; gives what is in the lock's file, for `see`.
 
     Raises:
-        ValueError: another process is training in it.
+        ValueError: another one is training in it.
     """
-    with (workdir / ".lock").open("w") as file:
+    with (workdir / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is training in {workdir}: wait for it or use a new --workdir") from None
-        yield
+        mark = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
+        file.truncate(0)
+        file.write(mark)
+        file.flush()
+        os.fsync(file.fileno())
+        yield mark
+
+
+def see(workdir: Path, mark: str, seconds: float = 60.0) -> None:
+    """Wait until the lock that process 0 took is seen from here: a run's workdir is one directory for all hosts.
+
+    Args:
+        workdir: of the run.
+        mark: what `lock` gave.
+        seconds: that a network's file system may take.
+
+    Raises:
+        ValueError: it is another directory.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(OSError):
+            if (workdir / ".lock").read_text() == mark:
+                return
+        if time.monotonic() > until:
+            raise ValueError(
+                f"process 0 has made {workdir}, which is not to be seen on {platform.node()}: --workdir must be on "
+                "storage that every host sees, such as a mounted bucket or file system"
+            )
+        time.sleep(0.2)
 
 
 def _plain(e: Experiment) -> dict[str, Any]:

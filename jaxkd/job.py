@@ -77,6 +77,8 @@ class Job(NamedTuple):
 def elsewhere(e: Experiment) -> Experiment:
     """The experiment for verbs that do not train: on one device where the run's own mesh is not there."""
     mesh = e.run.mesh
+    if jax.process_count() > 1:  # each needs a part of the mesh
+        return e
     if mesh.data * mesh.model == jax.device_count() and e.run.eval_batch % mesh.data == 0:
         return e
     return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
@@ -94,7 +96,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         ValueError, FileNotFoundError: for values that do not fit together or paths that are not there.
     """
     e = experiment
-    alone = (e.run.mesh.data, e.run.mesh.model) == (1, 1)
+    alone = (e.run.mesh.data, e.run.mesh.model) == (1, 1) and jax.process_count() == 1
     devices = devices or jax.devices()
     mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, devices[:1] if alone else devices)
     checks.check(e, mesh.shape["data"])

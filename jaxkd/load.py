@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxkd import unison
 from jaxkd.data import build, loader
 from jaxkd.data.rows import Rows
 from jaxkd.data.sources import open_source
@@ -53,28 +54,34 @@ class Domains(NamedTuple):
 def domains(job: Job, progress: bool = True) -> Domains:
     """Build the rows that are not there yet, and open all of them.
 
+    Process 0 builds; then the others find its rows on a shared disk, or build the same ones on their own.
+
     Raises:
         ValueError, FileNotFoundError, OSError: with one line on what is wrong with which domain.
     """
-    data = job.experiment.data
-    prepared = []
-    for name, spec in data.domains.items():
-        prepared.append(
-            build.prepare(
-                name,
-                open_source(spec, data.text_key),
-                job.tokenizer,
-                data.length,
-                data.train_rows,
-                data.valid_rows,
-                data.directory,
-                valid_share=data.valid_share,
-                progress=progress,
-            )
-        )
+    prepared = unison.in_turn("rows", lambda: _prepared(job, progress))
+    unison.alike("the rows of the domains", {p.name: p.fingerprint for p in prepared})
     train = tuple(Rows(p.path, "train") for p in prepared)
     valid = tuple(Rows(p.path, "valid") for p in prepared)
     return Domains(job.domains, tuple(prepared), train, valid)
+
+
+def _prepared(job: Job, progress: bool) -> list[build.Prepared]:
+    data = job.experiment.data
+    return [
+        build.prepare(
+            name,
+            open_source(spec, data.text_key),
+            job.tokenizer,
+            data.length,
+            data.train_rows,
+            data.valid_rows,
+            data.directory,
+            valid_share=data.valid_share,
+            progress=progress,
+        )
+        for name, spec in data.domains.items()
+    ]
 
 
 def held_out(
@@ -162,7 +169,8 @@ def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = 
         host = host_params(job.student, e.run.seed + 1)
     kept: tuple[int, ...] | None = e.student.layers or None
     if e.student.keep:
-        kept = _by_importance(job, rows, host, progress)
+        found = _by_importance(job, rows, host, progress and unison.first())
+        kept = tuple(unison.word("layers", lambda: list(found)))  # a near tie may fall otherwise on another host
     if kept:
         host = shrink.keep_layers(host, kept)
     return Models(teachers, put(host, job.student), kept)
@@ -185,7 +193,7 @@ def objective_params(job: Job) -> PyTree:
         raise FileNotFoundError(f"student.objective_from: {where} is no run's workdir and no checkpoint of one")
     checkpoints = Checkpoints(folder, read_only=True)
     try:
-        step = checkpoints.latest() if step is None else step
+        step = unison.word("checkpoint", checkpoints.latest) if step is None else step
         if step is None:
             raise FileNotFoundError(f"student.objective_from: {where} has no checkpoint yet")
         return checkpoints.restore_objective(step, wanted)
@@ -229,7 +237,7 @@ def trained(job: Job, workdir: Path, step: int | None) -> tuple[int, PyTree, PyT
     """
     checkpoints = Checkpoints((workdir / "checkpoints").absolute(), read_only=True)
     try:
-        latest = checkpoints.latest()
+        latest = unison.word("checkpoint", checkpoints.latest)
         if latest is None:
             raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
         chosen = latest if step is None else step

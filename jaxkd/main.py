@@ -3,15 +3,14 @@
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from jaxkd import __version__, processes
-from jaxkd.config import adopt, claim, lock, read_config, saved_experiment, versions, write_json
+from jaxkd import __version__, processes, unison
+from jaxkd.config import adopt, claim, lock, read_config, saved_experiment, see, versions, write_json
 from jaxkd.experiment import experiment
 
 _CONFIG_HELP = """\
@@ -53,46 +52,47 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.evals import compare
     from jaxkd.train import log, loop
 
-    processes.join(saves=True)
+    unison.join(saves=True)
     import jax
 
-    if (count := jax.process_count()) > 1:
-        raise ValueError(
-            f"`jaxkd train` runs in one process so far, on all devices of one host, but this job has {count}: start it "
-            "on one host (`jaxkd cache` and `jaxkd check` run on several)"
-        )
     built = job.build(e)
-    changes = claim(workdir, e, options.accept_changes)
-    if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs
-        job.check_shares(built)
-    for note in built.notes:
-        print(f"mesh: {note}")
-    with lock(workdir), jax.set_mesh(built.mesh), contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, jax.set_mesh(built.mesh), unison.ending():
+
+        def take() -> list[Any]:
+            changes = claim(workdir, e, options.accept_changes)
+            if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs
+                job.check_shares(built)
+            return [changes, held.enter_context(lock(workdir))]
+
+        changes, mark = unison.word("workdir", take)
+        see(workdir, mark)
+        for note in built.notes:
+            unison.say(f"mesh: {note}")
         rows = load.domains(built)
-        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows)))
+        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, unison.say)))
         for change in changes:
-            print(f"changed: {change}")
-        adopt(workdir, e)
-        before = workdir / "run.json"
-        known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
-        kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
-        memory = teaching.bytes_per_device(run.models.teachers)
-        found = facts.facts(built, rows, kept, memory, command)
-        write_json(before, found)
-        for line in facts.models(built, found, kept):
-            print(line)
+            unison.say(f"changed: {change}")
+        if unison.first():
+            adopt(workdir, e)
+            before = workdir / "run.json"
+            known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
+            kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
+            found = facts.facts(built, rows, kept, teaching.bytes_per_device(run.models.teachers), command)
+            write_json(before, found)
+            for line in facts.models(built, found, kept):
+                print(line)
         if not run.resumed and not options.no_check:
             for line in preflight.run(run.loaded(), run.stores):
-                print(f"check: {line}")
+                unison.say(f"check: {line}")
         finished = run.go()
-    page = report.write(workdir)
-    if finished:
+        page = unison.word("the report", lambda: str(report.write(workdir)))
+    if finished and unison.first():
         evaluations = log.read(workdir / "evals.jsonl")
         last = max(row["step"] for row in evaluations)
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
         if told := mixture_page.cost(log.read(workdir / "mixture.jsonl")):
             print(told)
-    print(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
+    unison.say(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
     if not finished:
         raise SystemExit(processes.STOPPED)
 
@@ -122,13 +122,13 @@ def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         raise ValueError("teacher.cache names no directory: set --config.teacher.cache=DIRECTORY and a teacher.signal")
     from jaxkd import caching, job, load
 
-    processes.join()
+    unison.join()
     import jax
 
     built = job.build(e)
-    with jax.set_mesh(built.mesh):
+    with jax.set_mesh(built.mesh), unison.ending():
         for line in caching.write(built, load.domains(built)):
-            print(line)
+            unison.say(line)
 
 
 def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -136,19 +136,19 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     e = experiment(read_config(config))
     from jaxkd import caching, job, load, preflight
 
-    processes.join()
+    unison.join()
     import jax
 
     built = job.build(job.elsewhere(e))
     job.check_shares(built)
-    with jax.set_mesh(built.mesh):
+    with jax.set_mesh(built.mesh), unison.ending():
         rows = load.domains(built)
         loaded, stores = preflight.prepare(built, rows)
-        print("check: the tokenizers and vocabularies of all models agree")
+        unison.say("check: the tokenizers and vocabularies of all models agree")
         for line in preflight.run(loaded, stores):
-            print(f"check: {line}")
-    for line in caching.costs(built, rows, stores):
-        print(line)
+            unison.say(f"check: {line}")
+        for line in caching.costs(built, rows, stores):
+            unison.say(line)
 
 
 def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -169,21 +169,22 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
     """Score a run's student beside its teacher on the held-out rows."""
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
-    import jax
-
     from jaxkd import job, load, teaching
     from jaxkd.evals import compare
     from jaxkd.train import log
 
+    unison.join(alone=True)
+    import jax
+
     built = job.build(job.elsewhere(e))
-    with jax.set_mesh(built.mesh):
+    with jax.set_mesh(built.mesh), unison.ending():
         step, student, average = load.trained(built, workdir, options.step)
         rows = load.domains(built)
         stores = teaching.open_stores(built, rows.fingerprints)
         taught = teaching.teach(built, load.models(built, rows, with_student=False).teachers, stores)
         known = (taught.judge.state, step, average)
         comparison = jax.jit(compare.make_comparison(built.student.forward, taught.judged, built.tokenizer.vocab))
-        before = log.read(workdir / "evals.jsonl")
+        before = unison.word("evaluations", lambda: log.read(workdir / "evals.jsonl"))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         result = compare.evaluate(
             lambda batch: comparison(student, known, batch),
@@ -191,8 +192,8 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
             step,
             {} if built.own else start,
         )
-    print(compare.table(result, start))
-    if not any(row["step"] == step for row in before):
+    unison.say(compare.table(result, start))
+    if unison.first() and not any(row["step"] == step for row in before):
         log.append(workdir / "evals.jsonl", result)
 
 
@@ -200,12 +201,17 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     """Write a run's student as a Hugging Face directory."""
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
-    import jax
-
     from jaxkd import export as exporter
     from jaxkd import job, load
     from jaxkd.train import log
 
+    unison.join(alone=True)
+    import jax
+
+    if unison.several():
+        raise ValueError(
+            "`jaxkd export` writes one directory from one process: start it on one host, JAX_PLATFORMS=cpu"
+        )
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
         step, student, _ = load.trained(built, workdir, options.step)
@@ -369,20 +375,8 @@ def console(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can mend are one line, and the exit code is not 0."""
     try:
         main(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("JAXKD_TRACEBACK"):
-            raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        print(f"jaxkd: error: {' '.join(text.split())}", file=sys.stderr)
-        raise SystemExit(processes.ABSENT if isinstance(error, processes.Absent) else 1) from None
-    except KeyboardInterrupt:
-        print("jaxkd: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Exception:
-        traceback.print_exc()
-        raise SystemExit(processes.UNFORESEEN) from None
+    except (Exception, KeyboardInterrupt) as error:
+        raise SystemExit(unison.end(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How the processes of a job find each other: `jax.distributed`, started in every run and for one process too."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ STOPPED = 75
 
 COORDINATOR, COUNT, INDEX = VARIABLES = ("JAXKD_COORDINATOR", "JAXKD_NUM_PROCESSES", "JAXKD_PROCESS_ID")
 PATIENCE = "JAXKD_JOIN_SECONDS"
+HEARTBEAT = "JAXKD_HEARTBEAT_SECONDS"
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 # What starts processes without telling JAX where they meet: the variable that counts them.
 _OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SKYPILOT_NUM_NODES": "SkyPilot"}
@@ -44,12 +46,13 @@ class Place(NamedTuple):
 # ------------------------------------------------------------------------------------------- where
 
 
-def place(environ: Mapping[str, str], platforms: str) -> Place:
+def place(environ: Mapping[str, str], platforms: str, alone: bool = False) -> Place:
     """What the environment says of this process's job.
 
     Args:
         environ: the process's environment.
         platforms: JAX's own setting after its import, e.g. "tpu,cpu" on a machine with a TPU; "" when unset.
+        alone: whether one process will do, so that a batch script may start it without srun.
 
     Raises:
         ValueError: when the environment contradicts itself, or the job was started in a way that cannot work.
@@ -59,7 +62,8 @@ def place(environ: Mapping[str, str], platforms: str) -> Place:
     if any(environ.get(name) for name in VARIABLES):
         return _explicit(environ)
     if environ.get("SLURM_JOB_ID"):
-        return _slurm(environ, platforms)
+        started = all(environ.get(name) for name in _SLURM)
+        return Place("one") if alone and not started else _slurm(environ, platforms)
     if "tpu" in platforms.split(","):
         if environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES"):
             return Place("gketpu")
@@ -144,7 +148,7 @@ def _number(environ: Mapping[str, str], *names: str, default: int = 1) -> int:
 # -------------------------------------------------------------------------------------------- join
 
 
-def join(saves: bool = False) -> Place:
+def join(saves: bool = False, alone: bool = False) -> Place:
     """Start `jax.distributed`: before anything else is asked of JAX, once.
 
     Its coordination service is what notices SIGTERM, so it is started for one process too, and a run that saves may
@@ -152,6 +156,7 @@ def join(saves: bool = False) -> Place:
 
     Args:
         saves: whether the process asks for SIGTERM between its steps, and saves; it ends any other one at once.
+        alone: as for `place`.
 
     Raises:
         ValueError: when the environment cannot be right.
@@ -160,11 +165,12 @@ def join(saves: bool = False) -> Place:
     """
     import jax
 
-    here = place(os.environ, jax.config.values["jax_platforms"] or "")
+    here = place(os.environ, jax.config.values["jax_platforms"] or "", alone)
     if jax.distributed.is_initialized() or here.found == "pathways":
         return here
-    seconds = _patience(os.environ)
-    start = jax.distributed.initialize
+    seconds = _seconds(os.environ, PATIENCE, 300)
+    silence = _seconds(os.environ, HEARTBEAT, 100)  # by which a process that was killed is known
+    start = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=silence)
     with _without_proxies():
         if here.found == "one":
             with socket.socket() as probe:
@@ -198,10 +204,10 @@ def _detected(start, method: str, seconds: int) -> None:
         ) from None
 
 
-def _patience(environ: Mapping[str, str]) -> int:
-    text = environ.get(PATIENCE) or "300"
+def _seconds(environ: Mapping[str, str], name: str, usual: int) -> int:
+    text = environ.get(name) or str(usual)
     if not text.isdigit() or int(text) < 1:
-        raise ValueError(f"{PATIENCE}={text} must be a number of seconds, such as 300")
+        raise ValueError(f"{name}={text} must be a number of seconds, such as {usual}")
     return int(text)
 
 

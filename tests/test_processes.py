@@ -72,6 +72,13 @@ def test_classic_mistakes(environ, sentence):
         place(environ, "")
 
 
+def test_one_process_of_a_slurm_job_may_evaluate_without_srun():
+    """A batch script that trains with srun and then evaluates; started by srun, the tasks are counted all the same."""
+    batch = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "16", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0"}
+    assert place(batch, "", alone=True) == Place("one")
+    assert place(TASK, "", alone=True) == Place("slurm", "", 16, 9)
+
+
 def test_tasks_of_a_slurm_job_without_gpus_are_not_held_to_them():
     bare = {name: value for name, value in TASK.items() if name != "CUDA_VISIBLE_DEVICES"}
     assert place(bare, "").size == 16
@@ -80,10 +87,11 @@ def test_tasks_of_a_slurm_job_without_gpus_are_not_held_to_them():
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3"])
-def test_patience_is_a_number(text, monkeypatch):
-    monkeypatch.setenv("JAXKD_JOIN_SECONDS", text)
+@pytest.mark.parametrize("name", ["JAXKD_JOIN_SECONDS", "JAXKD_HEARTBEAT_SECONDS"])
+def test_patience_is_a_number(name, text, monkeypatch):
+    monkeypatch.setenv(name, text)
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: False)
-    with pytest.raises(ValueError, match=f"JAXKD_JOIN_SECONDS={text} must be a number of seconds"):
+    with pytest.raises(ValueError, match=f"{name}={text} must be a number of seconds"):
         processes.join()
 
 
@@ -176,8 +184,13 @@ main.console()  # joins, too: a second time it does nothing
 """
 
 
-def test_two_processes_join_past_a_dead_proxy_exchange_and_are_refused_to_train(address, tmp_path):
-    """Both with the proxy variables of many clusters, which gRPC would wait for."""
+def test_two_processes_join_past_a_dead_proxy_exchange_and_are_refused_together(address, tmp_path):
+    """Both with the proxy variables of many clusters, which gRPC would wait for.
+
+    Process 0 alone looks into the workdir, and refuses it: the other ends too, with its sentence and its code.
+    """
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "notes.txt").write_text("mine")
     dead = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "x"}
     train = ["train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "w")]
     started = [
@@ -197,8 +210,12 @@ def test_two_processes_join_past_a_dead_proxy_exchange_and_are_refused_to_train(
         assert output.splitlines()[-1] == f"{index} 2 2.0 http://127.0.0.1:9"  # gloo has a line of its own before
         assert f"jaxkd: process {index} of 2 (explicit)" in errors
         assert "detected proxy" not in errors
-        assert "`jaxkd train` runs in one process so far, on all devices of one host, but this job has 2" in errors
-    assert not (tmp_path / "w").exists()
+        who = "process 0 failed: " * index
+        assert errors.splitlines()[-1].startswith(
+            f"jaxkd: {who}error: {tmp_path / 'w'} is not empty and holds no jaxkd"
+        )
+        assert "Traceback" not in errors
+    assert [path.name for path in (tmp_path / "w").iterdir()] == ["notes.txt"]
 
 
 def test_a_verb_that_waits_in_vain_asks_to_be_started_again(address, tmp_path):

@@ -271,7 +271,13 @@ def prepare(
                 config=config,
                 file_format="array_record",
             )
-            builder.download_and_prepare(download_dir=downloads)
+            try:
+                builder.download_and_prepare(download_dir=downloads)
+            except Exception:
+                if not path.exists():
+                    raise
+                # Another host was faster, on a disk whose lock does not reach it; what is in place is whole.
+                return _read_prepared(name, path, fingerprint, built=False)
     if progress:
         print(f"{name}: rows written to {path}", file=sys.stderr)
     return _read_prepared(name, path, fingerprint, built=True)

@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkd.data import mixture as mixtures
@@ -69,6 +70,12 @@ def place(local: dict[str, Any], batch: int, where: np.ndarray, sharding: NamedS
         return jax.make_array_from_callback((batch, *values.shape[1:]), sharding if values.ndim > 1 else by_row, shard)
 
     return Batch(**jax.tree.map(array, known))
+
+
+def places(batch: Batch) -> list[tuple[int, int]]:
+    """(domain, row) of every row of a global batch; all processes must ask."""
+    domain, row = multihost_utils.process_allgather((batch.domain, batch.row), tiled=True)
+    return list(zip(domain.tolist(), row.tolist(), strict=True))
 
 
 def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
@@ -174,22 +181,24 @@ def fixed_batches(
     """
     if batch < 1:
         raise ValueError(f"the batch must have at least 1 row, got {batch}")
-    local_rows(batch, sharding)
+    where = local_rows(batch, sharding)
 
-    def read(number: int) -> dict[str, np.ndarray]:
+    def read(number: int) -> tuple[dict[str, Any], np.ndarray]:
         wanted = np.arange(number * batch, (number + 1) * batch)
         real = wanted < len(rows)
         wanted = np.minimum(wanted, len(rows) - 1)
         values = read_rows([rows], np.zeros(batch, np.int64), wanted)
         values["domain"] = np.full(batch, domain, np.int32)
         values["weights"] = values["weights"] * real[:, None].astype(np.float32)
-        values["bytes"] = np.where(real, values["bytes"], 0)
-        return annotate(values)
+        # What a cache adds to a row is many times the row: read for those alone that this process places.
+        mine = annotate({name: value[where] for name, value in values.items()})
+        return mine, np.where(real, values["bytes"], 0)
 
-    return _fixed(read, -(-len(rows) // batch), batch, sharding)
+    return _fixed(read, -(-len(rows) // batch), batch, where, sharding)
 
 
-def _fixed(read: Any, number: int, batch: int, sharding: NamedSharding | None) -> Iterator[tuple[Batch, np.ndarray]]:
-    everywhere = np.arange(batch)
-    for values in grain.MapDataset.range(number).map(read).to_iter_dataset(_READ):
-        yield place(values, batch, everywhere, sharding), values["bytes"]
+def _fixed(
+    read: Any, number: int, batch: int, where: np.ndarray, sharding: NamedSharding | None
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    for mine, size in grain.MapDataset.range(number).map(read).to_iter_dataset(_READ):
+        yield place(mine, batch, where, sharding), size

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxkd.divergences import forward_kl, next_token
 from jaxkd.kernels.api import RANKED, linear_comparison, linear_divergence
+from jaxkd.sharding import constrain
 from jaxkd.types import Batch, Divergence, Forward, Output, PyTree
 
 Row = dict[str, Any]
@@ -83,7 +84,8 @@ def _calibration(top: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Ar
     """[BINS]: sum of weight (rightness - confidence) over the tokens of each bin of confidence."""
     live = weights != 0
     place = jnp.clip((jnp.where(live, top, 0.0) * BINS).astype(jnp.int32), 0, BINS - 1)
-    return jnp.zeros(BINS).at[place].add(jnp.where(live, weights * (right - top), 0.0))
+    found = jnp.zeros(BINS).at[place].add(jnp.where(live, weights * (right - top), 0.0))
+    return constrain(found, None)  # whole on every device: each process reads it
 
 
 def evaluate(

@@ -11,6 +11,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxkd import unison
+
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Add JSON lines and force them to disk, so that a kill loses at most a line that was being written."""
@@ -43,7 +45,7 @@ def truncate(path: Path, step: int) -> None:
 
 
 class TrainLog:
-    """The three outputs of a training run, side by side."""
+    """The three outputs of a training run, side by side. Of several processes the first writes."""
 
     def __init__(self, workdir: Path, steps: int, step: int, interval: int):
         """Go on after `step`: later lines of an earlier process are dropped.
@@ -57,22 +59,39 @@ class TrainLog:
         self._metrics, self._evals, self._mixture = (
             workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture")
         )
+        self._writes = unison.first()
         for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
-            truncate(path, last)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self._bar = tqdm(total=steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True, smoothing=0.1)
+            self._truncate(path, last)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=self._writes)
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            smoothing=0.1,
+            disable=not self._writes,
+        )
+
+    def _append(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
+        if self._writes:
+            append(path, rows)
+
+    def _truncate(self, path: Path, step: int) -> None:
+        if self._writes:
+            truncate(path, step)
 
     def step(self, row: dict[str, Any], write: bool) -> None:
         """One step's numbers: always to the bar, and to the files when `write`."""
         self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
         if write:
-            append(self._metrics, [row])
+            self._append(self._metrics, [row])
             self._to_board("train", row, row["step"])
 
     def restart_evaluation(self, step: int) -> None:
         """Forget an evaluation that a kill cut short."""
-        truncate(self._evals, step - 1)
+        self._truncate(self._evals, step - 1)
 
     def flush(self) -> None:
         """Bring TensorBoard's events to disk, as the JSON lines already are."""
@@ -80,13 +99,13 @@ class TrainLog:
 
     def evaluation(self, rows: list[dict[str, Any]]) -> None:
         """One evaluation's rows, a domain each, to the files."""
-        append(self._evals, rows)
+        self._append(self._evals, rows)
         for row in rows:
             self._to_board(f"eval/{row['domain']}", row, row["step"])
 
     def mixture(self, row: dict[str, Any]) -> None:
         """What an interval is drawn from, to the files, before its first step."""
-        append(self._mixture, [row])
+        self._append(self._mixture, [row])
         self._to_board("mixture", row, row["step"])
 
     def _to_board(self, prefix: str, row: dict[str, Any], step: int) -> None:
@@ -97,7 +116,7 @@ class TrainLog:
     def say(self, text: str) -> None:
         """Print without breaking the bar."""
         self._bar.clear()
-        print(text, flush=True)
+        unison.say(text)
         self._bar.refresh()
 
     def close(self) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxkd import groups, load, metrics, preflight, program, schedules
+from jaxkd import groups, load, metrics, preflight, program, schedules, unison
 from jaxkd.data import loader
 from jaxkd.evals import compare
 from jaxkd.job import Job
@@ -34,8 +33,8 @@ class Interrupt:
         self._asked = False
 
     def __call__(self, step: int) -> bool:
-        """Whether to save and stop now."""
-        return multihost_utils.reached_preemption_sync_point(step) or self._asked
+        """Whether to save and stop now; the same in all processes."""
+        return multihost_utils.reached_preemption_sync_point(step) or (self._asked and not unison.several())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -45,6 +44,8 @@ class Interrupt:
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
+            if unison.several():
+                signal.raise_signal(signal.SIGTERM)  # which JAX tells all processes
 
         before = signal.signal(signal.SIGINT, ask)
         try:
@@ -96,7 +97,7 @@ class Run:
     def _load(self, say: Callable[[str], None]) -> None:
         """The models, and the state: the newest checkpoint's, or the first one."""
         job, rows = self.job, self.rows
-        latest = self.checkpoints.latest()
+        latest = unison.word("checkpoint", self.checkpoints.latest)  # listings of a network's file system may differ
         self.resumed = latest is not None
         self.models = load.models(job, rows, with_student=not self.resumed)
         self.teaching = teach(job, self.models.teachers, self.stores)
@@ -162,7 +163,14 @@ class Run:
 
     def _first_evaluation(self) -> list[compare.Row]:
         """Rows of the one before the first step, where it has been made."""
-        return [row for row in log.read(self.workdir / "evals.jsonl") if row["step"] == 0]
+        return unison.word(
+            "first evaluation", lambda: [row for row in log.read(self.workdir / "evals.jsonl") if row["step"] == 0]
+        )
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step is there, whole."""
+        whole = lambda row: row["step"] == step and row["domain"] == "mean"
+        return unison.word("evaluated", lambda: any(map(whole, log.read(self.workdir / "evals.jsonl"))))
 
     def evaluate(self, step: int) -> list[compare.Row]:
         """Student beside teacher on the held-out rows."""
@@ -191,9 +199,7 @@ class Run:
         interrupt = Interrupt()
         try:
             with interrupt.listening():
-                if self._due(step) and not any(
-                    row["step"] == step for row in log.read(self.workdir / "evals.jsonl") if row["domain"] == "mean"
-                ):
+                if self._due(step) and not self._evaluated(step):
                     output.restart_evaluation(step)
                     self._evaluate(output, step)
                 self.mixing.begin(self._first_evaluation())
@@ -264,7 +270,7 @@ class Run:
         for name in ("loss", "grad_norm", "param_norm"):
             if not math.isfinite(values.get(name, math.nan)):
                 latest = self.checkpoints.latest()
-                rows = list(zip(np.asarray(batch.domain).tolist(), np.asarray(batch.row).tolist(), strict=True))
+                rows = loader.places(batch)
                 raise FloatingPointError(
                     f"{name} is {values.get(name)} at step {step}, on (domain, row) {rows}; the last checkpoint is "
                     f"{'step ' + str(latest) if latest is not None else 'none yet'}. Lower optim.lr.peak or optim.clip"

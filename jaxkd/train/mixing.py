@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd import job as jobs
-from jaxkd import load, schedules
+from jaxkd import load, schedules, unison
 from jaxkd.data import loader, mixture, rules
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
@@ -58,6 +58,12 @@ class Mixing:
         else:
             sampling, state = self.rule.init(self._rows.whole, None)
             self.mixture = mixture.init(sampling)._replace(rule_state={"rule": state})
+        self._agree()
+
+    def _agree(self) -> None:
+        """Take the mixture of process 0: rows are drawn from it, and a last bit may differ between hosts."""
+        if unison.several():
+            self.restore(unison.word("mixture", self.saved))
 
     @property
     def start(self) -> int:
@@ -103,6 +109,7 @@ class Mixing:
         known["bits_per_nat"] = start.student_bits_per_byte / start.student_nats
         state = {"rule": state, **{name: values.tolist() for name, values in known.items()}}
         self.mixture = self.mixture._replace(sampling=sampling, rule_state=state)
+        self._agree()
 
     def advance(self, params: PyTree) -> float:
         """Go on to the next interval, from what the student knows at its beginning.
@@ -124,6 +131,7 @@ class Mixing:
             measured = self.gaps = self._gaps(params)
         sampling, state = self.rule.update(kept["rule"], measured, interval)
         self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(rule_state=kept | {"rule": state})
+        self._agree()
         return time.perf_counter() - began
 
     def _gradients(self, params: PyTree, interval: int) -> rules.Gradients:
@@ -164,7 +172,7 @@ class Mixing:
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
         told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
         target = workdir / rules.AVERAGED
-        if jax.process_index() == 0:
+        if unison.first():
             target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             os.replace(target.with_suffix(".tmp"), target)
         spelled = ",".join(f"{name}={weight:.4f}" for name, weight in weights.items())

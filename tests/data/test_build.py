@@ -1,5 +1,6 @@
 """Building: nothing twice, nothing on both sides, nothing half-made, and nothing again without a reason."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -218,6 +219,26 @@ def test_two_builds_at_once_are_one(tmp_path):
         go_on.set()
         assert (first.result().built, second.result().built) == (True, False)
     assert first.result()._replace(built=False) == second.result()
+
+
+def test_a_build_that_another_host_has_overtaken_takes_its_rows(tmp_path, monkeypatch):
+    """Where the lock does not reach the other host, as on many network disks."""
+    texts, overtaking = [(str(i), text) for i, text in enumerate(sentences(200))], []
+
+    def overtaken(*arguments):
+        if not overtaking:
+            overtaking.append(None)
+            overtaking[0] = prepare(texts, tmp_path)
+        return pack_side(*arguments)
+
+    pack_side = build._pack_side
+    monkeypatch.setattr(build, "_alone", lambda lock: contextlib.nullcontext())
+    monkeypatch.setattr(build, "_pack_side", overtaken)
+    prepared = prepare(texts, tmp_path)
+    assert overtaking[0].built
+    assert not prepared.built
+    assert prepared == overtaking[0]._replace(built=False)
+    assert not [name for name in left_in(tmp_path) if "incomplete" in name]
 
 
 def test_failing_builds_leave_nothing(tmp_path, monkeypatch):

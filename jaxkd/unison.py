@@ -1,0 +1,256 @@
+"""What the processes of a job do as one: the word of process 0 goes for all, and the failure of one ends all.
+
+Nothing here is a collective on devices: a host may prepare rows for hours while the others wait. It goes through the
+key-value store of JAX's coordination service, whose heartbeats tell of a process that died without a word.
+"""
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from jaxkd import processes
+
+T = TypeVar("T")
+
+_FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
+_LOOK = 1.0  # seconds between two looks at whether a process failed
+_HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
+_numbers = itertools.count()  # of what is told: the same in all processes, which ask in the same order
+_ending = threading.Lock()  # held by whoever ends this process: it says one sentence
+
+
+class _World(NamedTuple):
+    client: Any  # of the coordination service
+    index: int
+    count: int
+
+
+def _world() -> _World:
+    """Where this process stands, without a question to the devices: an error may come before there are any."""
+    if "jax" not in sys.modules:
+        return _World(None, 0, 1)
+    # JAX has no public way to the store; Orbax goes this one too.
+    from jax._src.distributed import global_state
+
+    if global_state.client is None:
+        return _World(None, 0, 1)
+    return _World(global_state.client, global_state.process_id, global_state.num_processes or 1)
+
+
+def join(saves: bool = False, alone: bool = False) -> None:
+    """`processes.join`, and from then on the failure of any process ends this one, wherever it stands.
+
+    Raises:
+        ValueError, OSError: as `processes.join`.
+    """
+    processes.join(saves, alone)
+    if several() and not _watched.is_set():
+        _watched.set()
+        done = threading.Event()
+        watch = threading.Thread(target=_watch, args=(done,), daemon=True)
+        watch.start()
+
+        def leave() -> None:  # before JAX lets go of the client, which it does at exit too
+            done.set()
+            watch.join(10)
+
+        atexit.register(leave)
+
+
+_watched = threading.Event()
+
+
+def several() -> bool:
+    """Whether this job has more than one process."""
+    return _world().count > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that claims, writes and prints."""
+    return _world().index == 0
+
+
+def say(text: str) -> None:
+    """Print, in process 0 alone."""
+    if first():
+        print(text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------- as one
+
+
+def word(name: str, make: Callable[[], T]) -> T:
+    """What process 0 makes, for all. The others make nothing and wait, for as long as it takes.
+
+    All processes must ask in the same order; a failure in `make` is that of process 0, which ends all.
+
+    Args:
+        name: of what is made, for whoever waits.
+        make: gives JSON values: lists where there might be tuples, text for keys.
+    """
+    client, index, count = _world()
+    if count == 1:
+        return make()
+    key = f"jaxkd/word/{next(_numbers)}/{name}"
+    if index == 0:
+        client.key_value_set(key, json.dumps(make()))
+    return json.loads(_wait(client, key, f"process 0: {name}"))
+
+
+def meet(name: str) -> None:
+    """Go on when all processes have come here, however long that takes."""
+    client, index, count = _world()
+    if count == 1:
+        return
+    key = f"jaxkd/meet/{next(_numbers)}/{name}"
+    if index:
+        client.key_value_set(f"{key}/{index}", "here")
+        _wait(client, f"{key}/0", f"all processes: {name}")
+        return
+    for other in range(1, count):
+        _wait(client, f"{key}/{other}", f"process {other}: {name}")
+    client.key_value_set(f"{key}/0", "all")
+
+
+def in_turn(name: str, make: Callable[[], T]) -> T:
+    """Make something on disk: process 0 first, then the others, who find it where the disk is shared.
+
+    Args:
+        name: of what is made, for whoever waits.
+        make: called once in each process.
+    """
+    found = [make()] if first() else []
+    meet(name)
+    found = found or [make()]
+    meet(name)
+    return found[0]
+
+
+def alike(what: str, values: dict[str, str]) -> None:
+    """See that all processes have the same.
+
+    Args:
+        what: they are, as a sentence begins.
+        values: of this process, by name.
+
+    Raises:
+        ValueError: they are not those of process 0.
+    """
+    expected = word(what, lambda: values)
+    for name, value in values.items():
+        if value != expected.get(name):
+            raise ValueError(
+                f"{what} differ between hosts: of '{name}' process 0 has {expected.get(name)}, and process "
+                f"{_world().index} has {value}"
+            )
+
+
+def _wait(client: Any, key: str, who: str) -> str:
+    """A value that another process sets; says after half a minute for what it waits."""
+    start, said = time.monotonic(), False
+    while True:
+        try:
+            return client.blocking_key_value_get(key, 2000)  # short: between two, Python can be interrupted
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        if not said and time.monotonic() - start > 30:
+            said = True
+            print(f"jaxkd: waiting for {who}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------------- how it ends
+
+
+def end(error: BaseException) -> int:
+    """Say why the command ends, in one line where a user can mend it.
+
+    Of several processes the first to fail tells the others, and all end: this does not return then.
+
+    Returns:
+        the exit code.
+    """
+    code, text = _verdict(error)
+    client, index, count = _world()
+    if count == 1:
+        print(text, file=sys.stderr)
+        return code
+    with _ending:
+        short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
+        told = {"process": index, "code": code, "text": short.removeprefix("jaxkd: ")}
+        with contextlib.suppress(RuntimeError):  # another was first, or the store is gone with process 0
+            client.key_value_set(_FAILED, json.dumps(told))
+        with contextlib.suppress(RuntimeError):
+            told = json.loads(client.key_value_try_get(_FAILED))
+        if told["process"] == index:
+            print(text, file=sys.stderr)
+            _leave(code)
+        _follow(told)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Where there are several processes, end all of them at an error, before anything is closed.
+
+    What would be closed waits for processes that wait for this one. In one process nothing changes.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if several():
+            end(error)
+        raise
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit code, and what is printed."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "jaxkd: interrupted"
+    known = isinstance(error, ValueError | OSError | FloatingPointError)
+    if not known or os.environ.get("JAXKD_TRACEBACK"):
+        return 1 if known else processes.UNFORESEEN, "".join(traceback.format_exception(error)).rstrip()
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    code = processes.ABSENT if isinstance(error, processes.Absent) else 1
+    return code, f"jaxkd: error: {' '.join(text.split())}"
+
+
+def _watch(done: threading.Event) -> None:
+    """Look whether a process has failed; the main thread may be inside a collective that never ends."""
+    client = _world().client
+    while not done.wait(_LOOK):
+        try:
+            told = json.loads(client.key_value_try_get(_FAILED))
+        except RuntimeError:  # no: or the store is gone, on which JAX ends the process
+            continue
+        with _ending:
+            _follow(told)
+
+
+def _follow(told: dict[str, Any]) -> NoReturn:
+    """End because another process has failed."""
+    print(f"jaxkd: process {told['process']} failed: {told['text']}", file=sys.stderr)
+    _leave(told["code"])
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit at once. Process 0 goes last: with it goes the store, and JAX would abort who has not heard."""
+    client, index, count = _world()
+    with contextlib.suppress(RuntimeError):
+        client.key_value_set(f"{_HEARD}/{index}", "yes")
+        until = time.monotonic() + _HEAR
+        while index == 0 and time.monotonic() < until and len(client.key_value_dir_get(_HEARD)) < count:
+            time.sleep(0.1)
+        time.sleep(0.3 if index == 0 else 0.0)  # the others have heard, and are about to leave
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what Python would close now waits for processes that are gone
