@@ -219,7 +219,7 @@ def lock(workdir: Path) -> Iterator[str]:
         yield mark
 
 
-def see(workdir: Path, mark: str, seconds: float = 60.0) -> None:
+def see(workdir: Path, mark: str, seconds: float = 30.0) -> None:
     """Wait until the lock that process 0 took is seen from here: a run's workdir is one directory for all hosts.
 
     Args:

@@ -23,6 +23,7 @@ def facts(job: Job, rows: Domains, kept_layers, memory: dict[str, int], command:
         "versions": versions(),
         "git": commit(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "mesh": dict(job.mesh.shape),
         "sharding_notes": list(job.notes),
         "teachers": {

@@ -56,7 +56,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     import jax
 
     built = job.build(e)
-    with contextlib.ExitStack() as held, jax.set_mesh(built.mesh), unison.ending():
+    with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, unison.ending():
 
         def take() -> list[Any]:
             changes = claim(workdir, e, options.accept_changes)
