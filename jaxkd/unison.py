@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
 _LOOK = 1.0  # seconds between two looks at whether a process failed
 _HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
+_LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)  # Gloo, NCCL
 _numbers = itertools.count()  # of what is told: the same in all processes, which ask in the same order
 _ending = threading.Lock()  # held by whoever ends this process: it says one sentence
 
@@ -183,6 +185,11 @@ def end(error: BaseException) -> int:
     if count == 1:
         print(text, file=sys.stderr)
         return code
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        reason = str(error).splitlines()[0][:300]
+        text = (
+            f"jaxkd: error: a process of this job is gone ({reason}); the same command goes on from the last checkpoint"
+        )
     with _ending:
         short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
         told = {"process": index, "code": code, "text": short.removeprefix("jaxkd: ")}

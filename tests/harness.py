@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -138,6 +139,13 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     if cache:
         environment |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     return environment
+
+
+def free_address() -> str:
+    """Where the processes of a job can meet."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
 
 
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")

@@ -3,14 +3,23 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, assert_same_run, final_state, jaxkd, lines, logged, process_environment, write_domain
+from harness import (
+    REPOSITORY,
+    assert_same_run,
+    final_state,
+    free_address,
+    jaxkd,
+    lines,
+    logged,
+    process_environment,
+    write_domain,
+)
 
 from jaxkd import processes
 
@@ -23,11 +32,8 @@ class Job:
 
     def __init__(self, count: int, *arguments: str, devices: int = 1, last: tuple[str, ...] = ()):
         """`last` are more arguments for the last process alone."""
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
         common = {
-            **process_environment(devices), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": address,
+            **process_environment(devices), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(),
             "JAXKD_NUM_PROCESSES": str(count), "JAXKD_HEARTBEAT_SECONDS": str(SILENCE),
         }  # fmt: skip
         self.started = [
@@ -49,7 +55,11 @@ class Job:
 
     def end(self, seconds: float = 300) -> list[tuple[int, str, str]]:
         """Code, output and errors of each."""
-        found = [process.communicate(timeout=seconds) for process in self.started]
+        try:
+            found = [process.communicate(timeout=seconds) for process in self.started]
+        finally:
+            for process in self.started:
+                process.kill()
         return [(process.returncode, *said) for process, said in zip(self.started, found, strict=True)]
 
 

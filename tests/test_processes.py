@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from harness import REPOSITORY, process_environment
+from harness import REPOSITORY, free_address, process_environment
 
 from jaxkd import processes
 from jaxkd.processes import Place, place, roll_call
@@ -100,9 +100,7 @@ def test_patience_is_a_number(name, text, monkeypatch):
 
 @pytest.fixture
 def address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return f"localhost:{probe.getsockname()[1]}"
+    return free_address()
 
 
 def call(address, *indices, count=3, seconds=10.0, counts=None) -> list[str]:
