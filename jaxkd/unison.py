@@ -25,14 +25,14 @@ _FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
 _LOOK = 1.0  # seconds between two looks at whether a process failed
 _HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
 _LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)  # Gloo, NCCL
-_numbers = itertools.count()  # of what is told: the same in all processes, which ask in the same order
+_numbers = itertools.size()  # of what is told: the same in all processes, which ask in the same order
 _ending = threading.Lock()  # held by whoever ends this process: it says one sentence
 
 
 class _World(NamedTuple):
     client: Any  # of the coordination service
-    index: int
-    count: int
+    rank: int
+    size: int
 
 
 def _world() -> _World:
@@ -72,12 +72,12 @@ _watched = threading.Event()
 
 def several() -> bool:
     """Whether this job has more than one process."""
-    return _world().count > 1
+    return _world().size > 1
 
 
 def first() -> bool:
     """Whether this process is the one that claims, writes and prints."""
-    return _world().index == 0
+    return _world().rank == 0
 
 
 def say(text: str) -> None:
@@ -98,26 +98,26 @@ def word(name: str, make: Callable[[], T]) -> T:
         name: of what is made, for whoever waits.
         make: gives JSON values: lists where there might be tuples, text for keys.
     """
-    client, index, count = _world()
-    if count == 1:
+    client, rank, size = _world()
+    if size == 1:
         return make()
     key = f"jaxkd/word/{next(_numbers)}/{name}"
-    if index == 0:
+    if rank == 0:
         client.key_value_set(key, json.dumps(make()))
     return json.loads(_wait(client, key, f"process 0: {name}"))
 
 
 def meet(name: str) -> None:
     """Go on when all processes have come here, however long that takes."""
-    client, index, count = _world()
-    if count == 1:
+    client, rank, size = _world()
+    if size == 1:
         return
     key = f"jaxkd/meet/{next(_numbers)}/{name}"
-    if index:
-        client.key_value_set(f"{key}/{index}", "here")
+    if rank:
+        client.key_value_set(f"{key}/{rank}", "here")
         _wait(client, f"{key}/0", f"all processes: {name}")
         return
-    for other in range(1, count):
+    for other in range(1, size):
         _wait(client, f"{key}/{other}", f"process {other}: {name}")
     client.key_value_set(f"{key}/0", "all")
 
@@ -151,7 +151,7 @@ def alike(what: str, values: dict[str, str]) -> None:
         if value != expected.get(name):
             raise ValueError(
                 f"{what} differ between hosts: of '{name}' process 0 has {expected.get(name)}, and process "
-                f"{_world().index} has {value}"
+                f"{_world().rank} has {value}"
             )
 
 
@@ -181,8 +181,8 @@ def end(error: BaseException) -> int:
         the exit code.
     """
     code, text = _verdict(error)
-    client, index, count = _world()
-    if count == 1:
+    client, rank, size = _world()
+    if size == 1:
         print(text, file=sys.stderr)
         return code
     if isinstance(error, RuntimeError) and _LOST.search(str(error)):
@@ -192,12 +192,12 @@ def end(error: BaseException) -> int:
         )
     with _ending:
         short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
-        told = {"process": index, "code": code, "text": short.removeprefix("jaxkd: ")}
+        told = {"process": rank, "code": code, "text": short.removeprefix("jaxkd: ")}
         with contextlib.suppress(RuntimeError):  # another was first, or the store is gone with process 0
             client.key_value_set(_FAILED, json.dumps(told))
         with contextlib.suppress(RuntimeError):
             told = json.loads(client.key_value_try_get(_FAILED))
-        if told["process"] == index:
+        if told["process"] == rank:
             print(text, file=sys.stderr)
             _leave(code)
         _follow(told)
@@ -251,13 +251,13 @@ def _follow(told: dict[str, Any]) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """Exit at once. Process 0 goes last: with it goes the store, and JAX would abort who has not heard."""
-    client, index, count = _world()
+    client, rank, size = _world()
     with contextlib.suppress(RuntimeError):
-        client.key_value_set(f"{_HEARD}/{index}", "yes")
+        client.key_value_set(f"{_HEARD}/{rank}", "yes")
         until = time.monotonic() + _HEAR
-        while index == 0 and time.monotonic() < until and len(client.key_value_dir_get(_HEARD)) < count:
+        while rank == 0 and time.monotonic() < until and len(client.key_value_dir_get(_HEARD)) < size:
             time.sleep(0.1)
-        time.sleep(0.3 if index == 0 else 0.0)  # the others have heard, and are about to leave
+        time.sleep(0.3 if rank == 0 else 0.0)  # the others have heard, and are about to leave
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # what Python would close now waits for processes that are gone

@@ -90,6 +90,7 @@ def pair(arguments, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(pair, undisturbed):
     assert_close_run(pair, undisturbed)
     assert json.loads((pair / "run.json").read_text())["processes"] == 2

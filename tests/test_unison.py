@@ -13,7 +13,7 @@ PROGRAM = """
 import json, pathlib, sys, time
 from jaxkd import unison
 unison.join()
-index, place = unison._world().index, pathlib.Path(sys.argv[1])
+index, place = unison._world().rank, pathlib.Path(sys.argv[1])
 
 def make():
     there = sorted(path.name for path in place.iterdir())

@@ -260,7 +260,7 @@ def prepare(
             split: functools.partial(_pack_side, corpus, chosen, tokenizer, length, caps[split], seed)
             for split, chosen in divided.items()
         }
-        with _quiet(), tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
+        with _quiet():
             builder = PackedRows(
                 length=length,
                 sides=sides,
@@ -271,16 +271,22 @@ def prepare(
                 config=config,
                 file_format="array_record",
             )
-            try:
-                builder.download_and_prepare(download_dir=downloads)
-            except Exception:
-                if not path.exists():
-                    raise
-                # Another host was faster, on a disk whose lock does not reach it; what is in place is whole.
-                return _read_prepared(name, path, fingerprint, built=False)
-    if progress:
+            built = _write(builder, path)
+    if progress and built:
         print(f"{name}: rows written to {path}", file=sys.stderr)
-    return _read_prepared(name, path, fingerprint, built=True)
+    return _read_prepared(name, path, fingerprint, built)
+
+
+def _write(builder: PackedRows, path: epath.Path) -> bool:
+    """Whether the rows that are now in place are those of this builder."""
+    with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
+        try:
+            builder.download_and_prepare(download_dir=downloads)
+        except Exception:
+            if not path.exists():
+                raise
+            return False  # another host was faster, on a disk whose lock does not reach it: what is in place is whole
+    return True
 
 
 @contextlib.contextmanager
