@@ -25,7 +25,7 @@ _FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
 _LOOK = 1.0  # seconds between two looks at whether a process failed
 _HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
 _LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)  # Gloo, NCCL
-_numbers = itertools.size()  # of what is told: the same in all processes, which ask in the same order
+_numbers = itertools.count()  # of what is told: the same in all processes, which ask in the same order
 _ending = threading.Lock()  # held by whoever ends this process: it says one sentence
 
 
