@@ -56,6 +56,7 @@ def join(saves: bool = False, alone: bool = False) -> None:
     processes.join(saves, alone)
     if several() and not _watched.is_set():
         _watched.set()
+        _compile_anew_on_cpus()
         done = threading.Event()
         watch = threading.Thread(target=_watch, args=(done,), daemon=True)
         watch.start()
@@ -68,6 +69,14 @@ def join(saves: bool = False, alone: bool = False) -> None:
 
 
 _watched = threading.Event()
+
+
+def _compile_anew_on_cpus() -> None:
+    """Out of JAX's cache, a CPU's program no longer keeps its collectives in order, and two processes wait for ever."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def several() -> bool:
