@@ -57,6 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "eval_batch": 16,
                 "checkpoint_every": 500,
                 "keep_checkpoints": 2,
+                "keep_every": 2000,
                 "log_every": 10,
             },
         }

@@ -88,6 +88,11 @@ def check(e: Experiment, devices: int) -> None:
     for where, number in counts.items():
         if number < 1:
             raise ValueError(f"{where} must be at least 1, got {number}")
+    if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):
+        raise ValueError(f"run.checkpoints={at} must be absolute, or gs://BUCKET/PATH: runs are resumed from anywhere")
+    for where, number in {"run.keep_every": e.run.keep_every, "run.keep_best": e.run.keep_best}.items():
+        if number < 0:
+            raise ValueError(f"{where} must be at least 0, got {number}")
     rows, parts = e.data.batch, e.optim.micro_batches
     if rows % (parts * devices):
         raise ValueError(

@@ -144,8 +144,11 @@ class RunBlock:
     mesh: MeshBlock = MeshBlock()
     eval_every: int = 0  # 0: only before and after
     eval_batch: int = 8
+    checkpoints: str = ""  # where they are, such as gs://BUCKET/PATH; empty for the workdir
     checkpoint_every: int = 100
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # of the latest
+    keep_every: int = 0  # and those of every so many steps, for good
+    keep_best: int = 1  # and those with the lowest held-out loss, of the ones that were evaluated
     log_every: int = 1
 
 

@@ -1,6 +1,9 @@
 """What a job describes, made real: rows on disk, weights on devices."""
 
+import dataclasses
+import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +24,8 @@ from jaxkd.job import Job, Model
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.models import heads, shrink, transformer
 from jaxkd.sharding import batch_sharding
-from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Found
+from jaxkd.train.keep import Keep, place
 from jaxkd.types import Batch, PyTree
 
 _IMPORTANCE_ROWS = 2  # of each domain
@@ -186,21 +190,22 @@ def objective_params(job: Job) -> PyTree:
     where, wanted = job.experiment.student.objective_from, job.state.params["objective"]
     if not where:
         return {}
-    path = Path(where).expanduser().absolute()
-    # Either a run's workdir, or one of its checkpoints.
-    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"student.objective_from: {where} is no run's workdir and no checkpoint of one")
-    checkpoints = Checkpoints(folder, read_only=True)
     try:
-        step = unison.word("checkpoint", checkpoints.latest) if step is None else step
-        if step is None:
+        path = place(where)
+        # A run's workdir, where its checkpoints are, or one of them.
+        inner = path / "checkpoints"
+        folder = path.parent if path.name.isdigit() else inner if inner.is_dir() else path
+        if not folder.is_dir():
+            raise FileNotFoundError(f"student.objective_from: {where} is no run's workdir and no checkpoint of one")
+        checkpoints = Checkpoints(folder, read_only=True)
+        read = lambda step: checkpoints.restore_objective(step, wanted)
+        if path.name.isdigit():
+            return read(int(path.name))
+        if (found := checkpoints.newest(read)) is None:
             raise FileNotFoundError(f"student.objective_from: {where} has no checkpoint yet")
-        return checkpoints.restore_objective(step, wanted)
     except ValueError as error:
         raise ValueError(f"student.objective_from: {error}") from None
-    finally:
-        checkpoints.close()
+    return _said(found)[1]
 
 
 def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tuple[int, ...]:
@@ -228,20 +233,113 @@ def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tup
     return shrink.most_important(scores, job.experiment.student.keep)
 
 
-def trained(job: Job, workdir: Path, step: int | None) -> tuple[int, PyTree, PyTree]:
-    """A run's student: the step of a checkpoint, the newest for None; its parameters; their average, where kept.
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def place_of_checkpoints(e: Experiment, workdir: Path) -> Path | str:
+    """Where a run's checkpoints are."""
+    return e.run.checkpoints or workdir / "checkpoints"
+
+
+def checkpoints(e: Experiment, workdir: Path) -> Checkpoints:
+    """A run's checkpoints, to be written.
+
+    Raises:
+        ValueError: when they cannot be where the config says.
+    """
+    keep = Keep(e.run.keep_checkpoints, e.run.keep_every, e.run.keep_best)
+    return Checkpoints(place_of_checkpoints(e, workdir), keep)
+
+
+def recover(job: Job, workdir: Path, there: Checkpoints) -> Found | None:
+    """What a run goes on from: its newest whole checkpoint, None where it has made none.
+
+    Raises:
+        ValueError: as `Checkpoints.recover`, or when the workdir marks checkpoints that are not where they should be.
+        OSError: as `Checkpoints.recover`.
+    """
+    found, e = there.recover(job.state), job.experiment
+    if not e.run.checkpoints:
+        return found
+    marked = [path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    if found is None and marked:
+        raise ValueError(
+            f"{workdir} has made a checkpoint at step {max(map(int, marked))}, but there is none under "
+            f"{there.directory}: put it back or make it reachable, or begin anew in another --workdir"
+        )
+    # A new machine goes on with an empty workdir: what is there must be this run's, and not another's.
+    if found is not None and not marked and found.progress.get("config") != identity(e)["config"]:
+        before, after = found.progress.get("config", {}), identity(e)["config"]
+        keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+        raise ValueError(
+            f"{there.directory} holds checkpoints of another run, whose {', '.join(keys[:6])} differ from this "
+            "config: give run.checkpoints another place, or resume in that run's own workdir"
+        )
+    return found
+
+
+def identity(e: Experiment) -> dict[str, Any]:
+    """What a checkpoint says of its run where it is not in the workdir that belongs to it: the config, a leaf a key."""
+
+    def leaves(values: Any, where: str) -> dict[str, Any]:
+        if not isinstance(values, dict) or not values:
+            return {where: values}
+        return {k: v for name, x in values.items() for k, v in leaves(x, f"{where}.{name}".lstrip(".")).items()}
+
+    plain = json.loads(json.dumps(dataclasses.asdict(e)))
+    return {"config": leaves(plain, "")} if e.run.checkpoints else {}
+
+
+def mark(e: Experiment, workdir: Path, there: Checkpoints) -> None:
+    """Say in the workdir which steps are whole where they are kept elsewhere: who looks there sees a trained run."""
+    if not e.run.checkpoints or jax.process_index():
+        return
+    marks, steps = workdir / "checkpoints", there.steps()
+    marks.mkdir(exist_ok=True)
+    for old in marks.iterdir():
+        if old.name.isdigit() and int(old.name) not in steps:
+            shutil.rmtree(old)
+    for step in steps:
+        (marks / str(step)).mkdir(exist_ok=True)
+        (marks / str(step) / COMMITTED).write_text(f"{there.directory / str(step)}\n", encoding="utf-8")
+
+
+def trained(job: Job, workdir: Path, step: int | str | None) -> tuple[int, PyTree, PyTree]:
+    """A run's student: the step of a checkpoint; its parameters; their average, where kept.
+
+    Args:
+        job: the run's.
+        workdir: the run's.
+        step: a number, "best" for the lowest held-out loss, None for the newest.
 
     Raises:
         FileNotFoundError: when there is no checkpoint.
-        ValueError: when it cannot be read.
+        ValueError: when it cannot be read, or none was evaluated and the best is asked for.
     """
-    checkpoints = Checkpoints((workdir / "checkpoints").absolute(), read_only=True)
-    try:
-        latest = unison.word("checkpoint", checkpoints.latest)
-        if latest is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
-        chosen = latest if step is None else step
-        student = checkpoints.restore_student(chosen, job.state.params["student"])
-        return chosen, student, checkpoints.restore_average(chosen, job.state.ema) if job.own else student
-    finally:
-        checkpoints.close()
+    there = Checkpoints(place_of_checkpoints(job.experiment, workdir), read_only=True)
+
+    def read(step: int) -> tuple[PyTree, PyTree]:
+        student = there.restore_student(step, job.state.params["student"])
+        return student, there.restore_average(step, job.state.ema) if job.own else student
+
+    if step == "best":
+        step = there.best()
+        if step is None:
+            raise ValueError(
+                f"{workdir} has no checkpoint of a step that was evaluated: run.eval_every and run.checkpoint_every "
+                "say which steps are; give --step NUMBER"
+            )
+    if step is not None:
+        return int(step), *read(int(step))
+    if (found := there.newest(read)) is None:
+        raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
+    chosen, (student, average) = _said(found)
+    return chosen, student, average
+
+
+def _said(found: tuple[int, Any, dict[int, str]]) -> tuple[int, Any]:
+    """What was read of the newest whole checkpoint, once it is said that later ones are not."""
+    step, read, wrong = found
+    for why in wrong.values():
+        print(f"jaxkd: {why}; step {step} is used", file=sys.stderr)
+    return step, read

@@ -1,77 +1,266 @@
 """Checkpoints of everything a run's next step depends on. The only file that knows Orbax."""
 
-import contextlib
-import errno
+import json
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers, options
+from orbax.checkpoint import options
 
-from jaxkd.train.state import TrainState
+from jaxkd.train import damage, manifest
+from jaxkd.train.damage import KINDS, Damaged, judged, kind, reason
+from jaxkd.train.keep import Keep, Retention, check_room, place
+from jaxkd.train.state import TrainState, present
 from jaxkd.types import PyTree
+
+T = TypeVar("T")
+PATIENCE = 3600  # seconds that processes wait for the slowest of them while checkpoints are read
+COMMITTED = "commit_success.txt"  # the file that Orbax writes last
+_ASIDE = ".aside"
+
+
+class Found(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    state: TrainState
+    progress: dict[str, Any]
+    said: tuple[str, ...]  # what was wrong with later steps, a sentence each
 
 
 class Checkpoints:
-    """Steps of one run on disk, written in the background, each with train state and mixture together.
+    """Steps of one run, written in the background, each with train state, mixture and the manifest of both.
 
-    A step exists once its commit file does, so a killed writer leaves nothing that looks whole.
+    A step exists once its commit file does, so a killed writer leaves nothing that looks whole. What is read is held
+    against the manifest before anybody sees it. With several processes all of them make the same calls, on a
+    directory that they share; only `steps`, `latest` and `check` wait for no other.
     """
 
-    def __init__(self, directory: Path, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: Path | str, keep: Keep | None = None, read_only: bool = False):
         """Open or make `directory`; what an earlier process left half-written is swept.
 
         Args:
-            directory: absolute.
-            keep: how many of the latest steps stay.
+            directory: on a disk, or gs://BUCKET/PATH.
+            keep: which steps stay, `Keep()` for None.
             read_only: write and sweep nothing.
+
+        Raises:
+            ValueError: a place that cannot be used.
         """
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
-        self._manager = ocp.CheckpointManager(
-            directory,
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; its errors are ours to tell
+        self.directory = place(directory)
+        self._arrays = _handler()
+        self._metrics: dict[int, float] = {}
+        self._writing = self._told = False
+        self._manager = None if read_only else self._writer(keep or Keep())
+
+    def _writer(self, keep: Keep) -> ocp.CheckpointManager:
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        _meet("the directory of checkpoints")
+        self._metrics = self._measured()
+        return ocp.CheckpointManager(
+            self.directory,
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
-                preservation_policy=checkpoint_managers.LatestN(keep),
+                preservation_policy=Retention(keep, self._metrics),
                 atomicity_options=options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE),
-                cleanup_tmp_directories=not read_only,
+                cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
-                read_only=read_only,
+                create=False,
+                multiprocessing_options=_processes(),
             ),
-            # Float weights hardly shrink: compressing them costs seconds of the cores that train, and saves a tenth.
             item_handlers={
-                "train": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "train": _handler(),
                 "mixture": ocp.JsonCheckpointHandler(),
+                "manifest": ocp.JsonCheckpointHandler(),
             },
         )
 
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        return self._manager.latest_step()
+    # ------------------------------------------------------------------------------------ what is there
 
-    def save(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
+    def steps(self) -> list[int]:
+        """Steps that are whole on disk, whatever this process believes to have written, in their order."""
+        if not self.directory.is_dir():
+            return []
+        names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+        return sorted(int(name) for name in names if (self.directory / name / COMMITTED).exists())
+
+    def latest(self) -> int | None:
+        """The newest of them."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """That with the lowest metric, the later one of equals; None when none was saved with one."""
+        _meet("the best of the checkpoints")
+        measured = self._measured() if jax.process_index() == 0 else {}
+        chosen = damage.first(sorted(measured, key=lambda step: (measured[step], -step))[:1])
+        return chosen[0] if chosen else None
+
+    def _measured(self) -> dict[int, float]:
+        found = {}
+        for step in self.steps():
+            try:
+                metric = self._manifest(step).metric
+            except (ValueError, OSError):  # whoever reads it will be told
+                continue
+            if metric is not None:
+                found[step] = metric
+        return found
+
+    # ---------------------------------------------------------------------------------------- writing
+
+    def save(self, step: int, state: TrainState, progress: dict[str, Any], metric: float | None = None) -> None:
         """Copy the state off the device and write it in the background; a step already there stays.
 
         Args:
             step: updates made.
             state: may be donated as soon as this returns.
             progress: JSON values: the mixture and the run's counters.
+            metric: what `best` compares, lower is better; one that is not finite counts as none.
 
         Raises:
-            OSError: when there is no room for it, or an earlier background write failed.
+            ValueError: when later steps are there: `rollback` comes first.
+            OSError: when there is no room for it, or a background write failed.
         """
-        self._raise_background_error()
-        if step == self.latest():
+        assert self._manager is not None, "opened to read"
+        self.wait()
+        there = self._manager.all_steps()
+        if step in there:
             return
-        self._check_room(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(train=ocp.args.PyTreeSave(_present(state)), mixture=ocp.args.JsonSave(progress)),
+        if later := max((s for s in there if s > step), default=None):
+            raise ValueError(f"{self.directory} already holds step {later}, so step {step} cannot follow: roll back")
+        if jax.process_index() == 0:
+            check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        progress = json.loads(json.dumps(progress))  # as it is now: it is written later, by a thread
+        body = manifest.make(step, state, progress, metric)
+        if body["metric"] is not None:
+            self._metrics[step] = body["metric"]
+        items = ocp.args.Composite(
+            train=ocp.args.PyTreeSave(present(state)),
+            mixture=ocp.args.JsonSave(progress),
+            manifest=ocp.args.JsonSave(body),
         )
+        try:
+            self._manager.save(step, args=items, force=True)  # without it Orbax may pass a step over in silence
+        except Exception as error:
+            raise self._failed(error) from error
+        self._writing = True
+
+    def check(self) -> None:
+        """Notice a background write that has failed; waits for none that is under way.
+
+        Raises:
+            OSError: one did.
+        """
+        if self._writing and self._manager is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until what was saved is on disk.
+
+        Raises:
+            OSError: when a background write failed.
+        """
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._writing = False
+
+    def _failed(self, error: Exception) -> OSError:
+        self._told = True
+        latest = self.latest()
+        whole = "no step is whole" if latest is None else f"step {latest} is the last that is whole"
+        return OSError(f"writing a checkpoint under {self.directory} failed: {reason(error)} ({whole})")
+
+    def rollback(self, step: int) -> dict[int, str]:
+        """Go back to a step: later ones get names that nothing takes for checkpoints, and can be saved again.
+
+        Returns:
+            The new names of those, by step.
+
+        Raises:
+            ValueError: when there is no such step.
+        """
+        assert self._manager is not None, "opened to read"
+        self.wait()
+        there = self._agreed()
+        if step not in there:
+            raise ValueError(self._missing(step, there))
+        names: dict[int, str] = {}
+        for later in (s for s in there if s > step):
+            names[later], number = f"{later}{_ASIDE}", 1
+            while (self.directory / names[later]).exists():
+                number += 1
+                names[later] = f"{later}{_ASIDE}-{number}"
+            self._metrics.pop(later, None)
+        _meet("names for later checkpoints")  # all have looked before one renames
+        if jax.process_index() == 0:
+            for later, name in names.items():
+                (self.directory / str(later)).rename(self.directory / name)
+        _meet("later checkpoints to be set aside")
+        self._manager.reload()
+        return names
+
+    def close(self) -> None:
+        """Finish writing and let go of the directory.
+
+        Raises:
+            OSError: when a background write failed and nobody has been told.
+        """
+        try:
+            if self._manager is not None:
+                self._manager.close()
+        except Exception as error:
+            if not self._told:
+                raise self._failed(error) from error
+
+    # ---------------------------------------------------------------------------------------- reading
+
+    def recover(self, abstract: TrainState) -> Found | None:
+        """The newest step that is what was saved, None where there is none; damaged later ones are set aside.
+
+        Args:
+            abstract: ShapeDtypeStruct leaves with shardings.
+
+        Raises:
+            ValueError: when no step can be read, or they are of another state than `abstract`.
+            OSError: when reading fails for reasons outside the checkpoint.
+        """
+        if (found := self.newest(lambda step: self.restore(step, abstract))) is None:
+            return None
+        step, (state, progress), wrong = found
+        names = self.rollback(step) if wrong else {}
+        said = [f"{why}; it is kept as {names[later]}, and step {step} is used" for later, why in wrong.items()]
+        return Found(step, state, progress, tuple(said))
+
+    def newest(self, read: Callable[[int], T]) -> tuple[int, T, dict[int, str]] | None:
+        """The newest step that can be read, what was read, and what is wrong with each later one.
+
+        Args:
+            read: of a step; raises `Damaged`.
+
+        Raises:
+            ValueError: when there are steps and none can be read.
+        """
+        wrong: dict[int, str] = {}
+        for step in reversed(self._agreed()):
+            try:
+                return step, read(step), wrong
+            except Damaged as error:
+                wrong[step] = str(error)
+        if wrong:
+            raise ValueError(
+                f"none of the checkpoints can be read, and all are left as they are: {'; '.join(wrong.values())}. "
+                "Put one back from a copy, or begin anew in another --workdir"
+            )
+        return None
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and progress of a step, placed as `abstract` says.
@@ -81,121 +270,130 @@ class Checkpoints:
             abstract: ShapeDtypeStruct leaves with shardings.
 
         Raises:
-            ValueError: when the step cannot be read as this state; the message names the step.
+            Damaged: it is not what was saved; the message names the step.
+            ValueError: there is no such step, or it is of another state.
+            OSError: reading fails for reasons outside the checkpoint.
         """
-        target = _present(abstract)
-        arguments = ocp.args.PyTreeRestore(
-            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-        )
-        with self._readable(step):
-            self._check(step, target)
-            read = self._manager.restore(step, args=ocp.args.Composite(train=arguments, mixture=ocp.args.JsonRestore()))
-        return TrainState(**read["train"]), read["mixture"]
-
-    @contextlib.contextmanager
-    def _readable(self, step: int) -> Iterator[None]:
-        """Name the checkpoint in whatever goes wrong while reading it."""
-        where = Path(self._manager.directory) / str(step)
-        if step not in self._manager.all_steps():
-            there = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
-            raise ValueError(f"there is no checkpoint {where}; steps that are there: {there}")
-        try:
-            yield
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-            raise ValueError(f"checkpoint {where} cannot be restored: {reason}") from error
-
-    def _check(self, step: int, target: PyTree) -> None:
-        """Compare shapes and dtypes first: Orbax would cast a wrong dtype in silence."""
-        saved = _leaves(self._manager.item_metadata(step)["train"].tree)
-        for name, leaf in _leaves(target).items():
-            there, wanted = (
-                f"{np.dtype(x.dtype)}{list(x.shape)}" if x is not None else "nothing" for x in (saved.get(name), leaf)
-            )
-            if there != wanted:
-                raise ValueError(f"{name} should be {wanted}, there is {there}")
+        read, progress = self._read(step, present(abstract), whole=True)
+        return TrainState(**read), progress
 
     def restore_student(self, step: int, abstract: PyTree) -> PyTree:
         """The student's parameters alone, as for evaluation and export.
 
         Raises:
-            ValueError: as `restore`.
+            Damaged, ValueError, OSError: as `restore`.
         """
-        return self._restore(step, {"params": {"student": abstract}})["params"]["student"]
+        return self._read(step, {"params": {"student": abstract}})[0]["params"]["student"]
 
     def restore_average(self, step: int, abstract: PyTree) -> PyTree:
         """The running average of the student's parameters alone.
 
         Raises:
-            ValueError: as `restore`.
+            Damaged, ValueError, OSError: as `restore`.
         """
-        return self._restore(step, {"ema": abstract})["ema"]
+        return self._read(step, {"ema": abstract})[0]["ema"]
 
     def restore_objective(self, step: int, abstract: PyTree) -> PyTree:
         """What the objective learned, of those terms of `abstract` that are there; the others are left out.
 
         Raises:
-            ValueError: when there are none, or as `restore`.
+            Damaged, ValueError, OSError: as `restore`; ValueError too when there are none.
         """
-        with self._readable(step):
-            tree = self._manager.item_metadata(step)["train"].tree
-            there = tree["params"].get("objective") or {}
-            common = {name: term for name, term in abstract.items() if name in there}
-            if not common:
-                named = lambda terms: ", ".join(f"'{name}'" for name in terms) or "none"
+
+        def common() -> PyTree:
+            paths = [name.split(".") for name in self._manifest(step).leaves]
+            there = sorted({path[2] for path in paths if path[:2] == ["params", "objective"]})
+            terms = {name: term for name, term in abstract.items() if name in there}
+            if not terms:
+                named = lambda names: ", ".join(f"'{name}'" for name in names) or "none"
                 raise ValueError(f"its terms with parameters are {named(there)}, asked for were {named(abstract)}")
-        return self._restore(step, {"params": {"objective": common}})["params"]["objective"]
+            return terms
 
-    def _restore(self, step: int, target: dict[str, PyTree]) -> dict[str, PyTree]:
-        """Parts of a train state."""
-        arguments = ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=True,
-        )
-        with self._readable(step):
-            self._check(step, target)
-            read = self._manager.restore(step, args=ocp.args.Composite(train=arguments))
-        return read["train"]
+        target = {"params": {"objective": self._local(step, common)}}
+        return self._read(step, target)[0]["params"]["objective"]
 
-    def _check_room(self, state: TrainState) -> None:
-        # Before writing: what Orbax and TensorStore print from their threads on a full disk helps nobody.
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) * 1.05 + 2**20
-        free = shutil.disk_usage(self._manager.directory).free
-        if free < need:
-            said = f"the disk is full: a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
-            raise OSError(errno.ENOSPC, said, str(self._manager.directory))
+    def _read(self, step: int, target: dict[str, PyTree], whole: bool = False) -> tuple[dict[str, PyTree], Any]:
+        """Parts of a train state, or all of it and the progress, bit for bit what was saved."""
 
-    def _raise_background_error(self) -> None:
+        def read() -> tuple[dict[str, PyTree], Any, manifest.Manifest]:
+            recorded = self._manifest(step)
+            manifest.compare(recorded.leaves, manifest.named(target))
+            progress = manifest.progress(recorded, self._text(step, "mixture")) if whole else None
+            arguments = ocp.args.PyTreeRestore(
+                item=target,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=not whole,
+            )
+            # By the handler, which waits for no other process: one that fails must be able to say so.
+            arrays = self.directory / str(step) / "train"
+            return damage.attempt(lambda: self._arrays.restore(arrays, args=arguments)), progress, recorded
+
+        found, progress, recorded = self._local(step, read)
         try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise OSError(f"writing a checkpoint under {self._manager.directory} failed: {error}") from error
+            manifest.verify(recorded.leaves, manifest.named(found))
+        except Damaged as error:
+            raise Damaged(self._cannot(step, error)) from None
+        return found, progress
 
-    def wait(self) -> None:
-        """Block until what was saved is on disk.
+    def _manifest(self, step: int) -> manifest.Manifest:
+        return manifest.read(self._text(step, "manifest"), step)
 
-        Raises:
-            OSError: when a background write failed.
-        """
+    def _text(self, step: int, item: str) -> str:
+        file = self.directory / str(step) / item / "metadata"
         try:
-            self._manager.wait_until_finished()
+            return file.read_text()
+        except FileNotFoundError:
+            raise Damaged(f"{item}/metadata is missing") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise judged(error) from error
+
+    def _local(self, step: int, read: Callable[[], T]) -> T:
+        """What this process reads of a step; where one process fails, all do, for the same reason."""
+        found: list[T] = []
+        error: Exception | None = None
+        if not (self.directory / str(step) / COMMITTED).exists():
+            error = ValueError(self._missing(step, self.steps()))
+        else:
+            try:
+                found.append(read())
+            except (ValueError, OSError) as wrong:
+                error = KINDS[kind(wrong)](self._cannot(step, wrong))
+                error.__cause__ = wrong
+        _meet("a checkpoint that all read")
+        if (shared := damage.shared(error)) is not None:
+            raise shared
+        return found[0]
+
+    def _cannot(self, step: int, error: Exception) -> str:
+        return f"checkpoint {self.directory / str(step)} cannot be restored: {reason(error)}"
+
+    def _missing(self, step: int, there: Sequence[int]) -> str:
+        names = ", ".join(map(str, there)) or "none"
+        hint = "; all hosts must see one directory" if jax.process_index() else ""
+        return f"there is no checkpoint {self.directory / str(step)}; steps that are there: {names}{hint}"
+
+    def _agreed(self) -> list[int]:
+        """The steps as process 0 sees them: a listing may differ between hosts."""
+        _meet("the list of checkpoints")
+        return damage.first(self.steps() if jax.process_index() == 0 else [])
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Float weights hardly shrink: compressing them costs seconds of the cores that train, and saves a tenth.
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _processes() -> options.MultiprocessingOptions:
+    # Named, they meet through the coordination service, which gives up in the end and says who is missing.
+    everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    return options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix="jaxkd")
+
+
+def _meet(what: str) -> None:
+    """Wait for all processes, for `PATIENCE` at most."""
+    if jax.process_count() > 1:
+        everyone = set(range(jax.process_count()))
+        try:
+            ocp.multihost.sync_global_processes(f"jaxkd: {what}", timeout=PATIENCE, processes=everyone)
         except Exception as error:
-            raise OSError(f"writing a checkpoint under {self._manager.directory} failed: {error}") from error
-        self._raise_background_error()
-
-    def close(self) -> None:
-        """Finish writing and let go of the directory."""
-        self._manager.close()
-
-
-def _present(state: TrainState) -> dict[str, Any]:
-    """The parts that a state has, by name: one that is not kept leaves nothing on disk."""
-    return {name: part for name, part in state._asdict().items() if part is not None}
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    """Leaves that are arrays, by a path that does not tell tuples, dicts and NamedTuples apart, as on disk."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-    return {".".join(map(name, path)): leaf for path, leaf in found if hasattr(leaf, "shape")}
+            raise OSError(f"not all processes came within {PATIENCE} s, for {what}: {reason(error)}") from error

@@ -19,7 +19,6 @@ from jaxkd.job import Job
 from jaxkd.sharding import batch_sharding
 from jaxkd.teaching import open_stores, teach
 from jaxkd.train import log
-from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.mixing import Mixing
 from jaxkd.train.state import TrainState, init_state
 from jaxkd.types import Batch, Metrics, PyTree
@@ -67,14 +66,14 @@ class Run:
             say: prints a line.
 
         Raises:
-            ValueError: when the checkpoint is of other rows, or cannot be read.
+            ValueError: when the checkpoint is of other rows, or none of them can be read.
         """
         self.job, self.workdir, self.rows = job, workdir, rows
         self.seconds: list[float] = []  # of the present interval's steps
         self.rule_s: float | None = None  # that the rule took just before the next step
         self.mixing = Mixing(job, rows)
         self.stores = open_stores(job, rows.fingerprints)
-        self.checkpoints = Checkpoints((workdir / "checkpoints").absolute(), job.experiment.run.keep_checkpoints)
+        self.checkpoints = load.checkpoints(job.experiment, workdir)
         try:
             self._load(say)
             self._define()
@@ -97,18 +96,20 @@ class Run:
     def _load(self, say: Callable[[str], None]) -> None:
         """The models, and the state: the newest checkpoint's, or the first one."""
         job, rows = self.job, self.rows
-        latest = unison.word("checkpoint", self.checkpoints.latest)  # listings of a network's file system may differ
-        self.resumed = latest is not None
+        found = load.recover(job, self.workdir, self.checkpoints)
+        self.resumed = found is not None
         self.models = load.models(job, rows, with_student=not self.resumed)
         self.teaching = teach(job, self.models.teachers, self.stores)
-        if latest is None:
+        if found is None:
             self.mixing.first()
             self.state: TrainState = self._first_state()
             self.tokens = 0
         else:
-            self.state, progress = self.checkpoints.restore(latest, job.state)
-            self._adopt(progress)
-            say(f"resuming at step {latest} of {job.experiment.run.steps}")
+            self.state = found.state
+            self._adopt(found.progress)
+            for line in found.said:
+                say(line)
+            say(f"resuming at step {found.step} of {job.experiment.run.steps}")
         self.models = self.models._replace(student=None)
 
     def loaded(self) -> preflight.Loaded:
@@ -145,7 +146,8 @@ class Run:
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, as JSON; floats keep every bit."""
-        return {"mixture": self.mixing.saved(), "tokens": self.tokens, "rows": self.rows.fingerprints}
+        known = {"mixture": self.mixing.saved(), "tokens": self.tokens, "rows": self.rows.fingerprints}
+        return known | load.identity(self.job.experiment)
 
     def _interval(self, step: int) -> Iterator[Batch]:
         """The present interval's batches from `step` on; nothing is read beyond its end."""
@@ -207,6 +209,7 @@ class Run:
                     output.mixture(self.mixing.line(self.tokens, self.state.groups))
                 finished = self._steps(step, run, output, interrupt)
             self.checkpoints.wait()
+            load.mark(self.job.experiment, self.workdir, self.checkpoints)
             if finished and (told := self.mixing.finish(self.state, self.workdir)):
                 output.say(told)
         finally:
@@ -237,11 +240,11 @@ class Run:
                 clock = self._record(output, *waiting, clock)
                 waiting = None
                 # A process that was told to stop has no time for an evaluation; the next one makes it up.
-                if self._due(step) and not stop:
-                    self._evaluate(output, step)
+                judged = self._evaluate(output, step) if self._due(step) and not stop else None
                 if stop or save:
                     output.flush()
-                    self.checkpoints.save(step, self.state, self._progress())
+                    self.checkpoints.save(step, self.state, self._progress(), judged)
+                    load.mark(self.job.experiment, self.workdir, self.checkpoints)
                 clock = time.perf_counter()
             if stop:
                 output.say(
@@ -265,6 +268,7 @@ class Run:
 
     def _record(self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, clock: float) -> float:
         """Fetch a step's metrics, check and log them; returns the time at which they were there."""
+        self.checkpoints.check()
         values = metrics.read(measured)
         now = time.perf_counter()
         for name in ("loss", "grad_norm", "param_norm"):
@@ -295,7 +299,8 @@ class Run:
         output.step(row, step % self.job.experiment.run.log_every == 0)
         return now
 
-    def _evaluate(self, output: log.TrainLog, step: int) -> None:
+    def _evaluate(self, output: log.TrainLog, step: int) -> float:
+        """Log an evaluation; returns the student's mean loss, by which checkpoints are compared."""
         rows = self.evaluate(step)
         output.evaluation(rows)
         if step < self.job.experiment.run.steps:
@@ -304,3 +309,4 @@ class Run:
                 f"step {step}: student {mean['student_nats']:.3f} nats/token (teacher {mean['teacher_nats']:.3f}), "
                 f"KL {mean['kl']:.3f}, agreement {mean['agreement']:.1%}"
             )
+        return rows[-1]["student_nats"]

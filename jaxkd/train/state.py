@@ -1,6 +1,6 @@
 """All that a run's next step depends on, beside the mixture: what is checkpointed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,11 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema: PyTree = None  # running average of the student's parameters, where it is its own teacher
     groups: Groups | None = None  # weights of the domains in the loss, where they move at every step
+
+
+def present(state: TrainState) -> dict[str, Any]:
+    """The parts that a state has, by name: one that is not kept leaves nothing on disk."""
+    return {name: part for name, part in state._asdict().items() if part is not None}
 
 
 TRAINED = ("student", "objective")

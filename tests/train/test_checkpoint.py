@@ -1,4 +1,4 @@
-"""Checkpoints: what a run finds again, and what it refuses."""
+"""Checkpoints: what a run finds again, what stays, and what is refused."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import pytest
 
 from jaxkd import sharding
 from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.keep import Keep, place
 from jaxkd.train.state import init_state
 
 TX = optax.adamw(1e-3, mask={"student": {"w": True, "b": False}, "objective": {}})
@@ -32,9 +33,19 @@ def assert_equal(left, right):
         np.testing.assert_array_equal(a, b)
 
 
+def saved(directory, *steps, keep=None, metrics=None):
+    """A directory with these steps; each holds `state_of(step)`."""
+    writer = Checkpoints(directory, keep or Keep(9))
+    for step in steps:
+        writer.save(step, state_of(step), {"tokens": step}, (metrics or {}).get(step))
+    writer.wait()
+    writer.close()
+    return directory
+
+
 def test_state_and_progress_come_back(tmp_path):
     state, progress = state_of(), {"mixture": {"sampling": [1 / 3, 2 / 3]}, "tokens": 10**12}
-    writer = Checkpoints(tmp_path, keep=2)
+    writer = Checkpoints(tmp_path, Keep(2))
     for step in (1, 2, 3):
         writer.save(step, state, progress)
     writer.wait()
@@ -46,7 +57,7 @@ def test_state_and_progress_come_back(tmp_path):
     assert jax.tree.structure(read) == jax.tree.structure(state)
     assert found == progress  # floats with every bit
     assert_equal(reader.restore_student(3, abstract(state).params["student"]), state.params["student"])
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["2", "3"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
     reader.close()
 
 
@@ -59,24 +70,34 @@ def test_restores_to_another_mesh(tmp_path):
     read, _ = checkpoints.restore(1, target)
     assert_equal(read, state)
     assert len(read.params["student"]["w"].sharding.device_set) == 8
+    checkpoints.save(2, read, {})  # and back, from eight devices to one
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(2, abstract(state))[0], state)
     checkpoints.close()
 
 
-def test_what_a_kill_leaves_is_not_a_checkpoint(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state_of(), {})
-    checkpoints.close()
-    (tmp_path / "7").mkdir()  # no commit file
+def test_what_a_kill_leaves_is_not_a_checkpoint_and_is_swept(tmp_path):
+    """Empty, half-written or half-copied: without a commit file a directory is no step, whatever its name."""
+    saved(tmp_path, 1)
+    (tmp_path / "77").mkdir()
+    (tmp_path / "7" / "train").mkdir(parents=True)
+    (tmp_path / "7" / "train" / "_METADATA").write_text("{}")
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()
+    reader = Checkpoints(tmp_path, read_only=True)
+    assert (reader.steps(), reader.latest()) == ([1], 1)
+    assert (tmp_path / "7" / "train" / "_METADATA").exists()  # who only reads leaves it alone
     again = Checkpoints(tmp_path)
-    assert again.latest() == 1
+    assert again.recover(abstract(state_of())).step == 1
+    again.save(7, state_of(7), {})
+    again.wait()
+    assert again.steps() == [1, 7]
     again.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "7"]
 
 
 def test_another_model_is_refused_by_name(tmp_path):
+    saved(tmp_path, 1)
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state_of(), {})
-    checkpoints.wait()
     w, b = jnp.ones((8, 16)), jnp.ones(16)
     narrow = init_state({"student": {"w": w[:4], "b": b}, "objective": {}}, TX)
     half = init_state({"student": {"w": w.astype(jnp.bfloat16), "b": b}, "objective": {}}, TX)
@@ -86,8 +107,10 @@ def test_another_model_is_refused_by_name(tmp_path):
         (half, r"student.w should be bfloat16\[8, 16\], there is float32"),
         (more, r"params.student.c should be float32\[16\], there is nothing"),
     ):
-        with pytest.raises(ValueError, match=message):
-            checkpoints.restore(1, abstract(other))
+        for read in (lambda target: checkpoints.restore(1, target), checkpoints.recover):
+            with pytest.raises(ValueError, match=message):
+                read(abstract(other))
+    assert checkpoints.steps() == [1]  # it is the config that is wrong: nothing is set aside
     checkpoints.close()
 
 
@@ -100,3 +123,76 @@ def test_donated_state_is_saved_as_it_was(tmp_path):
     checkpoints.wait()
     assert_equal(checkpoints.restore(1, abstract(state_of()))[0], expected)
     checkpoints.close()
+
+
+# ----------------------------------------------------------------------------------------- what stays
+
+
+def test_which_steps_stay():
+    steps, metrics = range(10, 100, 10), {20: 1.0, 40: 3.0, 70: 2.0, 80: 2.0}
+    assert Keep(2).of(steps, metrics) == {80, 90}
+    assert Keep(1, best=2).of(steps, metrics) == {90, 20, 80}  # of equals the later
+    assert Keep(1, every=40).of(steps, {}) == {40, 80, 90}
+    assert Keep(3, every=50, best=1).of(steps, metrics) == {70, 80, 90, 50, 20}
+    assert Keep(20).of(steps, metrics) == set(steps)
+
+
+def test_the_newest_stays_when_losses_rise_and_the_best_too(tmp_path):
+    losses, keep = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 5.0}, Keep(1, every=3, best=1)
+    saved(tmp_path, 1, 2, 3, keep=keep, metrics=losses)
+    again = Checkpoints(tmp_path, keep)  # another process knows the losses of the first one
+    assert again.steps() == [2, 3]
+    for step in (4, 5):
+        again.save(step, state_of(step), {}, losses[step])
+    again.wait()
+    assert (again.steps(), again.latest(), again.best()) == ([2, 3, 5], 5, 2)
+    again.close()
+
+
+def test_there_is_no_best_without_a_measurement(tmp_path):
+    saved(tmp_path, 1, 2, metrics={2: float("nan")})
+    assert Checkpoints(tmp_path, read_only=True).best() is None
+    assert Checkpoints(tmp_path / "nothing", read_only=True).best() is None
+
+
+# ------------------------------------------------------------------------------------------- rollback
+
+
+def test_after_a_rollback_steps_are_saved_again(tmp_path):
+    saved(tmp_path, 2, 4, metrics={2: 2.0, 4: 1.5})
+    checkpoints = Checkpoints(tmp_path, Keep(9))
+    with pytest.raises(ValueError, match="already holds step 4, so step 3 cannot follow"):
+        checkpoints.save(3, state_of(3), {})
+    with pytest.raises(ValueError, match=r"there is no checkpoint .*5; steps that are there: 2, 4"):
+        checkpoints.rollback(5)
+    assert checkpoints.rollback(2) == {4: "4.aside"}
+    assert (checkpoints.steps(), checkpoints.best()) == ([2], 2)
+    checkpoints.save(4, state_of(14), {"tokens": 14})
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(4, abstract(state_of()))[0], state_of(14))
+    assert checkpoints.rollback(2) == {4: "4.aside-2"}
+    checkpoints.close()
+    again = Checkpoints(tmp_path, Keep(9))  # nothing that was set aside is swept
+    again.save(5, state_of(5), {})
+    again.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "4.aside", "4.aside-2", "5"]
+
+
+# --------------------------------------------------------------------------------------------- places
+
+
+def test_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert place("run/checkpoints") == place(tmp_path / "run" / "checkpoints")
+    for wrong in ("s3://bucket/run", "gs://", "gs:///run", "file:///run"):
+        with pytest.raises(ValueError, match=f"{wrong} is no place for checkpoints"):
+            place(wrong)
+
+
+def test_a_bucket_without_gcsfs_is_said_in_one_sentence(monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
+    with pytest.raises(ValueError, match=r"gs://bucket/run is in a bucket .* needs gcsfs: install jaxkd\[gcs\]"):
+        Checkpoints("gs://bucket/run", read_only=True)

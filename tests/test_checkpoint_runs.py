@@ -1,0 +1,94 @@
+"""Runs and their checkpoints: a damaged one costs its steps and no more; the best is found; they may be elsewhere."""
+
+import shutil
+
+import pytest
+from harness import assert_same_run, final_state, here, lines
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.slow  # whole runs
+
+
+@pytest.fixture(scope="module")
+def run(arguments, tmp_path_factory):
+    """(workdir, arguments): twelve steps, of which 6, 9 and 12 are kept."""
+    workdir, more = tmp_path_factory.mktemp("runs") / "run", [*arguments, "--config.run.keep_checkpoints=3"]
+    result = here("train", "--workdir", str(workdir), *more)
+    assert result.returncode == 0, result.stderr
+    return workdir, more
+
+
+def flip_a_bit_of_the_student(workdir, step):
+    raw = max((b for name, b in final_state(workdir, step)[0].items() if "student" in name), key=len)
+    files = [f for f in (workdir / "checkpoints" / str(step) / "train").rglob("*") if f.is_file()]
+    [file] = [f for f in files if raw in f.read_bytes()]
+    content = bytearray(file.read_bytes())
+    content[content.index(raw) + len(raw) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(run, tmp_path):
+    before, arguments = run
+    workdir = shutil.copytree(before, tmp_path / "run")
+    (workdir / "checkpoints" / "12" / "mixture" / "metadata").write_text("{}")
+    evaluated = here("evaluate", "--workdir", str(workdir))
+    assert evaluated.returncode == 0, evaluated.stderr  # the student's part of it is whole
+    flip_a_bit_of_the_student(workdir, 12)
+    evaluated = here("evaluate", "--workdir", str(workdir))
+    assert "checkpoints/12 cannot be restored" in evaluated.stderr
+    assert "step 9 is used" in evaluated.stderr
+
+    resumed = here("train", "--workdir", str(workdir), *arguments)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "its mixture differs from what was saved (checksum); it is kept as 12.aside, and step 9 is used" in (
+        resumed.stdout
+    )
+    assert "resuming at step 9 of 12" in resumed.stdout
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "12.aside", "6", "9"]
+    (workdir / "evals.jsonl").write_text(
+        "".join(line for line in (workdir / "evals.jsonl").open() if '"step": 9' not in line)
+    )
+    assert_same_run(workdir, before)
+
+
+def test_the_best_student_is_exported(run, tmp_path):
+    before, _ = run
+    workdir = shutil.copytree(before, tmp_path / "run")
+    losses = {row["step"]: row["student_nats"] for row in lines(workdir / "evals.jsonl") if row["domain"] == "mean"}
+    assert losses[12] < losses[6]
+    shutil.rmtree(workdir / "checkpoints" / "12")  # so that the newest, 9, was not evaluated, and 6 is the best
+    result = here("export", "--workdir", str(workdir), "--step", "best", "--to", str(tmp_path / "best"))
+    assert result.returncode == 0, result.stderr
+    state, _ = final_state(workdir, 6)
+    norm = load_file(tmp_path / "best" / "model.safetensors")["model.norm.weight"]
+    assert norm.tobytes() in state.values()
+    shutil.rmtree(workdir / "checkpoints" / "6")
+    result = here("export", "--workdir", str(workdir), "--step", "best", "--to", str(tmp_path / "none"))
+    assert "has no checkpoint of a step that was evaluated" in result.stderr
+    assert "5x is no checkpoint: give a number of steps, or best" in here(
+        "export", "--workdir", str(workdir), "--step", "5x", "--to", str(tmp_path / "none")
+    ).stderr  # fmt: skip
+
+
+def test_checkpoints_in_another_place(arguments, tmp_path):
+    elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
+    short = [*arguments, "--config.run.steps=2", f"--config.run.checkpoints={elsewhere}"]
+    first = here("train", "--workdir", str(workdir), *short)
+    assert first.returncode == 0, first.stderr
+    assert [p.name for p in elsewhere.iterdir()] == ["2"]
+    assert (workdir / "checkpoints" / "2" / "commit_success.txt").read_text() == f"{elsewhere / '2'}\n"
+
+    # The workdir knows that it was trained in, and from where it goes on.
+    changed = here("train", "--workdir", str(workdir), *short, "--config.optim.b1=0.5")
+    assert "holds another experiment: optim.b1" in changed.stderr
+    # A new machine has an empty workdir: the same run goes on, another one does not take it for its own.
+    again = here("train", "--workdir", str(tmp_path / "new machine"), *short)
+    assert "resuming at step 2 of 2" in again.stdout
+    other = here("train", "--workdir", str(tmp_path / "other"), *short, "--config.optim.b1=0.5")
+    assert "holds checkpoints of another run, whose optim.b1 differ from this config" in other.stderr
+    # And nothing begins anew because a disk is not there.
+    elsewhere.rename(tmp_path / "unmounted")
+    lost = here("train", "--workdir", str(workdir), *short)
+    assert f"has made a checkpoint at step 2, but there is none under {elsewhere}" in lost.stderr
+    relative = here("train", "--workdir", str(tmp_path / "x"), *arguments, "--config.run.checkpoints=here")
+    assert "run.checkpoints=here must be absolute" in relative.stderr

@@ -1,0 +1,63 @@
+"""Checkpoints on gs://, through gcsfs and TensorStore's own driver, against a server that speaks the same protocol."""
+
+import socket
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.keep import Keep
+from jaxkd.train.state import TrainState
+
+pytest.importorskip("gcsfs", reason="needs the gcs extra")
+emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs://bucket, in memory."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    address = f"http://localhost:{port}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs and Google's client
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # TensorStore would look for one
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield "gs://bucket"
+    server.stop()
+
+
+def state_of(seed: int) -> TrainState:
+    w = jax.random.normal(jax.random.key(seed), (64, 16))
+    return TrainState(jnp.int32(seed), {"student": {"w": w}, "objective": {}}, (w * 2, w * 3))
+
+
+@pytest.mark.slow
+def test_checkpoints_in_a_bucket(bucket):
+    directory = f"{bucket}/runs/one"
+    checkpoints = Checkpoints(directory, Keep(2, best=1))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0))
+    assert checkpoints.recover(target) is None
+    for step, loss in ((1, 0.5), (2, 2.0), (3, 1.0), (4, 3.0)):
+        checkpoints.save(step, state_of(step), {"tokens": step}, loss)
+    checkpoints.wait()
+    assert (checkpoints.steps(), checkpoints.best()) == ([1, 3, 4], 1)
+    (checkpoints.directory / "4" / "mixture" / "metadata").write_text('{"tokens": 5}')
+    checkpoints.close()
+
+    again = Checkpoints(directory, Keep(2, best=1))
+    found = again.recover(target)
+    assert (found.step, found.progress) == (3, {"tokens": 3})
+    assert found.said[0].startswith("checkpoint gs://bucket/runs/one/4 cannot be restored: its mixture differs")
+    jax.tree.map(np.testing.assert_array_equal, found.state, state_of(3))
+    again.save(4, state_of(4), {"tokens": 4})
+    again.wait()
+    assert again.steps() == [1, 3, 4]
+    assert sorted(p.name for p in again.directory.iterdir()) == ["1", "3", "4", "4.aside"]
+    jax.tree.map(np.testing.assert_array_equal, again.restore(4, target)[0], state_of(4))
+    again.close()

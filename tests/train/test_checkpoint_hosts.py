@@ -1,0 +1,118 @@
+"""Checkpoints of two processes: each writes its part, both read the same, and what one cannot read neither uses."""
+
+import shutil
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import REPOSITORY, process_environment
+
+from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.keep import Keep
+from jaxkd.train.state import TrainState
+
+# In each process: a state of which it holds half, and what is asked for in turn.
+PROGRAM = """
+import sys
+import jax, jax.numpy as jnp
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxkd import sharding
+from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.keep import Keep
+from jaxkd.train.state import TrainState
+
+mesh = sharding.make_mesh(2, 1)
+place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+where = TrainState(place(), {"student": {"w": place("data")}, "objective": {}}, (place("data"), place()))
+def state(step):
+    w = jnp.float32(step) + jnp.arange(64.0).reshape(8, 8) / 7
+    return TrainState(jnp.int32(step), {"student": {"w": w}, "objective": {}}, (w * 2, jnp.ones(3)))
+make = jax.jit(state, out_shardings=where)
+target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(0))
+for argument in sys.argv[3:]:  # a directory for each of us
+    checkpoints = Checkpoints(argument.split(",")[jax.process_index()], Keep(2, best=1))
+    if not checkpoints.steps():
+        for step, loss in ((1, 0.5), (2, 2.0), (3, 1.0), (4, 3.0)):
+            checkpoints.save(step, make(step), {"tokens": step}, loss)
+            checkpoints.check()
+        checkpoints.wait()
+    try:
+        found = checkpoints.recover(target)
+        mine = found.state.params["student"]["w"].addressable_shards[0].data
+        expected = make(found.step).params["student"]["w"].addressable_shards[0].data
+        assert (mine == expected).all()
+        print("said: step", found.step, found.progress, *found.said)
+    except (ValueError, OSError) as error:
+        print("said:", type(error).__name__, error)
+    print("said:", checkpoints.best(), checkpoints.steps())
+    checkpoints.close()
+"""
+
+
+def state_of(step: int) -> TrainState:
+    """The program's, in one process."""
+    w = jnp.float32(step) + jnp.arange(64.0).reshape(8, 8) / 7
+    return TrainState(jnp.int32(step), {"student": {"w": w}, "objective": {}}, (w * 2, jnp.ones(3)))
+
+
+def together(*pairs) -> list[list[str]]:
+    """What each of two processes says of its directories."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(i), *(f"{one},{two}" for one, two in pairs)],
+            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = []
+    for process in processes:
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-3000:]
+        said.append([line.removeprefix("said: ") for line in output.splitlines() if line.startswith("said: ")])
+    return said
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    shared = tmp_path / "shared"
+    for said in together((shared, shared)):
+        assert said == ["step 4 {'tokens': 4}", "1 [1, 3, 4]"]
+
+    # One process, another mesh: what both wrote.
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0))
+    state, _ = Checkpoints(shared, read_only=True).restore(4, abstract)
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
+
+    copy = lambda name: shutil.copytree(shared, tmp_path / name)
+    lacking, damaged = (copy("one"), copy("lacking")), (copy("two"), copy("damaged"))
+    shutil.rmtree(lacking[1] / "4")
+    (damaged[1] / "4" / "mixture" / "metadata").write_text('{"tokens": 5}')
+    checkpoints = Checkpoints(shared, Keep(9))  # and on in one process
+    checkpoints.save(5, state_of(5), {"tokens": 5})
+    checkpoints.close()
+
+    mine = [1, 3], [1, 3, 4]
+    for said, steps in zip(together(lacking, damaged, (shared, shared)), mine, strict=True):
+        # A disk that process 1 does not share: both say the same, and neither changes anything.
+        assert said[0].startswith("ValueError there is no checkpoint")
+        assert said[0].endswith("steps that are there: 1, 3; all hosts must see one directory (process 1)")
+        # What one process finds damaged is not used by the other; process 0 sets aside what it sees.
+        assert said[2].startswith("step 3 {'tokens': 3} checkpoint ")
+        assert "its mixture differs from what was saved (checksum) (process 1)" in said[2]
+        assert said[3] == f"1 {steps}"
+        assert said[4:] == ["step 5 {'tokens': 5}", "1 [1, 3, 4, 5]"]
+    assert Checkpoints(lacking[0], read_only=True).steps() == [1, 3, 4]
+    assert (damaged[0] / "4.aside").is_dir()
