@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow  # whole runs
 @pytest.fixture(scope="module")
 def run(arguments, tmp_path_factory):
     """(workdir, arguments): twelve steps, of which 6, 9 and 12 are kept."""
-    workdir, more = tmp_path_factory.mktemp("runs") / "run", [*arguments, "--config.run.keep_checkpoints=3"]
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    more = [*arguments, "--config.run.keep_checkpoints=3", "--config.run.mesh.data=1"]
     result = here("train", "--workdir", str(workdir), *more)
     assert result.returncode == 0, result.stderr
     return workdir, more
@@ -72,7 +73,7 @@ def test_the_best_student_is_exported(run, tmp_path):
 
 def test_checkpoints_in_another_place(arguments, tmp_path):
     elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
-    short = [*arguments, "--config.run.steps=2", f"--config.run.checkpoints={elsewhere}"]
+    short = [*arguments, "--config.run.steps=2", "--config.run.mesh.data=1", f"--config.run.checkpoints={elsewhere}"]
     first = here("train", "--workdir", str(workdir), *short)
     assert first.returncode == 0, first.stderr
     assert [p.name for p in elsewhere.iterdir()] == ["2"]
