@@ -310,7 +310,7 @@ def trained(job: Job, workdir: Path, step: int | str | None) -> tuple[int, PyTre
     Args:
         job: the run's.
         workdir: the run's.
-        step: a number, "best" for the lowest held-out loss, None for the newest.
+        step: a number, also as text; "best" for the lowest held-out loss, None for the newest.
 
     Raises:
         FileNotFoundError: when there is no checkpoint.
@@ -330,6 +330,8 @@ def trained(job: Job, workdir: Path, step: int | str | None) -> tuple[int, PyTre
                 "say which steps are; give --step NUMBER"
             )
     if step is not None:
+        if not str(step).isdigit():
+            raise ValueError(f"--step {step} is no checkpoint: give a number of steps, or best")
         return int(step), *read(int(step))
     if (found := there.newest(read)) is None:
         raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")

@@ -305,19 +305,12 @@ def parser() -> argparse.ArgumentParser:
         if name == "sweep":
             _sweep_arguments(sub)
         if name in ("evaluate", "export"):
-            sub.add_argument("--step", type=_step, help="checkpoint to take, or best (default: the newest)")
+            sub.add_argument("--step", help="checkpoint to take, or best (default: the newest)")
         if name == "export":
             sub.add_argument("--to", required=True, help="directory to write")
             sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
             sub.add_argument("--overwrite", action="store_true", help="replace whatever --to holds")
     return root
-
-
-def _step(text: str) -> int | str:
-    """A checkpoint's step, or that with the lowest held-out loss."""
-    if text != "best" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text} is no checkpoint: give a number of steps, or best")
-    return text if text == "best" else int(text)
 
 
 def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
@@ -375,6 +368,10 @@ def main(arguments: Sequence[str]) -> None:
     recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
     if overrides and not recipe:
         raise ValueError(f"`jaxkd {options.verb}` takes its config from the workdir, not {overrides[0]}")
+    if "://" in (place := str(getattr(options, "workdir", ""))):
+        raise ValueError(
+            f"--workdir {place} must be a directory, of a mounted bucket too; run.checkpoints may be gs://"
+        )
     VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *arguments]))
 
 

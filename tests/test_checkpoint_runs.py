@@ -66,7 +66,7 @@ def test_the_best_student_is_exported(run, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "6")
     result = here("export", "--workdir", str(workdir), "--step", "best", "--to", str(tmp_path / "none"))
     assert "has no checkpoint of a step that was evaluated" in result.stderr
-    assert "5x is no checkpoint: give a number of steps, or best" in here(
+    assert "--step 5x is no checkpoint: give a number of steps, or best" in here(
         "export", "--workdir", str(workdir), "--step", "5x", "--to", str(tmp_path / "none")
     ).stderr  # fmt: skip
 

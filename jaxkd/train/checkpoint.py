@@ -343,7 +343,7 @@ class Checkpoints:
         try:
             return file.read_text()
         except FileNotFoundError:
-            raise Damaged(f"{item}/metadata is missing") from None
+            raise Damaged(f"{item}/metadata is missing (or an older jaxkd wrote it)") from None
         except (OSError, UnicodeDecodeError) as error:
             raise judged(error) from error
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from harness import here
 
 from jaxkd import sharding
 from jaxkd.train.checkpoint import Checkpoints
@@ -196,3 +197,11 @@ def test_a_bucket_without_gcsfs_is_said_in_one_sentence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
     with pytest.raises(ValueError, match=r"gs://bucket/run is in a bucket .* needs gcsfs: install jaxkd\[gcs\]"):
         Checkpoints("gs://bucket/run", read_only=True)
+
+
+def test_a_workdir_is_not_in_a_bucket():
+    said = here("evaluate", "--workdir", "gs://bucket/run")
+    assert said.stderr == (
+        "jaxkd: error: --workdir gs://bucket/run must be a directory, of a mounted bucket too; "
+        "run.checkpoints may be gs://\n"
+    )
