@@ -42,3 +42,14 @@ def test_quick_teachers(tmp_path):
     kl = {name: row["kl_of_payload"] for name, row in rows.items()}
     assert kl["hidden bfloat16"] < 1e-3 < kl["hidden int8"] < 0.03 < kl["top-64"] < kl["top-8"]
     assert rows["top-64"]["teacher_gflop_a_step"] == 0 < rows["hidden int8"]["teacher_gflop_a_step"]
+
+
+@pytest.mark.slow
+def test_quick_loop():
+    command = [sys.executable, "benchmarks/loop.py", "--quick", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert row["tokens"] == 256
+    assert min(row["bare_step_s"], row["loop_step_s"], row["input_share"], row["log_share"]) > 0
