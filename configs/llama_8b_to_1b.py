@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "weight_decay": 0.1,
                 "clip": 1.0,
                 "micro_batches": 4,
+                "spike": 6.0,
             },
             "run": {
                 "steps": 8000,  # 2.1 billion tokens

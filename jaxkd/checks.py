@@ -75,6 +75,10 @@ def check(e: Experiment, devices: int) -> None:
         raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
     if e.student.path == "random" and (e.student.layers or e.student.keep):
         raise ValueError("a random student is not cut: set its depth in student.shape.layers")
+    limits = {"optim.skip_limit": e.optim.skip_limit, "optim.spike": e.optim.spike, "run.stall_s": e.run.stall_s}
+    for where, value in limits.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{where} must be finite and at least 0, got {value}")
     counts = {
         "run.steps": e.run.steps,
         "run.checkpoint_every": e.run.checkpoint_every,

@@ -165,6 +165,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
             "evals.jsonl",
             "metrics.jsonl",
             "mixture.jsonl",
+            "goodput.jsonl",
             "run.json",
         ):  # of an experiment that never made a step
             (workdir / name).unlink(missing_ok=True)

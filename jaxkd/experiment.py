@@ -114,7 +114,12 @@ class DataBlock:
 
 @dataclasses.dataclass(frozen=True)
 class OptimBlock:
-    """AdamW, its learning rate, clipping and gradient accumulation."""
+    """AdamW, its learning rate, clipping and gradient accumulation, and which steps are left out.
+
+    `skip_limit`: steps whose loss or gradient is not finite are left out, and one more than so many stops the run; a
+    hundred good steps make up for one. `spike`: a step is left out too whose loss or gradient norm is so many standard
+    deviations above the mean of the last 128; 0 for none.
+    """
 
     lr: Schedule
     b1: float = 0.9
@@ -123,6 +128,8 @@ class OptimBlock:
     weight_decay: float = 0.1
     clip: float = 1.0
     micro_batches: int = 1
+    skip_limit: int = 3
+    spike: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +157,7 @@ class RunBlock:
     keep_every: int = 0  # and those of every so many steps, for good
     keep_best: int = 1  # and those with the lowest held-out loss, of the ones that were evaluated
     log_every: int = 1
+    stall_s: float = 600.0  # a step that takes longer, and ten times the median, ends the process; 0 for never
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxkd.chips import CHIPS
 from jaxkd.models.transformer import Config
 
 
@@ -84,3 +85,16 @@ def step(teachers: Sequence[Side], student: Side, tokens: int, length: int, *, r
         tokens * again * body(student.config, length),
         tokens * (sum(map(hidden, teachers)) + (passes + again) * hidden(student)),
     )
+
+
+def rates(model: float, seconds: float, devices: int, kind: str) -> dict[str, float]:
+    """`tflops` a device, and `mfu`, their share of its peak, where that is known.
+
+    Args:
+        model: `Step.model` of the whole batch.
+        seconds: of the step.
+        devices: that share it.
+        kind: JAX's `device_kind`.
+    """
+    each = model / seconds / devices
+    return {"tflops": each / 1e12} | ({"mfu": each / CHIPS[kind].flops} if kind in CHIPS else {})

@@ -23,7 +23,7 @@ from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
 from jaxkd.teachers import many
-from jaxkd.train import optim
+from jaxkd.train import guard, optim
 from jaxkd.train.state import TRAINED, TrainState, init_state, trained
 from jaxkd.types import Batch, Forward, Head, Output, PyTree, Sampled, Scalar, TopK
 
@@ -149,7 +149,8 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
     notes = {n for m in (student, *teachers.values()) for n in sharding.replicated_axes(m.axes, m.shapes, mesh)}
     kept = groups.init(np.ones(len(e.data.domains))) if mixing.group_dro else None
-    state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF, kept)
+    recent = guard.init() if o.spike else None
+    state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF, kept, recent)
     job = Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
     if e.teacher.members:
         shares(job)  # what it would refuse is known before anything is loaded
@@ -302,10 +303,11 @@ def _abstract_state(
     mesh: Mesh,
     averaged: bool,
     kept: groups.Groups | None,
+    recent: guard.Recent | None,
 ) -> TrainState:
     everywhere = NamedSharding(mesh, PartitionSpec())
     first = partial(init_state, tx=tx, names=trains, averaged=averaged)
-    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra}, groups=kept)
+    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra}, groups=kept, recent=recent)
     # Matrices of the objective are as wide as the model, so they are spread as its own are.
     axes = lambda leaf: ("embed", *[None] * (len(leaf.shape) - 1)) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
     spread = jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.spec(axes(leaf), leaf.shape, mesh)), extra)
@@ -318,5 +320,6 @@ def _abstract_state(
         transform_non_params=lambda _: everywhere,
     )
     averages = student.shardings if averaged else None
-    places: Any = (everywhere, params, opt_state, averages, jax.tree.map(lambda _: everywhere, kept))
+    small = [jax.tree.map(lambda _: everywhere, part) for part in (kept, recent)]
+    places: Any = (everywhere, params, opt_state, averages, *small)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, TrainState(*places))

@@ -5,6 +5,7 @@ import contextlib
 import json
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
 
 def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
-    e, workdir = experiment(read_config(config)), Path(options.workdir)
-    from jaxkd import facts, job, load, mixture_page, preflight, report, teaching
+    started, e, workdir = time.time(), experiment(read_config(config)), Path(options.workdir)
+    from jaxkd import compilation, facts, goodput, job, load, mixture_page, preflight, report, teaching
     from jaxkd.evals import compare
-    from jaxkd.train import log, loop
+    from jaxkd.train import log, loop, profiling
 
+    profile = profiling.asked(options.profile)
     unison.join(saves=True)
     import jax
 
@@ -66,10 +68,12 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
         changes, mark = unison.word("workdir", take)
         see(workdir, mark)
+        if (kept_in := compilation.keep(workdir / "programs", jax.default_backend())) is not None:
+            unison.say(f"compiled programs: {kept_in}")
         for note in built.notes:
             unison.say(f"mesh: {note}")
         rows = load.domains(built)
-        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, unison.say)))
+        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, unison.say, started)))
         for change in changes:
             unison.say(f"changed: {change}")
         if unison.first():
@@ -82,9 +86,10 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             for line in facts.models(built, found, kept):
                 print(line)
         if not run.resumed and not options.no_check:
-            for line in preflight.run(run.loaded(), run.stores):
-                unison.say(f"check: {line}")
-        finished = run.go()
+            with run.phases.during("check"):
+                for line in preflight.run(run.loaded(), run.stores):
+                    unison.say(f"check: {line}")
+        finished = run.go(profile)
         page = unison.word("the report", lambda: str(report.write(workdir)))
     if finished and unison.first():
         evaluations = log.read(workdir / "evals.jsonl")
@@ -92,6 +97,8 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
         if told := mixture_page.cost(log.read(workdir / "mixture.jsonl")):
             print(told)
+    if unison.first():
+        print(goodput.sentence(goodput.read(workdir)))
     unison.say(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
     if not finished:
         raise SystemExit(processes.STOPPED)
@@ -300,6 +307,7 @@ def parser() -> argparse.ArgumentParser:
         elif not takes_config or name in ("train", "sweep"):
             sub.add_argument("--workdir", required=True, help="directory of the run")
         if name == "train":
+            sub.add_argument("--profile", metavar="START:COUNT", default="", help="steps to trace, to WORKDIR/profile")
             sub.add_argument("--no-check", action="store_true", help="train even if `jaxkd check` would refuse")
             sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
         if name == "sweep":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxkd import mixture_page
+from jaxkd import goodput, mixture_page
 from jaxkd.charts import (
     STYLE,
     Line,
@@ -40,11 +40,11 @@ def write(workdir: Path) -> Path:
     metrics, evals = read_lines(workdir / "metrics.jsonl"), read_lines(workdir / "evals.jsonl")
     if metrics is None and evals is None:
         raise FileNotFoundError(missing(workdir, "metrics.jsonl"))
-    mixture = read_lines(workdir / "mixture.jsonl") or []
+    mixture, clock = (read_lines(workdir / name) or [] for name in ("mixture.jsonl", goodput.FILE))
     target = workdir / "report.html"
     partial = workdir / f".report.html.{os.getpid()}"
     try:
-        text = page(workdir.resolve().name, config, run, metrics or [], evals or [], mixture)
+        text = page(workdir.resolve().name, config, run, metrics or [], evals or [], mixture, clock)
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, target)  # a reader sees the old page or the new one, never half of one
     finally:
@@ -267,20 +267,25 @@ def training_charts(config: Row, metrics: Sequence[Row], domains: Iterable[str])
     charts.append(figure("Learning rate", [rate._replace(y=rate.raw or rate.y, raw=None)], zero=True))
     charts.append(figure("Gradient norm", [norm], zero=True, log=True))
     charts.append(figure("Speed", [speed], unit="tokens per second", zero=True))
+    charts += [figure("MFU", [series(metrics, "mfu", "MFU", 3)], zero=True)] if "mfu" in keys else []
     note = '<p class="note">Bold lines are moving averages, faint ones the logged values.</p>'
     shown = note if any(line.raw for line in loss) else ""
     return f'{broken(metrics, ["loss", *terms, "grad_norm"])}<div class="two">{"".join(charts)}</div>{shown}'
 
 
 def broken(metrics: Sequence[Row], keys: Sequence[str]) -> str:
-    """A warning that counts the steps with a value that is not a finite number."""
+    """A warning that counts the steps with a value that is not a finite number, and those that were left out."""
     steps = [int(r["step"]) for r in metrics if any(k in r and not math.isfinite(value_of(r, k)) for k in keys)]
-    if not steps:
-        return ""
-    return (
-        f'<p class="warning">{len(steps)} of {len(metrics)} logged steps have a loss, term or gradient norm '
-        f"that is not a finite number, first at step {steps[0]}; the curves break there.</p>"
-    )
+    left = [int(r["step"]) for r in metrics if "skipped" in r]
+    said = ""
+    if steps:
+        said += (
+            f"{len(steps)} of {len(metrics)} logged steps have a loss, term or gradient norm that is not a finite "
+            f"number, first at step {steps[0]}; the curves break there. "
+        )
+    if left:
+        said += f"{len(left)} updates were left out, first at step {left[0]}; metrics.jsonl has their rows."
+    return f'<p class="warning">{said.strip()}</p>' if said else ""
 
 
 def domains_table(run: Row) -> str:
@@ -328,10 +333,11 @@ def pace(metrics: Sequence[Row]) -> str:
         seen = [v for row in metrics if math.isfinite(v := value_of(row, key))]
         return statistics.median(seen) if seen else math.nan
 
-    speed, seconds = median("tokens_per_s"), median("step_s")
+    speed, seconds, mfu = median("tokens_per_s"), median("step_s"), median("mfu")
     shown = [f"{number(speed, 3)} tokens per second"] if math.isfinite(speed) else []
     shown += [f"{number(seconds, 3)} s per step"] if math.isfinite(seconds) else []
-    return " and ".join(shown) + " (medians)" if shown else ""
+    shown += [f"MFU {percent(mfu)}"] if math.isfinite(mfu) else []
+    return ", ".join(shown) + " (medians)" if shown else ""
 
 
 def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
@@ -355,11 +361,17 @@ def config_cards(config: Row) -> str:
 
 
 def page(
-    title: str, config: Row, run: Row, metrics: Sequence[Row], evals: Sequence[Row], mixture: Sequence[Row] = ()
+    title: str,
+    config: Row,
+    run: Row,
+    metrics: Sequence[Row],
+    evals: Sequence[Row],
+    mixture: Sequence[Row] = (),
+    clock: Sequence[Row] = (),
 ) -> str:
     """The whole page as text.
 
-    Args: title: the run's name. config, run, metrics, evals, mixture: what the files hold.
+    Args: title: the run's name. config, run, metrics, evals, mixture, clock: what the files hold.
     """
     domains = by_domain(evals)
     drawn = dict.fromkeys([*domains, *(str(d.get("name", "?")) for d in run.get("domains") or [])])
@@ -375,6 +387,7 @@ def page(
         + section("Evaluation", evaluation_charts(domains))
         + section("Mixture", mixture_page.charts(mixture, evals, last, styles(drawn)))
         + section("Training", training_charts(config, metrics, drawn))
+        + section("Wall clock", goodput.page(clock))
         + section("Data", domains_table(run))
         + section("Run", facts(run, metrics))
         + section("Configuration", config_cards(config))

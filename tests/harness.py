@@ -153,7 +153,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")
 
 # ------------------------------------------------------------------------- runs and what they leave
 
-TIMINGS = ("tokens_per_s", "step_s", "rule_s", "rule_share")
+TIMINGS = ("tokens_per_s", "step_s", "tflops", "rule_s", "rule_share")
 SMALL = (
     "--config.run.steps=12",
     "--config.run.checkpoint_every=3",

@@ -86,6 +86,7 @@ def test_blocks_are_strict(change, message):
         ("run.mesh.model=3", r"there are 8"),
         ("data.batch=12", r"data.batch=12 must be a multiple"),
         ("optim.micro_batches=0", r"optim.micro_batches must be at least 1"),
+        ("optim.spike=-1.0", r"optim.spike must be finite and at least 0, got -1.0"),
         ("student.keep=2", r"exclude each other"),
         ("student.path=nowhere", r"nowhere: no such file or directory"),
         ("teacher.path=meta-llama/Llama-3.2-1B", r"nothing is downloaded at run time"),

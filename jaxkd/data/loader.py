@@ -90,6 +90,21 @@ def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> d
     return {**result, "row": row.astype(np.int32), "domain": domain.astype(np.int32)}
 
 
+def drawn(
+    sizes: Sequence[int], mixture: Mixture, seed: int, batch: int, step: int, stop_step: int, interval_start_step: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Domains and rows [B] of the whole global batch of a step, in every process, as `batches` has them.
+
+    Args:
+        sizes: rows of each domain.
+        mixture, seed, batch, stop_step, interval_start_step: as for `batches`.
+        step: of the interval.
+    """
+    domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
+    places = slice((step - interval_start_step) * batch, (step - interval_start_step + 1) * batch)
+    return domain[places], row[places]
+
+
 def batches(
     domains: Sequence[Rows],
     mixture: Mixture,

@@ -83,7 +83,8 @@ class TrainLog:
 
     def step(self, row: dict[str, Any], write: bool) -> None:
         """One step's numbers: always to the bar, and to the files when `write`."""
-        self._bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
+        self._bar.set_postfix_str(f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
         if write:
             self._append(self._metrics, [row])

@@ -12,14 +12,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxkd import groups, load, metrics, preflight, program, schedules, unison
+from jaxkd import flops, groups, load, metrics, plan, preflight, program, unison
 from jaxkd.data import loader
 from jaxkd.evals import compare
 from jaxkd.job import Job
 from jaxkd.sharding import batch_sharding
 from jaxkd.teaching import open_stores, teach
-from jaxkd.train import log
+from jaxkd.train import faults, guard, log, optim
 from jaxkd.train.mixing import Mixing
+from jaxkd.train.phases import Phases
+from jaxkd.train.profiling import Profile
 from jaxkd.train.state import TrainState, init_state
 from jaxkd.types import Batch, Metrics, PyTree
 
@@ -56,7 +58,14 @@ class Interrupt:
 class Run:
     """A training run's moving parts; `go` advances them to the last step."""
 
-    def __init__(self, job: Job, workdir: Path, rows: load.Domains, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        job: Job,
+        workdir: Path,
+        rows: load.Domains,
+        say: Callable[[str], None] = print,
+        started: float | None = None,
+    ):
         """Load the models, restore the newest checkpoint, compile nothing yet.
 
         Args:
@@ -64,6 +73,7 @@ class Run:
             workdir: where everything is written.
             rows: prepared.
             say: prints a line.
+            started: `time.time()` at which the process began, None for now.
 
         Raises:
             ValueError: when the checkpoint is of other rows, or none of them can be read.
@@ -74,6 +84,8 @@ class Run:
         self.mixing = Mixing(job, rows)
         self.stores = open_stores(job, rows.fingerprints)
         self.checkpoints = load.checkpoints(job.experiment, workdir)
+        self.finished = False
+        self.phases = Phases(workdir, job.experiment.run.stall_s, started or time.time(), jax.process_index())
         try:
             self._load(say)
             self._define()
@@ -84,6 +96,7 @@ class Run:
     def close(self) -> None:
         """Let go of the checkpoints, whose threads would otherwise complain behind an error's own line."""
         self.checkpoints.close()
+        self.phases.close(self.finished)
 
     def _define(self) -> None:
         """The functions that the loop calls; nothing is compiled yet."""
@@ -92,6 +105,7 @@ class Run:
         self.step = program.jitted_step(job, self.teaching.train)
         comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
         self.comparison = jax.jit(comparison)
+        self.flops = plan.flops_of(job).model
 
     def _load(self, say: Callable[[str], None]) -> None:
         """The models, and the state: the newest checkpoint's, or the first one."""
@@ -111,6 +125,9 @@ class Run:
                 say(line)
             say(f"resuming at step {found.step} of {job.experiment.run.steps}")
         self.models = self.models._replace(student=None)
+        step = int(self.state.step)
+        self.faults = faults.Faults(job.experiment.optim.skip_limit, step - int(optim.updates(self.state.opt_state)))
+        self.phases.restored(step)
 
     def loaded(self) -> preflight.Loaded:
         """What is looked at before the first step."""
@@ -126,7 +143,8 @@ class Run:
         def first(student: PyTree, key: jax.Array) -> TrainState:
             params = {"student": student, "objective": job.objective_init(key)}
             weights = groups.init(self.mixing.mixture.sampling) if self.mixing.rule.group_dro else None
-            return init_state(params, job.tx, job.objective.trains, job.own, weights)
+            recent = None if job.state.recent is None else guard.init()
+            return init_state(params, job.tx, job.objective.trains, job.own, weights, recent)
 
         place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
         state = jax.jit(first, out_shardings=place)(self.models.student, jax.random.key(run.seed))
@@ -179,8 +197,13 @@ class Run:
         params = self.state.params["student"]
         average = params if self.state.ema is None else self.state.ema
         known = (self.teaching.judge.state, self.state.step, average)
+
+        def compared(batch: Batch) -> compare.Sums:
+            self.phases.alive()
+            return self.comparison(params, known, batch)
+
         rows = compare.evaluate(
-            lambda batch: self.comparison(params, known, batch),
+            compared,
             load.held_out(self.job, self.rows, self.teaching.judge.annotate),
             step,
             {} if self.job.own else self.start if step else None,  # a teacher that moves leaves no gap to close
@@ -189,35 +212,41 @@ class Run:
             self.start = {row["domain"]: row["student_nats"] for row in rows}
         return rows
 
-    def go(self, say: Callable[[str], None] = print) -> bool:
+    def go(self, profile: tuple[int, int] = (0, 0)) -> bool:
         """Train to the last step; False when a signal stopped the run before it, with everything saved.
 
+        Args:
+            profile: the first step to trace, and how many.
+
         Raises:
-            FloatingPointError: when the loss or the gradient is not finite; nothing of it is saved.
+            FloatingPointError: when too many losses or gradients were not finite; nothing of them is saved.
             OSError: when a checkpoint could not be written.
         """
         run, step = self.job.experiment.run, int(self.state.step)
         output = log.TrainLog(self.workdir, run.steps, step, self.mixing.start)
-        interrupt = Interrupt()
+        interrupt, trace = Interrupt(), Profile(self.workdir / "profile", *profile)
         try:
-            with interrupt.listening():
+            with interrupt.listening(), contextlib.closing(trace):
                 if self._due(step) and not self._evaluated(step):
                     output.restart_evaluation(step)
                     self._evaluate(output, step)
                 self.mixing.begin(self._first_evaluation())
                 if not any(row["step"] == self.mixing.start for row in log.read(self.workdir / "mixture.jsonl")):
                     output.mixture(self.mixing.line(self.tokens, self.state.groups))
-                finished = self._steps(step, run, output, interrupt)
-            self.checkpoints.wait()
-            load.mark(self.job.experiment, self.workdir, self.checkpoints)
-            if finished and (told := self.mixing.finish(self.state, self.workdir)):
+                with self.phases.during("steps"):
+                    self.finished = self._steps(step, run, output, interrupt, trace)
+            with self.phases.during("checkpoint"):
+                self.checkpoints.wait()
+                load.mark(self.job.experiment, self.workdir, self.checkpoints)
+            if self.finished and (told := self.mixing.finish(self.state, self.workdir)):
                 output.say(told)
         finally:
             output.close()
-        return finished
+        return self.finished
 
-    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt) -> bool:
-        waiting: tuple[int, Metrics, Batch] | None = None
+    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt, trace: Profile) -> bool:
+        """A step's numbers are fetched once the next one is under way, and the batch after that is on its devices."""
+        waiting: tuple[int, Metrics] | None = None
         clock = time.perf_counter()
         batches = None
         while step < run.steps:
@@ -225,14 +254,18 @@ class Run:
                 if waiting is not None:
                     self._record(output, *waiting, clock)
                 batches, waiting = None, None
-                self._reweigh(output)
+                with self.phases.during("mixture"):
+                    self._reweigh(output)
                 clock = time.perf_counter()
             batches = self._interval(step) if batches is None else batches
-            batch = next(batches)
-            self.state, measured = self.step(self.state, self.teaching.train.state, batch)
+            with trace.step(step + 1), self.phases.once("compile"):
+                batch = next(batches)
+                self.state, measured = self.step(self.state, self.teaching.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
-            step, waiting = step + 1, (step + 1, measured, batch)
+            step, waiting = step + 1, (step + 1, measured)
+            if trace.dispatched(step, measured):
+                output.say(f"profile: steps up to {step} are traced in {self.workdir / 'profile'}")
             stop = interrupt(step)
             save = step == run.steps or step % run.checkpoint_every == 0
             if stop or save or self._due(step):
@@ -243,8 +276,9 @@ class Run:
                 judged = self._evaluate(output, step) if self._due(step) and not stop else None
                 if stop or save:
                     output.flush()
-                    self.checkpoints.save(step, self.state, self._progress(), judged)
-                    load.mark(self.job.experiment, self.workdir, self.checkpoints)
+                    with self.phases.during("checkpoint"):
+                        self.checkpoints.save(step, self.state, self._progress(), judged)
+                        load.mark(self.job.experiment, self.workdir, self.checkpoints)
                 clock = time.perf_counter()
             if stop:
                 output.say(
@@ -266,42 +300,51 @@ class Run:
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
 
-    def _record(self, output: log.TrainLog, step: int, measured: Metrics, batch: Batch, clock: float) -> float:
-        """Fetch a step's metrics, check and log them; returns the time at which they were there."""
+    def _record(self, output: log.TrainLog, step: int, measured: Metrics, clock: float) -> float:
+        """Fetch a step's metrics, log and check them; returns the time at which they were there."""
         self.checkpoints.check()
         values = metrics.read(measured)
         now = time.perf_counter()
-        for name in ("loss", "grad_norm", "param_norm"):
-            if not math.isfinite(values.get(name, math.nan)):
-                latest = self.checkpoints.latest()
-                rows = loader.places(batch)
-                raise FloatingPointError(
-                    f"{name} is {values.get(name)} at step {step}, on (domain, row) {rows}; the last checkpoint is "
-                    f"{'step ' + str(latest) if latest is not None else 'none yet'}. Lower optim.lr.peak or optim.clip"
-                )
-        tokens = int(values.pop("tokens"))
+        skipped = values.pop("skipped") > 0
+        tokens = values.pop("tokens", 0)
+        tokens = int(tokens) if math.isfinite(tokens) else 0
         self.tokens += tokens
-        lr = float(schedules.value(self.job.lr, step - 1))
-        row = {
+        row: dict[str, Any] = {
             "step": step,
-            **values,
-            "lr": lr,
+            "loss": None,
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
             "tokens": self.tokens,
             "tokens_per_s": tokens / (now - clock),
         }
         row["step_s"] = now - clock
+        row |= flops.rates(self.flops, now - clock, self.job.mesh.size, self.job.mesh.devices.flat[0].device_kind)
         self.seconds.append(now - clock)
         if self.mixing.rule.measures:
             shares = zip(self.rows.names, self.mixing.mixture.sampling.tolist(), strict=True)
             row |= {f"share/{name}": share for name, share in shares}
         if self.rule_s is not None:  # before this step, and in none of the times above
             row["rule_s"], self.rule_s = self.rule_s, None
-        output.step(row, step % self.job.experiment.run.log_every == 0)
+        rows = faults.suspects(values, self._drawn(step)) if skipped else {}
+        if skipped:
+            row |= {"skipped": self.faults.total + 1, "rows": rows}
+        output.step(row, skipped or step % self.job.experiment.run.log_every == 0)
+        self.phases.stepped(step, now - clock, skipped)
+        self.faults.see(step, values, skipped, rows, self.checkpoints.latest)
         return now
+
+    def _drawn(self, step: int) -> dict[str, list[int]]:
+        """The rows of a step of the present interval by their domains, the same in every process."""
+        e, mixing = self.job.experiment, self.mixing
+        sizes = [len(rows) for rows in self.rows.train]
+        interval = step - 1, mixing.end, mixing.start
+        domain, row = loader.drawn(sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
+        found = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
+        return {name: rows for name, rows in found.items() if rows}
 
     def _evaluate(self, output: log.TrainLog, step: int) -> float:
         """Log an evaluation; returns the student's mean loss, by which checkpoints are compared."""
-        rows = self.evaluate(step)
+        with self.phases.during("evaluation"):
+            rows = self.evaluate(step)
         output.evaluation(rows)
         if step < self.job.experiment.run.steps:
             mean = rows[-1]

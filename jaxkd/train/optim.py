@@ -11,6 +11,13 @@ def decays(axes: tuple[str, ...]) -> bool:
     return "embed" in axes and len([a for a in axes if a != "layers"]) > 1
 
 
+def updates(opt_state: PyTree) -> jax.Array:
+    """[] int32: how many updates `adamw` has made, which is fewer than there were steps where some were left out."""
+    adam = lambda x: isinstance(x, optax.ScaleByAdamState)
+    [state] = [x for x in jax.tree.leaves(opt_state, is_leaf=adam) if adam(x)]
+    return state.count
+
+
 def adamw(
     learning_rate: Scalar,
     axes: PyTree,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxkd.groups import Groups
+from jaxkd.train.guard import Recent
 from jaxkd.types import PyTree
 
 
@@ -18,6 +19,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema: PyTree = None  # running average of the student's parameters, where it is its own teacher
     groups: Groups | None = None  # weights of the domains in the loss, where they move at every step
+    recent: Recent | None = None  # losses and gradient norms, where a step is left out that is far above them
 
 
 def present(state: TrainState) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def init_state(
     names: tuple[str, ...] = TRAINED,
     averaged: bool = False,
     groups: Groups | None = None,
+    recent: Recent | None = None,
 ) -> TrainState:
     """The state before the first step; parameters in float32.
 
@@ -48,6 +51,7 @@ def init_state(
         names: which of `params` it moves, the objective's `trains`.
         averaged: whether `ema` is kept.
         groups: the first weights of the domains, where they move.
+        recent: `guard.init()`, where spikes are left out.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)), ema, groups)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)), ema, groups, recent)

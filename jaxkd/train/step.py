@@ -13,6 +13,7 @@ from jaxkd.groups import GroupDRO, Groups
 from jaxkd.objectives import Objective
 from jaxkd.sharding import constrain
 from jaxkd.teachers.base import Teacher
+from jaxkd.train import guard
 from jaxkd.train.state import TrainState, trained
 from jaxkd.types import Batch, Forward, Metrics, PyTree
 
@@ -98,8 +99,12 @@ def make_step(
     micro_batches: int = 1,
     decay: float = 1.0,
     group_dro: GroupDRO | None = None,
+    spike: float = 0.0,
 ) -> Step:
     """`step(state, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    A step whose loss or gradient is not finite leaves everything as it was but `state.step`, which the next batch
+    follows from; the metric `skipped` is then 1.
 
     Args:
         forward: the student's.
@@ -110,6 +115,8 @@ def make_step(
         decay: d of ema <- d ema + (1 - d) params, where the state keeps an average of the student.
         group_dro: how the domains' weights move, where the state keeps them; the objective then reports `excess`. A
             step's gradient has the weights of the step before, since its own losses are made together with it.
+        spike: standard deviations above the mean of `state.recent`, where the state keeps it, from which on a loss or
+            gradient norm is left out too.
 
     Raises:
         ValueError: when a term needs features that the teacher's signal does not have.
@@ -118,21 +125,32 @@ def make_step(
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, state.groups)
+        (total, tokens), norm, one = metrics["loss"], optax.tree.norm(grads), jnp.ones(())
+        loss = total / jnp.where(tokens > 0, tokens, 1.0)
+        # Both are sums over all devices, so that all of them decide alike.
+        taken, recent = jnp.isfinite(loss) & jnp.isfinite(norm), state.recent
+        if recent is not None:
+            taken &= guard.usual(recent, loss, norm, spike)
+            recent = guard.remember(recent, loss, norm)
         moving = trained(state.params, objective.trains)
         updates, opt_state = tx.update(grads, state.opt_state, moving)
-        params = state.params | optax.apply_updates(moving, updates)
-        one = jnp.ones(())
-        metrics["grad_norm"] = (optax.tree.norm(grads), one)
+        moved = (optax.apply_updates(moving, updates), opt_state)
+        moved, opt_state = guard.choose(taken, moved, (moving, state.opt_state))
+        params = state.params | moved
+        metrics["grad_norm"] = (norm, one)
         metrics["param_norm"] = (optax.tree.norm(params), one)
-        metrics["tokens"] = (metrics["loss"][1], one)
+        metrics["tokens"] = (tokens, one)
+        metrics["skipped"] = (1.0 - taken, one)
         ema = state.ema
         if ema is not None and decay != 1:
-            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params["student"])
+            averaged = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params["student"])
+            ema = guard.choose(taken, averaged, ema)
         groups = state.groups
         if groups is not None and group_dro is not None:
             groups, weights = _moved(groups, metrics, objective.domains, state.step, group_dro)
+            groups = guard.choose(taken, groups, state.groups)
             metrics |= weights
-        return TrainState(state.step + 1, params, opt_state, ema, groups), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, groups, recent), metrics
 
     return step
 

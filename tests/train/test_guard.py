@@ -1,0 +1,145 @@
+"""The guard in the step: what a step that is left out leaves as it was, what counts as a spike, and what it costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from harness import random_params
+
+from jaxkd import divergences, groups, objectives
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.teachers.live import live
+from jaxkd.train import guard
+from jaxkd.train.state import init_state
+from jaxkd.train.step import make_step
+from jaxkd.types import Batch
+
+CONFIG = Config(vocab=60, embed=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32)
+TERMS = {"kd": (1.0, objectives.match(divergences.forward_kl())), "ce": (1.0, objectives.next_token())}
+
+
+def make_batch(seed: int, weight: float = 1.0) -> Batch:
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(0, 60, (4, 8)), jnp.int32)
+    ones = jnp.ones((4, 8), jnp.int32)
+    weights = jnp.ones((4, 8)).at[2, 3].set(weight)
+    positions = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (4, 8))
+    row = jnp.arange(4, dtype=jnp.int32)
+    return Batch(tokens, jnp.roll(tokens, -1, 1), weights, ones, positions, row, row % 2)
+
+
+@functools.lru_cache
+def problem(spike: float = 6.0):
+    """A step that keeps all that a train state can: moments, an average, weights of domains, a window."""
+    forward = functools.partial(transformer.forward, CONFIG)
+    teacher, tx = live(random_params(CONFIG, 1), forward), optax.adamw(1e-2)
+    objective = objectives.total(TERMS, vocab=60, domains=("code", "law"), excess=True)
+    state = init_state(
+        {"student": random_params(CONFIG, 0), "objective": {}},
+        tx,
+        averaged=True,
+        groups=groups.init(np.ones(2) / 2),
+        recent=guard.init(),
+    )
+    step = make_step(forward, teacher, objective, tx, decay=0.9, group_dro=groups.GroupDRO(), spike=spike)
+    return jax.jit(step), teacher.state, state
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_position():
+    step, teacher, first = problem()
+    before, metrics = step(first, teacher, make_batch(0))
+    assert metrics["skipped"] == (0.0, 1.0)
+    after, metrics = step(before, teacher, make_batch(1, weight=1e38))  # whose loss overflows
+    assert not np.isfinite(metrics["loss"][0])
+    assert metrics["skipped"] == (1.0, 1.0)
+    assert int(after.step) == 2
+    assert bits(after._replace(step=before.step)) == bits(before)
+
+
+def test_a_run_goes_on_as_if_the_step_had_not_been_there():
+    step, teacher, first = problem()
+    with_fault, without = first, first
+    for seed, weight in ((0, 1.0), (1, 1e38), (2, 1.0)):
+        with_fault, _ = step(with_fault, teacher, make_batch(seed, weight))
+    for seed in (0, 2):
+        without, _ = step(without, teacher, make_batch(seed))
+    # But for the running mean of the domains' weights, which is over steps.
+    same = lambda state: bits((state.params, state.opt_state, state.ema, state.recent, state.groups.log_weights))
+    assert same(with_fault) == same(without)
+    assert bits(without.params) != bits(first.params)
+
+
+def test_a_spike_is_left_out_and_enters_the_window():
+    step, teacher, first = problem()
+    filled = guard.Recent(jnp.full((2, guard.WINDOW), 0.1) + jnp.linspace(0, 0.01, guard.WINDOW), jnp.asarray(70))
+    before = first._replace(recent=filled)
+    after, metrics = step(before, teacher, make_batch(0))  # a loss of four nats, where 0.1 is usual
+    assert metrics["skipped"] == (1.0, 1.0)
+    assert bits((after.params, after.opt_state, after.ema)) == bits((before.params, before.opt_state, before.ema))
+    assert int(after.recent.count) == 71
+    loss, tokens = metrics["loss"]
+    np.testing.assert_allclose(after.recent.values[0, 70], loss / tokens, rtol=1e-6)
+
+
+def usual(values, factor=6.0):
+    """Whether each of a row of losses is usual, in numpy; the gradient norm stays at 1."""
+    window, verdicts = [], []
+    for value in values:
+        verdicts.append(
+            len(window) < guard.WINDOW // 2 or value - np.mean(window) <= factor * np.std(window, ddof=1) + 1e-9
+        )
+        window = [*window, value][-guard.WINDOW :]
+    return verdicts
+
+
+def test_spikes_are_those_of_the_formula():
+    rng = np.random.default_rng(3)
+    values = rng.normal(4.0, 0.1, 400)
+    values[[5, 63, 64, 200, 330]] = 40.0  # two come too early to be known for what they are
+    values[250:] += 3.0  # and one level is there to stay
+    recent, found = guard.init(), []
+    one = jnp.ones(())
+    admit = jax.jit(functools.partial(guard.usual, factor=6.0))
+    enter = jax.jit(guard.remember)
+    for value in values:
+        found.append(bool(admit(recent, jnp.float32(value), one)))
+        recent = enter(recent, jnp.float32(value), one)
+    assert found == usual(values)
+    left = [i for i, good in enumerate(found) if not good]
+    assert {200, 250} <= set(left)
+    assert not {5, 63} & set(left)
+    assert len(left) < 12, "a loss that has come to stay must become usual"
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-12, 3e4])
+def test_a_constant_is_no_spike(value):
+    recent = guard.Recent(jnp.full((2, guard.WINDOW), value, jnp.float32), jnp.asarray(500))
+    assert bool(guard.usual(recent, jnp.float32(value), jnp.float32(value), 6.0))
+
+
+def test_the_guard_takes_no_memory(monkeypatch):
+    """Parameters outweigh all else here: had the step to keep old and new ones side by side, it would show."""
+    config = Config(vocab=512, embed=128, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=512)
+    forward, tx = functools.partial(transformer.forward, config), optax.adamw(1e-2)
+    params = transformer.abstract(config)[0]
+    objective = objectives.total({"ce": TERMS["ce"]}, vocab=512, domains=("code", "law"))
+    state = jax.eval_shape(lambda p: init_state({"student": p, "objective": {}}, tx), params)
+
+    def temporary():
+        step = jax.jit(make_step(forward, live(params, forward), objective, tx), donate_argnums=0)
+        memory = step.lower(state, params, make_batch(0)).compile().memory_analysis()
+        assert memory.alias_size_in_bytes > 0.9 * sum(4 * leaf.size for leaf in jax.tree.leaves(state))
+        return memory.temp_size_in_bytes
+
+    guarded = temporary()
+    monkeypatch.setattr(guard, "choose", lambda taken, after, before: after)
+    bare, size = temporary(), 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert guarded - bare < 0.05 * size
