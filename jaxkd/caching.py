@@ -67,7 +67,9 @@ def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
         return payload_kl(teacher.signal(params, batch).head, payload, job.tokenizer.vocab)
 
     train = hidden if less is teacher else told
-    return Maker(params, {"train": jax.jit(train), "valid": jax.jit(hidden)}, jax.jit(loss))
+    # Whole rows, since a host writes those that its devices hold.
+    whole = lambda make: jax.jit(make, out_shardings=batch_sharding(job.mesh))
+    return Maker(params, {"train": whole(train), "valid": whole(hidden)}, jax.jit(loss))
 
 
 class _Hosts(NamedTuple):

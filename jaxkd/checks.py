@@ -1,11 +1,13 @@
 """Whether the values of an experiment fit together, as far as that shows before a file is opened."""
 
 import math
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
 from jaxkd.experiment import SELF, Experiment, TeacherBlock, nearest
 from jaxkd.models import transformer
+from jaxkd.sharding import ROWS, TABLES
 from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
@@ -48,12 +50,12 @@ def _check_teacher(t: TeacherBlock) -> None:
         raise ValueError(f"teacher.stored '{t.stored}' is not for signal '{t.signal}': {choices}")
 
 
-def check(e: Experiment, devices: int) -> None:
+def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     """See that values which one can judge without opening anything fit together.
 
     Args:
         e: the experiment.
-        devices: along the mesh's data axis.
+        mesh: devices along each of its axes.
 
     Raises:
         ValueError: naming the key, and what it may be.
@@ -65,6 +67,10 @@ def check(e: Experiment, devices: int) -> None:
     for where, name in {"run": e.run.dtype, **dtypes}.items():
         if name not in DTYPES:
             raise ValueError(f"unknown {where}.dtype '{name}': {nearest(name, DTYPES)}")
+    tables = {"teacher" if n == "teacher" else f"teacher.members.{n}": m.sharding for n, m in e.teacher.models.items()}
+    for where, name in {"student": e.student.sharding, **tables}.items():
+        if name not in TABLES:
+            raise ValueError(f"unknown {where}.sharding '{name}': {nearest(name, TABLES)}")
     if e.run.remat not in transformer.REMAT:
         raise ValueError(f"unknown run.remat '{e.run.remat}': {nearest(e.run.remat, transformer.REMAT)}")
     if not e.data.domains:
@@ -97,12 +103,16 @@ def check(e: Experiment, devices: int) -> None:
     for where, number in {"run.keep_every": e.run.keep_every, "run.keep_best": e.run.keep_best}.items():
         if number < 0:
             raise ValueError(f"{where} must be at least 0, got {number}")
-    rows, parts = e.data.batch, e.optim.micro_batches
+    rows, parts, devices = e.data.batch, e.optim.micro_batches, math.prod(mesh[name] for name in ROWS)
+    lies = "the data axis" if mesh["replica"] == 1 else "the replica and data axes"
     if rows % (parts * devices):
         raise ValueError(
-            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on the data axis"
+            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on {lies}"
         )
     if e.run.eval_batch % devices:
+        raise ValueError(f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on {lies}")
+    if e.data.length % mesh["context"]:
         raise ValueError(
-            f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on the data axis"
+            f"data.length={e.data.length} must be a multiple of the run.mesh.context={mesh['context']} devices that "
+            "share a row's tokens"
         )

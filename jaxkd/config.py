@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxkd import __version__
-from jaxkd.experiment import Experiment, Member, Term, experiment, nearest
+from jaxkd.experiment import Experiment, Member, MeshBlock, Term, experiment, nearest
 
 _PACKAGES = (
     "jax",
@@ -79,6 +79,7 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
 def _optional(known: Iterable[str]) -> dict[str, Any]:
     """Keys that a recipe with these may leave out, with what they then are."""
     blocks = {name: kind for name, kind in typing.get_type_hints(Experiment).items() if dataclasses.is_dataclass(kind)}
+    blocks["run.mesh"] = MeshBlock
     for key in known:
         if named := re.match(r"(objective|teacher\.members)\.[^.]+", key):
             blocks[named[0]] = Term if named[1] == "objective" else Member

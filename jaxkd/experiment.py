@@ -33,6 +33,7 @@ class Member:
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weight: float | Schedule = 1.0
     domains: Mapping[str, float] = dataclasses.field(default_factory=dict)  # factor per domain, 0 for those not named
+    sharding: str = "fsdp"  # as the only teacher's
     cache: str = ""  # its hidden states, as `jaxkd cache` wrote them; empty when it is live
 
 
@@ -46,6 +47,7 @@ class TeacherBlock:
 
     path: str = ""
     dtype: str = "float32"
+    sharding: str = "fsdp"  # its parameters split over the mesh's `data` too, or "replicated" over it: never gathered
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decay: float = 0.999  # of a "self" teacher: 1 is the student as it began, 0 the student as it is
     members: Mapping[str, Member] = dataclasses.field(default_factory=dict)
@@ -76,6 +78,7 @@ class StudentBlock:
     layers: tuple[int, ...] = ()
     keep: int = 0
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sharding: str = "fsdp"  # as a teacher's; its moments are split over all that holds the same of them, either way
     frozen: bool = False  # it stands still, and only what the objective itself learns is trained
     objective_from: str = ""  # a run whose last `params["objective"]` this one's terms of the same name begin with
 
@@ -134,10 +137,12 @@ class OptimBlock:
 
 @dataclasses.dataclass(frozen=True)
 class MeshBlock:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices along each mesh axis."""
 
-    data: int = -1
-    model: int = 1
+    data: int = -1  # rows, and the parameters of what is sharded "fsdp"; -1 takes what the others leave
+    model: int = 1  # heads, MLP and vocabulary
+    replica: int = -1  # rows again: the only axis that goes across slices; -1 is one a slice
+    context: int = 1  # tokens of a row
 
 
 @dataclasses.dataclass(frozen=True)

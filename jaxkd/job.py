@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd import checks, groups, objectives, opening, schedules, sharding, terms
 from jaxkd.data import rules, tokenize
-from jaxkd.experiment import SELF, Experiment, MeshBlock, nearest
+from jaxkd.experiment import SELF, Experiment, MeshBlock, RunBlock, nearest
 from jaxkd.models import transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
@@ -41,6 +41,7 @@ class Model(NamedTuple):
     checkpoint: weights.Checkpoint | None  # where its weights are, None for random ones
     whole_layers: int  # of the model that it is cut from; its own when it is whole
     tokenizer: tokenize.Tokenizer | None = None  # its own, where it comes with one
+    rules: sharding.Rules = sharding.RULES  # where its axes live
 
 
 class Job(NamedTuple):
@@ -79,7 +80,8 @@ def elsewhere(e: Experiment) -> Experiment:
     mesh = e.run.mesh
     if jax.process_count() > 1:  # each needs a part of the mesh
         return e
-    if mesh.data * mesh.model == jax.device_count() and e.run.eval_batch % mesh.data == 0:
+    rows = mesh.data * (sharding.slices(jax.devices()) if mesh.replica == -1 else mesh.replica)
+    if rows * mesh.context * mesh.model == jax.device_count() and e.run.eval_batch % rows == 0:
         return e
     return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
 
@@ -96,10 +98,12 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         ValueError, FileNotFoundError: for values that do not fit together or paths that are not there.
     """
     e = experiment
-    alone = (e.run.mesh.data, e.run.mesh.model) == (1, 1) and jax.process_count() == 1
-    devices = devices or jax.devices()
-    mesh = sharding.make_mesh(e.run.mesh.data, e.run.mesh.model, devices[:1] if alone else devices)
-    checks.check(e, mesh.shape["data"])
+    sizes, devices = e.run.mesh, devices or jax.devices()
+    alone = (sizes.data, sizes.model, sizes.context, abs(sizes.replica)) == (1, 1, 1, 1) and jax.process_count() == 1
+    mesh = sharding.make_mesh(
+        sizes.data, sizes.model, devices[:1] if alone else devices, replica=sizes.replica, context=sizes.context
+    )
+    checks.check(e, mesh.shape)
     shapes = shapes or {}
     opened = opening.teachers(e, shapes)
     student_checkpoint, student_config = opening.student(e, opened, shapes)
@@ -112,17 +116,16 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     # All heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
     columns = -(-max(config.vocab for _, config in known.values()) // multiple) * multiple
-    student = _model(student_config, student_checkpoint, columns, mesh, "float32", e.run.dtype, e.run.remat)
+    student = _model(student_config, student_checkpoint, columns, mesh, e.student.sharding, "float32", e.run)
     student = student._replace(whole_layers=whole, tokenizer=own.get("student"))
     teachers = {"teacher": student._replace(checkpoint=None)}
     if opened:
-        dtypes = {name: member.dtype for name, member in e.teacher.models.items()}
-        teachers = {
-            name: _model(config, checkpoint, columns, mesh, dtypes[name], dtypes[name], "none")._replace(
-                tokenizer=own.get(opening.called(name))
-            )
-            for name, (checkpoint, config) in opened.items()
-        }
+        teachers = {}
+        for name, (checkpoint, config) in opened.items():
+            block = e.teacher.models[name]
+            plain = dataclasses.replace(e.run, dtype=block.dtype, remat="none")
+            model = _model(config, checkpoint, columns, mesh, block.sharding, block.dtype, plain)
+            teachers[name] = model._replace(tokenizer=own.get(opening.called(name)))
 
     mixing = _rule(e)  # a misspelt one is known before anything is loaded
     objective = objectives.total(
@@ -147,10 +150,13 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     axes = trained({"student": student.axes, "objective": jax.tree.map(lambda _: (), extra)}, objective.trains)
     o = e.optim
     tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
-    notes = {n for m in (student, *teachers.values()) for n in sharding.replicated_axes(m.axes, m.shapes, mesh)}
+    models = (student, *teachers.values())
+    notes = {note for m in models for note in sharding.replicated_axes(m.axes, m.shapes, mesh, m.rules)}
     kept = groups.init(np.ones(len(e.data.domains))) if mixing.group_dro else None
     recent = guard.init() if o.spike else None
     state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF, kept, recent)
+    if mesh.shape["replica"] > 1:
+        tx = optim.pinned(tx, jax.tree.map(lambda leaf: leaf.sharding, trained(state.params, objective.trains)))
     job = Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
     if e.teacher.members:
         shares(job)  # what it would refuse is known before anything is loaded
@@ -283,16 +289,18 @@ def _cut(e: Experiment, config: Config) -> Config:
     return dataclasses.replace(config, layers=len(layers) or keep or config.layers)
 
 
-def _model(config: Config, checkpoint, columns: int, mesh: Mesh, stored: str, compute: str, remat: str) -> Model:
+def _model(config: Config, checkpoint, columns: int, mesh: Mesh, lies: str, stored: str, run: RunBlock) -> Model:
     config = dataclasses.replace(config, vocab_multiple=columns)
     shapes, axes = transformer.abstract(config)
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, checks.DTYPES[stored]), shapes)
-    forward = partial(transformer.forward, config, dtype=checks.DTYPES[compute], remat=remat)
+    forward = partial(transformer.forward, config, dtype=checks.DTYPES[run.dtype], remat=run.remat)
     if checkpoint is not None:
         # A student cut from the file has fewer layers than the file: it is loaded whole and cut then.
         whole = dataclasses.replace(checkpoint.config, vocab_multiple=columns)
         checkpoint = dataclasses.replace(checkpoint, config=whole)
-    return Model(config, forward, shapes, axes, sharding.shardings(axes, shapes, mesh), checkpoint, config.layers)
+    rules = sharding.TABLES[lies]
+    places = sharding.shardings(axes, shapes, mesh, rules)
+    return Model(config, forward, shapes, axes, places, checkpoint, config.layers, rules=rules)
 
 
 def _abstract_state(
@@ -310,13 +318,17 @@ def _abstract_state(
     shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra}, groups=kept, recent=recent)
     # Matrices of the objective are as wide as the model, so they are spread as its own are.
     axes = lambda leaf: ("embed", *[None] * (len(leaf.shape) - 1)) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
-    spread = jax.tree.map(lambda leaf: NamedSharding(mesh, sharding.spec(axes(leaf), leaf.shape, mesh)), extra)
+    spread, shared = (
+        jax.tree.map(lambda leaf, r=rules: NamedSharding(mesh, sharding.spec(axes(leaf), leaf.shape, mesh, r)), extra)
+        for rules in (student.rules, sharding.MOMENTS)
+    )
     params = {"student": student.shardings, "objective": spread}
+    moments = sharding.shardings(student.axes, student.shapes, mesh, sharding.MOMENTS)
     opt_state = optax.tree_utils.tree_map_params(
         tx,
         lambda _, place: place,
         shapes.opt_state,
-        trained(params, trains),
+        trained({"student": moments, "objective": shared}, trains),
         transform_non_params=lambda _: everywhere,
     )
     averages = student.shardings if averaged else None

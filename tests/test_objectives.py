@@ -191,7 +191,7 @@ def test_micro_batches_equal_the_whole_batch():
 
 @pytest.mark.slow
 def test_eight_devices_equal_one():
-    mesh = sharding.make_mesh(4, 2)
+    mesh = sharding.make_mesh(2, 2, context=2)
     params, state = start(everything()), models()[2].state
     with jax.set_mesh(mesh):
 

@@ -1,13 +1,12 @@
-"""Schedules, metrics and the sharding table."""
+"""Schedules and metrics."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxkd import metrics, schedules, sharding
+from jaxkd import metrics, schedules
 
 
 def at(schedule, step):
@@ -47,19 +46,3 @@ def test_domain_metrics_add_up_to_the_whole(rows):
     assert all(
         f"kd/{name}" not in metrics.read(found) for i, name in enumerate("abc") if not (weights[domain == i]).sum()
     )
-
-
-def test_specs_follow_the_table_and_never_use_an_axis_twice():
-    mesh = sharding.make_mesh(4, 2)
-    assert sharding.spec(("vocab", "embed"), (128, 64), mesh) == jax.sharding.PartitionSpec("model", "data")
-    assert sharding.spec(("heads", "mlp"), (8, 64), mesh) == jax.sharding.PartitionSpec("model", None)
-    assert sharding.spec(("heads", "embed"), (9, 64), mesh) == jax.sharding.PartitionSpec(None, "data")
-    with pytest.raises(ValueError, match="no sharding rule for logical axis 'width'"):
-        sharding.spec(("width",), (8,), mesh)
-
-
-def test_what_does_not_divide_is_reported():
-    shapes, axes = {"q": jnp.zeros((64, 9))}, {"q": ("embed", "heads")}
-    assert sharding.replicated_axes(axes, shapes, sharding.make_mesh(4, 2)) == [
-        "axis 'heads' of size 9 does not divide over model=2: replicated"
-    ]

@@ -97,14 +97,14 @@ def _softenings(
 _pallas = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)
 
 
-def _flat(signal: Any) -> Any:
+def _flat(signal: Any, tokens: tuple[int, ...]) -> Any:
     """With one token axis instead of several."""
     if isinstance(signal, Head):
-        return signal._replace(hidden=signal.hidden.reshape(-1, signal.hidden.shape[-1]))
+        return signal._replace(hidden=mesh.flatten(signal.hidden, tokens))
     if isinstance(signal, Blend):
-        weights = signal.weights.reshape(-1, signal.weights.shape[-1]).astype(jnp.float32)
-        return dataclasses.replace(signal, heads=tuple(map(_flat, signal.heads)), weights=weights)
-    return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, x.shape[-1]), signal)
+        weights = mesh.flatten(signal.weights, tokens).astype(jnp.float32)
+        return dataclasses.replace(signal, heads=tuple(_flat(head, tokens) for head in signal.heads), weights=weights)
+    return jax.tree.map(lambda x: mesh.flatten(jnp.asarray(x), tokens), signal)
 
 
 def linear_divergence(
@@ -128,8 +128,8 @@ def linear_divergence(
     `value` is differentiable in the student's hidden states, unembedding and bias and linear in the
     weights; nothing flows to the teacher, the temperatures or through `fields`. A head that is not
     differentiated costs no product for its gradient. No T^2: that belongs to the weights. Log-probabilities
-    are floored at `types.LOG_FLOOR`. On a mesh (under `jax.set_mesh`; axes `data` and `model`) tokens lie over `data`
-    and the vocabulary over `model`. A head's `scale` and `softcap` are constants.
+    are floored at `types.LOG_FLOOR`. On a mesh (under `jax.set_mesh`) rows of [B L] tokens lie over `replica` and
+    `data`, their length over `context` and the vocabulary over `model`. A head's `scale` and `softcap` are constants.
 
     Args:
         terms: a `Divergence` each.
@@ -160,13 +160,15 @@ def linear_divergence(
         else 0
         for term, temperature, standard in zip(terms, temperatures, standardized, strict=True)
     )
-    flat_student, flat_teacher, flat_targets = _flat(student), _flat(teacher), targets.reshape(-1)
-    flat_weights = weights.reshape(len(terms), -1).astype(jnp.float32)
+    shape: tuple[int, ...] = targets.shape
+    flat_student, flat_teacher = _flat(student, shape), _flat(teacher, shape)
+    flat_targets = mesh.flatten(targets, shape)
+    flat_weights = mesh.flatten(weights, shape, 1).astype(jnp.float32)
     if implementation == "reference":
         value, fields = reference.linear_divergence(
             terms, vocab, flat_student, flat_teacher, flat_targets, flat_weights, temperatures, standardized, stored
         )
-        return value, fields.reshape(weights.shape)
+        return value, mesh.unflatten(fields, shape, 1)
     distinct, softenings, slots = _softenings(temperatures, standardized, stored)
     tiled, reason, sizes = _tiled(tuple(terms), softenings, slots, vocab, flat_student, flat_teacher)
     if implementation == "pallas_tpu" and tiled is None:
@@ -181,7 +183,7 @@ def linear_divergence(
     else:
         plan = xla.Plan(tuple(terms), slots, softenings, vocab, chunk)
         value, fields = xla.divergence(plan, *arrays)
-    return value, jax.lax.stop_gradient(fields).reshape(weights.shape)
+    return value, mesh.unflatten(jax.lax.stop_gradient(fields), shape, 1)
 
 
 def refusal(term: Divergence, signal: type, standardized: bool = False) -> str | None:
@@ -267,13 +269,14 @@ def linear_comparison(
         have it at one id, and whether that id is the target, 1 or 0.
     """
     _check(terms, student, teacher, vocab, None)
-    flat_targets = targets.reshape(-1)
+    shape: tuple[int, ...] = targets.shape
+    flat_targets = mesh.flatten(targets, shape)
     device = mesh.share(flat_targets.shape[0], student.unembed.shape[1])
     heads = len(teacher.heads) if isinstance(teacher, Blend) else 1
     chunk = chunk or chunk_size(device.tokens, device.columns, student.unembed.shape[0], teachers=heads)
     plan = xla.Plan(tuple(terms), (0,) * len(terms), (Softening(0),), vocab, chunk)
-    rows = xla.compare(plan, _flat(student), _flat(teacher), flat_targets)
-    return rows.reshape(len(terms) + len(RANKED), *targets.shape)
+    rows = xla.compare(plan, _flat(student, shape), _flat(teacher, shape), flat_targets)
+    return mesh.unflatten(rows, shape, 1)
 
 
 def _equal(a, b) -> bool:

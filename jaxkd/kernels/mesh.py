@@ -1,16 +1,20 @@
 """A loss kernel on a mesh: tokens stay on their device, the vocabulary is split, and a body runs on each share."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxkd.types import Blend, Head, Sampled, TopK
 
-TOKEN_AXIS, VOCAB_AXIS = "data", "model"
+LENGTH_AXIS, ROW_AXES, VOCAB_AXIS = "context", ("replica", "data"), "model"
+TOKEN_AXES = (LENGTH_AXIS, *ROW_AXES)
+"""In the order in which flat tokens lie over them: see `flatten`."""
 
 
 class Share(NamedTuple):
@@ -33,18 +37,56 @@ def share(tokens: int, columns: int) -> Share:
         ValueError: the mesh's axes are not known, or do not divide the call.
     """
     sizes = _sizes()
-    others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in (TOKEN_AXIS, VOCAB_AXIS)]
+    others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in (*TOKEN_AXES, VOCAB_AXIS)]
     if others:
         raise ValueError(
-            f"the loss kernel knows the mesh axes '{TOKEN_AXIS}' (tokens) and '{VOCAB_AXIS}' (vocabulary), and this "
-            f"mesh has {', '.join(others)}: see sharding.make_mesh"
+            f"the loss kernel knows the mesh axes {', '.join(TOKEN_AXES)} (tokens) and {VOCAB_AXIS} (vocabulary), and "
+            f"this mesh has {', '.join(others)}: see sharding.make_mesh"
         )
-    data, model = sizes.get(TOKEN_AXIS, 1), sizes.get(VOCAB_AXIS, 1)
-    if tokens % data or columns % model:
+    over, model = _token_axes(sizes), sizes.get(VOCAB_AXIS, 1)
+    parts = math.prod(sizes[name] for name in over)
+    if tokens % parts or columns % model:
+        lies = " x ".join(f"{name}={sizes[name]}" for name in over or ROW_AXES[1:] if name in sizes)
         raise ValueError(
-            f"{tokens} tokens x {columns} columns do not divide over {TOKEN_AXIS}={data} x {VOCAB_AXIS}={model} devices"
+            f"{tokens} tokens x {columns} columns do not divide over {lies} x {VOCAB_AXIS}={model} devices"
         )
-    return Share(tokens // data, columns // model, model > 1)
+    return Share(tokens // parts, columns // model, model > 1)
+
+
+def _token_axes(sizes: dict[str, int]) -> tuple[str, ...]:
+    return tuple(name for name in TOKEN_AXES if sizes.get(name, 1) > 1)
+
+
+def flatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0) -> jax.Array:
+    """One token axis in the place of several, in an order in which every token stays on its device.
+
+    Where devices share the tokens of a row, the first part of all rows comes first, then the second: rows one behind
+    the other would have to move.
+
+    Args:
+        x: [... *tokens ...].
+        tokens: its sizes there, [B L] or any others.
+        axis: of the first of them.
+    """
+    before, after = x.shape[:axis], x.shape[axis + len(tokens) :]
+    if (parts := _length_parts(tokens)) > 1:
+        rows, length = tokens
+        x = jnp.moveaxis(x.reshape(*before, rows, parts, length // parts, *after), axis + 1, axis)
+    return x.reshape(*before, math.prod(tokens), *after)
+
+
+def unflatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0) -> jax.Array:
+    """What `flatten` was given, from what it returned."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    if (parts := _length_parts(tokens)) > 1:
+        rows, length = tokens
+        x = jnp.moveaxis(x.reshape(*before, parts, rows, length // parts, *after), axis, axis + 1)
+    return x.reshape(*before, *tokens, *after)
+
+
+def _length_parts(tokens: tuple[int, ...]) -> int:
+    parts = _sizes().get(LENGTH_AXIS, 1)
+    return parts if len(tokens) == 2 and tokens[1] % parts == 0 else 1
 
 
 def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...]) -> Any:
@@ -60,7 +102,7 @@ def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...])
         outputs: the same words, and "hidden" [N D], "unembed" [D V], "bias" [V], "nothing".
     """
     sizes = _sizes()
-    tokens = (TOKEN_AXIS,) if sizes.get(TOKEN_AXIS, 1) > 1 else ()
+    tokens = _token_axes(sizes)
     axis = VOCAB_AXIS if sizes.get(VOCAB_AXIS, 1) > 1 else None
     arrays = [array for _, array in inputs]
     if not tokens and axis is None:

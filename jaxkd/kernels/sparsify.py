@@ -96,8 +96,8 @@ def _log_sum(columns: Columns, z: jax.Array) -> jax.Array:
 def _chunked(each: Callable[..., tuple], head: Head, vocab: int, per_token: tuple[jax.Array, ...]) -> tuple:
     """`each(columns, z [c v], *per_token)` over all tokens: arrays [*tokens n]."""
     shape = head.hidden.shape[:-1]
-    flat = head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1]))
-    rows = [x.reshape(-1, x.shape[-1]) for x in per_token]
+    flat = head._replace(hidden=mesh.flatten(head.hidden, shape))
+    rows = [mesh.flatten(x, shape) for x in per_token]
 
     def body(tokens: Any, axis: str | None, head: Head, *rows: jax.Array) -> tuple:
         columns = columns_of(vocab, head.unembed.shape[1], axis)
@@ -117,4 +117,4 @@ def _chunked(each: Callable[..., tuple], head: Head, vocab: int, per_token: tupl
 
     outputs = ("hidden",) * (2 if per_token else 3)
     found = mesh.run(body, [("signal", flat), *[("hidden", x) for x in rows]], outputs)
-    return tuple(x.reshape(*shape, x.shape[-1]) for x in found)
+    return tuple(mesh.unflatten(x, shape) for x in found)

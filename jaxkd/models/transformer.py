@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.kernels.attention import Cache, cached_attention, segment_attention
-from jaxkd.sharding import constrain
+from jaxkd.sharding import constrain, split_length
 from jaxkd.types import Batch, Head, Output, PyTree
 
 REMAT = ("none", "layer")
 TAPS = ("layer", "query", "key", "value")
 
-_CACHE_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
+_CACHE_AXES = ("layers", "batch", None, "kv_heads", "head_dim")  # a token goes to one slot: slots are not split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +141,9 @@ class Layer(nn.Module):
         if isinstance(context, Cache):
             y = cached_attention(query, key, value, context)
         else:
+            if split_length():  # each device has its queries, and gathers the few heads of all keys and values
+                query = constrain(query, "batch", "length", "heads", None)
+                key, value = (constrain(a, "batch", None, "kv_heads", None) for a in (key, value))
             y = segment_attention(query, key, value, context)
         out = self._declare("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         x = constrain(x + jnp.einsum("blhk,hkd->bld", y, out.astype(self.dtype)), "batch", "length", None)

@@ -43,3 +43,20 @@ def adamw(
     steps = [optax.clip_by_global_norm(clip)] if clip else []
     steps.append(optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask))
     return optax.chain(*steps)
+
+
+def pinned(tx: optax.GradientTransformation, places: PyTree) -> optax.GradientTransformation:
+    """The same, on gradients that lie as the parameters do: summed over replicas before the update shares them out.
+
+    Else the places of moments that are split over replicas reach back into the backward pass, and activations are
+    exchanged between slices.
+
+    Args:
+        tx: the optimiser.
+        places: a sharding per gradient.
+    """
+
+    def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        return tx.update(jax.lax.with_sharding_constraint(grads, places), state, params)
+
+    return optax.GradientTransformation(tx.init, update)

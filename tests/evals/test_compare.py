@@ -54,7 +54,7 @@ def dense(batch: Batch) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("mesh", [None, (4, 2), (1, 8)])
+@pytest.mark.parametrize("mesh", [None, {"data": 4, "model": 2}, {"data": 1, "context": 2, "model": 4}])
 def test_equals_the_dense_form(mesh):
     (student, teacher), params = sides()
     comparison = jax.jit(compare.make_comparison(student, teacher, 250))
@@ -70,7 +70,7 @@ def test_equals_the_dense_form(mesh):
     if mesh is None:
         row, mean = run()
     else:
-        with jax.set_mesh(sharding.make_mesh(*mesh)):
+        with jax.set_mesh(sharding.make_mesh(**mesh)):
             row, mean = run()
     tokens = expected["tokens"]
     for name in ("student_nats", "teacher_nats", "kl", "agreement"):

@@ -16,20 +16,23 @@ from jaxkd.sharding import make_mesh
 from jaxkd.types import Head, TopK
 
 # Sizes that are told apart in a shape, whole or divided by the mesh.
-TOKENS, COLUMNS, STUDENT, TEACHER, CHUNK, ENTRIES = 8 * 96, 8 * 1000, 8 * 11, 8 * 13, 24, 5
+ROWS, LENGTH, COLUMNS, STUDENT, TEACHER, CHUNK, ENTRIES = 8, 96, 8 * 1000, 8 * 11, 8 * 13, 24, 5
+TOKENS = ROWS * LENGTH
 LOCAL_TOKENS = {TOKENS // n for n in (1, 2, 4, 8)} | {CHUNK}
 LOCAL_COLUMNS = {COLUMNS // n for n in (1, 2, 4, 8)}
 
 
 def compiled(mesh, terms, teacher, temperatures):
     place = lambda x, *axes: jax.ShapeDtypeStruct(x, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+    lies = (("replica", "data"), "context")
     tokens = lambda *more, dtype=jnp.float32: jax.ShapeDtypeStruct(
-        (TOKENS, *more), dtype, sharding=NamedSharding(mesh, P("data"))
+        (ROWS, LENGTH, *more), dtype, sharding=NamedSharding(mesh, P(*lies))
     )
-    # Parameters as training keeps them: the width over `data`, the vocabulary over `model`.
-    student = Head(tokens(STUDENT), place((STUDENT, COLUMNS), "data", "model"))
+    # Parameters as training keeps them: the width over `data` and `context`, the vocabulary over `model`.
+    whole = (("data", "context"), "model")
+    student = Head(tokens(STUDENT), place((STUDENT, COLUMNS), *whole))
     if teacher == "head":
-        signal = Head(tokens(TEACHER), place((TEACHER, COLUMNS), "data", "model"))
+        signal = Head(tokens(TEACHER), place((TEACHER, COLUMNS), *whole))
     else:
         signal = TopK(tokens(ENTRIES, dtype=jnp.int32), tokens(ENTRIES), tokens(1))
 
@@ -41,32 +44,45 @@ def compiled(mesh, terms, teacher, temperatures):
     gradient = jax.grad(value)
     out = Head(student.hidden.sharding, student.unembed.sharding)
     with jax.set_mesh(mesh):
-        weights = jax.ShapeDtypeStruct((len(terms), TOKENS), jnp.float32, sharding=NamedSharding(mesh, P(None, "data")))
+        shape, place = (len(terms), ROWS, LENGTH), NamedSharding(mesh, P(None, *lies))
+        weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
         lowered = jax.jit(gradient, out_shardings=out).lower(student, signal, tokens(dtype=jnp.int32), weights)
     return collectives(lowered.compile().as_text())
 
 
-@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (1, 8)])
-@pytest.mark.parametrize("teacher", ["head", "topk"])
-def test_only_sums_per_token_travel_in_the_loop(mesh, teacher):
+@pytest.mark.parametrize(
+    ("sizes", "teacher"),
+    [
+        ({"data": 8, "model": 1}, "head"),
+        ({"data": 4, "model": 2}, "topk"),
+        ({"data": 1, "model": 8}, "head"),
+        ({"data": 1, "model": 8}, "topk"),
+        ({"replica": 2, "data": 2, "model": 2}, "head"),
+        ({"data": 2, "context": 2, "model": 2}, "head"),
+        ({"replica": 2, "data": 1, "context": 4, "model": 1}, "topk"),
+    ],
+)
+def test_only_sums_per_token_travel_in_the_loop(sizes, teacher):
     terms = (d.forward_kl(), d.adaptive_kl(), d.renyi(0.5), d.next_token())
-    found = compiled(make_mesh(*mesh), terms, teacher, (2.0, 2.0, 2.0, 1.0) if teacher == "head" else (1.0,) * 4)
+    found = compiled(make_mesh(**sizes), terms, teacher, (2.0, 2.0, 2.0, 1.0) if teacher == "head" else (1.0,) * 4)
     outside = [c for c in found if not c.in_loop]
     for c in found:
         for shape in c.shapes:
             assert not (LOCAL_TOKENS & set(shape) and LOCAL_COLUMNS & set(shape)), c
             if c.in_loop:
                 assert set(shape) <= {CHUNK, ENTRIES, 1}, c
-    assert (mesh[1] > 1) == any(c.in_loop for c in found)
+    assert (sizes["model"] > 1) == any(c.in_loop for c in found)
     # Each unembedding is gathered at most once, and its gradient reduced at most once.
     whole = [c for c in outside if any(LOCAL_COLUMNS & set(shape) for shape in c.shapes)]
     gathers = [c for c in whole if c.name == "all-gather"]
     reduces = [c for c in whole if c.name in ("all-reduce", "reduce-scatter")]
     heads = 2 if teacher == "head" else 1
-    sharded = mesh[0] > 1
+    sharded = sizes["data"] * sizes.get("context", 1) > 1
     assert sum(len(c.shapes) for c in gathers) == heads * sharded, gathers
-    assert sum(len(c.shapes) for c in reduces) == sharded, reduces
+    assert sum(len(c.shapes) for c in reduces) == (sizes["model"] < 8), reduces
     assert len(gathers) + len(reduces) == len(whole), whole
+    # What else leaves a device is one number per token or less: tokens do not move to be flat.
+    assert {c.name for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}, found
 
 
 def test_every_divergence_exchanges_per_token_sums_only():

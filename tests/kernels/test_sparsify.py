@@ -51,6 +51,16 @@ def test_more_entries_than_ids_are_refused():
         sparsify.top_k(teacher()[1], VOCAB + 1, (1.0,), VOCAB)
 
 
+def test_rows_whose_tokens_are_shared_keep_their_order():
+    _, head = teacher(296)
+    rows = head._replace(hidden=head.hidden.reshape(4, 74, -1))
+    run = jax.jit(lambda head: sparsify.top_k(head, 5, (1.0,), VOCAB))
+    with jax.set_mesh(sharding.make_mesh(2, 2, context=2)):
+        found = run(rows)
+    assert found.ids.shape == (4, 74, 5)
+    np.testing.assert_array_equal(found.ids.reshape(296, 5), run(head).ids)
+
+
 @pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
 def test_draws_are_the_inverse_of_the_distribution(mesh):
     exact, head = teacher(296)

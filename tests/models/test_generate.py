@@ -210,9 +210,9 @@ def test_full_prompts_come_back(params):
     assert (text.logprobs[0, 3:] < 0).all()
 
 
-@pytest.mark.parametrize(("data", "model"), [(4, 1), (2, 2)])
-def test_on_a_mesh_it_is_the_same_text_and_the_cache_stays_where_it_is(params, text, data, model):
-    mesh = make_mesh(data, model, jax.devices()[: data * model])
+@pytest.mark.parametrize(("data", "model", "context"), [(4, 1, 1), (2, 2, 2)])
+def test_on_a_mesh_it_is_the_same_text_and_the_cache_stays_where_it_is(params, text, data, model, context):
+    mesh = make_mesh(data, model, jax.devices()[: data * model * context], context=context)
     shapes, axes = transformer.abstract(CONFIG)
     spread = jax.device_put(params, shardings(axes, shapes, mesh))
     rows = jax.NamedSharding(mesh, jax.P("data"))

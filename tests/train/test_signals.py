@@ -108,14 +108,21 @@ def test_standardised_logits_know_no_scale():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("tied", [True, False])
-def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied):
-    """The compiled gradient on 4 x 2 devices: sizes are chosen so that every axis is told by its length."""
+@pytest.mark.parametrize(
+    ("micro_batches", "tied", "sizes"),
+    [
+        (1, True, {"data": 4, "model": 2}),
+        (2, False, {"data": 4, "model": 2}),
+        (1, False, {"replica": 2, "data": 2, "model": 2}),
+        (2, True, {"data": 2, "context": 2, "model": 2}),
+    ],
+)
+def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, sizes):
+    """The compiled gradient on eight devices: sizes are chosen so that every axis is told by its length."""
     rows, length, vocab = 16, 40, 8 * 128 * 3
     student = Config(vocab=vocab, embed=72, layers=2, heads=4, kv_heads=2, head_dim=14, mlp=88, tied=tied)
     big = Config(vocab=vocab, embed=104, layers=2, heads=4, kv_heads=2, head_dim=14, mlp=88, tied=False)
-    mesh = sharding.make_mesh(4, 2)
+    mesh = sharding.make_mesh(**sizes)
     terms = {
         "kd": (1.0, objectives.match(divergences.forward_kl(), 2.0)),
         "renyi": (1.0, objectives.match(divergences.renyi(0.5))),
@@ -152,3 +159,7 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied):
     assert reduced(104) == 0
     assert gathered(72) <= 2  # tied or not: once for the look-up, once for the head
     assert reduced(72) <= 2
+    # Of the teacher's layers q, k, v, o, gate, up and down once each: the loop over the layers stands in the text once.
+    layers = [s for c in found if c.name == "all-gather" for s in c.shapes if 104 in s and not columns & set(s)]
+    weights = [s for s in layers if {14, 44} & set(s) and not tokens & set(s)]
+    assert len(weights) == 7, layers

@@ -66,16 +66,16 @@ def program(micro_batches):
     return jax.jit(make_gradient(student, teacher, make_objective(), micro_batches))
 
 
-def gradients(batch, micro_batches=1, mesh=None):
+def gradients(batch, micro_batches=1, mesh=None, table="fsdp"):
     _, teacher, params = problem()
     gradient = program(micro_batches)
     if mesh is None:
         return gradient(params, teacher.state, batch, jnp.zeros((), jnp.int32))
     with jax.set_mesh(mesh):
         placed = []
-        for tree, config in ((params["student"], CONFIG), (teacher.state, TEACHER)):
+        for tree, config, rules in ((params["student"], CONFIG, "fsdp"), (teacher.state, TEACHER, table)):
             shapes, axes = transformer.abstract(config)
-            placed.append(jax.device_put(tree, sharding.shardings(axes, shapes, mesh)))
+            placed.append(jax.device_put(tree, sharding.shardings(axes, shapes, mesh, sharding.TABLES[rules])))
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         params = {"student": placed[0], "objective": {}}
         return gradient(params, placed[1], batch, jnp.zeros((), jnp.int32))
@@ -97,10 +97,21 @@ def test_micro_batches_equal_the_whole_batch(micro_batches):
     same(gradients(batch, micro_batches), gradients(batch))
 
 
-@pytest.mark.parametrize(("data", "model", "micro_batches"), [(4, 2, 1), (8, 1, 1), (2, 4, 4), (4, 2, 2)])
-def test_eight_devices_equal_one(data, model, micro_batches):
+@pytest.mark.parametrize(
+    ("sizes", "micro_batches", "table"),
+    [
+        ({"data": 4, "model": 2}, 1, "fsdp"),
+        ({"data": 8, "model": 1}, 1, "fsdp"),
+        ({"data": 2, "model": 4}, 4, "replicated"),
+        ({"data": 4, "model": 2}, 2, "fsdp"),
+        ({"replica": 2, "data": 2, "model": 2}, 2, "fsdp"),
+        ({"replica": 2, "data": 1, "context": 2, "model": 2}, 1, "replicated"),
+        ({"data": 2, "context": 4, "model": 1}, 2, "fsdp"),
+    ],
+)
+def test_eight_devices_equal_one(sizes, micro_batches, table):
     batch = make_batch()
-    same(gradients(batch, micro_batches, sharding.make_mesh(data, model)), gradients(batch))
+    same(gradients(batch, micro_batches, sharding.make_mesh(**sizes), table), gradients(batch))
 
 
 def test_gradient_is_the_mean_over_weighted_tokens():
