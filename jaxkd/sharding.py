@@ -36,7 +36,7 @@ MOMENTS: Rules = {**RULES, "embed": ("data", "context", "replica")}
 
 def slices(devices: Sequence) -> int:
     """How many TPU slices some devices are of; others count as one."""
-    return len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
 def make_mesh(data: int, model: int, devices: list | None = None, *, replica: int = 1, context: int = 1) -> Mesh:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,12 @@ def test_only_replicas_lie_in_several_slices(model):
             steps = [abs(np.subtract(a.coords, b.coords)).sum() for a, b in itertools.pairwise(line)]
             assert all(step == 1 for step in steps)
     assert sharding.place((4, 4, 1, 2), chips_of(2)).shape == (4, 4, 1, 2)  # two replicas in each slice
+
+
+def test_tpus_that_do_not_say_their_slice_are_one():
+    """As libtpu describes the devices of a single slice that is not here."""
+    assert sharding.slices([types.SimpleNamespace(platform="tpu")] * 4) == 1
+    assert sharding.slices(chips_of(3)) == 3
 
 
 def test_meshes_that_cannot_be_are_named():
