@@ -68,15 +68,16 @@ _ON_ONE_HOST = 8  # chips of a flat slice that one machine can hold; larger ones
 
 
 class Topology(NamedTuple):
-    """One slice: chips in a grid, every one linked to its neighbours."""
+    """A slice: chips in a grid, every one linked to its neighbours. Or several, which talk over the network."""
 
     asked: str
     generation: Generation
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one
+    slices: int = 1
 
     @property
     def name(self) -> str:
-        """As libtpu spells it."""
+        """Of one slice, as libtpu spells it."""
         return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -87,13 +88,13 @@ class Topology(NamedTuple):
     @property
     def chips(self) -> int:
         """In all."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def hosts(self) -> int:
         """Machines that run a process each."""
-        flat = len(self.shape) == 2
-        return 1 if self.chips <= (_ON_ONE_HOST if flat else 4) else self.chips // 4
+        flat, chips = len(self.shape) == 2, math.prod(self.shape)
+        return self.slices if chips <= (_ON_ONE_HOST if flat else 4) else self.chips // 4
 
     @property
     def devices(self) -> int:
@@ -111,24 +112,32 @@ class Topology(NamedTuple):
     def options(self) -> dict[str, Any]:
         """What `jax.experimental.topologies.get_topology_desc` needs to know beside the name."""
         more: dict[str, Any] = {"chip_config_name": "megacore"} if self.generation.name == "v4" else {}
-        return more | ({"chips_per_host_bounds": (1, 1, 1)} if self.chips == 1 else {})
+        more |= {"chips_per_host_bounds": (1, 1, 1)} if math.prod(self.shape) == 1 else {}
+        return more | ({"num_slices": self.slices} if self.slices > 1 else {})
 
     def sentence(self) -> str:
         """Chips, hosts and devices, and where a number could be taken for another what it counts."""
         g, plural = self.generation, lambda n, what: f"{n:,} {what}{'' if n == 1 else 's'}"
         counts = [plural(self.chips, "chip"), plural(self.hosts, "host"), plural(self.devices, "JAX device")]
-        said = f"{self.name}: {', '.join(counts)}"
+        times = f"{self.slices} x " if self.slices > 1 else ""
+        said = f"{times}{self.name}: {', '.join(counts)}"
         if g.per_chip > 1 and "-" in self.asked and "x" not in self.asked.rpartition("-")[2]:
             said += f" (the number in {self.asked} counts {g.counted}, {g.per_chip} a chip, not chips)"
         return said
 
 
-def topology(name: str) -> Topology:
+def topology(name: str, slices: int = 1) -> Topology:
     """The slice of a name, such as "v5litepod-256", "v5p-128", "v6e-64", "tpu7x-4x4x4" or "v5e:16x16".
+
+    Args:
+        name: of one slice.
+        slices: how many of them.
 
     Raises:
         ValueError: for a generation that is not known, or a size that it does not come in.
     """
+    if slices < 1:
+        raise ValueError(f"--slices {slices}: there must be at least 1")
     generations = {alias: g for g in GENERATIONS for alias in (g.name, *g.aliases)}
     match = re.fullmatch(r"([a-z0-9]+)[-:=](\d+(?:x\d+)*)", name.strip().lower())
     if match is None or match[1] not in generations:
@@ -142,10 +151,10 @@ def topology(name: str) -> Topology:
         shape = tuple(map(int, match[2].split("x")))
         if len(shape) != len(g.shapes[0]) or 0 in shape:
             raise ValueError(f"no topology '{name}': a {g.name} slice has {len(g.shapes[0])} dimensions, {_grids(g)}")
-        return Topology(name, g, shape)
+        return Topology(name, g, shape, slices)
     for shape in g.shapes:
         if _number(g, shape) == int(match[2]):
-            return Topology(name, g, shape)
+            return Topology(name, g, shape, slices)
     numbers = ", ".join(str(_number(g, shape)) for shape in g.shapes)
     of_each = f", {g.per_chip} a chip" if g.per_chip > 1 else ""
     raise ValueError(

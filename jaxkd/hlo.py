@@ -6,7 +6,7 @@ XLA's own figures count the body of a loop once. Here every instruction counts a
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +23,12 @@ _STILL = {
 }
 _CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
 _SLICES = ("dynamic-slice", "slice", "gather")
+# What goes between slices is sent through the hosts, by a runtime that has names of its own for it.
+_TRANSFERS = {
+    **{"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"},
+    **{"ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"},
+}
+_OF_SLICE = 100_000  # a device's id, where there are several slices: this times its slice, from 1, and its place there
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
@@ -111,17 +117,22 @@ class Program:
         start = _element(around, loop.operands[0], counter)
         return max(-(-(bound - _constants(around).get(start, 0)) // step), 1)
 
-    def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
+    def collectives(self, mesh: Mapping[str, int], ids: Sequence[int] = ()) -> list[Collective]:
         """All exchanges between devices, equal ones together, the largest in sum first.
 
         Args:
             mesh: axis name -> devices, in the order in which the mesh's devices are numbered.
+            ids: the devices' own, in that order; what goes between slices is known by them alone.
         """
+        numbers = {own: number for number, own in enumerate(ids)}
         found: dict[Collective, int] = {}
         for name, body in self.computations.items():
             begins = any("AsyncCollectiveStart" in i.rest for i in body)
             for i in body:
                 op = i.op.removesuffix("-start")
+                if op == "send" and name in self.times and (sent := self._sent(i, body, mesh, numbers)):
+                    one = dataclasses.replace(sent, in_loop=name in self.looped)
+                    found[one] = found.get(one, 0) + self.times[name]
                 if op not in COLLECTIVES or name not in self.times:
                     continue
                 if "chain_id=" in i.rest and not begins:
@@ -135,6 +146,22 @@ class Program:
                 found[one] = found.get(one, 0) + self.times[name]
         rows = [dataclasses.replace(collective, count=count) for collective, count in found.items()]
         return sorted(rows, key=lambda c: -c.bytes * c.count)
+
+    @staticmethod
+    def _sent(
+        i: Instruction, body: list[Instruction], mesh: Mapping[str, int], numbers: Mapping[int, int]
+    ) -> Collective | None:
+        """What a `send` of the runtime between slices exchanges, with the `recv` that belongs to it."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
+        target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|\{(\{.*?\})\})', i.rest)
+        meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', i.rest)
+        if kind is None or target is None or meeting is None:
+            return None
+        back = [r for r in body if r.op == "recv" and meeting[0] in r.rest]
+        moved = max(size(x.kind.replace("u32[]", "")) for x in [i, *back])
+        exchanging = [[numbers[n] for n in group if n in numbers] for group in _between(target[1], target[2])]
+        axis = axis_of(iter([group for group in exchanging if group]), mesh)
+        return Collective(_TRANSFERS.get(kind[1], kind[1].lower()), axis, moved, False, 0) if axis else None
 
     def _exchanged(self, computation: str, i: Instruction) -> int:
         result = size(i.kind.replace("u32[]", ""))  # without what a start hands on to its end
@@ -317,6 +344,20 @@ def _of_mesh(sizes: str, order: str | None, axes: str) -> list[list[int]]:
     ids = ids.reshape(shape)
     still = [d for d in range(ids.ndim) if d not in varying]
     return ids.transpose([*still, *varying]).reshape(-1, math.prod(shape[d] for d in varying)).tolist()
+
+
+def _between(product: str | None, listed: str | None) -> list[list[int]]:
+    """Groups of devices in several slices: "{1,2}x{0:3}" is each with its like, else lists, or pairs "{1->2}"."""
+    if listed is not None:
+        return list(_lists(listed.replace("->", ",")))
+    slices, places = ([], []) if product is None else (_expanded(part) for part in product.split("x"))
+    return [[_OF_SLICE * s + place for s in slices] for place in places]
+
+
+def _expanded(text: str) -> list[int]:
+    """ "{0:2,5}" is 0, 1, 2 and 5."""
+    ends = [part.split(":") for part in text.strip("{}").split(",") if part]
+    return [n for part in ends for n in range(int(part[0]), int(part[-1]) + 1)]
 
 
 def _lists(text: str) -> Iterator[list[int]]:

@@ -107,12 +107,10 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Compile a run's step for TPUs that are not here: memory, exchanges, time, and settings that fit."""
     e = experiment(read_config(config))
-    if options.slices != 1:
-        raise ValueError(f"--slices {options.slices}: a run is on one slice so far; its mesh has no axis across slices")
     from jaxkd import chips, suggest
     from jaxkd import plan as planning
 
-    topology = chips.topology(options.topology)
+    topology = chips.topology(options.topology, options.slices)
     if options.suggest:
         found = suggest.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
         planned, said = found.plan, suggest.lines(found)
@@ -333,7 +331,7 @@ def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     topology = "such as v5litepod-16, v5p-128, v6e-64, or a grid: v5e:4x4"
     sub.add_argument("--topology", required=True, metavar="NAME", help=topology)
-    sub.add_argument("--slices", type=int, default=1, help="how many of them (one so far)")
+    sub.add_argument("--slices", type=int, default=1, help="how many of them, joined by the network")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     sub.add_argument("--suggest", action="store_true", help="look for the fastest mesh, remat and micro-batches")
     sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="to compile suggestions in")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkd import divergences, flops, job, program, teaching, terms
+from jaxkd import divergences, flops, job, program, sharding, teaching, terms
 from jaxkd.chips import Topology
 from jaxkd.experiment import SELF, Experiment, from_mapping
 from jaxkd.hlo import Collective, Program
@@ -45,16 +45,17 @@ class Estimate(NamedTuple):
     compute: float
     memory: float
     links: float
+    network: float = 0.0  # between slices
 
     @property
     def step_s(self) -> float:
-        """The slowest of the three, as if the others were hidden behind it."""
+        """The slowest of them, as if the others were hidden behind it."""
         return max(self)
 
     @property
     def bound(self) -> str:
         """Which of them that is."""
-        return ("compute", "hbm", "ici")[int(np.argmax(self))]
+        return ("compute", "hbm", "ici", "dcn")[int(np.argmax(self))]
 
 
 class Plan(NamedTuple):
@@ -90,6 +91,7 @@ class Plan(NamedTuple):
         time = self.estimate
         return {
             "topology": self.topology.name,
+            "slices": self.topology.slices,
             "devices": self.job.mesh.size,
             "fits": self.fits,
             "hbm_bytes": self.memory._asdict(),
@@ -108,7 +110,7 @@ class Plan(NamedTuple):
 
 
 def devices(topology: Topology) -> list:
-    """The devices of a slice that is not here, as libtpu describes them.
+    """The devices of slices that are not here, as libtpu describes them.
 
     Raises:
         ValueError: without libtpu, or where it does not know the slice.
@@ -164,7 +166,7 @@ def shapes(e: Experiment) -> dict[str, Config]:
 
 
 def build(e: Experiment, place: Sequence[Any]) -> Job:
-    """The job on a slice's devices; what is not on this machine is known by its shape."""
+    """The job on a topology's devices; what is not on this machine is known by its shape."""
     if e.data.tokenizer not in ("teacher", "bytes") and not Path(e.data.tokenizer).expanduser().exists():
         e = dataclasses.replace(e, data=dataclasses.replace(e.data, tokenizer="teacher"))
     return job.build(e, list(place), shapes(e))
@@ -201,11 +203,13 @@ def plan(built: Job, topology: Topology) -> Plan:
     memory, text = compiled.memory_analysis(), Program(compiled.as_text())
     written = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + written + memory.generated_code_size_in_bytes
-    collectives = tuple(text.collectives(dict(built.mesh.shape)))
+    collectives = tuple(text.collectives(dict(built.mesh.shape), [d.id for d in built.mesh.devices.flat]))
+    each = [(c.count, *seconds(c, built.mesh, topology)) for c in collectives]
     time = Estimate(
         needed.executed / built.mesh.size / topology.chip.flops,
         text.traffic() / topology.chip.bandwidth,
-        sum(c.count * seconds(c, built.mesh, topology) for c in collectives),
+        sum(count * links for count, links, _ in each),
+        sum(count * network for count, _, network in each),
     )
     held_now = Memory(limit, peak, **parts, temp=memory.temp_size_in_bytes)
     return Plan(topology, built, held_now, needed, collectives, time)
@@ -263,24 +267,34 @@ def flops_of(built: Job) -> flops.Step:
     )
 
 
-def seconds(c: Collective, mesh: Any, topology: Topology) -> float:
-    """The least time of one exchange: its bytes over all links that its group of devices has between its members.
+def seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]:
+    """The least time of one exchange on the links between a slice's chips, and on the network between slices.
 
     A gather or a scatter over n devices moves (n - 1) / n of the array through every one of them, a reduction that
-    keeps everything twice that; a permutation is one hop, and those in opposite directions go at once.
+    keeps everything twice that; a permutation is one hop, and those in opposite directions go at once. On the links its
+    bytes go over all that its group of devices has between its members. Of a group in several slices, each device of
+    one slice has a share of the array to exchange with its like in the others.
     """
     axes = c.axis.split("+")
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
     group = mesh.devices[index].ravel()
-    coords = np.asarray([d.coords for d in group])
+    places = [getattr(d, "slice_index", 0) for d in group]
+    slices = len(set(places))
+    inside = [d for d, place in zip(group, places, strict=True) if place == places[0]]
+    coords = np.asarray([d.coords for d in inside])
     links = 0
     for dimension, (extent, wraps) in enumerate(zip(topology.shape, topology.wraps, strict=True)):
         spanned = len(set(coords[:, dimension]))
         links += 0 if spanned == 1 else 2 if wraps and spanned == extent else 1
     # Devices of one chip exchange through its memory.
     bandwidth = links * topology.chip.link or topology.chip.bandwidth
-    part = 1 if c.op == "collective-permute" else _WAYS.get(c.op, 1.0) * (len(group) - 1) / len(group)
-    return part * c.bytes / bandwidth
+
+    def part(count: int) -> float:
+        hop = c.op == "collective-permute" and count > 1
+        return 1.0 if hop else _WAYS.get(c.op, 1.0) * (count - 1) / count
+
+    between = part(slices) * c.bytes / len(inside) / topology.chip.dcn if topology.chip.dcn else 0.0
+    return part(len(inside)) * c.bytes / bandwidth, between
 
 
 # ---------------------------------------------------------------------------------- what is said
@@ -290,7 +304,7 @@ def would_fit(p: Plan) -> list[str]:
     """For a step that does not fit: the changes that the numbers speak for, a line each."""
     e, m, chip = p.job.experiment, p.memory, p.topology.chip
     fixed, lines = m.peak - m.temp, []
-    rows = e.data.batch // e.optim.micro_batches // p.job.mesh.shape["data"]
+    rows = e.data.batch // e.optim.micro_batches // math.prod(p.job.mesh.shape[name] for name in sharding.ROWS)
     if fixed < m.limit:
         if e.run.remat == "none":
             lines.append("--config.run.remat=layer keeps each layer's input only")
@@ -299,7 +313,8 @@ def would_fit(p: Plan) -> list[str]:
         if enough:
             parts = enough * e.optim.micro_batches
             lines.append(f"--config.optim.micro_batches={parts} holds {1 / enough:.0%} of the activations at a time")
-    spread = p.job.mesh.size * m.peak / m.limit
+    # Replicas hold the same, so that more slices are no more room.
+    spread = p.job.mesh.size / p.topology.slices * m.peak / m.limit
     g = p.topology.generation
     larger = [s for s in g.shapes if math.prod(s) * g.devices_per_chip >= spread]
     if larger:
@@ -325,7 +340,8 @@ def _short(number: float) -> str:
 def lines(p: Plan) -> list[str]:
     """A plan to read."""
     e = p.job.experiment
-    m, f, mesh = p.memory, p.flops, " x ".join(f"{k}={v}" for k, v in p.job.mesh.shape.items())
+    m, f, sizes = p.memory, p.flops, p.job.mesh.shape
+    mesh = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name in ("data", "model"))
     named = lambda name: "the student's average" if p.job.own else e.teacher.models[name].path
     paths = [(name, model, named(name)) for name, model in p.job.teachers.items()]
     found = [f"slice     {p.topology.sentence()}", f"mesh      {mesh}", *(f"          {note}" for note in p.job.notes)]
@@ -354,8 +370,10 @@ def lines(p: Plan) -> list[str]:
     t = p.estimate
     found.append(
         f"time      at least {_short(t.step_s)} s a step, bound by {t.bound}: compute {_short(t.compute)}, hbm "
-        f"{_short(t.memory)}, ici {_short(t.links)}"
+        f"{_short(t.memory)}, ici {_short(t.links)}" + (f", dcn {_short(t.network)}" if p.topology.slices > 1 else "")
     )
+    if p.topology.slices > 1 and p.topology.chip.dcn is None:
+        found.append(f"          the network of {p.topology.generation.name} is not published: its time is left out")
     hours = t.step_s * e.run.steps / 3600
     found.append(f"speed     at most {p.tokens / t.step_s:,.0f} tokens/s, MFU {p.mfu:.1%}")
     cost = f"{_short(hours)} hours, {_short(hours * p.topology.chips)} chip-hours"

@@ -1,4 +1,4 @@
-"""Which mesh, rematerialisation and micro-batches to run with on a slice: ranked on paper, the best compiled."""
+"""Which mesh, remat, micro-batches and place of the teacher to run with: ranked on paper, the best compiled."""
 
 import dataclasses
 import math
@@ -9,10 +9,11 @@ from typing import NamedTuple
 from jaxkd import flops
 from jaxkd import plan as planning
 from jaxkd.chips import Topology
-from jaxkd.experiment import Experiment, MeshBlock
+from jaxkd.experiment import SELF, Experiment, TeacherBlock
 from jaxkd.job import Job
 from jaxkd.models.transformer import REMAT
 from jaxkd.plan import Plan
+from jaxkd.sharding import TABLES
 
 _WIDEST = 16  # devices on the model axis: beyond it every layer waits for its sums
 _ROOM = 1.25  # how far an estimate on paper may be above the limit and still be worth a compilation
@@ -86,38 +87,51 @@ def _better(found: Plan, best: Plan) -> bool:
 
 
 def _guesses(e: Experiment, topology: Topology, place: list) -> Iterator[Guess]:
-    """Every mesh, with each remat and the number of micro-batches, on paper."""
-    model = 1
+    """Every mesh and place of the teacher, with each remat and the number of micro-batches, on paper."""
+    context, model = e.run.mesh.context, 1
+    replica = topology.slices if e.run.mesh.replica == -1 else e.run.mesh.replica
+    optim = dataclasses.replace(e.optim, micro_batches=1)
     while model <= min(_WIDEST, topology.devices):
-        data = topology.devices // model
-        rows = e.data.batch // data
-        if data * model == topology.devices and rows and e.data.batch % data == 0:
-            evaluated = -(-e.run.eval_batch // data) * data
-            run = dataclasses.replace(e.run, mesh=MeshBlock(data, model), eval_batch=evaluated)
-            optim = dataclasses.replace(e.optim, micro_batches=1)
-            built = planning.build(dataclasses.replace(e, run=run, optim=optim), place)
-            for remat in REMAT:
-                for parts in (n for n in range(1, rows + 1) if rows % n == 0):
-                    tried = dataclasses.replace(
-                        built.experiment,
-                        run=dataclasses.replace(built.experiment.run, remat=remat),
-                        optim=dataclasses.replace(optim, micro_batches=parts),
-                    )
-                    yield _guess(built._replace(experiment=tried), topology)
+        data = topology.devices // (replica * context * model)
+        over = replica * data
+        rows = e.data.batch // over if over else 0
+        if over * context * model == topology.devices and rows and e.data.batch % over == 0:
+            evaluated = -(-e.run.eval_batch // over) * over
+            mesh = dataclasses.replace(e.run.mesh, data=data, model=model)
+            run = dataclasses.replace(e.run, mesh=mesh, eval_batch=evaluated)
+            for teacher in _places(e.teacher):
+                built = planning.build(dataclasses.replace(e, run=run, optim=optim, teacher=teacher), place)
+                for remat in REMAT:
+                    for parts in (n for n in range(1, rows + 1) if rows % n == 0):
+                        tried = dataclasses.replace(
+                            built.experiment,
+                            run=dataclasses.replace(built.experiment.run, remat=remat),
+                            optim=dataclasses.replace(optim, micro_batches=parts),
+                        )
+                        yield _guess(built._replace(experiment=tried), topology)
         model *= 2
+
+
+def _places(teacher: TeacherBlock) -> list[TeacherBlock]:
+    """How the only teacher's parameters may lie; those of several, and none, stay as they are."""
+    if teacher.members or teacher.path == SELF:
+        return [teacher]
+    return [dataclasses.replace(teacher, sharding=table) for table in TABLES]
 
 
 def _guess(built: Job, topology: Topology) -> Guess:
     """Memory and time of a candidate from its shapes.
 
     memory = state + teacher + gradients + activations of a micro-batch + the heads, gathered
-    time = max(products, weights and attention through memory, weights and sums through links)
+    time = max(products, weights and attention through memory, weights and sums through links, gradients between slices)
     """
     e, chip, student = built.experiment, topology.chip, built.student.config
-    data, model = built.mesh.shape["data"], built.mesh.shape["model"]
+    sizes = built.mesh.shape
+    model, split = sizes["model"], sizes["data"] * sizes["context"]
     parts, kept = e.optim.micro_batches, e.run.remat == "layer"
-    tokens = e.data.batch * e.data.length // data // parts  # of a micro-batch, on a device
-    teachers = [] if built.own else [m.config for n, m in built.teachers.items() if not e.teacher.models[n].cache]
+    tokens = e.data.batch * e.data.length // (sizes["replica"] * split) // parts  # of a micro-batch, on a device
+    models = [] if built.own else [m for n, m in built.teachers.items() if not e.teacher.models[n].cache]
+    teachers = [m.config for m in models]
     taught = planning.held(planning.weights_of(built))
     own = planning.held(built.state.params)
 
@@ -132,9 +146,11 @@ def _guess(built: Job, topology: Topology) -> Guess:
     weights = lambda c: 2 * (flops.body(c, 1) / 2 + c.embed * c.padded_vocab) / model  # bfloat16, gathered over data
     passes = 4 if kept else 3
     through = parts * (passes * weights(student) + sum(map(weights, teachers)))
+    whole = parts * sum(weights(m.config) for m in models if not m.rules["embed"])
+    whole += parts * passes * weights(student) * (not built.student.rules["embed"])
     attention = lambda c: c.layers * c.heads / model * tokens * e.data.length * 12 * parts
     moved = through + passes * attention(student) + sum(map(attention, teachers)) + 28 / 4 * own
-    gathered = (1 - 1 / data) * (through + parts * weights(student))
+    gathered = (1 - 1 / split) * (through - whole + parts * weights(student))
     sums = lambda c: 4 * c.layers * tokens * c.embed * 2 * parts * (1 - 1 / model)
     exchanged = gathered + (passes - 1) * sums(student) + sum(map(sums, teachers))
     links = sum(2 if wraps else 1 for n, wraps in zip(topology.shape, topology.wraps, strict=True) if n > 1) or math.inf
@@ -142,6 +158,7 @@ def _guess(built: Job, topology: Topology) -> Guess:
         planning.flops_of(built).executed / topology.devices / chip.flops,
         moved / chip.bandwidth,
         exchanged / (links * chip.link),
+        parts * 2 * own * (1 - 1 / topology.slices) / chip.dcn if chip.dcn else 0.0,
     )
     return Guess(e, fixed + temporary, max(times), sum(times))
 
@@ -151,6 +168,7 @@ def overrides(asked: Experiment, e: Experiment) -> list[str]:
     values = lambda x: {
         "run.mesh.data": x.run.mesh.data,
         "run.mesh.model": x.run.mesh.model,
+        "teacher.sharding": x.teacher.sharding,
         "run.remat": x.run.remat,
         "optim.micro_batches": x.optim.micro_batches,
         "run.eval_batch": x.run.eval_batch,

@@ -158,3 +158,57 @@ def test_traffic_grows_with_the_trips(compiled):
     """Every layer's weights are read, gathered and multiplied; XLA's own figure has one layer of them."""
     gathered = WIDTH * WIDTH // 2 * 4
     assert hlo.Program(compiled.as_text()).traffic() > LAYERS * 2 * gathered
+
+
+# Between slices the TPU compiler sends through the hosts: ids of devices are 100,000 times the slice, from 1, and the
+# place there.
+SLICES = """HloModule jit_step, is_scheduled=true
+
+%body (x: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %x = (s32[], f32[8,128]) parameter(0)
+  %i = s32[] get-tuple-element(%x), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %g = f32[8,128]{1,0} get-tuple-element(%x), index=1
+  %token = token[] after-all()
+  %send.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%g, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv.1 = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, is_host_transfer=true
+  %recv-done.1 = (f32[8,128]{1,0}, token[]) recv-done(%recv.1), channel_id=1, is_host_transfer=true
+  %sum = f32[8,128]{1,0} get-tuple-element(%recv-done.1), index=0
+  ROOT %t = (s32[], f32[8,128]) tuple(%next, %sum)
+}
+
+%condition (x.1: (s32[], f32[8,128])) -> pred[] {
+  %x.1 = (s32[], f32[8,128]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%x.1), index=0
+  %three = s32[] constant(3)
+  ROOT %less = pred[] compare(%i.1, %three), direction=LT
+}
+
+ENTRY %main (p: f32[8,128], q: f32[4,16]) -> f32[8,128] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[4,16]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8,128]) tuple(%zero, %p)
+  %loop = (s32[], f32[8,128]) while(%start), condition=%condition, body=%body
+  %token.1 = token[] after-all()
+  %send.2 = (f32[4,16]{1,0}, u32[], token[]) send(%q, %token.1), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather.2_0",_xla_megascale_target={{100000,100001,200000,200001},{100002,100003,200002,200003}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %recv.2 = (f32[16,16]{1,0}, u32[], token[]) recv(%token.1), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-gather.2_0",_xla_megascale_target={{100000,100001,200000,200001},{100002,100003,200002,200003}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %send.3 = (f32[4,16]{1,0}, u32[], token[]) send(%q, %token.1), channel_id=6, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="permute.3_0",_xla_megascale_target={{100001->200001},{200001->100001}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  ROOT %out = f32[8,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_read_from_what_is_sent():
+    mesh = {"replica": 2, "data": 2, "model": 2}
+    ids = lambda order: [100_000 * (s + 1) + place for s in (0, 1) for place in order]
+    # The mesh does not have a slice's devices in their order: the second and the fourth are exchanged.
+    assert hlo.Program(SLICES).collectives(mesh, ids([0, 3, 2, 1])) == [
+        hlo.Collective("all-reduce", "replica", 8 * 128 * 4, True, 3),
+        hlo.Collective("all-gather", "replica+data+model", 16 * 16 * 4, False, 1),
+        hlo.Collective("collective-permute", "replica", 4 * 16 * 4, False, 1),
+    ]
+    in_order = hlo.Program(SLICES).collectives(mesh, ids([0, 1, 2, 3]))
+    assert in_order[1].axis == "replica+model"

@@ -78,6 +78,21 @@ def test_links_close_rings_in_whole_pods_only():
     assert chips.topology("v5p-32").wraps == (False, False, False)
 
 
+def test_several_slices_are_as_many_times_one():
+    found = chips.topology("v5p-128", 2)
+    assert (found.name, found.chips, found.hosts, found.devices) == ("v5p:4x4x4", 128, 32, 128)
+    assert found.options == {"num_slices": 2}
+    assert chips.topology("v6e-8", 3).hosts == 3
+    assert found.wraps == chips.topology("v5p-128").wraps
+
+
+def test_several_slices_leave_a_candidate_its_replicas():
+    e = experiment(read_config([POD, "--config.run.mesh.replica=2"]))
+    guesses = list(suggest._guesses(e, chips.topology("v5e:2x2", 2), jax.devices()))
+    tried = {(g.experiment.run.mesh.data, g.experiment.run.mesh.model) for g in guesses}
+    assert tried == {(4, 1), (2, 2), (1, 4)}
+
+
 # ------------------------------------------------------------------------------------------ models
 
 
@@ -210,6 +225,7 @@ def test_a_cached_teacher_is_compiled_without_its_cache(signal):
 # -------------------------------------------------------------------------------- time and verdict
 
 Device = namedtuple("Device", "coords")
+SliceDevice = namedtuple("SliceDevice", "coords slice_index")
 
 
 class Grid:
@@ -238,18 +254,47 @@ for _x in range(4):
 def test_exchanges_take_their_bytes_over_their_links(op, axis, share):
     topology = chips.topology("v5e:4x4")
     found = plan.seconds(Collective(op, axis, 10**9, True, 1), Grid, topology)
-    assert found == pytest.approx(share * 10**9 / 50e9)
+    assert found == (pytest.approx(share * 10**9 / 50e9), 0)
 
 
 def test_rings_are_used_both_ways():
     open_, closed = (
-        plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, chips.topology(name))
+        plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, chips.topology(name))[0]
         for name in ("v5e:4x4", "v5e:16x16")
     )
     assert open_ == closed  # four of sixteen in a row are no ring
     ring = chips.topology("v5p:4x4x4")
     found = plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, ring)
-    assert found == pytest.approx(3 / 4 * 10**9 / (2 * 100e9))
+    assert found[0] == pytest.approx(3 / 4 * 10**9 / (2 * 100e9))
+
+
+class Slices:
+    """A mesh over two 4 x 4 slices, `replica` across them."""
+
+    axis_names = ("replica", "data", "model")
+    devices = np.empty((2, 4, 4), object)
+
+
+for _place in np.ndindex(2, 4, 4):
+    Slices.devices[_place] = SliceDevice((*_place[1:], 0), _place[0])
+
+
+def test_what_goes_across_slices_takes_the_network():
+    """Of a sum over both, each of four devices has a quarter to exchange with its like in the other slice."""
+    topology, network = chips.topology("v5e:4x4", 2), 3.125e9
+    seconds = lambda op, axis: plan.seconds(Collective(op, axis, 10**9, True, 1), Slices, topology)
+    assert seconds("all-reduce", "replica") == (0, pytest.approx(10**9 / network))
+    assert seconds("all-reduce", "replica+data") == (
+        pytest.approx(3 / 2 * 10**9 / 50e9),
+        pytest.approx(10**9 / 4 / network),
+    )
+    assert seconds("all-gather", "replica") == (0, pytest.approx(1 / 2 * 10**9 / network))
+    assert seconds("collective-permute", "replica") == (0, pytest.approx(10**9 / network))
+    assert seconds("all-gather", "data")[1] == 0
+    assert plan.seconds(Collective("all-reduce", "replica", 1, True, 1), Slices, chips.topology("v4:4x4x4", 2)) == (
+        0,
+        0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +312,7 @@ def test_the_json_object(example):
     found = json.loads(json.dumps(example.json()))
     assert found == {
         "topology": "v5e:2x4",
+        "slices": 1,
         "devices": 8,
         "fits": True,
         "hbm_bytes": {
@@ -289,6 +335,20 @@ def test_what_is_said_of_a_plan(example):
     assert "all-gather over data: 1 MiB x 12, in a loop" in said
     assert "20 steps: at least 0.00278 hours, 0.0222 chip-hours" in said
     assert said.endswith("fits")
+    assert "dcn" not in said
+
+
+def test_what_is_said_of_several_slices(example):
+    """The network's time, and what is spent in all; where nothing is known of the network, that."""
+    time = plan.Estimate(0.5, 0.25, 0.125, 0.75)
+    found = example._replace(topology=chips.topology("v5e:2x4", 2), estimate=time)
+    said = "\n".join(plan.lines(found))
+    assert "2 x v5e:2x4: 16 chips, 2 hosts, 16 JAX devices" in said
+    assert "0.75 s a step, bound by dcn: compute 0.5, hbm 0.25, ici 0.125, dcn 0.75" in said
+    assert "20 steps: at least 0.00417 hours, 0.0667 chip-hours" in said
+    assert (found.json()["slices"], found.json()["estimate"]["bound"]) == (2, "dcn")
+    v4 = found._replace(topology=chips.topology("v4:2x2x2", 2))
+    assert "the network of v4 is not published: its time is left out" in "\n".join(plan.lines(v4))
 
 
 def test_a_plan_that_does_not_fit_says_what_would(example):
@@ -340,8 +400,15 @@ def test_candidates_divide_the_batch_and_are_ranked():
     one = {
         (g.experiment.run.remat, g.experiment.optim.micro_batches): g
         for g in guesses
-        if g.experiment.run.mesh.model == 1
+        if g.experiment.run.mesh.model == 1 and g.experiment.teacher.sharding == "fsdp"
     }
+    whole = {
+        g.experiment.teacher.sharding: g
+        for g in guesses
+        if (g.experiment.run.mesh.model, g.experiment.optim.micro_batches, g.experiment.run.remat) == (1, 8, "layer")
+    }
+    assert whole["replicated"].bytes > whole["fsdp"].bytes  # and what is held whole is not gathered
+    assert whole["replicated"].whole < whole["fsdp"].whole
     assert one["layer", 4].bytes < one["none", 4].bytes
     assert one["layer", 16].bytes < one["layer", 4].bytes
     assert one["none", 4].seconds < one["layer", 4].seconds
@@ -354,8 +421,8 @@ def test_candidates_divide_the_batch_and_are_ranked():
 
 def test_what_cannot_be_planned_is_one_sentence(monkeypatch):
     command = ["plan", TINY, "--topology", "v5e:2x2"]
-    with pytest.raises(ValueError, match="--slices 2: a run is on one slice so far"):
-        main.main([*command, "--slices", "2"])
+    with pytest.raises(ValueError, match="--slices 0: there must be at least 1"):
+        main.main([*command, "--slices", "0"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="libtpu, which is not installed: pip install 'jax\\[tpu\\]'"):
         main.main(command)
