@@ -10,7 +10,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkd.data import mixture as mixtures
@@ -70,12 +69,6 @@ def place(local: dict[str, Any], batch: int, where: np.ndarray, sharding: NamedS
         return jax.make_array_from_callback((batch, *values.shape[1:]), sharding if values.ndim > 1 else by_row, shard)
 
     return Batch(**jax.tree.map(array, known))
-
-
-def places(batch: Batch) -> list[tuple[int, int]]:
-    """(domain, row) of every row of a global batch; all processes must ask."""
-    domain, row = multihost_utils.process_allgather((batch.domain, batch.row), tiled=True)
-    return list(zip(domain.tolist(), row.tolist(), strict=True))
 
 
 def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
