@@ -41,9 +41,9 @@ class Tally:
     def _event(self, event: str, **more: Any) -> None:
         self.cached += event == _FOUND
 
-    def _duration(self, event: str, seconds: float, **more: Any) -> None:
+    def _duration(self, event: str, duration_secs: float, **more: str | int) -> None:
         if event == _COMPILED:
-            self.programs, self.seconds = self.programs + 1, self.seconds + seconds
+            self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 
     def close(self) -> None:
         """Stop listening."""

@@ -14,7 +14,7 @@ class Recent(NamedTuple):
     """The last finite losses and gradient norms: a part of the train state where spikes are left out."""
 
     values: jax.Array  # [2 WINDOW] float32, written round and round
-    count: jax.Array  # [] int32: how many were ever written
+    seen: jax.Array  # [] int32: how many were ever written
 
 
 def init() -> Recent:
@@ -36,13 +36,13 @@ def usual(recent: Recent, loss: jax.Array, norm: jax.Array, factor: float) -> ja
 
     Source: OLMo-core's SkipStepOptimizer (window 128, factor 6).
     """
-    there = jnp.arange(WINDOW) < recent.count
-    n = jnp.minimum(recent.count, WINDOW).astype(jnp.float32)
+    there = jnp.arange(WINDOW) < recent.seen
+    n = jnp.minimum(recent.seen, WINDOW).astype(jnp.float32)
     mean = jnp.where(there, recent.values, 0.0).sum(-1) / jnp.maximum(n, 1.0)
     square = jnp.where(there, jnp.square(recent.values - mean[:, None]), 0.0).sum(-1)
     deviation = jnp.maximum(jnp.sqrt(square / jnp.maximum(n - 1.0, 1.0)), _NARROW * jnp.abs(mean))
     below = jnp.stack([loss, norm]) <= mean + factor * deviation
-    return below.all() | (recent.count < WINDOW // 2)
+    return below.all() | (recent.seen < WINDOW // 2)
 
 
 def remember(recent: Recent, loss: jax.Array, norm: jax.Array) -> Recent:
@@ -51,8 +51,8 @@ def remember(recent: Recent, loss: jax.Array, norm: jax.Array) -> Recent:
     A spike enters too: a loss that has come to stay widens the window until it is usual, so that no run stands still.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    written = recent.values.at[:, recent.count % WINDOW].set(jnp.stack([loss, norm]))
-    return Recent(jnp.where(finite, written, recent.values), recent.count + finite)
+    written = recent.values.at[:, recent.seen % WINDOW].set(jnp.stack([loss, norm]))
+    return Recent(jnp.where(finite, written, recent.values), recent.seen + finite)
 
 
 def choose(taken: jax.Array, after: Any, before: Any) -> Any:
