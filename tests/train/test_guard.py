@@ -84,7 +84,7 @@ def test_a_spike_is_left_out_and_enters_the_window():
     after, metrics = step(before, teacher, make_batch(0))  # a loss of four nats, where 0.1 is usual
     assert metrics["skipped"] == (1.0, 1.0)
     assert bits((after.params, after.opt_state, after.ema)) == bits((before.params, before.opt_state, before.ema))
-    assert int(after.recent.count) == 71
+    assert int(after.recent.seen) == 71
     loss, tokens = metrics["loss"]
     np.testing.assert_allclose(after.recent.values[0, 70], loss / tokens, rtol=1e-6)
 
