@@ -2,8 +2,8 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -39,7 +39,7 @@ class Checkpoints:
     directory that they share; only `steps`, `latest` and `check` wait for no other.
     """
 
-    def __init__(self, directory: Path | str, keep: Keep | None = None, read_only: bool = False):
+    def __init__(self, directory: os.PathLike | str, keep: Keep | None = None, read_only: bool = False):
         """Open or make `directory`; what an earlier process left half-written is swept.
 
         Args:

@@ -44,7 +44,7 @@ class Retention:
         return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
-def place(directory: Path | str) -> epath.Path:
+def place(directory: os.PathLike | str) -> epath.Path:
     """A directory on a disk or in a bucket, absolute.
 
     Raises:
