@@ -55,3 +55,30 @@ def test_what_does_not_fit_is_a_verdict():
     assert found["hbm_bytes"]["peak"] > 2 * found["hbm_bytes"]["limit"]
     assert found["hbm_bytes"]["temp"] > found["hbm_bytes"]["limit"]
     assert found["estimate"] == {"step_s": None, "tokens_per_s": None, "mfu": None, "bound": None}
+
+
+def test_slices_exchange_gradients_and_a_teacher_is_gathered_once_a_micro_batch():
+    """Two slices, a teacher ten times as large as the student, two micro-batches."""
+    widths = {
+        "teacher": {"embed": 96, "layers": 4, "head_dim": 24, "mlp": 160},
+        "student": {"embed": 32, "layers": 2, "head_dim": 8, "mlp": 64},
+    }
+    shapes = [
+        f"--config.{side}.shape.{key}={value}"
+        for side, sizes in widths.items()
+        for key, value in {"vocab": 257, "heads": 4, "kv_heads": 2, **sizes}.items()
+    ]
+    found = planned(
+        *("v5e:2x2", "--slices", "2", "--config.optim.micro_batches=2", "--config.data.batch=16"),
+        *("--config.student.path=random", "--config.student.layers=()", *shapes),
+    )
+    assert (found["slices"], found["devices"], found["fits"]) == (2, 8, True)
+    between = [c for c in found["collectives"] if "replica" in c["axis"]]
+    within = [c for c in found["collectives"] if c["axis"] == "data" and c["op"] == "all-gather" and c["in_loop"]]
+    gathered = lambda entries: sum(c["count"] for c in within if c["bytes"] == 2 * entries)  # as products read them
+    assert gathered(96 * 160) == 2 * 4 * 3  # gate, up and down: micro-batches x layers x 3
+    assert gathered(96 * 4 * 24) == gathered(96 * 2 * 24) == 2 * 4 * 2  # q and o, k and v
+    # Between slices: sums of gradients in each micro-batch, the update once a step, and no activations.
+    assert {c["op"] for c in between if c["in_loop"]} == {"all-reduce"}
+    assert {c["op"] for c in between if not c["in_loop"]} == {"all-reduce", "all-gather"}
+    assert all(c["count"] <= 8 for c in between)
