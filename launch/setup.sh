@@ -71,7 +71,8 @@ def implied(names):
     while queue:
         if (name := queue.pop()) not in found:
             found.add(name)
-            queue += [n for need in known.get(name, []) for n in re.findall(r"^jaxkd\[(\w+)\]", need)]
+            parts = [re.match(r"jaxkd\[([\w,]+)\]", need) for need in known.get(name, [])]
+            queue += [part for several in parts if several for part in several[1].split(",")]
     return found
 
 

@@ -3,7 +3,10 @@
 import contextlib
 import resource
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -159,18 +162,30 @@ def limit(what: int, number: int):
         resource.setrlimit(what, before)
 
 
-def test_a_machine_that_cannot_read_now_has_no_damaged_checkpoint(damaged):
-    checkpoints = Checkpoints(damaged)
+def alone(what: str, directory: Path) -> None:
+    """Run a function of this file in a process of its own: its limits must not meet what else pytest is doing."""
+    from harness import process_environment
+
+    done = subprocess.run(
+        [sys.executable, __file__, what, str(directory)], env=process_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def cannot_read(directory: Path) -> None:
+    checkpoints = Checkpoints(directory)
     with limit(resource.RLIMIT_NOFILE, 3), pytest.raises(OSError, match="Too many open files"):
         checkpoints.restore(2, abstract(state_of(0)))
     assert checkpoints.recover(abstract(state_of(0))).step == 2
     checkpoints.close()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's own threads
-def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand(tmp_path):
-    """A full disk, as far as one can have it without a disk: files may not grow beyond a limit."""
-    checkpoints = Checkpoints(tmp_path, Keep(9))
+def test_a_machine_that_cannot_read_now_has_no_damaged_checkpoint(damaged):
+    alone("cannot_read", damaged)
+
+
+def cannot_write(directory: Path) -> None:
+    checkpoints = Checkpoints(directory, Keep(9))
     checkpoints.save(1, state_of(1), {"tokens": 1})
     checkpoints.wait()
 
@@ -184,10 +199,19 @@ def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand
         go_on()
     assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
     checkpoints.close()  # says nothing more
-    again = Checkpoints(tmp_path, Keep(9))
+    again = Checkpoints(directory, Keep(9))
     found = again.recover(abstract(state_of(0)))
     assert (found.step, found.said) == (1, ())
     again.save(2, state_of(2), {"tokens": 2})
     again.wait()
     assert again.steps() == [1, 2]
     again.close()
+
+
+def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand(tmp_path):
+    """A full disk, as far as one can have it without a disk: files may not grow beyond a limit."""
+    alone("cannot_write", tmp_path)
+
+
+if __name__ == "__main__":
+    {"cannot_read": cannot_read, "cannot_write": cannot_write}[sys.argv[1]](Path(sys.argv[2]))
