@@ -28,8 +28,8 @@ from jaxkd.experiment import Experiment, experiment
 from jaxkd.train import log, loop
 from jaxkd.train.profiling import Profile
 
-FULL = {"steps": 12, "rounds": 7, "batch": 8, "length": 256, "embed": 384, "layers": 6, "mlp": 1024, "vocab": 16_000}
-QUICK = {"steps": 6, "rounds": 3, "batch": 4, "length": 64, "embed": 192, "layers": 4, "mlp": 512, "vocab": 257}
+FULL = {"steps": 12, "rounds": 7, "batch": 8, "length": 256, "embed": 512, "layers": 6, "mlp": 1536}
+QUICK = {"steps": 6, "rounds": 3, "batch": 4, "length": 64, "embed": 192, "layers": 4, "mlp": 512}
 
 
 def recipe(size: dict[str, int], place: Path) -> Experiment:
@@ -41,7 +41,7 @@ def recipe(size: dict[str, int], place: Path) -> Experiment:
         domains[name] = str(place / f"{name}.jsonl")
         Path(domains[name]).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     width = size["embed"]
-    shape = {"vocab": size["vocab"], "embed": width, "heads": width // 64, "kv_heads": width // 64, "head_dim": 64}
+    shape = {"vocab": 257, "embed": width, "heads": width // 64, "kv_heads": width // 64, "head_dim": 64}
     shape |= {"mlp": size["mlp"], "layers": size["layers"]}
     steps = 2 + (size["rounds"] + 1) * size["steps"]
     return experiment(
