@@ -28,7 +28,7 @@ from jaxkd.experiment import Experiment, experiment
 from jaxkd.train import log, loop
 from jaxkd.train.profiling import Profile
 
-FULL = {"steps": 12, "rounds": 7, "batch": 8, "length": 256, "embed": 512, "layers": 6, "mlp": 1536}
+FULL = {"steps": 6, "rounds": 5, "batch": 4, "length": 128, "embed": 512, "layers": 6, "mlp": 1536}
 QUICK = {"steps": 6, "rounds": 3, "batch": 4, "length": 64, "embed": 192, "layers": 4, "mlp": 512}
 
 
