@@ -20,7 +20,9 @@ def run(arguments, tmp_path_factory):
 
 
 def flip_a_bit_of_the_student(workdir, step):
-    raw = max((b for name, b in final_state(workdir, step)[0].items() if "student" in name), key=len)
+    raw = max(
+        (b for name, b in final_state(workdir, step)[0].items() if name.startswith("['params']['student']")), key=len
+    )
     files = [f for f in (workdir / "checkpoints" / str(step) / "train").rglob("*") if f.is_file()]
     [file] = [f for f in files if raw in f.read_bytes()]
     content = bytearray(file.read_bytes())
