@@ -24,7 +24,9 @@ T = TypeVar("T")
 _FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
 _LOOK = 1.0  # seconds between two looks at whether a process failed
 _HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
-_LOST = re.compile("closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)  # Gloo, NCCL
+_LOST = re.compile(
+    "closed by peer|reset by peer|remote process exited|unhealthy|heartbeat", re.IGNORECASE
+)  # Gloo, NCCL
 _numbers = itertools.count()  # of what is told: the same in all processes, which ask in the same order
 _ending = threading.Lock()  # held by whoever ends this process: it says one sentence
 
@@ -194,7 +196,8 @@ def end(error: BaseException) -> int:
     if size == 1:
         print(text, file=sys.stderr)
         return code
-    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+    if _LOST.search(f"{error} {error.__cause__}"):  # an OSError of a checkpoint that waited for it, too
+        code = processes.UNFORESEEN
         reason = str(error).splitlines()[0][:300]
         text = (
             f"jaxkd: error: a process of this job is gone ({reason}); the same command goes on from the last checkpoint"
