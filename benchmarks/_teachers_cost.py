@@ -138,7 +138,7 @@ def table(where: Path, quick: bool) -> Iterator[dict]:
         where: rows and caches go.
         quick: few rounds and rows, and no second figure.
     """
-    count, rounds = (16, 5) if quick else (64, 15)
+    count, rounds = (16, 3) if quick else (64, 15)
     ready: dict[tuple[str, bool], _Ready] = {}
     student: Any = None
     with jax.set_mesh(job.build(experiment(read_config([f"--config={RECIPE}"]))).mesh):
