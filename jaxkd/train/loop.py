@@ -324,10 +324,11 @@ class Run:
             row |= {f"share/{name}": share for name, share in shares}
         if self.rule_s is not None:  # before this step, and in none of the times above
             row["rule_s"], self.rule_s = self.rule_s, None
-        rows = faults.suspects(values, self._drawn(step)) if skipped else {}
-        if skipped:
-            row |= {"skipped": self.faults.total + 1, "rows": rows}
-        output.step(row, skipped or step % self.job.experiment.run.log_every == 0)
+        broken = skipped or not math.isfinite(values["param_norm"])
+        rows = faults.suspects(values, self._drawn(step)) if broken else {}
+        row |= {"skipped": self.faults.total + 1} if skipped else {}
+        row |= {"rows": rows} if broken else {}
+        output.step(row, broken or step % self.job.experiment.run.log_every == 0)
         self.phases.stepped(step, now - clock, skipped)
         self.faults.see(step, values, skipped, rows, self.checkpoints.latest)
         return now
