@@ -49,7 +49,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(run, tmp_path):
     assert "resuming at step 9 of 12" in resumed.stdout
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "12.aside", "6", "9"]
     (workdir / "evals.jsonl").write_text(
-        "".join(line for line in (workdir / "evals.jsonl").open() if '"step": 9' not in line)
+        "".join(line for line in (workdir / "evals.jsonl").read_text().splitlines(True) if '"step": 9' not in line)
     )
     assert_same_run(workdir, before)
 
