@@ -1,7 +1,6 @@
 """What a run is doing and since when: one account for goodput.jsonl, heartbeat.json and the watchdog."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +77,6 @@ class Phases:
     def close(self, finished: bool) -> None:
         """The process is done with the run; `finished` when it made the last step."""
         self._enter(goodput.END)
-        self._recorder.add(goodput.END, time.time(), self._step, self._step, finished=finished)
+        self._recorder.add(goodput.END, self._began, self._step, self._step, finished=finished)
         self._watchdog.close()
         self._tally.close()
