@@ -205,7 +205,7 @@ def members(place: Path, **more: str) -> list[str]:
     return [str(recipe)]
 
 
-@pytest.mark.parametrize("variant", ["", ":route"])
+@pytest.mark.parametrize("variant", ["", pytest.param(":route", marks=pytest.mark.slow)])
 def test_several_teachers_train_and_are_judged(place, arguments, variant):
     (recipe,) = members(place)
     workdir = place / f"many{variant.strip(':')}"

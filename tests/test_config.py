@@ -242,6 +242,7 @@ def test_rows_that_changed_under_a_run_are_noticed(tmp_path):
     assert "the rows of a are not those" in fails("train", *workdir, *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system of its own")
 def test_a_full_disk_is_said_plainly(tmp_path, two_domains):
     place = tmp_path / "small"

@@ -117,7 +117,7 @@ def test_the_wall_clock_is_accounted_for(survived):
     for before, after in itertools.pairwise(rows):  # one phase begins where another ends
         assert after["time"] - after["seconds"] == pytest.approx(before["time"], abs=0.05)
     assert sum(row["step"] - row["first"] for row in rows if row["phase"] == "steps") == 12
-    assert sum(row.get("programs", 0) for row in rows) > 5
+    assert sum(row.get("programs", 0) for row in rows) > 0  # what other runs of this process compiled is not again
     assert "goodput: " in result.stdout
     assert "<h2>Wall clock</h2>" in (workdir / "report.html").read_text(encoding="utf-8")
     assert json.loads((workdir / "heartbeat.json").read_text())["phase"] == "end"

@@ -72,6 +72,7 @@ def train(e, rows, workdir, steps=3):
     return first, jax.tree.map(np.asarray, run.state.params), losses
 
 
+@pytest.mark.slow
 def test_ted_from_filters_to_the_student(two_domains, tmp_path):
     def stage(name, *more):
         arguments = tiny_arguments(two_domains, tmp_path / "rows", "--config.run.mesh.data=1", *more)[3:]

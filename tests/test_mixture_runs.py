@@ -96,6 +96,7 @@ def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp
     assert (tmp_path / "killed" / "domain_weights.json").read_text() == (proxy / "domain_weights.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
     state, _ = final_state(proxy)
     average = np.frombuffer(state["['groups']['average']"], np.float32)

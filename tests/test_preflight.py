@@ -68,6 +68,7 @@ def test_models_that_fit_are_told_so(place, arguments, exports):
         assert expected in done.stdout
 
 
+@pytest.mark.slow
 def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(place, arguments, exports):
     command = ["train", "--workdir", str(place / "swapped"), *arguments, *models(exports["early"], exports["late"])]
     done = jaxkd(*command, "--config.run.steps=2")

@@ -140,6 +140,7 @@ def test_what_does_not_fit_a_mesh_is_named(overrides, sizes, message):
         built(*overrides, **sizes)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
     """Loss and norms of two steps; what the update read and wrote lies where it was."""
     found = []

@@ -54,7 +54,10 @@ def dense(batch: Batch) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize("mesh", [None, {"data": 4, "model": 2}, {"data": 1, "context": 2, "model": 4}])
+@pytest.mark.parametrize(
+    "mesh",
+    [None, pytest.param({"data": 4, "model": 2}, marks=pytest.mark.slow), {"data": 1, "context": 2, "model": 4}],
+)
 def test_equals_the_dense_form(mesh):
     (student, teacher), params = sides()
     comparison = jax.jit(compare.make_comparison(student, teacher, 250))

@@ -55,6 +55,7 @@ def test_the_average_is_the_plain_one(geometric, temperature):
         np.testing.assert_allclose(lp[live], log_softmax(mean / temperature)[live], atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("geometric", [False, True])
 @pytest.mark.parametrize("name", TEACHES)
 def test_every_divergence_learns_from_a_blend(name, geometric):

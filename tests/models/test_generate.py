@@ -67,7 +67,7 @@ def text(params):
     return run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", OPTIONS)
 def test_tokens_and_logprobs_are_the_forward_passs(family, temperature):
     config = dataclasses.replace(CONFIG, **OPTIONS[family])

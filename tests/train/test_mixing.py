@@ -124,6 +124,7 @@ def test_an_interval_says_what_it_is_drawn_from(make):
     assert "rule_s" not in first
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_rows_that_are_named(make):
     """DoGE's products, of eight devices, against one plain gradient per domain."""
     made = make("doge(mu=0.001)", 8)

@@ -36,6 +36,7 @@ def stored(entries: int, temperatures: tuple[float, ...]) -> Teacher:
     return Teacher(teacher.state, lambda batch: batch, signal)
 
 
+@pytest.mark.slow
 def test_all_but_one_entry_stored_trains_as_the_live_teacher():
     student, teacher, params = problem()
     terms = {

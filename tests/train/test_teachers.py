@@ -52,12 +52,14 @@ def both(weigh, **options):
 # ------------------------------------------------------------------------------------- less than a head
 
 
+@pytest.mark.slow
 def test_all_entries_live_teach_what_the_head_teaches():
     teacher = problem()[1]
     every = signals.top_k(teacher, VOCAB, (1.0,), VOCAB)
     assert distance(gradient(every)[0], gradient(teacher)[0]) < 2e-5
 
 
+@pytest.mark.slow
 def test_fewer_entries_never_see_more_than_the_whole():
     """Data processing: the divergence over K + 1 entries is at most that over the vocabulary, in every domain."""
     teacher = problem()[1]
@@ -70,6 +72,7 @@ def test_fewer_entries_never_see_more_than_the_whole():
         before = found
 
 
+@pytest.mark.slow
 def test_draws_come_to_the_teacher_as_one_over_their_root():
     """The gradient's mean square error is a variance over the number of draws."""
     terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
@@ -97,6 +100,7 @@ def test_a_rows_draws_are_its_own():
 # --------------------------------------------------------------------------------------- several teachers
 
 
+@pytest.mark.slow
 def test_equal_teachers_are_one():
     teacher = problem()[1]
     for geometric in (False, True):
@@ -195,6 +199,7 @@ def test_only_heads_blend():
         many.blend([], lambda batch, step: jnp.ones((8, 0)))
 
 
+@pytest.mark.slow
 def test_annealing_from_teacher_to_labels_is_two_schedules():
     """Cross-entropy to (1 - a) p + a label, at every step: for terms linear in p the weights are all there is to it."""
     steps, teacher = 8, problem()[1]
