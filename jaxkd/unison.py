@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -100,14 +101,18 @@ def say(text: str) -> None:
 # ------------------------------------------------------------------------------------------- as one
 
 
-def word(name: str, make: Callable[[], T]) -> T:
-    """What process 0 makes, for all. The others make nothing and wait, for as long as it takes.
+def word(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
+    """What process 0 makes, for all. The others make nothing and wait.
 
     All processes must ask in the same order; a failure in `make` is that of process 0, which ends all.
 
     Args:
         name: of what is made, for whoever waits.
         make: gives JSON values: lists where there might be tuples, text for keys.
+        patience: seconds to wait for it.
+
+    Raises:
+        OSError: it took longer.
     """
     client, rank, size = _world()
     if size == 1:
@@ -115,22 +120,40 @@ def word(name: str, make: Callable[[], T]) -> T:
     key = f"jaxkd/word/{next(_numbers)}/{name}"
     if rank == 0:
         client.key_value_set(key, json.dumps(make()))
-    return json.loads(_wait(client, key, f"process 0: {name}"))
+    return json.loads(_wait(client, key, f"process 0: {name}", patience))
 
 
-def meet(name: str) -> None:
-    """Go on when all processes have come here, however long that takes."""
+def every(name: str, value: T, patience: float = math.inf) -> list[T]:
+    """What each process says, by its number, in all of them.
+
+    Args:
+        name: of what is said, for whoever waits.
+        value: this process's, of JSON values.
+        patience: seconds to wait for the others.
+
+    Raises:
+        OSError: it took longer; the sentence names a process that has not come.
+    """
     client, rank, size = _world()
     if size == 1:
-        return
-    key = f"jaxkd/meet/{next(_numbers)}/{name}"
-    if rank:
-        client.key_value_set(f"{key}/{rank}", "here")
-        _wait(client, f"{key}/0", f"all processes: {name}")
-        return
-    for other in range(1, size):
-        _wait(client, f"{key}/{other}", f"process {other}: {name}")
-    client.key_value_set(f"{key}/0", "all")
+        return [value]
+    key = f"jaxkd/every/{next(_numbers)}/{name}"
+    client.key_value_set(f"{key}/{rank}", json.dumps(value))
+    if (
+        rank == 0
+    ):  # which reads each and tells all, so that a thousand hosts ask for a thousand values and not a million
+        said = [json.loads(_wait(client, f"{key}/{i}", f"process {i}: {name}", patience)) for i in range(size)]
+        client.key_value_set(f"{key}/all", json.dumps(said))
+    return json.loads(_wait(client, f"{key}/all", f"all processes: {name}", patience))
+
+
+def meet(name: str, patience: float = math.inf) -> None:
+    """Go on when all processes have come here.
+
+    Raises:
+        OSError: as `every`.
+    """
+    every(name, None, patience)
 
 
 def in_turn(name: str, make: Callable[[], T]) -> T:
@@ -166,7 +189,7 @@ def alike(what: str, values: dict[str, str]) -> None:
             )
 
 
-def _wait(client: Any, key: str, who: str) -> str:
+def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
     """A value that another process sets; says after half a minute for what it waits."""
     start, said = time.monotonic(), False
     while True:
@@ -175,7 +198,9 @@ def _wait(client: Any, key: str, who: str) -> str:
         except RuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-        if not said and time.monotonic() - start > 30:
+        if (waited := time.monotonic() - start) > patience:
+            raise OSError(f"gave up after {patience:g} s of waiting for {who}")
+        if not said and waited > 30:
             said = True
             print(f"jaxkd: waiting for {who}", file=sys.stderr, flush=True)
 

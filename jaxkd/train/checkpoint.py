@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import options
 
+from jaxkd import unison
 from jaxkd.train import damage, manifest
 from jaxkd.train.damage import KINDS, Damaged, judged, kind, reason
 from jaxkd.train.keep import Keep, Retention, check_room, place
@@ -58,9 +59,9 @@ class Checkpoints:
         self._manager = None if read_only else self._writer(keep or Keep())
 
     def _writer(self, keep: Keep) -> ocp.CheckpointManager:
-        if jax.process_index() == 0:
+        if unison.first():
             self.directory.mkdir(parents=True, exist_ok=True)
-        _meet("the directory of checkpoints")
+        unison.meet("the directory of checkpoints", PATIENCE)
         self._metrics = self._measured()
         return ocp.CheckpointManager(
             self.directory,
@@ -94,10 +95,8 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """That with the lowest metric, the later one of equals; None when none was saved with one."""
-        _meet("the best of the checkpoints")
-        measured = self._measured() if jax.process_index() == 0 else {}
-        chosen = damage.first(sorted(measured, key=lambda step: (measured[step], -step))[:1])
-        return chosen[0] if chosen else None
+        lowest = lambda found: min(found, key=lambda step: (found[step], -step), default=None)
+        return unison.word("the best of the checkpoints", lambda: lowest(self._measured()), PATIENCE)
 
     def _measured(self) -> dict[int, float]:
         found = {}
@@ -132,7 +131,7 @@ class Checkpoints:
             return
         if later := max((s for s in there if s > step), default=None):
             raise ValueError(f"{self.directory} already holds step {later}, so step {step} cannot follow: roll back")
-        if jax.process_index() == 0:
+        if unison.first():
             check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         progress = json.loads(json.dumps(progress))  # as it is now: it is written later, by a thread
         body = manifest.make(step, state, progress, metric)
@@ -200,11 +199,11 @@ class Checkpoints:
                 number += 1
                 names[later] = f"{later}{_ASIDE}-{number}"
             self._metrics.pop(later, None)
-        _meet("names for later checkpoints")  # all have looked before one renames
-        if jax.process_index() == 0:
+        unison.meet("names for later checkpoints", PATIENCE)  # all have looked before one renames
+        if unison.first():
             for later, name in names.items():
                 (self.directory / str(later)).rename(self.directory / name)
-        _meet("later checkpoints to be set aside")
+        unison.meet("later checkpoints to be set aside", PATIENCE)
         self._manager.reload()
         return names
 
@@ -351,17 +350,17 @@ class Checkpoints:
         """What this process reads of a step; where one process fails, all do, for the same reason."""
         found: list[T] = []
         error: Exception | None = None
+        cause: Exception | None = None
         if not (self.directory / str(step) / COMMITTED).exists():
             error = ValueError(self._missing(step, self.steps()))
         else:
             try:
                 found.append(read())
-            except (ValueError, OSError) as wrong:
-                error = KINDS[kind(wrong)](self._cannot(step, wrong))
-                error.__cause__ = wrong
-        _meet("a checkpoint that all read")
-        if (shared := damage.shared(error)) is not None:
-            raise shared
+            except (ValueError, OSError) as caught:
+                error, cause = KINDS[kind(caught)](self._cannot(step, caught)), caught
+        mine = None if error is None else [kind(error), str(error)]
+        if (wrong := damage.shared(unison.every("a checkpoint that all read", mine, PATIENCE))) is not None:
+            raise wrong from cause
         return found[0]
 
     def _cannot(self, step: int, error: Exception) -> str:
@@ -369,13 +368,12 @@ class Checkpoints:
 
     def _missing(self, step: int, there: Sequence[int]) -> str:
         names = ", ".join(map(str, there)) or "none"
-        hint = "; all hosts must see one directory" if jax.process_index() else ""
+        hint = "; all hosts must see one directory" if not unison.first() else ""
         return f"there is no checkpoint {self.directory / str(step)}; steps that are there: {names}{hint}"
 
     def _agreed(self) -> list[int]:
         """The steps as process 0 sees them: a listing may differ between hosts."""
-        _meet("the list of checkpoints")
-        return damage.first(self.steps() if jax.process_index() == 0 else [])
+        return unison.word("the list of checkpoints", self.steps, PATIENCE)
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
@@ -387,13 +385,3 @@ def _processes() -> options.MultiprocessingOptions:
     # Named, they meet through the coordination service, which gives up in the end and says who is missing.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
     return options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix="jaxkd")
-
-
-def _meet(what: str) -> None:
-    """Wait for all processes, for `PATIENCE` at most."""
-    if jax.process_count() > 1:
-        everyone = set(range(jax.process_count()))
-        try:
-            ocp.multihost.sync_global_processes(f"jaxkd: {what}", timeout=PATIENCE, processes=everyone)
-        except Exception as error:
-            raise OSError(f"not all processes came within {PATIENCE} s, for {what}: {reason(error)}") from error

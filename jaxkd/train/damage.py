@@ -4,18 +4,13 @@ import errno
 import gc
 import sys
 import time
-from collections.abc import Callable
-from typing import TypeVar
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 # What TensorStore and the system say when it is not the checkpoint that is at fault.
 _PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
 _SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH)
 T = TypeVar("T")
-_BYTES = 1000  # of a message from another process
 
 
 class Damaged(ValueError):
@@ -67,23 +62,14 @@ def kind(error: Exception) -> int:
     return next(i for i, one in enumerate(KINDS) if isinstance(error, one))
 
 
-def shared(error: Exception | None) -> Exception | None:
-    """The error of any process, the same one in all; None when none has one. All processes call it together."""
-    if jax.process_count() == 1:
-        return error
-    text = b"" if error is None else f"{error} (process {jax.process_index()})".encode()
-    kinds = np.asarray(multihost_utils.process_allgather(np.int32(-1 if error is None else kind(error))))
-    texts = multihost_utils.process_allgather(np.frombuffer(text[:_BYTES].ljust(_BYTES), np.uint8))
-    if (kinds < 0).all():
+def shared(told: Sequence[Any]) -> Exception | None:
+    """The error that goes for all processes, None when none has one.
+
+    Args:
+        told: by process, None or the `kind` of its error and the message.
+    """
+    wrong = [(one[0], process, one[1]) for process, one in enumerate(told) if one is not None]
+    if not wrong:
         return None
-    number, process = min((int(k), i) for i, k in enumerate(kinds) if k >= 0)
-    return KINDS[number](bytes(np.asarray(texts)[process]).decode(errors="replace").strip())
-
-
-def first(numbers: list[int]) -> list[int]:
-    """Process 0's list in all processes, which call it together."""
-    if jax.process_count() == 1:
-        return numbers
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
-    mine = numbers if jax.process_index() == 0 else [0] * count
-    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32))).tolist() if count else []
+    number, process, text = min(wrong)
+    return KINDS[number](f"{text} (process {process})" if len(told) > 1 else text)

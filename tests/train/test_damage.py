@@ -199,18 +199,19 @@ def cannot_write(directory: Path) -> None:
         go_on()
     assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
     checkpoints.close()  # says nothing more
-    again = Checkpoints(directory, Keep(9))
+
+
+def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand(tmp_path):
+    """A full disk, as far as one can have it without a disk: files may not grow beyond a limit."""
+    alone("cannot_write", tmp_path)
+    # In another process, as it would be: threads of a write that failed may go on for a while in their own.
+    again = Checkpoints(tmp_path, Keep(9))
     found = again.recover(abstract(state_of(0)))
     assert (found.step, found.said) == (1, ())
     again.save(2, state_of(2), {"tokens": 2})
     again.wait()
     assert again.steps() == [1, 2]
     again.close()
-
-
-def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand(tmp_path):
-    """A full disk, as far as one can have it without a disk: files may not grow beyond a limit."""
-    alone("cannot_write", tmp_path)
 
 
 if __name__ == "__main__":
