@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from jaxkd import __version__
-from jaxkd.experiment import Experiment, Member, MeshBlock, Term, experiment, nearest
+from jaxkd.experiment import Experiment, Member, MeshBlock, Term, experiment, leaves, nearest, plain
 
 _PACKAGES = (
     "jax",
@@ -52,7 +52,7 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path}")
     config = _parse(recipe)
-    known, free, overrides = _leaves(config.to_dict()), {}, []
+    known, free, overrides = leaves(config.to_dict()), {}, []
     optional = _optional(known)
     for argument in (a for a in arguments if a not in recipe):
         key, _, value = argument.removeprefix("--config.").partition("=")
@@ -121,17 +121,6 @@ def _parse(arguments: Sequence[str], known: Mapping[str, Any] | None = None) -> 
         raise ValueError(f"the recipe {arguments[0]} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _leaves(values: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= _leaves(value, name + ".")
-        else:
-            found[name] = value
-    return found
-
-
 # ------------------------------------------------------------------------------------- the workdir
 
 
@@ -148,7 +137,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     Raises:
         ValueError: it holds another experiment, or something that is none.
     """
-    saved, config = workdir / "config.json", _plain(e)
+    saved, config = workdir / "config.json", plain(e)
     trained = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
     if not saved.exists():
         if workdir.exists() and any(workdir.iterdir()):
@@ -156,7 +145,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
         adopt(workdir, e)
         return []
     try:
-        before, after = _leaves(_completed(json.loads(saved.read_text(encoding="utf-8")))), _leaves(config)
+        before, after = leaves(_completed(json.loads(saved.read_text(encoding="utf-8")))), leaves(config)
     except (json.JSONDecodeError, AttributeError):
         raise ValueError(f"{saved} is damaged: it is not a JSON object; use a new --workdir") from None
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
@@ -190,7 +179,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
 def _completed(values: Any) -> Any:
     """A saved config with the defaults of keys that an older jaxkd did not know."""
     try:
-        return _plain(experiment(values))
+        return plain(experiment(values))
     except ValueError:  # it knew others: the comparison will name them
         return values
 
@@ -198,7 +187,7 @@ def _completed(values: Any) -> Any:
 def adopt(workdir: Path, e: Experiment) -> None:
     """Write the experiment into its workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", _plain(e))
+    write_json(workdir / "config.json", plain(e))
 
 
 @contextlib.contextmanager
@@ -243,10 +232,6 @@ def see(workdir: Path, mark: str, seconds: float = 30.0) -> None:
                 "storage that every host sees, such as a mounted bucket or file system"
             )
         time.sleep(0.2)
-
-
-def _plain(e: Experiment) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(e)))
 
 
 def saved_experiment(workdir: Path) -> Experiment:

@@ -5,6 +5,7 @@ This is the config once it has passed the door: nothing further in sees `ml_coll
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -175,6 +176,23 @@ class Experiment:
     data: DataBlock
     optim: OptimBlock
     run: RunBlock
+
+
+def plain(e: Experiment) -> dict[str, Any]:
+    """The experiment as JSON has it."""
+    return json.loads(json.dumps(dataclasses.asdict(e)))
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= leaves(value, name + ".")
+        else:
+            found[name] = value
+    return found
 
 
 # ------------------------------------------------------------------------------- from plain values

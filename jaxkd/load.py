@@ -1,7 +1,5 @@
 """What a job describes, made real: rows on disk, weights on devices."""
 
-import dataclasses
-import json
 import math
 import shutil
 import sys
@@ -19,7 +17,7 @@ from jaxkd.data import build, loader
 from jaxkd.data.rows import Rows
 from jaxkd.data.sources import open_source
 from jaxkd.divergences import next_token
-from jaxkd.experiment import Experiment
+from jaxkd.experiment import Experiment, leaves, plain
 from jaxkd.job import Job, Model
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.models import heads, shrink, transformer
@@ -280,14 +278,7 @@ def recover(job: Job, workdir: Path, there: Checkpoints) -> Found | None:
 
 def identity(e: Experiment) -> dict[str, Any]:
     """What a checkpoint says of its run where it is not in the workdir that belongs to it: the config, a leaf a key."""
-
-    def leaves(values: Any, where: str) -> dict[str, Any]:
-        if not isinstance(values, dict) or not values:
-            return {where: values}
-        return {k: v for name, x in values.items() for k, v in leaves(x, f"{where}.{name}".lstrip(".")).items()}
-
-    plain = json.loads(json.dumps(dataclasses.asdict(e)))
-    return {"config": leaves(plain, "")} if e.run.checkpoints else {}
+    return {"config": leaves(plain(e))} if e.run.checkpoints else {}
 
 
 def mark(e: Experiment, workdir: Path, there: Checkpoints) -> None:
