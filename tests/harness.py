@@ -148,6 +148,28 @@ def free_address() -> str:
         return f"localhost:{probe.getsockname()[1]}"
 
 
+def together(program: str, *arguments: str, count: int = 2) -> list[str]:
+    """What each process of a Python program prints, called with where they meet, its number, and the arguments."""
+    address = free_address()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, address, str(index), *arguments],
+            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    said = []
+    for process in processes:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+        said.append(output)
+    return said
+
+
 _CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")
 
 

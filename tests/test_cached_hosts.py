@@ -1,12 +1,8 @@
 """A cache that two processes fill together, each its own files, all rows once, and look at before they train."""
 
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from harness import REPOSITORY, jaxkd, process_environment, tiny_arguments, write_domain
+from harness import jaxkd, tiny_arguments, together, write_domain
 
 from jaxkd.data.store import Store
 from jaxkd.teachers import codec
@@ -42,25 +38,8 @@ def test_two_processes_fill_one_cache(tmp_path, data, model):
     ]  # fmt: skip
     alone = jaxkd("cache", *common, f"--config.teacher.cache={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
     mesh = [f"--config.run.mesh.data={data}", f"--config.run.mesh.model={model}"]
-    together = [*common, *mesh, f"--config.teacher.cache={tmp_path / 'together'}"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(i), *together],
-            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in processes:
-        said, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
+    for said in together(PROGRAM, *common, *mesh, f"--config.teacher.cache={tmp_path / 'together'}"):
         assert data == 1 or "from the live teacher" in said
     one, two = Store(tmp_path / "alone"), Store(tmp_path / "together")
     assert one.manifest == two.manifest

@@ -1,15 +1,12 @@
 """Checkpoints of two processes: each writes its part, both read the same, and what one cannot read neither uses."""
 
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import REPOSITORY, process_environment
+from harness import together
 
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.keep import Keep
@@ -61,34 +58,16 @@ def state_of(step: int) -> TrainState:
     return TrainState(jnp.int32(step), {"student": {"w": w}, "objective": {}}, (w * 2, jnp.ones(3)))
 
 
-def together(*pairs) -> list[list[str]]:
+def both(*pairs) -> list[list[str]]:
     """What each of two processes says of its directories."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(i), *(f"{one},{two}" for one, two in pairs)],
-            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = []
-    for process in processes:
-        output, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors[-3000:]
-        said.append([line.removeprefix("said: ") for line in output.splitlines() if line.startswith("said: ")])
-    return said
+    outputs = together(PROGRAM, *(f"{one},{two}" for one, two in pairs))
+    return [[line[6:] for line in output.splitlines() if line.startswith("said: ")] for output in outputs]
 
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
     shared = tmp_path / "shared"
-    for said in together((shared, shared)):
+    for said in both((shared, shared)):
         assert said == ["step 4 {'tokens': 4}", "1 [1, 3, 4]"]
 
     # One process, another mesh: what both wrote.
@@ -105,7 +84,7 @@ def test_two_processes_agree(tmp_path):
     checkpoints.close()
 
     mine = [1, 3], [1, 3, 4]
-    for said, steps in zip(together(lacking, damaged, (shared, shared)), mine, strict=True):
+    for said, steps in zip(both(lacking, damaged, (shared, shared)), mine, strict=True):
         # A disk that process 1 does not share: both say the same, and neither changes anything.
         assert said[0].startswith("ValueError there is no checkpoint")
         assert said[0].endswith("steps that are there: 1, 3; all hosts must see one directory (process 1)")
