@@ -24,6 +24,7 @@ def resolved(*overrides: str):
     ("override", "message"),
     [
         ("--config.optim.lr.paek=1", r"unknown key --config.optim.lr.paek: did you mean optim.lr.peak"),
+        ("--config.run.mesh.contxt=2", r"did you mean run.mesh.context or run.mesh.data or run.mesh.model"),
         ("--config.optim.lr=1", r"it is a block; set one of optim.lr.end, optim.lr.peak"),
         ("--config.run.steps=many", r"--config.run.steps must be int, got 'many'"),
         ("--config.nothing=1", r"unknown key --config.nothing"),
