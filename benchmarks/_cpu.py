@@ -18,8 +18,6 @@ SHAPES.insert(2, Shape(8_192, 32_000))
 
 MEMORY = [Shape(8_192, 128_256), Shape(8_192, 128_256, 2_048, 4_096)]
 SWEEP = [1_024, 2_048, 4_096, 8_192, 16_384, 32_768]
-MOST = 16 * 2**30
-"""A dense form that needs more bytes than this is compiled and not run."""
 
 
 def say(*words: Any) -> None:
@@ -58,7 +56,7 @@ class _Programs(NamedTuple):
     error: float
 
 
-def _programs(shape: Shape, forms: dict[str, Form]) -> dict[str, _Programs]:
+def _programs(shape: Shape, forms: dict[str, Form], most: float) -> dict[str, _Programs]:
     inputs = _forms.arguments(shape, {form.signal for form in forms.values()})
     bares = {signal: compiled(_forms.bare, arguments) for signal, arguments in inputs.items()}
     found = {}
@@ -68,8 +66,8 @@ def _programs(shape: Shape, forms: dict[str, Form]) -> dict[str, _Programs]:
         ours = compiled(_forms.fused(form, shape.vocab), arguments)
         dense = compiled(_forms.dense(form, shape.vocab), arguments)
         memory = temporary(ours), temporary(dense)
-        if (needs := _needs(dense)) > MOST:
-            say(f"  its dense form needs {needs / 2**30:.0f} GiB and is not run")
+        if (needs := _needs(dense) / 2**30) > most:
+            say(f"  its dense form needs {needs:.1f} GiB and is not run")
             dense = None
         error = _forms.gradient_error(ours, form, shape.vocab, arguments)
         found[name] = _Programs(arguments, bares[form.signal], ours, dense, *memory, error)
@@ -95,7 +93,12 @@ def _median(rounds: list[dict], above: tuple[str, str], below: tuple[str, str]) 
 
 
 def measure(
-    shape: Shape, forms: dict[str, Form], rounds: int, python: str | None = None, until: float = float("inf")
+    shape: Shape,
+    forms: dict[str, Form],
+    rounds: int,
+    most: float,
+    python: str | None = None,
+    until: float = float("inf"),
 ) -> Iterator[dict]:
     """One row per form, then one per peer that has it.
 
@@ -103,10 +106,11 @@ def measure(
         shape: of the problem.
         forms: by name.
         rounds: each runs every form once.
+        most: GiB; a dense form that needs more is compiled and not run.
         python: interpreter of the peers, None to leave them out.
         until: `time.monotonic()` after which no further round begins.
     """
-    programs = _programs(shape, forms)
+    programs = _programs(shape, forms, most)
     peers = Peers(python, _forms.make(shape)) if python else None
     say(f"  peers: {peers.versions}" if peers else "  no peers")
     _round(programs, peers)  # first touch of memory, and the peers' own compilers

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 STARTED = time.monotonic()
 QUICK_SECONDS = 30  # after which no further round begins
-# glibc gives large arrays back to the system at once, and takes them again page by page: on a virtual machine that is a
-# tenth of a loss, more for whoever comes after a pause. Read when a process begins; the peers' inherits them.
+# glibc gives large arrays back to the system at once, and takes them again page by page, which is a part of what a user
+# waits for, and of no interest to who works on a kernel. Read when a process begins; the peers' inherits them.
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
@@ -28,6 +28,9 @@ def _parsed() -> argparse.Namespace:
     mode.add_argument("--tpu", action="store_true", help="compile for TPUs: what fits, bytes moved, collectives")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of tables")
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has trl or tunix; default: this one")
+    parser.add_argument("--keep-memory", action="store_true", help="tell glibc to keep freed memory, peers' too")
+    # Who keeps memory has no room for the dense forms of the large shapes and for peers beside each other.
+    parser.add_argument("--dense-gib", type=float, default=16.0, help="dense forms that need more are not run")
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken")
     parser.add_argument("--tokens", type=int, nargs="+", help="only these token counts of the full table")
     parser.add_argument("--vocab", type=int, nargs="+", help="only these vocabularies of the full table")
@@ -54,12 +57,13 @@ def _table(options: argparse.Namespace) -> Iterable[dict]:
     python = options.peers or sys.executable
     for shape in _cpu.SHAPES:
         if shape.tokens in (options.tokens or [shape.tokens]) and shape.vocab in (options.vocab or [shape.vocab]):
-            yield from _cpu.measure(shape, _cpu.FORMS, options.rounds, python)
+            yield from _cpu.measure(shape, _cpu.FORMS, options.rounds, options.dense_gib, python)
 
 
 def main() -> None:
     options = _parsed()
-    if missing := {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}:
+    missing = {name: value for name, value in KEEP_MEMORY.items() if name not in os.environ}
+    if options.keep_memory and missing:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
     os.environ["JAX_PLATFORMS"] = "cpu"  # the times are a CPU's, and TPUs are compiled for, not used
     if options.tpu:
@@ -70,13 +74,13 @@ def main() -> None:
 
     if options.quick:
         until = STARTED + QUICK_SECONDS
-        return _show(_cpu.measure(_cpu.QUICK, _cpu.FORMS, 3, until=until), options.json)
+        return _show(_cpu.measure(_cpu.QUICK, _cpu.FORMS, 3, options.dense_gib, until=until), options.json)
     if options.memory:
         return _show(_cpu.memory(), options.json)
     if not options.family:
         _show(_table(options), options.json)
     if options.family or not (options.tokens or options.vocab):
-        _show(_cpu.measure(_cpu.FAMILY, _cpu.family(), options.rounds), options.json)
+        _show(_cpu.measure(_cpu.FAMILY, _cpu.family(), options.rounds, options.dense_gib), options.json)
 
 
 if __name__ == "__main__":

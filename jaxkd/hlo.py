@@ -6,10 +6,10 @@ XLA's own figures count the body of a loop once. Here every instruction counts a
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
+from jaxkd.device_groups import axis_of, between, groups
 
 COLLECTIVES = (
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -21,6 +21,7 @@ _STILL = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "optimization-barrier", "opt-barrier", "async-start", "async-update", "domain"),
 }
+_WORK = ("fusion", "convolution", "dot", "while", "call", "conditional", "reduce", "sort")
 _CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
 _SLICES = ("dynamic-slice", "slice", "gather")
 # What goes between slices is sent through the hosts, by a runtime that has names of its own for it.
@@ -28,7 +29,6 @@ _TRANSFERS = {
     **{"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"},
     **{"ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"},
 }
-_OF_SLICE = 100_000  # a device's id, where there are several slices: this times its slice, from 1, and its place there
 _NAMES = re.compile(r"%([\w.\-]+)")
 _ARRAYS = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
@@ -53,6 +53,7 @@ class Collective:
     bytes: int  # of one, on one device: the whole array that is gathered, reduced or moved
     in_loop: bool
     count: int  # times a step
+    overlapped: bool = False  # whether the program computes between its start and its end
 
 
 class Program:
@@ -126,13 +127,18 @@ class Program:
         """
         numbers = {own: number for number, own in enumerate(ids)}
         found: dict[Collective, int] = {}
+
+        def add(one: Collective, name: str, overlapped: bool) -> None:
+            one = dataclasses.replace(one, in_loop=name in self.looped, overlapped=overlapped)
+            found[one] = found.get(one, 0) + self.times[name]
+
         for name, body in self.computations.items():
             begins = any("AsyncCollectiveStart" in i.rest for i in body)
-            for i in body:
+            for place, i in enumerate(body):
                 op = i.op.removesuffix("-start")
                 if op == "send" and name in self.times and (sent := self._sent(i, body, mesh, numbers)):
-                    one = dataclasses.replace(sent, in_loop=name in self.looped)
-                    found[one] = found.get(one, 0) + self.times[name]
+                    back = next((n for n, r in enumerate(body) if r.op == "recv" and _meets(i, r)), place)
+                    add(sent, name, self._computes(body, back))
                 if op not in COLLECTIVES or name not in self.times:
                     continue
                 if "chain_id=" in i.rest and not begins:
@@ -142,10 +148,25 @@ class Program:
                     continue
                 if op == "all-reduce" and name.startswith("all-reduce-scatter"):
                     op = "reduce-scatter"  # how a TPU's program spells it: a fusion that keeps a slice of the sum
-                one = Collective(op, axis, self._exchanged(name, i), name in self.looped, 0)
-                found[one] = found.get(one, 0) + self.times[name]
+                one = Collective(op, axis, self._exchanged(name, i), False, 0)
+                add(one, name, begins or self._computes(body, place))
         rows = [dataclasses.replace(collective, count=count) for collective, count in found.items()]
         return sorted(rows, key=lambda c: -c.bytes * c.count)
+
+    def _computes(self, body: list[Instruction], place: int) -> bool:
+        """Whether anything is computed between an exchange's start, an instruction of a scheduled body, and its end."""
+        started = body[place]
+        if not started.op.endswith(("-start", "send", "recv")):
+            return False
+        handed, end = {started.name}, len(body)
+        for later in range(place + 1, len(body)):
+            i = body[later]
+            if handed & set(i.operands):
+                if i.op.endswith("-done"):
+                    end = later
+                    break
+                handed.add(i.name)
+        return any(i.op in _WORK for i in body[place + 1 : end])
 
     @staticmethod
     def _sent(
@@ -154,12 +175,11 @@ class Program:
         """What a `send` of the runtime between slices exchanges, with the `recv` that belongs to it."""
         kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
         target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|\{(\{.*?\})\})', i.rest)
-        meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', i.rest)
-        if kind is None or target is None or meeting is None:
+        if kind is None or target is None:
             return None
-        back = [r for r in body if r.op == "recv" and meeting[0] in r.rest]
+        back = [r for r in body if r.op == "recv" and _meets(i, r)]
         moved = max(size(x.kind.replace("u32[]", "")) for x in [i, *back])
-        exchanging = [[numbers[n] for n in group if n in numbers] for group in _between(target[1], target[2])]
+        exchanging = [[numbers[n] for n in group if n in numbers] for group in between(target[1], target[2])]
         axis = axis_of(iter([group for group in exchanging if group]), mesh)
         return Collective(_TRANSFERS.get(kind[1], kind[1].lower()), axis, moved, False, 0) if axis else None
 
@@ -265,6 +285,12 @@ def _closing(text: str, opening: int) -> int:
     return len(text)
 
 
+def _meets(sent: Instruction, received: Instruction) -> bool:
+    """Whether two transfers through the hosts are the two ways of one exchange."""
+    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', sent.rest)
+    return meeting is not None and meeting[0] in received.rest
+
+
 def _constants(body: list[Instruction]) -> dict[str, int]:
     whole = [i for i in body if i.op == "constant" and re.match(r"[su]\d+\[\]", i.kind)]
     return {i.name: int(i.operands[0]) for i in whole if re.fullmatch(r"-?\d+", i.operands[0])}
@@ -305,71 +331,3 @@ def size(kind: str, memory: bool = False) -> int:
         bits = _BITS.get(dtype) if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0])
         total += -(-math.prod(map(int, filter(None, dimensions.split(",")))) * (bits or 0) // 8)
     return total
-
-
-def groups(attributes: str, devices: int) -> Iterator[list[int]]:
-    """The groups of devices that exchange with each other, from an instruction's attributes."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
-        yield from _lists(pairs[1] + "}")
-    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        yield from ids.reshape(shape[0], -1).tolist()
-    elif named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
-        yield from _of_mesh(*named.groups())
-    elif (listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes)) is not None:
-        yield from _lists(listed[1])
-    else:
-        yield list(range(devices))
-
-
-def _of_mesh(sizes: str, order: str | None, axes: str) -> list[list[int]]:
-    """Groups that vary along axes of a mesh of the compiler's own: "'a'=2,'b'=4", perhaps "[4,2]T(1,0)", "'b'"."""
-    names, extents = zip(*re.findall(r"'([^']+)'=(\d+)", sizes), strict=True)
-    dims = [int(n) for n in extents]
-    ids = np.arange(math.prod(dims))
-    if order and (found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
-        ids = ids.reshape([int(n) for n in found[1].split(",")])
-        if found[2]:
-            ids = ids.transpose([int(n) for n in found[2].split(",")])
-    shape, varying = [], []
-    parts = {name: (before, part) for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
-    for name, extent in zip(names, dims, strict=True):
-        before, part = (int(n or 0) for n in parts.get(name, ("1", "1")))
-        before, part = before or 1, part or extent  # a whole axis has neither
-        shape += [before, part, extent // before // part]
-        varying += [len(shape) - 2] if name in parts else []
-    ids = ids.reshape(shape)
-    still = [d for d in range(ids.ndim) if d not in varying]
-    return ids.transpose([*still, *varying]).reshape(-1, math.prod(shape[d] for d in varying)).tolist()
-
-
-def _between(product: str | None, listed: str | None) -> list[list[int]]:
-    """Groups of devices in several slices: "{1,2}x{0:3}" is each with its like, else lists, or pairs "{1->2}"."""
-    if listed is not None:
-        return list(_lists(listed.replace("->", ",")))
-    slices, places = ([], []) if product is None else (_expanded(part) for part in product.split("x"))
-    return [[_OF_SLICE * s + place for s in slices] for place in places]
-
-
-def _expanded(text: str) -> list[int]:
-    """ "{0:2,5}" is 0, 1, 2 and 5."""
-    ends = [part.split(":") for part in text.strip("{}").split(",") if part]
-    return [n for part in ends for n in range(int(part[0]), int(part[-1]) + 1)]
-
-
-def _lists(text: str) -> Iterator[list[int]]:
-    for inner in re.findall(r"\{([\d,]+)\}", text):
-        yield [int(n) for n in inner.split(",")]
-
-
-def axis_of(exchanging: Iterator[list[int]], mesh: Mapping[str, int]) -> str:
-    """The mesh axes along which groups of devices lie, joined by "+"; empty for groups of one."""
-    shape = tuple(mesh.values())
-    varying = np.zeros(len(shape), bool)
-    for group in exchanging:
-        places = np.asarray(np.unravel_index(group, shape))
-        varying |= (places != places[:, :1]).any(axis=1)
-    return "+".join(name for name, varies in zip(mesh, varying, strict=True) if varies)

@@ -1,7 +1,8 @@
 """What a run takes on TPUs that are not here: its real step, compiled for them, and what follows from the program.
 
 Memory is the compiler's own count. Exchanges and memory traffic are read from the program, every loop multiplied by its
-trips. Time is a roofline: products, memory and links each at their peak and all at once, so no run is faster.
+trips. Time is a roofline: products, memory and links each at their peak and all at once, but for the exchanges beside
+which the program computes nothing, so no run is faster.
 """
 
 import dataclasses
@@ -46,16 +47,21 @@ class Estimate(NamedTuple):
     memory: float
     links: float
     network: float = 0.0  # between slices
+    exposed: float = 0.0  # of links and network, beside which the program computes nothing
 
     @property
     def step_s(self) -> float:
-        """The slowest of them, as if the others were hidden behind it."""
-        return max(self)
+        """The slowest, as if the others were hidden behind it; products wait for what is exchanged alone."""
+        return max(self._together())
 
     @property
     def bound(self) -> str:
         """Which of them that is."""
-        return ("compute", "hbm", "ici", "dcn")[int(np.argmax(self))]
+        found = ("compute", "hbm", "ici", "dcn")[int(np.argmax(self._together()))]
+        return "ici" if found == "compute" and self.exposed > self.compute else found
+
+    def _together(self) -> tuple[float, ...]:
+        return (self.compute + self.exposed, self.memory, self.links, self.network)
 
 
 class Plan(NamedTuple):
@@ -102,6 +108,7 @@ class Plan(NamedTuple):
                 "tokens_per_s": time and self.tokens / time.step_s,
                 "mfu": self.mfu,
                 "bound": time and time.bound,
+                "exposed_s": time and time.exposed,
             },
         }
 
@@ -210,6 +217,7 @@ def plan(built: Job, topology: Topology) -> Plan:
         text.traffic() / topology.chip.bandwidth,
         sum(count * links for count, links, _ in each),
         sum(count * network for count, _, network in each),
+        sum(n * (s + network) for c, (n, s, network) in zip(collectives, each, strict=True) if not c.overlapped),
     )
     held_now = Memory(limit, peak, **parts, temp=memory.temp_size_in_bytes)
     return Plan(topology, built, held_now, needed, collectives, time)
@@ -366,11 +374,14 @@ def lines(p: Plan) -> list[str]:
     for c in p.collectives:
         if c.bytes * c.count * 100 >= max(x.bytes * x.count for x in p.collectives):  # the rest is noise
             where = "in a loop" if c.in_loop else "once a step"
-            found.append(f"exchange  {c.op} over {c.axis}: {_binary(c.bytes)} x {c.count:,}, {where}")
+            beside = "beside products" if c.overlapped else "alone"
+            found.append(f"exchange  {c.op} over {c.axis}: {_binary(c.bytes)} x {c.count:,}, {where}, {beside}")
     t = p.estimate
     found.append(
         f"time      at least {_short(t.step_s)} s a step, bound by {t.bound}: compute {_short(t.compute)}, hbm "
-        f"{_short(t.memory)}, ici {_short(t.links)}" + (f", dcn {_short(t.network)}" if p.topology.slices > 1 else "")
+        f"{_short(t.memory)}, ici {_short(t.links)}"
+        + (f", dcn {_short(t.network)}" if p.topology.slices > 1 else "")
+        + f", of both alone {_short(t.exposed)}"
     )
     if p.topology.slices > 1 and p.topology.chip.dcn is None:
         found.append(f"          the network of {p.topology.generation.name} is not published: its time is left out")

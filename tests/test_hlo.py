@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkd import hlo
+from jaxkd import device_groups, hlo
 from jaxkd.sharding import make_mesh
 
 MESH = {"data": 4, "model": 2}
@@ -81,10 +81,22 @@ def test_exchanges_of_a_tpu_program():
     found = hlo.Program(TPU).collectives(MESH)
     assert found == [
         hlo.Collective("reduce-scatter", "data", 32 * 64 * 4, True, 5),
-        hlo.Collective("all-gather", "data", 32 * 64 * 2, True, 5),
+        hlo.Collective("all-gather", "data", 32 * 64 * 2, True, 5, overlapped=True),
         hlo.Collective("collective-permute", "model", 32 * 64 * 4, False, 1),
         hlo.Collective("all-reduce", "data+model", 4, False, 1),
     ]
+
+
+def test_an_exchange_overlaps_where_something_is_computed_before_its_end():
+    """A hop ends at once; with a fusion between start and end it does not, and a name for what is there is no work."""
+    end = "  %hopped = f32[32,64]{1,0:S(1)} collective-permute-done(%hop)\n"
+    overlapped = lambda text: [c.overlapped for c in hlo.Program(text).collectives(MESH) if c.axis == "model"]
+    fused = "  %busy = f32[32,64]{1,0} fusion(%hop.1), kind=kLoop, calls=%one_layer\n"
+    named = "  %named = f32[2048]{0} bitcast(%hop.1)\n"
+    assert end in TPU
+    assert overlapped(TPU) == overlapped(TPU.replace(end, named + end)) == [False]
+    assert overlapped(TPU.replace(end, fused + end)) == [True]
+    assert overlapped(TPU.replace(end, end + fused)) == [False]
 
 
 def test_memory_traffic_of_a_tpu_program():
@@ -124,7 +136,7 @@ def test_an_update_in_place_is_the_update(fused):
     ],
 )
 def test_groups_of_devices_lie_along_an_axis(attributes, axis):
-    assert hlo.axis_of(hlo.groups(attributes, 8), MESH) == axis
+    assert device_groups.axis_of(device_groups.groups(attributes, 8), MESH) == axis
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +224,8 @@ def test_what_goes_between_slices_is_read_from_what_is_sent():
     ]
     in_order = hlo.Program(SLICES).collectives(mesh, ids([0, 1, 2, 3]))
     assert in_order[1].axis == "replica+model"
+    # Work between a transfer's two ends hides it, and only that transfer.
+    end = "  %recv-done.1 ="
+    busy = "  %busy = f32[8,128]{1,0} convolution(%g, %g), dim_labels=bf_io->bf\n"
+    found = hlo.Program(SLICES.replace(end, busy + end, 1)).collectives(mesh, ids([0, 3, 2, 1]))
+    assert [c.overlapped for c in found] == [True, False, False]

@@ -188,7 +188,7 @@ def example():
     topology = chips.topology("v5e:2x4")
     memory = plan.Memory(limit=16_000, peak=10_000, params=1_000, optimizer=2_000, teacher=3_000, temp=4_000)
     step = flops.Step(teacher=2e12, student=6e12, again=1e12, masked=1e12)
-    rows = (Collective("all-gather", "data", 1 << 20, True, 12),)
+    rows = (Collective("all-gather", "data", 1 << 20, True, 12, overlapped=True),)
     return plan.Plan(topology, job, memory, step, rows, plan.Estimate(0.5, 0.25, 0.125))
 
 
@@ -208,18 +208,38 @@ def test_the_json_object(example):
             "temp": 4_000,
         },
         "flops": {"model": 8e12, "teacher": 2e12, "student": 6e12},
-        "collectives": [{"op": "all-gather", "axis": "data", "bytes": 1 << 20, "in_loop": True, "count": 12}],
-        "estimate": {"step_s": 0.5, "tokens_per_s": 1024.0, "mfu": 8e12 / 0.5 / (8 * 197e12), "bound": "compute"},
+        "collectives": [
+            {"op": "all-gather", "axis": "data", "bytes": 1 << 20, "in_loop": True, "count": 12, "overlapped": True}
+        ],
+        "estimate": {
+            "step_s": 0.5,
+            "tokens_per_s": 1024.0,
+            "mfu": 8e12 / 0.5 / (8 * 197e12),
+            "bound": "compute",
+            "exposed_s": 0.0,
+        },
     }
 
 
 def test_what_is_said_of_a_plan(example):
     said = "\n".join(plan.lines(example))
     assert "bound by compute" in said
-    assert "all-gather over data: 1 MiB x 12, in a loop" in said
+    assert "all-gather over data: 1 MiB x 12, in a loop, beside products" in said
     assert "20 steps: at least 0.00278 hours, 0.0222 chip-hours" in said
     assert said.endswith("fits")
     assert "dcn" not in said
+
+
+def test_products_wait_for_what_is_exchanged_alone(example):
+    """Half of the links' time hidden: the rest is added to the products, and is the bound once it is more than they."""
+    time = plan.Estimate(0.5, 0.25, 0.125, exposed=0.0625)
+    assert (time.step_s, time.bound) == (0.5625, "compute")
+    assert (plan.Estimate(0.25, 0.125, 0.5, exposed=0.375).bound, plan.Estimate(0.5, 0.75, 0.125, 0, 0.125).step_s) == (
+        "ici",
+        0.75,
+    )
+    said = "\n".join(plan.lines(example._replace(estimate=time)))
+    assert "0.562 s a step, bound by compute: compute 0.5, hbm 0.25, ici 0.125, of both alone 0.0625" in said
 
 
 def test_what_is_said_of_several_slices(example):
@@ -240,7 +260,7 @@ def test_a_plan_that_does_not_fit_says_what_would(example):
     large = dataclasses.replace(example.job.experiment.data, batch=64)
     job = example.job._replace(experiment=dataclasses.replace(example.job.experiment, data=large))
     found = example._replace(job=job, memory=memory, estimate=None)
-    assert found.json()["estimate"] == {"step_s": None, "tokens_per_s": None, "mfu": None, "bound": None}
+    assert found.json()["estimate"] == dict.fromkeys(("step_s", "tokens_per_s", "mfu", "bound", "exposed_s"))
     said = "\n".join(plan.lines(found))
     assert "DOES NOT FIT" in said
     assert "--config.optim.micro_batches=2 " in said  # 6,000 + 18,000 / 2 is below 16,000

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_a_verdict():
     assert not found["fits"]
     assert found["hbm_bytes"]["peak"] > 2 * found["hbm_bytes"]["limit"]
     assert found["hbm_bytes"]["temp"] > found["hbm_bytes"]["limit"]
-    assert found["estimate"] == {"step_s": None, "tokens_per_s": None, "mfu": None, "bound": None}
+    assert found["estimate"] == dict.fromkeys(("step_s", "tokens_per_s", "mfu", "bound", "exposed_s"))
 
 
 def test_slices_exchange_gradients_and_a_teacher_is_gathered_once_a_micro_batch():
