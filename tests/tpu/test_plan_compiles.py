@@ -82,3 +82,8 @@ def test_slices_exchange_gradients_and_a_teacher_is_gathered_once_a_micro_batch(
     assert {c["op"] for c in between if c["in_loop"]} == {"all-reduce"}
     assert {c["op"] for c in between if not c["in_loop"]} == {"all-reduce", "all-gather"}
     assert all(c["count"] <= 8 for c in between)
+    # The compiler starts them before what does not need them: all gradients, and most of the weights.
+    assert all(c["overlapped"] for c in between if c["in_loop"])
+    moved = lambda rows: sum(c["bytes"] * c["count"] for c in rows)
+    assert moved(c for c in within if c["overlapped"]) > moved(within) / 2
+    assert 0 < found["estimate"]["exposed_s"] < found["estimate"]["step_s"] / 2
