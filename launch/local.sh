@@ -22,4 +22,6 @@ fi
 if [ -z "$config" ]; then
     set -- --config configs/quickstart.py "$@"
 fi
+# On a CPU each step takes the memory of its arrays anew: huge pages, where Linux lends them, cost a third of the time.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec .venv/bin/jaxkd train "$@"
