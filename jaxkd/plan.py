@@ -353,6 +353,10 @@ def lines(p: Plan) -> list[str]:
     named = lambda name: "the student's average" if p.job.own else e.teacher.models[name].path
     paths = [(name, model, named(name)) for name, model in p.job.teachers.items()]
     found = [f"slice     {p.topology.sentence()}", f"mesh      {mesh}", *(f"          {note}" for note in p.job.notes)]
+    # What is compiled depends on them, and a launcher sets some.
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    as_launched = f"none; a launcher's: bash launch/host.sh --chip {p.topology.generation.name} -- plan ..."
+    found.insert(1, f"flags     {f'{len(flags)} in LIBTPU_INIT_ARGS' if flags else as_launched}")
     for name, model, path in [*paths, ("student", p.job.student, e.student.path)]:
         found.append(f"{name:9} {path}, {_short(parameter_count(model.config) / 1e6)}M parameters")
     found.append(

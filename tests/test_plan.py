@@ -242,6 +242,13 @@ def test_products_wait_for_what_is_exchanged_alone(example):
     assert "0.562 s a step, bound by compute: compute 0.5, hbm 0.25, ici 0.125, of both alone 0.0625" in said
 
 
+def test_a_plan_says_which_flags_it_was_compiled_with(example, monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert "flags     none; a launcher's: bash launch/host.sh --chip v5e -- plan" in "\n".join(plan.lines(example))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--one=true --two=3")
+    assert "flags     2 in LIBTPU_INIT_ARGS" in plan.lines(example)
+
+
 def test_what_is_said_of_several_slices(example):
     """The network's time, and what is spent in all; where nothing is known of the network, that."""
     time = plan.Estimate(0.5, 0.25, 0.125, 0.75)
