@@ -213,6 +213,8 @@ class Program:
         if i.op == "slice-start":  # ((source), destination, context): read from memory, to on-chip memory
             return size(i.kind) - sum(size(kinds.get(o, "")) for o in i.operands)
         inner = self.computations.get(next(iter(_called(i)), ""), []) if i.op == "fusion" else []
+        if any("chain_id=" in x.rest for x in inner):
+            return self._carried(i, inner, kinds)
         reads, in_place = 0, False
         for number, operand in enumerate(i.operands):
             kind = kinds.get(operand, "")
@@ -233,6 +235,28 @@ class Program:
         kept = {x.name: x.kind for x in body} if inner else kinds
         updates = [x for x in body if x.op == "dynamic-update-slice"]
         return reads + sum(size(kept.get(x.operands[1], "")) for x in updates)
+
+    def _carried(self, i: Instruction, body: list[Instruction], kinds: Mapping[str, str]) -> int:
+        """What a fusion moves that carries an exchange beside its own work: of the exchange itself, which is handed
+        from fusion to fusion, only the operand where it starts and the result where it ends.
+        """
+        root = next(x for x in body if x.root)
+        exchange = {x.name for x in body if "chain_id=" in x.rest}
+        begins, inside = any("AsyncCollectiveStart" in x.rest for x in body), {x.name: x.kind for x in body}
+        moved, handed = 0, set(exchange)
+        for x in body:
+            if x.op != "parameter":
+                continue
+            users, number = [u for u in body if x.name in u.operands], int(x.operands[0])
+            whole = size(kinds.get(i.operands[number], ""), memory=True)
+            if not all(u.name in exchange or u.op in ("tuple", "custom-call") for u in users):
+                moved += self._read_of(body, number, whole)[0]
+                continue
+            handed.add(x.name)
+            moved += whole if begins and any(u.name in exchange for u in users) else 0
+        if root.op == "tuple":
+            return moved + sum(size(inside[name], memory=True) for name in root.operands if name not in handed)
+        return moved + (0 if begins else size(i.kind, memory=True))
 
     @staticmethod
     def _read_of(body: list[Instruction], number: int, whole: int) -> tuple[int, bool]:
