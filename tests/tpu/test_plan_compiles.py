@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shlex
+import subprocess
 
 import pytest
 from harness import REPOSITORY, jaxkd
@@ -87,3 +89,22 @@ def test_slices_exchange_gradients_and_a_teacher_is_gathered_once_a_micro_batch(
     moved = lambda rows: sum(c["bytes"] * c["count"] for c in rows)
     assert moved(c for c in within if c["overlapped"]) > moved(within) / 2
     assert 0 < found["estimate"]["exposed_s"] < found["estimate"]["step_s"] / 2
+
+
+@pytest.mark.parametrize(("chip", "topology"), [("v5p", "v5p:2x2x2"), ("v6e", "v6e:2x4")])
+def test_the_flags_of_a_launcher_let_gathers_overlap(chip, topology, monkeypatch):
+    """These compilers gather weights one by one unless they are told otherwise."""
+    settings = ["--config.optim.micro_batches=2", "--config.data.batch=16"]
+
+    def shares() -> float:
+        rows = [c for c in planned(topology, *settings)["collectives"] if c["op"] == "all-gather" and c["in_loop"]]
+        moved = lambda rows: sum(c["bytes"] * c["count"] for c in rows)
+        return moved(c for c in rows if c["overlapped"]) / moved(rows)
+
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert shares() < 0.1
+    command = ["bash", "launch/host.sh", "--chip", chip, "--dry-run", "--", "train"]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    for name, value in (word.split("=", 1) for word in shlex.split(said)[1:-2]):
+        monkeypatch.setenv(name, value)
+    assert shares() > 0.5
