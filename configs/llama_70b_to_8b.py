@@ -1,13 +1,13 @@
 """Llama-3.1-70B teaches Llama-3.1-8B on two v5p-512 slices: live teacher, forward KL and cross-entropy.
 
-    jaxkd plan --config configs/llama_70b_to_8b.py --topology v5p-512 --slices 2
+    bash launch/host.sh --chip v5p -- plan --config configs/llama_70b_to_8b.py --topology v5p-512 --slices 2
     jaxkd train --config configs/llama_70b_to_8b.py --workdir runs/llama_70b_to_8b \
         --config.teacher.path=models/Llama-3.1-70B --config.student.path=models/Llama-3.1-8B
 
-Planned, not run, on two slices (512 chips): 12.4 of 95.7 GiB a chip; at least 3.88 s a step of 4,194,304 tokens, bound
-by compute (memory 2.17 s, links 1.25 s, network between slices 0.04 s), so at most 1.08 million tokens a second, MFU
-89%; at least 5.4 hours for its 5,000 steps, 2,758 chip-hours. How these are counted, and what changes them:
-docs/scaling.md.
+Planned with a launcher's flags, not run, on two slices (512 chips): 11.1 of 95.7 GiB a chip; at least 4.02 s a step of
+4,194,304 tokens, bound by compute (memory 1.96 s, links 0.68 s, network between slices 0.04 s), so at most 1.04 million
+tokens a second, MFU 86%; at least 5.6 hours for its 5,000 steps, 2,856 chip-hours. On one slice: 7.89 s. How these are
+counted, and what changes them: docs/scaling.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,13 @@
 """Qwen3-32B teaches Qwen3-4B on a v5p-256 slice: live teacher, forward KL and cross-entropy.
 
-    jaxkd plan --config configs/qwen3_32b_to_4b.py --topology v5p-256
+    bash launch/host.sh --chip v5p -- plan --config configs/qwen3_32b_to_4b.py --topology v5p-256
     jaxkd train --config configs/qwen3_32b_to_4b.py --workdir runs/qwen3_32b_to_4b \
         --config.teacher.path=models/Qwen3-32B --config.student.path=models/Qwen3-4B
 
-Planned, not run, on v5p-256 (128 chips): 20.8 of 95.7 GiB a chip; at least 4.06 s a step of 2,097,152 tokens, bound by
-compute (memory 3.82 s), so at most 517 thousand tokens a second, MFU 84%; at least 5.6 hours for its 5,000 steps, 721
-chip-hours. How these are counted, and what changes them: docs/scaling.md.
+Planned with a launcher's flags, not run, on v5p-256 (128 chips): 20.3 of 95.7 GiB a chip; at least 4.13 s a step of
+2,097,152 tokens, bound by compute (memory 3.73 s), so at most 508 thousand tokens a second, MFU 83%; at least 5.7 hours
+for its 5,000 steps, 734 chip-hours. On v6e-256: 2.8 s, bound by memory. How these are counted, and what changes them:
+docs/scaling.md.
 """
 
 from ml_collections import ConfigDict
