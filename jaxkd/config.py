@@ -76,6 +76,25 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
     return result
 
 
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`--config.a.b value` and `--config.a.b=value`, joined and set apart from what argparse reads."""
+    rest, overrides, waiting = [], [], None
+    for argument in arguments:
+        if waiting is not None:
+            overrides.append(f"{waiting}={argument}")
+            waiting = None
+        elif argument.startswith("--config."):
+            if "=" in argument:
+                overrides.append(argument)
+            else:
+                waiting = argument
+        else:
+            rest.append(argument)
+    if waiting is not None:
+        raise ValueError(f"{waiting} needs a value")
+    return rest, overrides
+
+
 def _optional(known: Iterable[str]) -> dict[str, Any]:
     """Keys that a recipe with these may leave out, with what they then are."""
     blocks = {name: kind for name, kind in typing.get_type_hints(Experiment).items() if dataclasses.is_dataclass(kind)}

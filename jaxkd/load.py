@@ -313,21 +313,32 @@ def trained(job: Job, workdir: Path, step: int | str | None) -> tuple[int, PyTre
         student = there.restore_student(step, job.state.params["student"])
         return student, there.restore_average(step, job.state.ema) if job.own else student
 
-    if step == "best":
-        step = there.best()
-        if step is None:
-            raise ValueError(
-                f"{workdir} has no checkpoint of a step that was evaluated: run.eval_every and run.checkpoint_every "
-                "say which steps are; give --step NUMBER"
-            )
     if step is not None:
-        if not str(step).isdigit():
-            raise ValueError(f"--step {step} is no checkpoint: give a number of steps, or best")
-        return int(step), *read(int(step))
+        number = numbered(there, workdir, str(step))
+        return number, *read(number)
     if (found := there.newest(read)) is None:
         raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
     chosen, (student, average) = _said(found)
     return chosen, student, average
+
+
+def numbered(there: Checkpoints, workdir: Path, step: str) -> int:
+    """The step that `--step` names: a number, which need not be there, or "best" for the lowest held-out loss.
+
+    Raises:
+        ValueError: it is neither, or no step was evaluated.
+    """
+    if step == "best":
+        best = there.best()
+        if best is None:
+            raise ValueError(
+                f"{workdir} has no checkpoint of a step that was evaluated: run.eval_every and run.checkpoint_every "
+                "say which steps are; give --step NUMBER"
+            )
+        return best
+    if not step.isdigit():
+        raise ValueError(f"--step {step} is no checkpoint: give a number of steps, or best")
+    return int(step)
 
 
 def _said(found: tuple[int, Any, dict[int, str]]) -> tuple[int, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkd import __version__, processes, unison
-from jaxkd.config import adopt, claim, lock, read_config, saved_experiment, see, versions, write_json
+from jaxkd.config import adopt, claim, lock, read_config, saved_experiment, see, split, versions, write_json
 from jaxkd.experiment import experiment
 
 _CONFIG_HELP = """\
@@ -170,6 +170,14 @@ def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         raise SystemExit(code)
 
 
+def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Go back to a checkpoint: set later ones aside, so that `train` goes on from it."""
+    from jaxkd import rollback as rollbacks
+
+    for line in rollbacks.go(Path(options.workdir), options.step):
+        print(line)
+
+
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Score a run's student beside its teacher on the held-out rows."""
     workdir = Path(options.workdir)
@@ -273,6 +281,7 @@ VERBS = {
     "plan": plan,
     "train": train,
     "sweep": sweep,
+    "rollback": rollback,
     "evaluate": evaluate,
     "export": export,
     "report": report,
@@ -310,6 +319,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
         if name == "sweep":
             _sweep_arguments(sub)
+        if name == "rollback":
+            sub.add_argument("--step", required=True, metavar="N", help="checkpoint to go back to, or best")
         if name in ("evaluate", "export"):
             sub.add_argument("--step", help="checkpoint to take, or best (default: the newest)")
         if name == "export":
@@ -344,32 +355,13 @@ def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--to", metavar="FILE", help="the page (default: compare.html in the first directory)")
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`--config.a.b value` and `--config.a.b=value`, joined and set apart from what argparse reads."""
-    rest, overrides, waiting = [], [], None
-    for argument in arguments:
-        if waiting is not None:
-            overrides.append(f"{waiting}={argument}")
-            waiting = None
-        elif argument.startswith("--config."):
-            if "=" in argument:
-                overrides.append(argument)
-            else:
-                waiting = argument
-        else:
-            rest.append(argument)
-    if waiting is not None:
-        raise ValueError(f"{waiting} needs a value")
-    return rest, overrides
-
-
 def main(arguments: Sequence[str]) -> None:
     """Run one verb.
 
     Raises:
         ValueError, OSError, FloatingPointError: with one clear line.
     """
-    rest, overrides = _split(arguments)
+    rest, overrides = split(arguments)
     options = parser().parse_args(rest)
     recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
     if overrides and not recipe:

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from harness import assert_same_run, final_state, here, lines
+from harness import assert_same_run, final_state, here, lines, logged
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -52,6 +52,38 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(run, tmp_path):
         "".join(line for line in (workdir / "evals.jsonl").read_text().splitlines(True) if '"step": 9' not in line)
     )
     assert_same_run(workdir, before)
+
+
+def test_after_a_rollback_the_run_is_as_if_it_had_never_gone_further(run, tmp_path):
+    before, arguments = run
+    workdir = shutil.copytree(before, tmp_path / "run")
+    done = here("rollback", "--workdir", str(workdir), "--step", "6")
+    assert "Set aside" in done.stdout, done.stderr
+    again = here("train", "--workdir", str(workdir), *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 6 of 12" in again.stdout
+    assert_same_run(workdir, before)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "12.aside", "6", "9", "9.aside"]
+
+
+def test_after_a_rollback_the_learning_rate_may_be_lower(run, tmp_path):
+    """The usual way out of a loss that does not come down again."""
+    before, arguments = run
+    workdir = shutil.copytree(before, tmp_path / "run")
+    assert here("rollback", "--workdir", str(workdir), "--step", "6").returncode == 0
+    lower = [*arguments, "--config.optim.lr.peak=1e-3", "--config.optim.lr.end=1e-4"]
+    refused = here("train", "--workdir", str(workdir), *lower)
+    assert "optim.lr.peak: 0.01 -> 0.001. Use a new --workdir, or add --accept-changes" in refused.stderr
+    again = here("train", "--workdir", str(workdir), *lower, "--accept-changes")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 6 of 12" in again.stdout
+    rows, as_it_was = logged(workdir), logged(before)
+    assert rows[:6] == as_it_was[:6]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row, other in zip(rows[6:], as_it_was[6:], strict=True):
+        assert row["lr"] == pytest.approx(other["lr"] / 10, rel=1e-5)
+    assert rows[6]["loss"] == as_it_was[6]["loss"]  # the same state and the same rows, until an update differs
+    assert rows[8]["loss"] != as_it_was[8]["loss"]
 
 
 def test_the_best_student_is_exported(run, tmp_path):

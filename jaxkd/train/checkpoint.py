@@ -1,26 +1,22 @@
-"""Checkpoints of everything a run's next step depends on. The only file that knows Orbax."""
+"""Checkpoints of everything a run's next step depends on."""
 
 import json
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import options
 
 from jaxkd import unison
-from jaxkd.train import damage, manifest
-from jaxkd.train.damage import KINDS, Damaged, judged, kind, reason
-from jaxkd.train.keep import Keep, Retention, check_room, place
+from jaxkd.train import damage, manifest, storage
+from jaxkd.train.damage import KINDS, Damaged, kind, reason
+from jaxkd.train.keep import Keep, aside, check_room, place
 from jaxkd.train.state import TrainState, present
 from jaxkd.types import PyTree
 
 T = TypeVar("T")
 PATIENCE = 3600  # seconds that processes wait for the slowest of them while checkpoints are read
 COMMITTED = "commit_success.txt"  # the file that Orbax writes last
-_ASIDE = ".aside"
 
 
 class Found(NamedTuple):
@@ -51,34 +47,18 @@ class Checkpoints:
         Raises:
             ValueError: a place that cannot be used.
         """
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; its errors are ours to tell
         self.directory = place(directory)
-        self._arrays = _handler()
+        self._arrays = storage.handler()
         self._metrics: dict[int, float] = {}
         self._writing = self._told = False
         self._manager = None if read_only else self._writer(keep or Keep())
 
-    def _writer(self, keep: Keep) -> ocp.CheckpointManager:
+    def _writer(self, keep: Keep) -> Any:
         if unison.first():
             self.directory.mkdir(parents=True, exist_ok=True)
         unison.meet("the directory of checkpoints", PATIENCE)
         self._metrics = self._measured()
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=Retention(keep, self._metrics),
-                atomicity_options=options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE),
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-                create=False,
-                multiprocessing_options=_processes(),
-            ),
-            item_handlers={
-                "train": _handler(),
-                "mixture": ocp.JsonCheckpointHandler(),
-                "manifest": ocp.JsonCheckpointHandler(),
-            },
-        )
+        return storage.manager(self.directory, keep, self._metrics)
 
     # ------------------------------------------------------------------------------------ what is there
 
@@ -137,11 +117,7 @@ class Checkpoints:
         body = manifest.make(step, state, progress, metric)
         if body["metric"] is not None:
             self._metrics[step] = body["metric"]
-        items = ocp.args.Composite(
-            train=ocp.args.PyTreeSave(present(state)),
-            mixture=ocp.args.JsonSave(progress),
-            manifest=ocp.args.JsonSave(body),
-        )
+        items = storage.items(present(state), progress, body)
         try:
             self._manager.save(step, args=items, force=True)  # without it Orbax may pass a step over in silence
         except Exception as error:
@@ -192,17 +168,13 @@ class Checkpoints:
         there = self._agreed()
         if step not in there:
             raise ValueError(self._missing(step, there))
-        names: dict[int, str] = {}
-        for later in (s for s in there if s > step):
-            names[later], number = f"{later}{_ASIDE}", 1
-            while (self.directory / names[later]).exists():
-                number += 1
-                names[later] = f"{later}{_ASIDE}-{number}"
-            self._metrics.pop(later, None)
+        names = aside(self.directory, [later for later in there if later > step])
         unison.meet("names for later checkpoints", PATIENCE)  # all have looked before one renames
         if unison.first():
-            for later, name in names.items():
-                (self.directory / str(later)).rename(self.directory / name)
+            for later in sorted(names, reverse=True):  # what a kill leaves is a rollback that went less far
+                (self.directory / str(later)).rename(self.directory / names[later])
+        for later in names:
+            self._metrics.pop(later, None)
         unison.meet("later checkpoints to be set aside", PATIENCE)
         self._manager.reload()
         return names
@@ -300,16 +272,33 @@ class Checkpoints:
         """
 
         def common() -> PyTree:
-            paths = [name.split(".") for name in self._manifest(step).leaves]
-            there = sorted({path[2] for path in paths if path[:2] == ["params", "objective"]})
+            there = manifest.within(self._manifest(step).leaves, "params", "objective")
             terms = {name: term for name, term in abstract.items() if name in there}
             if not terms:
-                named = lambda names: ", ".join(f"'{name}'" for name in names) or "none"
-                raise ValueError(f"its terms with parameters are {named(there)}, asked for were {named(abstract)}")
+                named = lambda names: ", ".join(f"'{name}'" for name in sorted(names)) or "none"
+                raise ValueError(
+                    f"its terms with parameters are {named(sorted(there))}, asked for were {named(abstract)}"
+                )
             return terms
 
         target = {"params": {"objective": self._local(step, common)}}
         return self._read(step, target)[0]["params"]["objective"]
+
+    def verify(self, step: int) -> None:
+        """Read all of a step on this host, some arrays at a time, and forget it: for any machine, by one process.
+
+        Raises:
+            Damaged, ValueError, OSError: as `restore`.
+        """
+
+        def read() -> None:
+            recorded = self._manifest(step)
+            manifest.progress(recorded, self._text(step, "mixture"))
+            for part in storage.portions(self._arrays, self.directory / str(step) / "train", recorded.leaves):
+                manifest.compare(recorded.leaves, part)
+                manifest.verify(recorded.leaves, part)
+
+        self._local(step, read)
 
     def _read(self, step: int, target: dict[str, PyTree], whole: bool = False) -> tuple[dict[str, PyTree], Any]:
         """Parts of a train state, or all of it and the progress, bit for bit what was saved."""
@@ -318,14 +307,8 @@ class Checkpoints:
             recorded = self._manifest(step)
             manifest.compare(recorded.leaves, manifest.named(target))
             progress = manifest.progress(recorded, self._text(step, "mixture")) if whole else None
-            arguments = ocp.args.PyTreeRestore(
-                item=target,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=not whole,
-            )
-            # By the handler, which waits for no other process: one that fails must be able to say so.
             arrays = self.directory / str(step) / "train"
-            return damage.attempt(lambda: self._arrays.restore(arrays, args=arguments)), progress, recorded
+            return storage.read(self._arrays, arrays, target, whole), progress, recorded
 
         found, progress, recorded = self._local(step, read)
         try:
@@ -338,13 +321,7 @@ class Checkpoints:
         return manifest.read(self._text(step, "manifest"), step)
 
     def _text(self, step: int, item: str) -> str:
-        file = self.directory / str(step) / item / "metadata"
-        try:
-            return file.read_text()
-        except FileNotFoundError:
-            raise Damaged(f"{item}/metadata is missing (or an older jaxkd wrote it)") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise judged(error) from error
+        return manifest.text(self.directory / str(step), item)
 
     def _local(self, step: int, read: Callable[[], T]) -> T:
         """What this process reads of a step; where one process fails, all do, for the same reason."""
@@ -374,14 +351,3 @@ class Checkpoints:
     def _agreed(self) -> list[int]:
         """The steps as process 0 sees them: a listing may differ between hosts."""
         return unison.word("the list of checkpoints", self.steps, PATIENCE)
-
-
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Float weights hardly shrink: compressing them costs seconds of the cores that train, and saves a tenth.
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
-
-
-def _processes() -> options.MultiprocessingOptions:
-    # Named, they meet through the coordination service, which gives up in the end and says who is missing.
-    everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    return options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix="jaxkd")

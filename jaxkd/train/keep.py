@@ -77,3 +77,14 @@ def check_room(directory: epath.Path, size: int) -> None:
     if free < need:
         said = f"the disk is full: a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
         raise OSError(errno.ENOSPC, said, os.fspath(directory))
+
+
+def aside(directory: epath.Path, steps: Sequence[int]) -> dict[int, str]:
+    """Names, by step, that nothing takes for checkpoints and nothing has yet."""
+    names: dict[int, str] = {}
+    for step in steps:
+        names[step], number = f"{step}.aside", 1
+        while (directory / names[step]).exists():
+            number += 1
+            names[step] = f"{step}.aside-{number}"
+    return names

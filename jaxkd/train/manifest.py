@@ -3,13 +3,15 @@
 import json
 import math
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
-from jaxkd.train.damage import Damaged
+from jaxkd.train.damage import Damaged, judged
 from jaxkd.types import PyTree
 
 FORMAT = 1
@@ -113,6 +115,20 @@ def make(step: int, state: PyTree, progress: dict[str, Any], metric: float | Non
     return body | {"checksum": _of_json(body)}
 
 
+def text(step: epath.Path, item: str) -> str:
+    """The JSON file of an item of a step.
+
+    Raises:
+        Damaged, OSError: it cannot be read, as `damage.judged`.
+    """
+    try:
+        return (step / item / "metadata").read_text()
+    except FileNotFoundError:
+        raise Damaged(f"{item}/metadata is missing (or an older jaxkd wrote it)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise judged(error) from error
+
+
 def read(text: str, step: int) -> Manifest:
     """A manifest from its JSON.
 
@@ -154,6 +170,27 @@ def compare(leaves: dict[str, Leaf], wanted: dict[str, Any]) -> None:
         asked, there = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}", str(leaves.get(name, "nothing"))
         if there != asked:
             raise ValueError(f"{name} should be {asked}, there is {there}")
+
+
+def within(leaves: Iterable[str], *path: str) -> set[str]:
+    """What the arrays that are below a path are called there."""
+    found = [name.split(".") for name in leaves]
+    return {keys[len(path)] for keys in found if tuple(keys[: len(path)]) == path and len(keys) > len(path)}
+
+
+def portions(leaves: Mapping[str, Leaf], most: int) -> Iterator[list[str]]:
+    """All names, those together whose arrays are at most so many bytes, or one."""
+    together: list[str] = []
+    size = 0
+    for name, leaf in leaves.items():
+        one = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if together and size + one > most:
+            yield together
+            together, size = [], 0
+        together.append(name)
+        size += one
+    if together:
+        yield together
 
 
 def verify(leaves: dict[str, Leaf], arrays: dict[str, jax.Array]) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from jaxkd.processes import UNFORESEEN
 
@@ -18,6 +19,8 @@ LONG = ("load", "check", "compile", "evaluation", "checkpoint", "mixture")
 """Phases that may take `_LONGER` times what a step may; all others, such as the building of rows, are not timed."""
 _LONGER, _MEDIANS = 6.0, 10.0
 _BEAT = 5.0  # seconds between two writes of heartbeat.json
+SILENT = 60.0
+"""Seconds after which a run without a heartbeat is over: network file systems show a file late."""
 _GRACE = 10.0  # seconds that a file system gets to take the stacks
 
 
@@ -34,6 +37,16 @@ def limit(phase: str, patience: float, median: float | None) -> float | None:
     if phase == STEPS and median is not None:
         return max(patience, _MEDIANS * median)
     return _LONGER * patience
+
+
+def beating(workdir: Path) -> dict[str, Any] | None:
+    """The last heartbeat of a run that goes on, as far as a file can tell; None where there is none."""
+    try:
+        beat = json.loads((workdir / "heartbeat.json").read_text(encoding="utf-8"))
+        over = beat["phase"] == "end" or time.time() - beat["time"] > SILENT
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if over else beat
 
 
 class Watchdog:
