@@ -27,6 +27,10 @@ found = unison.in_turn("files", make)
 told["first made"] = found[:1] if index else found
 told["all made"] = sorted(path.name for path in place.iterdir())
 unison.alike("the same", {"a": "b"})
+try:
+    told["late"] = unison.word("the late one", lambda: time.sleep(3.5) or "in time", 1.0)
+except OSError as error:
+    told["late"] = str(error)
 unison.say(json.dumps({"said": index}))
 print(json.dumps(told), flush=True)
 try:
@@ -63,6 +67,8 @@ def test_one_word_for_all_and_one_end(tmp_path):
         assert (told["several"], told["first"]) == (True, index == 0)
         assert told["word"] == [0, 0.1 + 0.2]  # to the last bit
         assert told["first made"] == ([] if index == 0 else ["0"])
+        late = "gave up after 1 s of waiting for process 0: the late one"
+        assert told["late"] == ("in time" if index == 0 else late)  # a slow read is no wait without end (marin#8538)
         assert told["all made"] == ["0", "1", "2"]
         reason = "error: the rows differ between hosts: of 'code' process 0 has 0, and process 1 has 1"
         who = "" if index == 1 else "process 1 failed: "

@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 from harness import here
+from orbax.checkpoint import type_handlers
+from orbax.checkpoint._src.multihost import multislice
 
 from jaxkd import sharding
 from jaxkd.train.checkpoint import Checkpoints
@@ -74,6 +76,31 @@ def test_restores_to_another_mesh(tmp_path):
     checkpoints.save(2, read, {})  # and back, from eight devices to one
     checkpoints.wait()
     assert_equal(checkpoints.restore(2, abstract(state))[0], state)
+    checkpoints.close()
+
+
+def test_every_replica_reads_for_itself(tmp_path, monkeypatch):
+    """Orbax can read by one replica and send to the others, and then processes may wait for ever (orbax#3181)."""
+    saved(tmp_path, 1)
+    checkpoints, asked = Checkpoints(tmp_path), []
+    options, arrays = checkpoints._manager._options, checkpoints._arrays
+    assert options.single_host_load_and_broadcast is False
+    assert not isinstance(arrays._type_handler_registry.get(jax.Array), type_handlers.SingleReplicaArrayHandler)
+    restore = arrays.restore
+    monkeypatch.setattr(arrays, "restore", lambda place, args: asked.append(args) or restore(place, args=args))
+    monkeypatch.setattr(multislice, "broadcast_one_replica_to_all", lambda *_, **__: pytest.fail("one replica read"))
+
+    mesh = sharding.make_mesh(2, 2, replica=2)
+    place = lambda x: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(("data", "model")[: x.ndim])))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), abstract(state_of()))
+    read, _ = checkpoints.restore(1, target)
+    [arguments] = asked
+    assert {type(one) for one in jax.tree.leaves(arguments.restore_args)} == {type_handlers.ArrayRestoreArgs}
+    for found, expected in zip(jax.tree.leaves(read), jax.tree.leaves(state_of(1)), strict=True):
+        assert len(found.addressable_shards) == 8
+        assert {shard.replica_id for shard in found.addressable_shards} >= {0, 1}
+        for shard in found.addressable_shards:
+            np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])
     checkpoints.close()
 
 
