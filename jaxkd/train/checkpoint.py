@@ -11,7 +11,7 @@ from jaxkd import unison
 from jaxkd.train import damage, manifest, storage
 from jaxkd.train.damage import KINDS, Damaged, kind, reason
 from jaxkd.train.keep import Keep, aside, check_room, place
-from jaxkd.train.state import TrainState, present
+from jaxkd.train.state import BEGIN, TrainState, begun, present, restorable
 from jaxkd.types import PyTree
 
 T = TypeVar("T")
@@ -234,7 +234,7 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State and progress of a step, placed as `abstract` says.
+        """State and progress of a step, placed as `abstract` says; a part of `BEGIN` need not be there, or wanted.
 
         Args:
             step: one that exists.
@@ -245,8 +245,9 @@ class Checkpoints:
             ValueError: there is no such step, or it is of another state.
             OSError: reading fails for reasons outside the checkpoint.
         """
-        read, progress = self._read(step, present(abstract), whole=True)
-        return TrainState(**read), progress
+        wanted = present(abstract)
+        read, progress = self._read(step, wanted, whole=True)
+        return TrainState(**begun(wanted, read)), progress
 
     def restore_student(self, step: int, abstract: PyTree) -> PyTree:
         """The student's parameters alone, as for evaluation and export.
@@ -276,9 +277,7 @@ class Checkpoints:
             terms = {name: term for name, term in abstract.items() if name in there}
             if not terms:
                 named = lambda names: ", ".join(f"'{name}'" for name in sorted(names)) or "none"
-                raise ValueError(
-                    f"its terms with parameters are {named(sorted(there))}, asked for were {named(abstract)}"
-                )
+                raise ValueError(f"its terms with parameters are {named(there)}, asked for were {named(abstract)}")
             return terms
 
         target = {"params": {"objective": self._local(step, common)}}
@@ -305,10 +304,14 @@ class Checkpoints:
 
         def read() -> tuple[dict[str, PyTree], Any, manifest.Manifest]:
             recorded = self._manifest(step)
-            manifest.compare(recorded.leaves, manifest.named(target))
+            kept = manifest.within(recorded.leaves)
+            asked = restorable(kept, target) if whole else target
+            vain = {name for name in BEGIN if name in kept and name not in asked}
+            there = {name: leaf for name, leaf in recorded.leaves.items() if name.split(".")[0] not in vain}
+            manifest.compare(there, manifest.named(asked), whole)
             progress = manifest.progress(recorded, self._text(step, "mixture")) if whole else None
             arrays = self.directory / str(step) / "train"
-            return storage.read(self._arrays, arrays, target, whole), progress, recorded
+            return storage.read(self._arrays, arrays, asked, whole and not vain), progress, recorded
 
         found, progress, recorded = self._local(step, read)
         try:

@@ -156,20 +156,23 @@ def read(text: str, step: int) -> Manifest:
     return found
 
 
-def compare(leaves: dict[str, Leaf], wanted: dict[str, Any]) -> None:
+def compare(leaves: dict[str, Leaf], wanted: dict[str, Any], whole: bool = False) -> None:
     """See that what was saved has the dtypes and shapes that are asked for: Orbax would cast a wrong dtype in silence.
 
     Args:
         leaves: what was saved.
         wanted: some of it, or all, with `shape` and `dtype`.
+        whole: whether it must be all.
 
     Raises:
-        ValueError: naming the first array that differs.
+        ValueError: naming the first array that differs, or that is not wanted.
     """
     for name, leaf in wanted.items():
         asked, there = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}", str(leaves.get(name, "nothing"))
         if there != asked:
             raise ValueError(f"{name} should be {asked}, there is {there}")
+    if whole and (more := [name for name in leaves if name not in wanted]):
+        raise ValueError(f"it holds {more[0]}, {leaves[more[0]]}, which this config has no place for")
 
 
 def within(leaves: Iterable[str], *path: str) -> set[str]:

@@ -1,5 +1,6 @@
 """All that a run's next step depends on, beside the mixture: what is checkpointed."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxkd.groups import Groups
+from jaxkd.train import guard
 from jaxkd.train.guard import Recent
 from jaxkd.types import PyTree
 
@@ -25,6 +27,44 @@ class TrainState(NamedTuple):
 def present(state: TrainState) -> dict[str, Any]:
     """The parts that a state has, by name: one that is not kept leaves nothing on disk."""
     return {name: part for name, part in state._asdict().items() if part is not None}
+
+
+BEGIN: Mapping[str, Callable[[], Any]] = {"recent": guard.init}
+"""Parts that a run may begin to keep at any step, as empty as at its first, or may cease to keep.
+
+What spikes are compared with fills by itself; an average or weights that began later would not be what the config says.
+"""
+_WHAT = {
+    "ema": "the student's running average (teacher.path=self)",
+    "groups": "weights of the domains in the loss (data.mixture=doremi_proxy)",
+}
+
+
+def restorable(kept: set[str], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the wanted parts that are read from a checkpoint; the others begin with this process.
+
+    Args:
+        kept: the names of the parts that it has.
+        wanted: parts by name, as `present` gives them.
+
+    Raises:
+        ValueError: a part is missing, or is there in vain, of which that is not right.
+    """
+    for name, what in _WHAT.items():
+        if name in wanted and name not in kept:
+            raise ValueError(f"it holds no {name}, {what}, which this config asks for: take the config it was saved by")
+        if name in kept and name not in wanted:
+            raise ValueError(
+                f"it holds {name}, {what}, which this config does not keep: take the config it was saved by"
+            )
+    return {name: part for name, part in wanted.items() if name in kept or name not in BEGIN}
+
+
+def begun(wanted: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that were read, and the first values of the others, placed as they are wanted."""
+    place = lambda part: jax.tree.map(lambda leaf: leaf.sharding, part)
+    new = {name: jax.jit(BEGIN[name], out_shardings=place(wanted[name]))() for name in wanted.keys() - read.keys()}
+    return {**read, **new}
 
 
 TRAINED = ("student", "objective")

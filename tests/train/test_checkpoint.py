@@ -9,8 +9,10 @@ from harness import here
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint._src.multihost import multislice
 
-from jaxkd import sharding
+from jaxkd import groups, sharding
+from jaxkd.train import guard
 from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.train.damage import Damaged
 from jaxkd.train.keep import Keep, place
 from jaxkd.train.state import init_state
 
@@ -130,15 +132,68 @@ def test_another_model_is_refused_by_name(tmp_path):
     narrow = init_state({"student": {"w": w[:4], "b": b}, "objective": {}}, TX)
     half = init_state({"student": {"w": w.astype(jnp.bfloat16), "b": b}, "objective": {}}, TX)
     more = init_state({"student": {"w": w, "b": b, "c": b}, "objective": {}}, optax.sgd(1.0))
+    less = init_state({"student": {"w": w, "b": b}, "objective": {}}, optax.sgd(1.0))
     for other, message in (
         (narrow, r"1 cannot be restored: .*student.w should be float32\[4, 16\], there is float32\[8, 16\]"),
         (half, r"student.w should be bfloat16\[8, 16\], there is float32"),
         (more, r"params.student.c should be float32\[16\], there is nothing"),
+        (less, r"1 cannot be restored: it holds opt_state.0.*count, int32\[\], which this config has no place for"),
     ):
         for read in (lambda target: checkpoints.restore(1, target), checkpoints.recover):
             with pytest.raises(ValueError, match=message):
                 read(abstract(other))
     assert checkpoints.steps() == [1]  # it is the config that is wrong: nothing is set aside
+    checkpoints.close()
+
+
+def test_a_window_of_spikes_begins_with_the_step_that_has_none_and_is_left_out_where_none_is_kept(tmp_path):
+    """optim.spike, switched on and off in a run that has checkpoints."""
+    saved(tmp_path, 1)
+    checkpoints, mesh = Checkpoints(tmp_path, Keep(9)), sharding.make_mesh(8, 1)
+    watched, whole = state_of()._replace(recent=guard.init()), jax.sharding.NamedSharding(mesh, jax.P())
+    window = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), watched.recent)
+    for target in (abstract(watched), abstract(state_of(), mesh)._replace(recent=window)):
+        read, _ = checkpoints.restore(1, target)
+        assert_equal(read, state_of(1)._replace(recent=guard.init()))
+        assert read.recent.seen.sharding == target.recent.seen.sharding
+    seen = guard.remember(guard.init(), jnp.float32(3.0), jnp.float32(1.0))
+    checkpoints.save(2, state_of(2)._replace(recent=seen), {"tokens": 2})
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(2, abstract(watched))[0], state_of(2)._replace(recent=seen))
+    found = checkpoints.recover(abstract(state_of()))
+    assert (found.step, found.state.recent, found.progress, found.said) == (2, None, {"tokens": 2}, ())
+    assert_equal(found.state, state_of(2))
+    assert jax.tree.structure(found.state) == jax.tree.structure(state_of(2))
+    checkpoints.close()
+
+
+def test_an_average_and_weights_of_domains_neither_begin_nor_end_in_the_middle_of_a_run(tmp_path):
+    plain = state_of()
+    averaged = plain._replace(ema=plain.params["student"])
+    weighed = plain._replace(groups=groups.init(np.asarray([0.25, 0.75])))
+    whole = averaged._replace(groups=weighed.groups)
+    checkpoints = Checkpoints(tmp_path, Keep(9))
+    checkpoints.save(1, plain, {})
+    checkpoints.save(2, whole, {})
+    checkpoints.wait()
+    for step, other, sentence in (
+        (
+            1,
+            averaged,
+            r"1 cannot be restored: it holds no ema, the student's running average \(teacher.path=self\), which",
+        ),
+        (
+            1,
+            weighed,
+            "it holds no groups, weights of the domains in the loss .* asks for: take the config it was sa",
+        ),
+        (2, averaged, "it holds groups, .*, which this config does not keep: take the config it was saved by"),
+        (2, weighed, "it holds ema, .*, which this config does not keep"),
+    ):
+        with pytest.raises(ValueError, match=sentence) as raised:
+            checkpoints.restore(step, abstract(other))
+        assert not isinstance(raised.value, Damaged)  # the step is whole: no earlier one is taken for it
+    assert_equal(checkpoints.restore(2, abstract(whole))[0], whole)
     checkpoints.close()
 
 
