@@ -217,7 +217,7 @@ def end(error: BaseException) -> int:
         the exit code.
     """
     code, text = _verdict(error)
-    client, rank, size = _world()
+    _, rank, size = _world()
     if size == 1:
         print(text, file=sys.stderr)
         return code
@@ -229,15 +229,33 @@ def end(error: BaseException) -> int:
         )
     with _ending:
         short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
-        told = {"process": rank, "code": code, "text": short.removeprefix("jaxkd: ")}
-        with contextlib.suppress(RuntimeError):  # another was first, or the store is gone with process 0
-            client.key_value_set(_FAILED, json.dumps(told))
-        with contextlib.suppress(RuntimeError):
-            told = json.loads(client.key_value_try_get(_FAILED))
+        told = _told(code, short.removeprefix("jaxkd: "))
         if told["process"] == rank:
             print(text, file=sys.stderr)
             _leave(code)
         _follow(told)
+
+
+def leave(code: int, text: str) -> NoReturn:
+    """End this process from any of its threads, and the others with it: for one whose main thread stands still.
+
+    Whoever holds the store may stand still, too: what takes longer than some seconds to tell is not told.
+
+    Args:
+        code: to exit with, in the others too, unless another failed before.
+        text: why, in a sentence for the others; what this process has to say it has said.
+    """
+
+    def tell() -> None:
+        with _ending:
+            told = _told(code, text)
+            _leave(code) if told["process"] == _world().rank else _follow(told)
+
+    if several():
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        teller.join(_HEAR + 5.0)
+    os._exit(code)
 
 
 @contextlib.contextmanager
@@ -266,6 +284,17 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     code = processes.ABSENT if isinstance(error, processes.Absent) else 1
     return code, f"jaxkd: error: {' '.join(text.split())}"
+
+
+def _told(code: int, text: str) -> dict[str, Any]:
+    """What all end with: this process's code and sentence, or those of one that was first."""
+    client, rank, _ = _world()
+    told = {"process": rank, "code": code, "text": text}
+    with contextlib.suppress(RuntimeError):  # another was first, or the store is gone with process 0
+        client.key_value_set(_FAILED, json.dumps(told))
+    with contextlib.suppress(RuntimeError):
+        told = json.loads(client.key_value_try_get(_FAILED))
+    return told
 
 
 def _watch(done: threading.Event) -> None:

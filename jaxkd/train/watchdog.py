@@ -12,6 +12,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from jaxkd import unison
 from jaxkd.processes import UNFORESEEN
 
 STEPS = "steps"
@@ -50,7 +51,7 @@ def beating(workdir: Path) -> dict[str, Any] | None:
 
 
 class Watchdog:
-    """`WORKDIR/heartbeat.json`, and exit code 70 with the stacks of all threads when nothing moves.
+    """`WORKDIR/heartbeat.json`, and exit code 70 with the stacks of all threads when nothing moves, in all processes.
 
     Only time in which the process could run is counted: one that was stopped (Ctrl-Z, a suspended laptop) is not late.
     """
@@ -112,10 +113,10 @@ class Watchdog:
     def _end(self, most: float) -> None:
         what = f"step {self._step + 1}" if self._phase == STEPS else f"the phase '{self._phase}'"
         path = self._workdir / f"stalled-{self._process}.txt"
+        why = f"error: {what} has made no progress for {round(most, 1):g} s (run.stall_s={self._patience:g})"
         said = (
-            f"jaxkd: error: {what} has made no progress for {round(most, 1):g} s (run.stall_s={self._patience:g}), so "
-            f"process {self._process} ends with code {UNFORESEEN}; the same command goes on from the last checkpoint. "
-            f"What each thread was doing is below and in {path}:"
+            f"jaxkd: {why}, so process {self._process} ends with code {UNFORESEEN}; the same command goes on from the "
+            f"last checkpoint. What each thread was doing is below and in {path}:"
         )
         print(said, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)
@@ -128,7 +129,8 @@ class Watchdog:
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
         writer.join(_GRACE)
-        os._exit(UNFORESEEN)  # the main thread is where no exception reaches
+        # The main thread is where no exception reaches. The others would wait for it, as long as their own patience.
+        unison.leave(UNFORESEEN, f"{why}; what it was doing is in {path}")
 
     def _beat(self) -> None:
         path = self._workdir / "heartbeat.json"

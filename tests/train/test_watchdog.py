@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from harness import REPOSITORY, process_environment, tiny_arguments
+from harness import REPOSITORY, free_address, process_environment, tiny_arguments
 
 from jaxkd import processes
 from jaxkd.train import watchdog
@@ -71,6 +71,58 @@ def test_limits():
     assert watchdog.limit("compile", 600, 2.0) == watchdog.limit("evaluation", 600, None) == 3600
     assert watchdog.limit("start", 600, None) is None  # rows may take days to build
     assert watchdog.limit("steps", 0, 2.0) is None
+
+
+PAIR = """
+import sys, time
+from pathlib import Path
+from jaxkd import unison
+from jaxkd.train.watchdog import Watchdog
+unison.join()
+unison.meet("all")
+first = unison.first()
+print("ready", flush=True)
+watch = Watchdog(Path(sys.argv[1]), 0.0 if first else 1.0, 0 if first else 1)
+watch.phase("steps", 6)
+time.sleep(600)  # as in a collective that waits for one that never comes
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("coordinator_stands_still", [False, True])
+def test_the_others_end_with_the_one_that_stands_still(tmp_path, coordinator_stands_still):
+    """Process 1 ends itself. Process 0, which holds the store through which it says so, would wait for ever."""
+    common = {
+        **process_environment(), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(), "JAXKD_NUM_PROCESSES": "2"
+    }  # fmt: skip
+    other, one = [
+        subprocess.Popen(
+            [sys.executable, "-c", PAIR, str(tmp_path)], env=common | {"JAXKD_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    try:
+        assert (one.stdout.readline(), other.stdout.readline()) == ("ready\n", "ready\n")
+        if coordinator_stands_still:
+            other.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        _, errors = one.communicate(timeout=60)
+        assert one.returncode == processes.UNFORESEEN, errors
+        assert time.monotonic() - start < 40  # not the 100 seconds after which JAX takes a silent process for dead
+        sentence = "has made no progress for 6 s (run.stall_s=1)"  # before there is a median
+        assert sentence in errors
+        if coordinator_stands_still:
+            return  # nobody could be told: a launcher that sees one end ends the rest
+        _, errors = other.communicate(timeout=20)
+        assert other.returncode == processes.UNFORESEEN, errors
+        last = errors.splitlines()[-1]
+        assert last.startswith("jaxkd: process 1 failed: error: step 7 has made no progress for 6 s")
+        assert last.endswith(f"what it was doing is in {tmp_path / 'stalled-1.txt'}")
+    finally:
+        one.kill()
+        other.kill()
+        other.communicate()
 
 
 RUN = """
