@@ -26,16 +26,24 @@ from jaxkd.train.step import make_gradient, make_step
 VOCAB = 250
 STEP = jnp.zeros((), jnp.int32)
 KD = {"kd": (1.0, objectives.match(divergences.forward_kl()))}
+CROSS = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
 OTHER = Config(vocab=250, embed=40, layers=2, heads=5, kv_heads=5, head_dim=8, mlp=48)
+
+
+_COMPILED: dict = {}  # what is asked of the same teacher at several steps, or by several tests; holds what ids are of
 
 
 def gradient(teacher, terms=KD, batch=None, step=STEP, micro_batches=1, **options):
     student, _, params = problem()
-    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS, **options)
-    run = jax.jit(make_gradient(student, teacher, objective, micro_batches))
+    known = (teacher.signal, id(terms), micro_batches, *sorted(options.items()))
+    if known not in _COMPILED:
+        objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS, **options)
+        _COMPILED[known] = (jax.jit(make_gradient(student, teacher, objective, micro_batches)), terms)
+    run, _ = _COMPILED[known]
     return run(params, teacher.state, make_batch() if batch is None else batch, step)
 
 
+@functools.lru_cache
 def other():
     return live(random_params(OTHER, 5), functools.partial(transformer.forward, OTHER))
 
@@ -75,13 +83,12 @@ def test_fewer_entries_never_see_more_than_the_whole():
 @pytest.mark.slow
 def test_draws_come_to_the_teacher_as_one_over_their_root():
     """The gradient's mean square error is a variance over the number of draws."""
-    terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
     teacher = problem()[1]
-    exact = gradient(teacher, terms)[0]
+    exact = gradient(teacher, CROSS)[0]
 
     def error(draws):
         run = signals.sampled(teacher, draws, 0, VOCAB)
-        return np.mean([distance(gradient(run, terms, step=jnp.int32(s))[0], exact) ** 2 for s in range(4)])
+        return np.mean([distance(gradient(run, CROSS, step=jnp.int32(s))[0], exact) ** 2 for s in range(4)])
 
     assert 8 < error(8) / error(128) < 32
 
@@ -110,12 +117,11 @@ def test_equal_teachers_are_one():
 
 def test_a_blend_is_between_its_teachers():
     """Cross-entropy is linear in p, so the gradient of the average is the average of the gradients."""
-    terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
     blend = both(lambda batch, step: jnp.tile(jnp.asarray([3.0, 1.0]), (batch.row.shape[0], 1)))
-    each = [gradient(t, terms)[0] for t in (problem()[1], other())]
+    each = [gradient(t, CROSS)[0] for t in (problem()[1], other())]
     expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *each)
-    assert distance(gradient(blend, terms)[0], expected) < 1e-5
-    assert distance(gradient(blend, terms, micro_batches=4)[0], expected) < 1e-5
+    assert distance(gradient(blend, CROSS)[0], expected) < 1e-5
+    assert distance(gradient(blend, CROSS, micro_batches=4)[0], expected) < 1e-5
 
 
 def test_weights_follow_the_step_and_the_domain():
