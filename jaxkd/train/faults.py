@@ -87,7 +87,7 @@ class Faults:
         checkpoint = f"step {saved}" if saved is not None else "none yet"
         return (
             f"{said}. The last checkpoint is {checkpoint}. Look at those rows, or lower optim.lr.peak or optim.clip "
-            "and go on with --accept-changes"
+            "and go on with --accept-changes, from an earlier step after `jaxkd rollback`"
         )
 
 
