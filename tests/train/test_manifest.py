@@ -39,6 +39,23 @@ def test_checksum_is_what_is_written_down(dtype, shape):
     assert checksum(array) == by_definition(array)
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 2**15), "bfloat16"), ((2**14 + 1,), "float32"), ((9, 11, 256), "int8")]
+)
+def test_a_large_arrays_checksum_is_what_is_written_down(shape, dtype):
+    """A CPU adds it up by halves, as long as there are two; where it lies on several devices, each its own part."""
+    array = jnp.asarray(np.random.default_rng(2).normal(size=shape) * 40).astype(dtype)
+    assert checksum(array) == by_definition(array)
+    spread = jax.sharding.NamedSharding(sharding.make_mesh(8, 1), jax.P(*[None] * (len(shape) - 1)))
+    assert checksum(jax.device_put(array, spread)) == by_definition(array)
+
+
+def test_what_a_cpu_needs_to_add_up_an_array_is_less_than_two_of_it():
+    array = jnp.ones((512, 512))
+    needed = manifest._folded_checksum.lower(array).compile().memory_analysis()
+    assert needed.temp_size_in_bytes < 2 * array.nbytes
+
+
 def test_checksum_does_not_depend_on_the_mesh():
     array = jax.random.normal(jax.random.key(0), (16, 24))
     expected = by_definition(array)
