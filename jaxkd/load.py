@@ -61,7 +61,9 @@ def domains(job: Job, progress: bool = True) -> Domains:
     Raises:
         ValueError, FileNotFoundError, OSError: with one line on what is wrong with which domain.
     """
-    prepared = unison.in_turn("rows", lambda: _prepared(job, progress))
+    kept = "stopped by a signal while rows were built: domains that are done are kept, and the same command goes on"
+    with unison.stoppable(kept):
+        prepared = unison.in_turn("rows", lambda: _prepared(job, progress))
     unison.alike("the rows of the domains", {p.name: p.fingerprint for p in prepared})
     train = tuple(Rows(p.path, "train") for p in prepared)
     valid = tuple(Rows(p.path, "valid") for p in prepared)

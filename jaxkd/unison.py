@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -23,7 +24,9 @@ from jaxkd import processes
 T = TypeVar("T")
 
 _FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
-_LOOK = 1.0  # seconds between two looks at whether a process failed
+_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where JAX tells all processes that one got SIGTERM
+_LOOK = 1.0  # seconds between two looks at whether a process failed, or was told to stop
+_AGAIN = 5.0  # seconds after which a thread that was told to stop is told again: Python can lose an exception
 _HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
 _LOST = re.compile(
     "closed by peer|reset by peer|remote process exited|unhealthy|heartbeat", re.IGNORECASE
@@ -208,6 +211,56 @@ def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
 # -------------------------------------------------------------------------------------- how it ends
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came where there is nothing to save."""
+
+
+@contextlib.contextmanager
+def stoppable(said: str) -> Iterator[None]:
+    """Work of any length without anything to save, which SIGTERM ends within seconds, in all processes.
+
+    JAX's handler takes the signal, and the training loop asks for it between two steps. Here a thread does, and hands
+    it on as Ctrl-C, which reaches the main thread in its waits too.
+
+    Args:
+        said: to the user when it comes to that.
+
+    Raises:
+        Stopped: one of the processes got the signal.
+    """
+    client, main, done, told = _world().client, threading.get_ident(), threading.Event(), threading.Event()
+    if client is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def look() -> None:
+        wait = _LOOK
+        while not done.wait(wait):
+            with contextlib.suppress(RuntimeError):  # nobody was told
+                client.key_value_try_get(_NOTICE)
+                told.set()
+                signal.pthread_kill(main, signal.SIGINT)
+                wait = _AGAIN
+
+    def ask(number: int, frame: Any) -> None:
+        if told.is_set():
+            raise Stopped(said)
+        if before is not signal.SIG_IGN:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, ask)
+    looking = threading.Thread(target=look, daemon=True, name="jaxkd_notice")
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        try:
+            looking.join()
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def end(error: BaseException) -> int:
     """Say why the command ends, in one line where a user can mend it.
 
@@ -274,6 +327,8 @@ def ending() -> Iterator[None]:
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code, and what is printed."""
+    if isinstance(error, Stopped):
+        return processes.STOPPED, f"jaxkd: {error}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "jaxkd: interrupted"
     known = isinstance(error, ValueError | OSError | FloatingPointError)
@@ -311,7 +366,8 @@ def _watch(done: threading.Event) -> None:
 
 def _follow(told: dict[str, Any]) -> NoReturn:
     """End because another process has failed."""
-    print(f"jaxkd: process {told['process']} failed: {told['text']}", file=sys.stderr)
+    how = "" if told["code"] == processes.STOPPED else "failed: "
+    print(f"jaxkd: process {told['process']} {how}{told['text']}", file=sys.stderr)
     _leave(told["code"])
 
 

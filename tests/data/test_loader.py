@@ -1,5 +1,8 @@
 """Batches are a function of the step, whatever the devices, and carry the rows the mixture says."""
 
+import threading
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -116,6 +119,18 @@ def test_reading_ahead_stops_at_the_end(rows, mixture, monkeypatch):
     batches = loader.batches(rows, mixture, 0, BATCH, 2, 5, 0)
     list(batches)
     assert asked == [BATCH] * 3
+
+
+def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trains(rows, mixture, monkeypatch):
+    readers, read, until = [], loader.read_rows, time.monotonic() + 60
+    noting = lambda *arguments: readers.append(threading.get_ident()) or read(*arguments)
+    monkeypatch.setattr(loader, "read_rows", noting)
+    batches = loader.batches(rows, mixture, 0, BATCH, 0, 20, 0)
+    next(batches)
+    while len(readers) < 4:  # the first one, the next two, and one more
+        assert time.monotonic() < until, "nothing is read until it is asked for"
+        time.sleep(0.01)
+    assert threading.get_ident() not in readers
 
 
 @pytest.mark.parametrize(

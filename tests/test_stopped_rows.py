@@ -1,0 +1,85 @@
+"""SIGTERM while rows are built, which may take hours: the process ends at once, and the next one goes on."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from harness import REPOSITORY, free_address, here, process_environment, tiny_arguments
+
+from jaxkd import processes
+
+# jaxkd with a text that comes slowly: the first domain is done at once, and the second would take twenty minutes.
+PROGRAM = """
+import itertools, sys, time
+from jaxkd import main
+from jaxkd.data import build
+
+pack, sides = build.pack, itertools.count()
+
+def slowly(documents, length):
+    slow = next(sides) >= 2
+    for number, row in enumerate(pack(documents, length)):
+        if slow and number >= 3:
+            print("building", file=sys.__stdout__, flush=True)  # TFDS is kept from printing
+            time.sleep(60)
+        yield row
+
+build.pack = slowly
+main.console(sys.argv[1:])
+"""
+SAID = "stopped by a signal while rows were built: domains that are done are kept, and the same command goes on"
+
+
+class Building:
+    """`jaxkd train` in so many processes, the first of which is in the middle of the second domain."""
+
+    def __init__(self, arguments: list[str], count: int = 1):
+        several = {"JAXKD_COORDINATOR": free_address(), "JAXKD_NUM_PROCESSES": str(count)} if count > 1 else {}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, "train", *arguments], cwd=REPOSITORY, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=process_environment() | several | ({"JAXKD_PROCESS_ID": str(index)} if several else {}),
+            )
+            for index in range(count)
+        ]  # fmt: skip
+        for line in self.processes[0].stdout:
+            if line == "building\n":
+                break
+
+    def stop(self, index: int) -> list[tuple[int, str]]:
+        """Code and last line of each after SIGTERM to one."""
+        self.processes[index].send_signal(signal.SIGTERM)
+        try:
+            errors = [process.communicate(timeout=300)[1] for process in self.processes]  # not twenty minutes
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [(process.returncode, said.splitlines()[-1]) for process, said in zip(self.processes, errors)]
+
+
+def assert_goes_on(arguments, rows) -> None:
+    assert not list(rows.rglob("incomplete.*"))
+    result = here("prepare", *arguments)
+    assert result.returncode == 0, result.stderr
+    alpha, beta = result.stdout.splitlines()
+    assert " already in " in alpha
+    assert " built in " in beta
+
+
+def test_sigterm_ends_the_building_of_rows(two_domains, tmp_path):
+    arguments = tiny_arguments(two_domains, tmp_path / "rows")
+    run = Building(["--workdir", str(tmp_path / "run"), *arguments])
+    assert run.stop(0) == [(processes.STOPPED, f"jaxkd: {SAID}")]
+    assert_goes_on(arguments, tmp_path / "rows")
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_that_waits_for_rows_ends_all(two_domains, tmp_path):
+    arguments = tiny_arguments(two_domains, tmp_path / "rows")
+    run = Building(["--workdir", str(tmp_path / "run"), *arguments], count=2)
+    found = run.stop(1)
+    assert [code for code, _ in found] == [processes.STOPPED] * 2, found
+    assert all(said.startswith("jaxkd: ") and said.endswith(SAID) for _, said in found), found
+    assert_goes_on(arguments, tmp_path / "rows")
