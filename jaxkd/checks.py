@@ -12,6 +12,8 @@ from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
+"""What a teacher's weights may be stored in, and what its activations are in then."""
 AVERAGES = ("probabilities", "log_probabilities")
 
 
@@ -34,6 +36,8 @@ def _check_teacher(t: TeacherBlock) -> None:
         raise ValueError(f"several teachers give one signal, 'head', not '{t.signal}': cache each of them by itself")
     if t.path == SELF and (t.cache or t.signal == "token"):
         raise ValueError("a teacher that is the student itself changes with it: it has no cache and no text of its own")
+    if t.path == SELF and t.dtype not in DTYPES:
+        raise ValueError(f"teacher.dtype is '{t.dtype}', but a teacher that is the student itself is stored as it is")
     if not 0 <= t.decay <= 1:
         raise ValueError(f"teacher.decay must be from 0 to 1, got {t.decay}")
     if t.entries < 1:
@@ -64,9 +68,13 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     dtypes = {
         "teacher" if name == "teacher" else f"teacher.members.{name}": m.dtype for name, m in e.teacher.models.items()
     }
-    for where, name in {"run": e.run.dtype, **dtypes}.items():
-        if name not in DTYPES:
-            raise ValueError(f"unknown {where}.dtype '{name}': {nearest(name, DTYPES)}")
+    if e.run.dtype not in DTYPES:
+        why = "a student learns, and int8 is for a teacher's weights alone (teacher.dtype)"
+        hint = why if e.run.dtype in STORED else nearest(e.run.dtype, DTYPES)
+        raise ValueError(f"unknown run.dtype '{e.run.dtype}': {hint}")
+    for where, name in dtypes.items():
+        if name not in STORED:
+            raise ValueError(f"unknown {where}.dtype '{name}': {nearest(name, STORED)}")
     tables = {"teacher" if n == "teacher" else f"teacher.members.{n}": m.sharding for n, m in e.teacher.models.items()}
     for where, name in {"student": e.student.sharding, **tables}.items():
         if name not in TABLES:

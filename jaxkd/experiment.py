@@ -30,7 +30,7 @@ class Member:
     """One of several teachers: a model as the teacher's own block names it, and what it weighs."""
 
     path: str
-    dtype: str = "float32"
+    dtype: str = "float32"  # as the only teacher's
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     weight: float | Schedule = 1.0
     domains: Mapping[str, float] = dataclasses.field(default_factory=dict)  # factor per domain, 0 for those not named
@@ -47,7 +47,7 @@ class TeacherBlock:
     """
 
     path: str = ""
-    dtype: str = "float32"
+    dtype: str = "float32"  # or "bfloat16", of weights and activations; "int8": the layers' matrices, beside bfloat16
     sharding: str = "fsdp"  # its parameters split over the mesh's `data` too, or "replicated" over it: never gathered
     shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     decay: float = 0.999  # of a "self" teacher: 1 is the student as it began, 0 the student as it is

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxkd import checks, groups, objectives, opening, schedules, sharding, terms
 from jaxkd.data import rules, tokenize
 from jaxkd.experiment import SELF, Experiment, MeshBlock, RunBlock, nearest
-from jaxkd.models import transformer, weights
+from jaxkd.models import quantized, transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
 from jaxkd.teachers import many
@@ -42,6 +42,8 @@ class Model(NamedTuple):
     whole_layers: int  # of the model that it is cut from; its own when it is whole
     tokenizer: tokenize.Tokenizer | None = None  # its own, where it comes with one
     rules: sharding.Rules = sharding.RULES  # where its axes live
+    dtype: Any = jnp.float32  # of its activations
+    quantized: bool = False  # whether its matrices are int8
 
 
 class Job(NamedTuple):
@@ -123,7 +125,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         teachers = {}
         for name, (checkpoint, config) in opened.items():
             block = e.teacher.models[name]
-            plain = dataclasses.replace(e.run, dtype=block.dtype, remat="none")
+            plain = dataclasses.replace(e.run, dtype=checks.STORED[block.dtype], remat="none")
             model = _model(config, checkpoint, columns, mesh, block.sharding, block.dtype, plain)
             teachers[name] = model._replace(tokenizer=own.get(opening.called(name)))
 
@@ -292,15 +294,20 @@ def _cut(e: Experiment, config: Config) -> Config:
 def _model(config: Config, checkpoint, columns: int, mesh: Mesh, lies: str, stored: str, run: RunBlock) -> Model:
     config = dataclasses.replace(config, vocab_multiple=columns)
     shapes, axes = transformer.abstract(config)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, checks.DTYPES[stored]), shapes)
-    forward = partial(transformer.forward, config, dtype=checks.DTYPES[run.dtype], remat=run.remat)
+    if narrow := stored == "int8":
+        shapes, axes = quantized.abstract(shapes, axes)
+    else:
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, checks.DTYPES[stored]), shapes)
+    dtype = checks.DTYPES[run.dtype]
+    forward = partial(transformer.forward, config, dtype=dtype, remat=run.remat)
     if checkpoint is not None:
         # A student cut from the file has fewer layers than the file: it is loaded whole and cut then.
         whole = dataclasses.replace(checkpoint.config, vocab_multiple=columns)
         checkpoint = dataclasses.replace(checkpoint, config=whole)
     rules = sharding.TABLES[lies]
     places = sharding.shardings(axes, shapes, mesh, rules)
-    return Model(config, forward, shapes, axes, places, checkpoint, config.layers, rules=rules)
+    model = Model(config, forward, shapes, axes, places, checkpoint, config.layers)
+    return model._replace(rules=rules, dtype=dtype, quantized=narrow)
 
 
 def _abstract_state(

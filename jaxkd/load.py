@@ -20,7 +20,7 @@ from jaxkd.divergences import next_token
 from jaxkd.experiment import Experiment, leaves, plain
 from jaxkd.job import Job, Model
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.models import heads, shrink, transformer
+from jaxkd.models import heads, quantized, shrink, transformer
 from jaxkd.sharding import batch_sharding
 from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Found
 from jaxkd.train.keep import Keep, place
@@ -100,7 +100,8 @@ def held_out(
 
 
 def put(params: PyTree, model: Model) -> PyTree:
-    """Host arrays, all or some of a model's, to their shards, in the dtype in which the model stores them."""
+    """Host arrays, all or some of a model's, to their shards, as the model stores them."""
+    params = quantized.quantize(params) if model.quantized else params
     return jax.tree.map(
         lambda x, shape, place: jax.make_array_from_callback(
             shape.shape, place, lambda index: np.asarray(x[index], shape.dtype)

@@ -64,12 +64,12 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
 
 def _one(job: Job, name: str, params: PyTree, store: Store | None, split: str) -> Teacher:
     """A model that teaches, live or from what is stored of it."""
-    model, dtype = job.teachers[name], checks.DTYPES[job.experiment.teacher.models[name].dtype]
+    model = job.teachers[name]
     if not job.experiment.teacher.models[name].cache:
         return live(params, model.forward)
 
     def head(params: PyTree, hidden: jax.Array) -> Output:
-        return heads.output(model.config, params, hidden.astype(dtype))
+        return heads.output(model.config, params, hidden.astype(model.dtype))
 
     if store is None:
         return recorded(params, head)
@@ -96,10 +96,9 @@ def reduced(job: Job, teacher: Teacher, seed: int) -> Teacher:
 
 def writing(job: Job) -> signals.Writing:
     """How the teacher's own text is made."""
-    t = job.experiment.teacher
-    dtype = checks.DTYPES[t.dtype]
+    t, model = job.experiment.teacher, job.teacher
     return signals.Writing(
-        job.teacher.config, t.prompt, t.temperatures[0], job.tokenizer.vocab, job.tokenizer.end, dtype
+        model.config, t.prompt, t.temperatures[0], job.tokenizer.vocab, job.tokenizer.end, model.dtype
     )
 
 
@@ -147,7 +146,10 @@ def layouts(job: Job, name: str = "teacher") -> dict[str, codec.Layout]:
         "sampled": lambda: codec.Layout("sampled", length, vocab, t.entries),
         "token": lambda: codec.Layout("token", length, vocab),
     }[signal]()
-    return {"train": train, "valid": codec.Layout("hidden", length, width=width, dtype=t.models[name].dtype)}
+    return {
+        "train": train,
+        "valid": codec.Layout("hidden", length, width=width, dtype=checks.STORED[t.models[name].dtype]),
+    }
 
 
 def abstract_batch(job: Job) -> Batch:

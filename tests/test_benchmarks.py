@@ -53,3 +53,16 @@ def test_quick_loop():
     row = json.loads(result.stdout)
     assert row["tokens"] == 256
     assert min(row["bare_step_s"], row["loop_step_s"], row["input_share"], row["log_share"]) > 0
+
+
+@pytest.mark.slow
+def test_quick_stored(tmp_path):
+    command = [sys.executable, "benchmarks/stored.py", "--quick", "--json", "--directory", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    half, wide, narrow = map(json.loads, result.stdout.splitlines())
+    assert 0 < half["kl"] < wide["kl"] < 0.05
+    assert narrow["kl"] == pytest.approx(wide["kl"], rel=0.5)
+    assert narrow["agreement"] > 0.9
+    assert narrow["mib"] < 0.7 * half["mib"]

@@ -104,6 +104,19 @@ def test_a_cached_run_needs_no_teacher_and_says_so(place, arguments):
     assert "MFLOP a token" in checked
 
 
+def test_an_int8_teacher_is_cached_and_judged(place, arguments):
+    """Held-out hidden states are stored as exactly as it computes them, and the live one is what they came from."""
+    how = [*teacher(place, "narrow", signal="hidden", stored="float32"), "--config.teacher.dtype=int8"]
+    good("cache", *arguments, *how)
+    layout = Store(place / "narrow").layout("valid")
+    assert (layout.signal, layout.dtype) == ("hidden", "bfloat16")
+    checked = good("check", *arguments, *how)
+    away = re.search(r"check: cache: (\S+) nats per token from the live teacher", checked)
+    assert away
+    assert abs(float(away[1])) < 1e-6
+    assert "check: held-out rows: teacher" in checked
+
+
 @pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_draws_train(place, arguments, cached):
     how = teacher(place, "drawn", signal="sampled", entries=12) if cached else ["--config.teacher.signal=sampled"]

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from jaxkd.kernels.pointwise import logits
+from jaxkd.models.quantized import SCALE
 from jaxkd.models.transformer import Config, empty_cache, extend
 from jaxkd.types import Head, PyTree
 
@@ -116,8 +117,9 @@ def _generate(config, params, prompts, lengths, keys, length, temperature, vocab
 
 
 def _operand(dtype: Any, path: tuple, leaf: jax.Array) -> jax.Array:
-    """What the decoder casts at each use, cast once before the loop; norms' scales multiply in float32."""
-    return leaf if path[-1].key.endswith("norm") else leaf.astype(dtype)
+    """What the decoder casts at each use, cast once before the loop; scales multiply in float32."""
+    narrow = leaf.dtype == jnp.int8  # a step reads all weights once: they stay as small as they are
+    return leaf if narrow or path[-1].key.endswith(("norm", SCALE)) else leaf.astype(dtype)
 
 
 def _draw(head: Head, keys: jax.Array, at: jax.Array, temperature: float, vocab: int) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.kernels.attention import Cache, cached_attention, segment_attention
+from jaxkd.models.quantized import SCALE
 from jaxkd.sharding import constrain, split_length
 from jaxkd.types import Batch, Head, Output, PyTree
 
@@ -108,10 +109,22 @@ class Layer(nn.Module):
         value: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         return value
 
+    def _times(
+        self, equation: str, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
+    ) -> jax.Array:
+        """x times a matrix that is declared here, and its scales where it is int8 (`models.quantized`)."""
+        kernel = self._declare(name, shape, axes)
+        if not self.has_variable("params", name + SCALE):
+            return jnp.einsum(equation, x, kernel.astype(self.dtype))
+        # Gathered before it is widened: what goes between devices is int8.
+        kernel = constrain(kernel, *[None if axis == "embed" else axis for axis in axes])
+        scale: Any = self.get_variable("params", name + SCALE)
+        return (jnp.einsum(equation, x, kernel.astype(self.dtype)) * scale).astype(self.dtype)
+
     def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
-        kernel = self._declare(name, (c.embed, heads, c.head_dim), ("embed", axis, "head_dim"))
-        y = jnp.einsum("bld,dhk->blhk", x, kernel.astype(self.dtype))
+        shape = (c.embed, heads, c.head_dim)
+        y = self._times("bld,dhk->blhk", x, name, shape, ("embed", axis, "head_dim"))
         if c.qkv_bias:
             bias = self._declare(f"{name}_bias", (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros)
             y = y + bias.astype(self.dtype)
@@ -145,15 +158,13 @@ class Layer(nn.Module):
                 query = constrain(query, "batch", "length", "heads", None)
                 key, value = (constrain(a, "batch", None, "kv_heads", None) for a in (key, value))
             y = segment_attention(query, key, value, context)
-        out = self._declare("o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
-        x = constrain(x + jnp.einsum("blhk,hkd->bld", y, out.astype(self.dtype)), "batch", "length", None)
+        y = self._times("blhk,hkd->bld", y, "o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
+        x = constrain(x + y, "batch", "length", None)
 
         y = self._norm("mlp_norm", x)
-        gate = self._declare("gate", (c.embed, c.mlp), ("embed", "mlp")).astype(self.dtype)
-        up = self._declare("up", (c.embed, c.mlp), ("embed", "mlp")).astype(self.dtype)
-        down = self._declare("down", (c.mlp, c.embed), ("mlp", "embed")).astype(self.dtype)
-        y = nn.silu(y @ gate) * (y @ up)
-        x = constrain(x + y @ down, "batch", "length", None)
+        gate, up = (self._times("bld,df->blf", y, name, (c.embed, c.mlp), ("embed", "mlp")) for name in ("gate", "up"))
+        y = self._times("blf,fd->bld", nn.silu(gate) * up, "down", (c.mlp, c.embed), ("mlp", "embed"))
+        x = constrain(x + y, "batch", "length", None)
         return x, {name: seen[name] for name in self.taps} or None
 
 
@@ -268,7 +279,7 @@ def forward(
 
     Args:
         config: the decoder's shape.
-        params: nested dict of arrays, layers stacked on the leading axis.
+        params: nested dict of arrays, layers stacked on the leading axis; their matrices may be `quantized`.
         batch: tokens, segments and positions [B L] are read.
         taps: `layer_N` for the residual stream [B L D] after N layers; `query_N` [B L H d], `key_N` and `value_N`
             [B L K d] for what the N-th layer's attention sees, after norm and rotation. Static, and free when empty.

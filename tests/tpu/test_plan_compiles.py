@@ -59,6 +59,27 @@ def test_what_does_not_fit_is_a_verdict():
     assert found["estimate"] == dict.fromkeys(("step_s", "tokens_per_s", "mfu", "bound", "exposed_s"))
 
 
+def test_an_int8_teacher_is_gathered_as_such():
+    """A byte a weight, where bfloat16 products read them: nothing is widened before it is sent."""
+    sizes = {
+        "teacher": {"embed": 512, "head_dim": 64, "mlp": 1024, "heads": 8, "kv_heads": 4, "layers": 4},
+        "student": {"embed": 128, "head_dim": 32, "mlp": 256, "heads": 4, "kv_heads": 4, "layers": 2},
+    }
+    shapes = [f"--config.{side}.shape.{key}={value}" for side in sizes for key, value in sizes[side].items()]
+    found = planned(
+        *("v5e:2x2", "--config.data.batch=16", "--config.data.length=256", "--config.run.eval_batch=16"),
+        *("--config.student.path=random", "--config.student.layers=()", "--config.student.shape.vocab=257", *shapes),
+        *("--config.teacher.dtype=int8", "--config.run.dtype=bfloat16"),
+    )
+    gathered = {c["bytes"]: c["count"] for c in found["collectives"] if c["op"] == "all-gather" and c["in_loop"]}
+    assert gathered[512 * 1024] == 4 * 3  # gate, up and down
+    assert gathered[512 * 512] == gathered[512 * 256] == 4 * 2  # q and o, k and v
+    assert 2 * 512 * 1024 not in gathered
+    # Weights, scales, norms, and an embedding of two bytes, a quarter of them on each device.
+    layer = (512 * 64 * 24 + 3 * 512 * 1024) // 4 + 4 * (64 * 16 + 2 * 1024) + 4 * 4 * 512 // 4
+    assert found["hbm_bytes"]["teacher"] == 4 * layer + 2 * 512 * 384 // 4 + 4 * 512 // 4
+
+
 def test_slices_exchange_gradients_and_a_teacher_is_gathered_once_a_micro_batch():
     """Two slices, a teacher ten times as large as the student, two micro-batches."""
     widths = {

@@ -12,7 +12,7 @@ import pytest
 from harness import random_params
 
 from jaxkd import divergences, objectives, sharding
-from jaxkd.models import transformer
+from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.live import absent, live
 from jaxkd.train import optim
@@ -66,15 +66,24 @@ def program(micro_batches):
     return jax.jit(make_gradient(student, teacher, make_objective(), micro_batches))
 
 
-def gradients(batch, micro_batches=1, mesh=None, table="fsdp"):
-    _, teacher, params = problem()
-    gradient = program(micro_batches)
+@functools.lru_cache
+def weights(narrow):
+    """The teacher's, and their axes."""
+    state, (shapes, axes) = problem()[1].state, transformer.abstract(TEACHER)
+    if not narrow:
+        return state, shapes, axes
+    shapes, axes = quantized.abstract(shapes, axes)
+    return jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), quantized.quantize(state), shapes), shapes, axes
+
+
+def gradients(batch, micro_batches=1, mesh=None, table="fsdp", narrow=False):
+    _, _, params = problem()
+    gradient, teacher = program(micro_batches), weights(narrow)
     if mesh is None:
-        return gradient(params, teacher.state, batch, jnp.zeros((), jnp.int32))
+        return gradient(params, teacher[0], batch, jnp.zeros((), jnp.int32))
     with jax.set_mesh(mesh):
-        placed = []
-        for tree, config, rules in ((params["student"], CONFIG, "fsdp"), (teacher.state, TEACHER, table)):
-            shapes, axes = transformer.abstract(config)
+        placed, student = [], (params["student"], *transformer.abstract(CONFIG))
+        for (tree, shapes, axes), rules in ((student, "fsdp"), (teacher, table)):
             placed.append(jax.device_put(tree, sharding.shardings(axes, shapes, mesh, sharding.TABLES[rules])))
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         params = {"student": placed[0], "objective": {}}
@@ -98,20 +107,22 @@ def test_micro_batches_equal_the_whole_batch(micro_batches):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "micro_batches", "table"),
+    ("sizes", "micro_batches", "table", "narrow"),
     [
-        ({"data": 4, "model": 2}, 1, "fsdp"),
-        ({"data": 8, "model": 1}, 1, "fsdp"),
-        ({"data": 2, "model": 4}, 4, "replicated"),
-        ({"data": 4, "model": 2}, 2, "fsdp"),
-        ({"replica": 2, "data": 2, "model": 2}, 2, "fsdp"),
-        ({"replica": 2, "data": 1, "context": 2, "model": 2}, 1, "replicated"),
-        ({"data": 2, "context": 4, "model": 1}, 2, "fsdp"),
+        ({"data": 4, "model": 2}, 1, "fsdp", False),
+        ({"data": 8, "model": 1}, 1, "fsdp", False),
+        ({"data": 2, "model": 4}, 4, "replicated", False),
+        ({"data": 4, "model": 2}, 2, "fsdp", False),
+        ({"replica": 2, "data": 2, "model": 2}, 2, "fsdp", False),
+        ({"replica": 2, "data": 1, "context": 2, "model": 2}, 1, "replicated", False),
+        ({"data": 2, "context": 4, "model": 1}, 2, "fsdp", False),
+        ({"data": 4, "model": 2}, 2, "fsdp", True),
     ],
 )
-def test_eight_devices_equal_one(sizes, micro_batches, table):
+def test_eight_devices_equal_one(sizes, micro_batches, table, narrow):
     batch = make_batch()
-    same(gradients(batch, micro_batches, sharding.make_mesh(**sizes), table), gradients(batch))
+    found = gradients(batch, micro_batches, sharding.make_mesh(**sizes), table, narrow)
+    same(found, gradients(batch, narrow=narrow))
 
 
 def test_gradient_is_the_mean_over_weighted_tokens():
