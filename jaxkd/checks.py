@@ -112,7 +112,8 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         if number < 0:
             raise ValueError(f"{where} must be at least 0, got {number}")
     rows, parts, devices = e.data.batch, e.optim.micro_batches, math.prod(mesh[name] for name in ROWS)
-    lies = "the data axis" if mesh["replica"] == 1 else "the replica and data axes"
+    used = [name for name in ROWS if name == "data" or mesh[name] > 1]
+    lies = f"the {' and '.join(used)} {'axis' if len(used) == 1 else 'axes'}"
     if rows % (parts * devices):
         raise ValueError(
             f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on {lies}"

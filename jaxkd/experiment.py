@@ -144,6 +144,7 @@ class MeshBlock:
     model: int = 1  # heads, MLP and vocabulary
     replica: int = -1  # rows again: the only axis that goes across slices; -1 is one a slice
     context: int = 1  # tokens of a row
+    teacher: int = 1  # rows of the student; to the teacher's layers it is more of `model`
 
 
 @dataclasses.dataclass(frozen=True)

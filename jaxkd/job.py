@@ -22,7 +22,7 @@ from jaxkd.experiment import SELF, Experiment, MeshBlock, RunBlock, nearest
 from jaxkd.models import quantized, transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.objectives import Objective
-from jaxkd.teachers import many
+from jaxkd.teachers import live, many
 from jaxkd.train import guard, optim
 from jaxkd.train.state import TRAINED, TrainState, init_state, trained
 from jaxkd.types import Batch, Forward, Head, Output, PyTree, Sampled, Scalar, TopK
@@ -82,7 +82,7 @@ def elsewhere(e: Experiment) -> Experiment:
     mesh = e.run.mesh
     if jax.process_count() > 1:  # each needs a part of the mesh
         return e
-    rows = mesh.data * (sharding.slices(jax.devices()) if mesh.replica == -1 else mesh.replica)
+    rows = mesh.data * mesh.teacher * (sharding.slices(jax.devices()) if mesh.replica == -1 else mesh.replica)
     if rows * mesh.context * mesh.model == jax.device_count() and e.run.eval_batch % rows == 0:
         return e
     return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
@@ -101,10 +101,10 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     """
     e = experiment
     sizes, devices = e.run.mesh, devices or jax.devices()
-    alone = (sizes.data, sizes.model, sizes.context, abs(sizes.replica)) == (1, 1, 1, 1) and jax.process_count() == 1
-    mesh = sharding.make_mesh(
-        sizes.data, sizes.model, devices[:1] if alone else devices, replica=sizes.replica, context=sizes.context
-    )
+    one = (sizes.data, sizes.model, sizes.context, sizes.teacher, abs(sizes.replica)) == (1, 1, 1, 1, 1)
+    place = devices[:1] if one and jax.process_count() == 1 else devices
+    others = {"replica": sizes.replica, "context": sizes.context, "teacher": sizes.teacher}
+    mesh = sharding.make_mesh(sizes.data, sizes.model, place, **others)
     checks.check(e, mesh.shape)
     shapes = shapes or {}
     opened = opening.teachers(e, shapes)
@@ -118,7 +118,8 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     # All heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
     columns = -(-max(config.vocab for _, config in known.values()) // multiple) * multiple
-    student = _model(student_config, student_checkpoint, columns, mesh, e.student.sharding, "float32", e.run)
+    table = sharding.TABLES[e.student.sharding]
+    student = _model(student_config, student_checkpoint, columns, mesh, table, "float32", e.run)
     student = student._replace(whole_layers=whole, tokenizer=own.get("student"))
     teachers = {"teacher": student._replace(checkpoint=None)}
     if opened:
@@ -126,8 +127,10 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         for name, (checkpoint, config) in opened.items():
             block = e.teacher.models[name]
             plain = dataclasses.replace(e.run, dtype=checks.STORED[block.dtype], remat="none")
-            model = _model(config, checkpoint, columns, mesh, block.sharding, block.dtype, plain)
-            teachers[name] = model._replace(tokenizer=own.get(opening.called(name)))
+            table = sharding.of_teacher(sharding.TABLES[block.sharding])
+            model = _model(config, checkpoint, columns, mesh, table, block.dtype, plain)
+            forward = live.within(table, model.forward) if mesh.shape["teacher"] > 1 else model.forward
+            teachers[name] = model._replace(tokenizer=own.get(opening.called(name)), forward=forward)
 
     mixing = _rule(e)  # a misspelt one is known before anything is loaded
     objective = objectives.total(
@@ -291,7 +294,9 @@ def _cut(e: Experiment, config: Config) -> Config:
     return dataclasses.replace(config, layers=len(layers) or keep or config.layers)
 
 
-def _model(config: Config, checkpoint, columns: int, mesh: Mesh, lies: str, stored: str, run: RunBlock) -> Model:
+def _model(
+    config: Config, checkpoint, columns: int, mesh: Mesh, rules: sharding.Rules, stored: str, run: RunBlock
+) -> Model:
     config = dataclasses.replace(config, vocab_multiple=columns)
     shapes, axes = transformer.abstract(config)
     if narrow := stored == "int8":
@@ -304,7 +309,6 @@ def _model(config: Config, checkpoint, columns: int, mesh: Mesh, lies: str, stor
         # A student cut from the file has fewer layers than the file: it is loaded whole and cut then.
         whole = dataclasses.replace(checkpoint.config, vocab_multiple=columns)
         checkpoint = dataclasses.replace(checkpoint, config=whole)
-    rules = sharding.TABLES[lies]
     places = sharding.shardings(axes, shapes, mesh, rules)
     model = Model(config, forward, shapes, axes, places, checkpoint, config.layers)
     return model._replace(rules=rules, dtype=dtype, quantized=narrow)

@@ -1,16 +1,19 @@
 """From logical axes to mesh axes: one table, its variants for either side, and the few functions that read them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("replica", "data", "context", "model")
+MESH_AXES = ("replica", "data", "context", "teacher", "model")
 """From the slowest network to the fastest: only `replica` goes across slices."""
-ROWS = ("replica", "data")
+ROWS = ("replica", "data", "teacher")
+"""Where a batch lies, and all of the student's rows. To a teacher's layers `teacher` is more of `model`."""
 
 Rules = Mapping[str, tuple[str, ...]]
 """Mesh axes per logical axis; what an array's size does not divide over is left out, from the end."""
@@ -20,7 +23,7 @@ Rules = Mapping[str, tuple[str, ...]]
 RULES: Rules = {
     "batch": ROWS,
     "length": ("context",),
-    "embed": ("data", "context"),
+    "embed": ("data", "teacher", "context"),
     "heads": ("model",),
     "kv_heads": ("model",),
     "head_dim": (),
@@ -31,7 +34,13 @@ RULES: Rules = {
 TABLES: Mapping[str, Rules] = {"fsdp": RULES, "replicated": {**RULES, "embed": ()}}
 """How a model's parameters may lie: split over `data` and gathered layer by layer, or whole beside `model`."""
 # Moments are read by the update alone, once a step: whatever holds the same of them may share them.
-MOMENTS: Rules = {**RULES, "embed": ("data", "context", "replica")}
+MOMENTS: Rules = {**RULES, "embed": (*RULES["embed"], "replica")}
+
+
+def of_teacher(rules: Rules) -> Rules:
+    """A table for a teacher: `teacher` beside `model`, and its rows whole there. Its vocabulary stays over `model`."""
+    without = {name: tuple(a for a in rules[name] if a != "teacher") for name in ("batch", "embed")}
+    return {**rules, **without, **{name: ("teacher", *rules[name]) for name in ("heads", "kv_heads", "mlp")}}
 
 
 def slices(devices: Sequence) -> int:
@@ -39,7 +48,9 @@ def slices(devices: Sequence) -> int:
     return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
-def make_mesh(data: int, model: int, devices: list | None = None, *, replica: int = 1, context: int = 1) -> Mesh:
+def make_mesh(
+    data: int, model: int, devices: list | None = None, *, replica: int = 1, context: int = 1, teacher: int = 1
+) -> Mesh:
     """A mesh of `MESH_AXES`.
 
     Args:
@@ -48,6 +59,7 @@ def make_mesh(data: int, model: int, devices: list | None = None, *, replica: in
         devices: which ones; None is all.
         replica: copies of what is split over the other axes, or -1 for one a slice.
         context: devices that share the tokens of a row.
+        teacher: devices that share the teacher's layers, as those along `model` do, and are rows to the student.
 
     Raises:
         ValueError: when the product is not the number of devices, or slices would share another axis than `replica`.
@@ -55,14 +67,14 @@ def make_mesh(data: int, model: int, devices: list | None = None, *, replica: in
     devices = devices or jax.devices()
     count = slices(devices)
     replica = count if replica == -1 else replica
-    if min(replica, context, model) < 1 or data < -1 or data == 0:
+    if min(replica, context, teacher, model) < 1 or data < -1 or data == 0:
         raise ValueError(
             f"run.mesh has sizes from 1 on, or -1 for replica and data, got replica={replica}, data={data}, "
-            f"context={context}, model={model}"
+            f"context={context}, teacher={teacher}, model={model}"
         )
     if data == -1:
-        data = max(len(devices) // (replica * context * model), 1)
-    sizes = dict(zip(MESH_AXES, (replica, data, context, model), strict=True))
+        data = max(len(devices) // (replica * context * teacher * model), 1)
+    sizes = dict(zip(MESH_AXES, (replica, data, context, teacher, model), strict=True))
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
         said = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name in ("data", "model"))
@@ -160,12 +172,28 @@ def replicated_axes(axes, shapes, mesh: Mesh, rules: Rules = RULES) -> list[str]
     return sorted(notes)
 
 
+_TABLE: ContextVar[Rules] = ContextVar("table", default=RULES)
+
+
+@contextmanager
+def table(rules: Rules) -> Iterator[None]:
+    """What is traced inside is pinned by this table instead of `RULES`: `with table(rules): forward(...)`.
+
+    It is read while a function is traced. What `jax.jit` has traced before is not traced again for another table.
+    """
+    token = _TABLE.set(rules)
+    try:
+        yield
+    finally:
+        _TABLE.reset(token)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh in use; the identity when there is none."""
+    """Pin an activation to the mesh in use, by the table in use; the identity when there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.axis_sizes) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, _TABLE.get()))
 
 
 def split_length() -> bool:
@@ -174,5 +202,5 @@ def split_length() -> bool:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `replica` and `data`; every later dimension whole."""
+    """Rows over `ROWS`; every later dimension whole."""
     return NamedSharding(mesh, PartitionSpec(tuple(name for name in ROWS if name in mesh.axis_names)))

@@ -88,12 +88,12 @@ def _better(found: Plan, best: Plan) -> bool:
 
 def _guesses(e: Experiment, topology: Topology, place: list) -> Iterator[Guess]:
     """Every mesh and place of the teacher, with each remat and the number of micro-batches, on paper."""
-    context, model = e.run.mesh.context, 1
+    context, aside, model = e.run.mesh.context, e.run.mesh.teacher, 1
     replica = topology.slices if e.run.mesh.replica == -1 else e.run.mesh.replica
     optim = dataclasses.replace(e.optim, micro_batches=1)
     while model <= min(_WIDEST, topology.devices):
-        data = topology.devices // (replica * context * model)
-        over = replica * data
+        data = topology.devices // (replica * context * aside * model)
+        over = replica * data * aside
         rows = e.data.batch // over if over else 0
         if over * context * model == topology.devices and rows and e.data.batch % over == 0:
             evaluated = -(-e.run.eval_batch // over) * over
@@ -127,7 +127,8 @@ def _guess(built: Job, topology: Topology) -> Guess:
     """
     e, chip, student = built.experiment, topology.chip, built.student.config
     sizes = built.mesh.shape
-    model, split = sizes["model"], sizes["data"] * sizes["context"]
+    model, aside = sizes["model"], sizes["teacher"]
+    split = sizes["data"] * sizes["context"] * aside
     parts, kept = e.optim.micro_batches, e.run.remat == "layer"
     tokens = e.data.batch * e.data.length // (sizes["replica"] * split) // parts  # of a micro-batch, on a device
     models = [] if built.own else [m for n, m in built.teachers.items() if not e.teacher.models[n].cache]
@@ -135,24 +136,27 @@ def _guess(built: Job, topology: Topology) -> Guess:
     taught = planning.held(planning.weights_of(built))
     own = planning.held(built.state.params)
 
-    layer = lambda c: tokens * (12 * c.embed + (3 * c.mlp + 6 * c.heads * e.data.length) / model * 2)
+    # To a teacher `aside` splits layers and not rows: `wide` is 1 for the student.
+    layer = lambda c, wide=1: tokens * (12 * wide * c.embed + (3 * c.mlp + 6 * c.heads * e.data.length) / model * 2)
     saved = student.layers * (2 * tokens * student.embed if kept else layer(student))
     head = student.embed * student.padded_vocab * 10 / model + sum(
         2 * c.embed * c.padded_vocab / model for c in teachers
     )
-    temporary = saved + max(map(layer, [student, *teachers])) + head + own * (2 if parts > 1 else 1)
+    largest = max([layer(student), *[layer(c, aside) for c in teachers]])
+    temporary = saved + largest + head + own * (2 if parts > 1 else 1)
     fixed = planning.held(built.state) + taught
 
-    weights = lambda c: 2 * (flops.body(c, 1) / 2 + c.embed * c.padded_vocab) / model  # bfloat16, gathered over data
+    # bfloat16, gathered over data
+    weights = lambda c, wide=1: 2 * (flops.body(c, 1) / 2 / wide + c.embed * c.padded_vocab) / model
     passes = 4 if kept else 3
-    through = parts * (passes * weights(student) + sum(map(weights, teachers)))
-    whole = parts * sum(weights(m.config) for m in models if not m.rules["embed"])
+    through = parts * (passes * weights(student) + sum(weights(c, aside) for c in teachers))
+    whole = parts * sum(weights(m.config, aside) for m in models if not m.rules["embed"])
     whole += parts * passes * weights(student) * (not built.student.rules["embed"])
     attention = lambda c: c.layers * c.heads / model * tokens * e.data.length * 12 * parts
     moved = through + passes * attention(student) + sum(map(attention, teachers)) + 28 / 4 * own
     gathered = (1 - 1 / split) * (through - whole + parts * weights(student))
-    sums = lambda c: 4 * c.layers * tokens * c.embed * 2 * parts * (1 - 1 / model)
-    exchanged = gathered + (passes - 1) * sums(student) + sum(map(sums, teachers))
+    sums = lambda c, wide=1: 4 * c.layers * tokens * wide * c.embed * 2 * parts * (1 - 1 / (model * wide))
+    exchanged = gathered + (passes - 1) * sums(student) + sum(sums(c, aside) for c in teachers)
     links = sum(2 if wraps else 1 for n, wraps in zip(topology.shape, topology.wraps, strict=True) if n > 1) or math.inf
     times = (
         planning.flops_of(built).executed / topology.devices / chip.flops,

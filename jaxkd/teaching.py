@@ -98,7 +98,7 @@ def writing(job: Job) -> signals.Writing:
     """How the teacher's own text is made."""
     t, model = job.experiment.teacher, job.teacher
     return signals.Writing(
-        model.config, t.prompt, t.temperatures[0], job.tokenizer.vocab, job.tokenizer.end, model.dtype
+        model.config, t.prompt, t.temperatures[0], job.tokenizer.vocab, job.tokenizer.end, model.dtype, model.rules
     )
 
 

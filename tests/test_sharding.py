@@ -34,6 +34,18 @@ def test_specs_follow_the_table_and_never_use_an_axis_twice():
     assert moments == spec(("data", "context", "replica"), None)
 
 
+def test_the_teacher_axis_is_rows_to_the_student_and_model_to_the_teacher():
+    mesh, spec = sharding.make_mesh(2, 2, teacher=2), jax.sharding.PartitionSpec
+    teacher = sharding.of_teacher(sharding.TABLES["fsdp"])
+    assert sharding.spec(("batch", "mlp"), (8, 64), mesh) == spec(("data", "teacher"), "model")
+    assert sharding.spec(("batch", "mlp"), (8, 64), mesh, teacher) == spec("data", ("teacher", "model"))
+    assert sharding.spec(("vocab", "embed"), (64, 64), mesh) == spec("model", ("data", "teacher"))
+    assert sharding.spec(("vocab", "embed"), (64, 64), mesh, teacher) == spec("model", "data")
+    assert sharding.spec(("kv_heads", "embed"), (2, 64), mesh, teacher) == spec("teacher", "data")
+    whole = sharding.of_teacher(sharding.TABLES["replicated"])
+    assert sharding.spec(("embed", "heads"), (64, 8), mesh, whole) == spec(None, ("teacher", "model"))
+
+
 def test_what_does_not_divide_is_reported():
     shapes, axes = {"q": jnp.zeros((64, 9))}, {"q": ("embed", "heads")}
     assert sharding.replicated_axes(axes, shapes, sharding.make_mesh(4, 2)) == [
@@ -109,6 +121,36 @@ def axes_of(tree) -> set[str]:
     return {name for spec in specs for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
 
 
+def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
+    """Hidden states and taps are those of one device, and lie where the loss and the terms look for them."""
+    sizes, spec = {"data": 2, "teacher": 2, "model": 2}, jax.sharding.PartitionSpec
+    found, taps = [], ("layer_2", "query_3", "value_3")
+    for this in (built(data=1), built(**sizes)):
+        with jax.set_mesh(this.mesh):
+            params = load.teacher(this, "teacher")
+            found.append(jax.jit(functools.partial(this.teacher.forward, taps=taps))(params, batch(this, 0)))
+    one, many = found
+    lies = {"layer_2": (), "query_3": (None, "model"), "value_3": (None, "model")}
+    for name, x in {"layer_2": many.head.hidden, **many.taps}.items():
+        place = jax.sharding.NamedSharding(this.mesh, spec(("data", "teacher"), *lies[name]))
+        assert x.sharding.is_equivalent_to(place, x.ndim), name
+    for a, b in zip(
+        jax.tree.leaves(one._replace(head=one.head.hidden)),
+        jax.tree.leaves(many._replace(head=many.head.hidden)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    job = built(**sizes)
+    assert axes_of(job.teacher.shardings["layers"]) == axes_of(job.student.shardings) == {"data", "teacher", "model"}
+    assert axes_of(job.teacher.shardings["embed"]) == {"data", "model"}
+    # As small a part of a layer as with a `model` axis that is twice as wide, its heads' widths and all.
+    wide = built(data=2, model=4)
+    held = lambda job, name: job.teacher.shardings["layers"][name].shard_shape(job.teacher.shapes["layers"][name].shape)
+    assert [held(job, name) for name in ("q", "o", "up", "down")] == [
+        held(wide, name) for name in ("q", "o", "up", "down")
+    ]
+
+
 def test_moments_are_shared_by_all_that_hold_the_same():
     whole = built(data=1).state
     spread = built(replica=2, data=2, context=2).state
@@ -132,6 +174,7 @@ def test_either_side_may_lie_whole_beside_the_model_axis():
     [
         (["--config.teacher.sharding=fsdb"], {}, r"unknown teacher.sharding 'fsdb': did you mean fsdp\?"),
         (["--config.optim.micro_batches=2"], {"replica": 4}, "2 x 8 devices on the replica and data axes"),
+        (["--config.optim.micro_batches=2"], {"teacher": 4}, "2 x 8 devices on the data and teacher axes"),
         (["--config.data.length=62"], {"context": 4}, "data.length=62 must be a multiple of the run.mesh.context=4"),
     ],
 )
@@ -144,7 +187,7 @@ def test_what_does_not_fit_a_mesh_is_named(overrides, sizes, message):
 def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
     """Loss and norms of two steps; what the update read and wrote lies where it was."""
     found = []
-    for sizes in ({"data": 1}, {"replica": 2, "data": 1, "context": 2, "model": 2}):
+    for sizes in ({"data": 1}, {"replica": 2, "data": 1, "context": 2, "model": 2}, {"data": 2, "teacher": 4}):
         this = built(**sizes)
         with jax.set_mesh(this.mesh):
             teacher = teaching.teach(this, {"teacher": load.teacher(this, "teacher")}, {}).train
@@ -159,7 +202,7 @@ def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
             assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
             found.append({name: float(total / weight) for name, (total, weight) in measured.items() if weight})
     for name in ("loss", "kd", "ce", "grad_norm"):
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-5)
+        assert [each[name] for each in found[1:]] == pytest.approx([found[0][name]] * 2, rel=1e-5)
 
 
 def batch(this: job.Job, seed: int):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkd.types import Blend, Head, Sampled, TopK
 
-LENGTH_AXIS, ROW_AXES, VOCAB_AXIS = "context", ("replica", "data"), "model"
+LENGTH_AXIS, ROW_AXES, VOCAB_AXIS = "context", ("replica", "data", "teacher"), "model"
 TOKEN_AXES = (LENGTH_AXIS, *ROW_AXES)
 """In the order in which flat tokens lie over them: see `flatten`."""
 
@@ -46,7 +46,7 @@ def share(tokens: int, columns: int) -> Share:
     over, model = _token_axes(sizes), sizes.get(VOCAB_AXIS, 1)
     parts = math.prod(sizes[name] for name in over)
     if tokens % parts or columns % model:
-        lies = " x ".join(f"{name}={sizes[name]}" for name in over or ROW_AXES[1:] if name in sizes)
+        lies = " x ".join(f"{name}={sizes[name]}" for name in over or ("data",) if name in sizes)
         raise ValueError(
             f"{tokens} tokens x {columns} columns do not divide over {lies} x {VOCAB_AXIS}={model} devices"
         )

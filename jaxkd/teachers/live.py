@@ -4,8 +4,14 @@ from typing import Any
 
 import jax
 
+from jaxkd.sharding import Rules, constrain, table
 from jaxkd.teachers.base import Teacher, untouched
 from jaxkd.types import Batch, Forward, Output, PyTree
+
+# What of a batch a forward pass reads.
+_READ = ("tokens", "segments", "positions")
+# How a tap lies, by its kind.
+_TAPS = {"layer": (None,), "query": ("heads", None), "key": ("kv_heads", None), "value": ("kv_heads", None)}
 
 
 def live(params: PyTree, forward: Forward) -> Teacher:
@@ -20,6 +26,30 @@ def live(params: PyTree, forward: Forward) -> Teacher:
         return jax.lax.stop_gradient(forward(state, batch, **options))
 
     return Teacher(params, untouched, signal, ("taps",))
+
+
+def within(rules: Rules, forward: Forward) -> Forward:
+    """A forward pass whose activations lie by a table of its own; what it returns lies as the student's does.
+
+    Args:
+        rules: the table, such as `sharding.of_teacher` makes.
+        forward: of a model whose parameters lie by it.
+    """
+
+    def moved(params: PyTree, batch: Batch, **options: Any) -> Output:
+        with table(rules):
+            wide = {name: constrain(getattr(batch, name), "batch", None) for name in _READ}
+            # Pinned here too: else the compiler carries the rows below back into the loop over the layers.
+            output = lie(forward(params, batch._replace(**wide), **options))
+        # Tokens over all the mesh's rows again, before the loss splits a vocabulary that `teacher` has no part of.
+        return lie(output)
+
+    def lie(output: Output) -> Output:
+        hidden = constrain(output.head.hidden, "batch", "length", None)
+        taps = {n: constrain(x, "batch", "length", *_TAPS[n.partition("_")[0]]) for n, x in output.taps.items()}
+        return Output(output.head._replace(hidden=hidden), taps)
+
+    return moved
 
 
 def own(forward: Forward) -> Teacher:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxkd.kernels import sparsify
 from jaxkd.models import generate
 from jaxkd.models.transformer import Config
+from jaxkd.sharding import RULES, Rules, table
 from jaxkd.teachers.base import Teacher, untouched
 from jaxkd.types import Batch, Head, Output, PyTree, Sampled, TopK
 
@@ -70,6 +71,7 @@ class Writing(NamedTuple):
     vocab: int  # true vocabulary
     end: int | None  # the token that ends a text
     dtype: Any = jnp.float32  # of its activations
+    rules: Rules = RULES  # where they lie
 
 
 def token(params: PyTree, how: Writing, seed: int) -> Teacher:
@@ -100,10 +102,11 @@ def written(how: Writing, params: PyTree, batch: Batch, key: jax.Array) -> Batch
     width = min(how.prompt, length - 1)
     prompt = jnp.maximum((batch.segments[:, :width] == 1).sum(-1), 1)
     own = jax.vmap(lambda domain, row: jax.random.fold_in(jax.random.fold_in(key, domain), row))
-    text = generate.generate(
-        how.config, params, batch.tokens[:, :width], prompt, own(batch.domain, batch.row), length=length,
-        temperature=how.temperature, vocab=how.vocab, end=how.end, dtype=how.dtype,
-    )  # fmt: skip
+    with table(how.rules):
+        text = generate.generate(
+            how.config, params, batch.tokens[:, :width], prompt, own(batch.domain, batch.row), length=length,
+            temperature=how.temperature, vocab=how.vocab, end=how.end, dtype=how.dtype,
+        )  # fmt: skip
     place = jnp.arange(length)
     inside = place < text.lengths[:, None]
     after = (place + 1 < text.lengths[:, None]) & (place + 1 >= prompt[:, None])

@@ -1,6 +1,7 @@
 """Teachers' signals of other kinds in the step, and what the step's devices tell each other."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from harness import collectives
 from test_step import DOMAINS, TEACHER, make_batch, problem
 
 from jaxkd import divergences, objectives, sharding
+from jaxkd.hlo import Program
 from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.base import Teacher
-from jaxkd.teachers.live import live
+from jaxkd.teachers.live import live, within
 from jaxkd.train.step import make_gradient
 from jaxkd.types import Batch, Sampled, TopK
 
@@ -116,6 +118,7 @@ def test_standardised_logits_know_no_scale():
         (2, False, {"data": 4, "model": 2}),
         (1, False, {"replica": 2, "data": 2, "model": 2}),
         (2, True, {"data": 2, "context": 2, "model": 2}),
+        (2, False, {"data": 2, "teacher": 2, "model": 2}),
     ],
 )
 def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, sizes):
@@ -131,21 +134,23 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, s
     }
     objective = objectives.total(terms, vocab=vocab - 5, domains=("all",), chunk=16)
 
-    def placed(config):
+    def placed(config, rules=sharding.RULES):
         shapes, axes = transformer.abstract(config)
-        places = sharding.shardings(axes, shapes, mesh)
+        places = sharding.shardings(axes, shapes, mesh, rules)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
     params = {"student": placed(student), "objective": {}}
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype, sharding=sharding.batch_sharding(mesh))
     wide, flat = shape(jnp.int32, rows, length), shape(jnp.int32, rows)
     batch = Batch(wide, wide, shape(jnp.float32, rows, length), wide, wide, flat, flat)
-    teacher = live(placed(big), functools.partial(transformer.forward, big))
+    rules = sharding.of_teacher(sharding.RULES)
+    teacher = live(placed(big, rules), within(rules, functools.partial(transformer.forward, big)))
     gradient = make_gradient(functools.partial(transformer.forward, student), teacher, objective, micro_batches)
     places = jax.tree.map(lambda x: x.sharding, params)
     with jax.set_mesh(mesh):
         lowered = jax.jit(gradient, out_shardings=(places, None)).lower(params, teacher.state, batch, STEP)
-    found = collectives(lowered.compile().as_text())
+    text = lowered.compile().as_text()
+    found = collectives(text)
 
     tokens = {rows * length // n for n in (1, 2, 4, 8)} | {rows * length // 8 // n for n in (1, 2, 4, 8)} | {16, length}
     columns = {vocab // n for n in (1, 2, 4, 8)}
@@ -162,5 +167,15 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, s
     assert reduced(72) <= 2
     # Of the teacher's layers q, k, v, o, gate, up and down once each: the loop over the layers stands in the text once.
     layers = [s for c in found if c.name == "all-gather" for s in c.shapes if 104 in s and not columns & set(s)]
-    weights = [s for s in layers if {14, 44} & set(s) and not tokens & set(s)]
+    weights = [s for s in layers if {14, 44, 22} & set(s) and not tokens & set(s)]
     assert len(weights) == 7, layers
+    # Each over what its width is split over: heads and MLP stay the share that `teacher` and `model` have of them.
+    local = [
+        math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) * sizes["data"] * sizes.get("context", 1)
+        for name, leaf in teacher.state["layers"].items()
+        if leaf.ndim > 2
+    ]
+    assert sorted(map(math.prod, weights)) == sorted(local)
+    # Over `teacher` alone are gathered integers and, once a micro-batch and not in each layer, the embedding's output.
+    alone = [c for c in Program(text).collectives(dict(mesh.shape)) if c.axis == "teacher" and c.op == "all-gather"]
+    assert sum(c.count for c in alone if c.bytes > 4 * rows * length) <= micro_batches, alone

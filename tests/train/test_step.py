@@ -14,7 +14,7 @@ from harness import random_params
 from jaxkd import divergences, objectives, sharding
 from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
-from jaxkd.teachers.live import absent, live
+from jaxkd.teachers.live import absent, live, within
 from jaxkd.train import optim
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_gradient, make_step
@@ -61,8 +61,12 @@ def problem():
 
 
 @functools.lru_cache
-def program(micro_batches):
+def program(micro_batches, table=None):
+    """With the name of a table, the teacher's activations lie by the teacher's form of it."""
     student, teacher, _ = problem()
+    if table:
+        rules = sharding.of_teacher(sharding.TABLES[table])
+        teacher = live(teacher.state, within(rules, functools.partial(transformer.forward, TEACHER)))
     return jax.jit(make_gradient(student, teacher, make_objective(), micro_batches))
 
 
@@ -78,13 +82,15 @@ def weights(narrow):
 
 def gradients(batch, micro_batches=1, mesh=None, table="fsdp", narrow=False):
     _, _, params = problem()
-    gradient, teacher = program(micro_batches), weights(narrow)
+    own = mesh is not None and mesh.shape["teacher"] > 1
+    gradient, teacher = program(micro_batches, table if own else None), weights(narrow)
     if mesh is None:
         return gradient(params, teacher[0], batch, jnp.zeros((), jnp.int32))
     with jax.set_mesh(mesh):
         placed, student = [], (params["student"], *transformer.abstract(CONFIG))
-        for (tree, shapes, axes), rules in ((student, "fsdp"), (teacher, table)):
-            placed.append(jax.device_put(tree, sharding.shardings(axes, shapes, mesh, sharding.TABLES[rules])))
+        rules = sharding.of_teacher(sharding.TABLES[table])
+        for (tree, shapes, axes), lies in ((student, sharding.RULES), (teacher, rules)):
+            placed.append(jax.device_put(tree, sharding.shardings(axes, shapes, mesh, lies)))
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         params = {"student": placed[0], "objective": {}}
         return gradient(params, placed[1], batch, jnp.zeros((), jnp.int32))
@@ -117,6 +123,9 @@ def test_micro_batches_equal_the_whole_batch(micro_batches):
         ({"replica": 2, "data": 1, "context": 2, "model": 2}, 1, "replicated", False),
         ({"data": 2, "context": 4, "model": 1}, 2, "fsdp", False),
         ({"data": 4, "model": 2}, 2, "fsdp", True),
+        ({"data": 2, "teacher": 4, "model": 1}, 1, "fsdp", False),  # its six heads do not divide
+        ({"data": 2, "teacher": 2, "model": 2}, 2, "replicated", False),
+        ({"data": 1, "context": 2, "teacher": 2, "model": 2}, 1, "fsdp", True),
     ],
 )
 def test_eight_devices_equal_one(sizes, micro_batches, table, narrow):
