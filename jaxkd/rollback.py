@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -42,18 +43,18 @@ def go(workdir: Path, step: str) -> list[str]:
             load.mark(e, workdir, writer)
     if not names:
         return [f"step {number} is whole and the newest under {there.directory}: nothing had to be set aside"]
-    named = lambda one, other, word: ", ".join(f"{one(pair)} {word} {other(pair)}" for pair in names.items())
-    later, aside = (lambda pair: pair[0]), (lambda pair: pair[1])
+    done = ", ".join(f"{later} as {name}" for later, name in names.items())
+    back = ", ".join(f"{name} to {later}" for later, name in names.items())
     return [
-        f"step {number} is whole, and the newest again. Set aside under {there.directory}: {named(later, aside, 'as')}",
+        f"step {number} is whole, and the newest again. Set aside under {there.directory}: {done}",
         f"the same `jaxkd train` goes on from step {number} and drops the lines of its logs after it; with other "
         "settings, such as a lower --config.optim.lr.peak, it needs --accept-changes",
-        f"to undo this before that, rename {named(aside, later, 'to')}",
+        f"to undo this before that, rename {back}",
     ]
 
 
 @contextlib.contextmanager
-def _alone(workdir: Path):
+def _alone(workdir: Path) -> Iterator[None]:
     """Keep `train` out of a workdir, in which none is going on: neither on this host nor on another."""
     how = "Stop it first: SIGTERM saves and ends it"
     beat = watchdog.beating(workdir)

@@ -302,7 +302,9 @@ def leave(code: int, text: str) -> NoReturn:
     def tell() -> None:
         with _ending:
             told = _told(code, text)
-            _leave(code) if told["process"] == _world().rank else _follow(told)
+            if told["process"] == _world().rank:
+                _leave(code)
+            _follow(told)
 
     if several():
         teller = threading.Thread(target=tell, daemon=True)
