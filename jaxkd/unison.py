@@ -264,7 +264,7 @@ def stoppable(said: str) -> Iterator[None]:
 def end(error: BaseException) -> int:
     """Say why the command ends, in one line where a user can mend it.
 
-    Of several processes the first to fail tells the others, and all end: this does not return then.
+    Of several processes the first to fail tells the others, and all end: this does not return then, nor for `Stopped`.
 
     Returns:
         the exit code.
@@ -273,6 +273,8 @@ def end(error: BaseException) -> int:
     _, rank, size = _world()
     if size == 1:
         print(text, file=sys.stderr)
+        if isinstance(error, Stopped):
+            _leave(code)  # Python's own end was seen to take two minutes where a file of rows was cut short
         return code
     if _LOST.search(f"{error} {error.__cause__}"):  # an OSError of a checkpoint that waited for it, too
         code = processes.UNFORESEEN
