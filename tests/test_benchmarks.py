@@ -51,8 +51,11 @@ def test_quick_loop():
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout)
-    assert row["tokens"] == 256
-    assert min(row["bare_step_s"], row["loop_step_s"], row["input_share"], row["log_share"]) > 0
+    assert (row["name"], row["tokens"]) == ("small", 256)
+    assert min(row[f"{kind}_step_s"] for kind in ("bare", "loop", "silent")) > 0
+    assert 0 < max(row[f"{part}_ms"] for part in ("input", "log", "rest")) < row["own_ms"]
+    assert row["enough_step_s"] == pytest.approx(row["own_ms"] / 1e3 / 0.02, abs=1e-3)
+    assert row["steps"] == 15  # of three turns of six, each but the first
 
 
 @pytest.mark.slow
