@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shlex
 import subprocess
+from collections import Counter
 
 import pytest
 from harness import REPOSITORY, jaxkd
@@ -59,25 +60,48 @@ def test_what_does_not_fit_is_a_verdict():
     assert found["estimate"] == dict.fromkeys(("step_s", "tokens_per_s", "mfu", "bound", "exposed_s"))
 
 
+LARGE_TEACHER = [
+    f"--config.{side}.shape.{key}={value}"
+    for side, sizes in {
+        "teacher": {"embed": 512, "head_dim": 64, "mlp": 1024, "heads": 8, "kv_heads": 4, "layers": 4},
+        "student": {"embed": 128, "head_dim": 32, "mlp": 256, "heads": 4, "kv_heads": 4, "layers": 2, "vocab": 257},
+    }.items()
+    for key, value in sizes.items()
+]
+LARGE_TEACHER += ["--config.student.path=random", "--config.student.layers=()", "--config.run.dtype=bfloat16"]
+LARGE_TEACHER += ["--config.data.batch=16", "--config.data.length=256", "--config.run.eval_batch=16"]
+
+
+def exchanged(found: dict, op: str, axis: str) -> Counter:
+    """How often each size goes over an axis in a step, in loops."""
+    counts: Counter = Counter()
+    for c in found["collectives"]:
+        if (c["op"], c["axis"], c["in_loop"]) == (op, axis, True):
+            counts[c["bytes"]] += c["count"]
+    return counts
+
+
 def test_an_int8_teacher_is_gathered_as_such():
     """A byte a weight, where bfloat16 products read them: nothing is widened before it is sent."""
-    sizes = {
-        "teacher": {"embed": 512, "head_dim": 64, "mlp": 1024, "heads": 8, "kv_heads": 4, "layers": 4},
-        "student": {"embed": 128, "head_dim": 32, "mlp": 256, "heads": 4, "kv_heads": 4, "layers": 2},
-    }
-    shapes = [f"--config.{side}.shape.{key}={value}" for side in sizes for key, value in sizes[side].items()]
-    found = planned(
-        *("v5e:2x2", "--config.data.batch=16", "--config.data.length=256", "--config.run.eval_batch=16"),
-        *("--config.student.path=random", "--config.student.layers=()", "--config.student.shape.vocab=257", *shapes),
-        *("--config.teacher.dtype=int8", "--config.run.dtype=bfloat16"),
-    )
-    gathered = {c["bytes"]: c["count"] for c in found["collectives"] if c["op"] == "all-gather" and c["in_loop"]}
+    found = planned("v5e:2x2", *LARGE_TEACHER, "--config.teacher.dtype=int8")
+    gathered = exchanged(found, "all-gather", "data")
     assert gathered[512 * 1024] == 4 * 3  # gate, up and down
     assert gathered[512 * 512] == gathered[512 * 256] == 4 * 2  # q and o, k and v
-    assert 2 * 512 * 1024 not in gathered
+    assert gathered[2 * 512 * 1024] == 0
     # Weights, scales, norms, and an embedding of two bytes, a quarter of them on each device.
     layer = (512 * 64 * 24 + 3 * 512 * 1024) // 4 + 4 * (64 * 16 + 2 * 1024) + 4 * 4 * 512 // 4
     assert found["hbm_bytes"]["teacher"] == 4 * layer + 2 * 512 * 384 // 4 + 4 * 512 // 4
+
+
+def test_a_teacher_on_its_own_axis_is_not_gathered_over_it():
+    """Half of each weight over `data`, and over `teacher` two sums of activations a layer."""
+    sizes = ("--config.run.mesh.data=2", "--config.run.mesh.teacher=2", "--config.teacher.dtype=bfloat16")
+    found = planned("v5e:2x2", *LARGE_TEACHER, *sizes)
+    gathered = exchanged(found, "all-gather", "data")
+    assert gathered[512 * 1024 // 2 * 2] == 4 * 3
+    assert gathered[512 * 512 // 2 * 2] == gathered[512 * 256 // 2 * 2] == 4 * 2
+    assert exchanged(found, "all-reduce", "teacher") == {8 * 256 * 512 * 2: 4 * 2}
+    assert not exchanged(found, "all-gather", "teacher")
 
 
 def test_slices_exchange_gradients_and_a_teacher_is_gathered_once_a_micro_batch():
