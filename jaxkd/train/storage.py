@@ -1,5 +1,6 @@
 """How a checkpoint's parts are written and read: the only file that knows Orbax."""
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -103,5 +104,5 @@ def portions(
         some = jax.tree.map(lambda leaf, asked=asked: leaf if id(leaf) in asked else ocp.PLACEHOLDER, tree)
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
         arguments = ocp.args.PyTreeRestore(item=some, restore_args=how)
-        got = manifest.named(damage.attempt(lambda a=arguments: arrays.restore(place, args=a)))
+        got = manifest.named(damage.attempt(functools.partial(arrays.restore, place, args=arguments)))
         yield {name: jnp.asarray(got[name]) for name in names}
