@@ -31,11 +31,13 @@ SILENCE = 12  # seconds after which a process that says nothing is given up
 class Job:
     """A command in several processes that find each other."""
 
-    def __init__(self, count: int, *arguments: str, devices: int = 1, last: tuple[str, ...] = ()):
+    def __init__(
+        self, count: int, *arguments: str, devices: int = 1, last: tuple[str, ...] = (), silence: int = SILENCE
+    ):
         """`last` are more arguments for the last process alone."""
         common = {
             **process_environment(devices), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(),
-            "JAXKD_NUM_PROCESSES": str(count), "JAXKD_HEARTBEAT_SECONDS": str(SILENCE),
+            "JAXKD_NUM_PROCESSES": str(count), "JAXKD_HEARTBEAT_SECONDS": str(silence),
         }  # fmt: skip
         self.started = [
             subprocess.Popen(
@@ -233,3 +235,24 @@ def test_interrupt_of_one_stops_all(arguments, tmp_path):
     found = job.end()
     assert [code for code, *_ in found] == [processes.STOPPED] * 2, found
     assert "Traceback" not in found[0][2] + found[1][2]
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_notice(arguments, tmp_path):
+    """Process 1 is stopped for so long that process 0, in a collective with it, gives up; then it hears of it."""
+    workdir = tmp_path / "w"
+    more = ["--config.run.steps=4000", "--config.run.stall_s=10.0", "--config.run.checkpoint_every=1000"]
+    job = Job(2, "train", "--workdir", str(workdir), *arguments, *more, "--no-check", silence=100)
+    job.wait_for(workdir / "metrics.jsonl", 5)
+    job.started[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    while not (workdir / "stalled-0.txt").exists():
+        assert time.monotonic() - stopped < 60
+        time.sleep(0.05)
+    job.started[1].send_signal(signal.SIGCONT)
+    (code, _, errors), (other, _, said) = job.end(60)
+    assert (code, other) == (processes.UNFORESEEN, processes.UNFORESEEN), errors + said
+    assert time.monotonic() - stopped < 60  # and not when JAX takes a silent process for dead
+    assert "has made no progress for 10 s (run.stall_s=10), so process 0 ends with code 70" in errors
+    assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: step ")
+    assert not (workdir / "stalled-1.txt").exists()  # it stood still because it could not run

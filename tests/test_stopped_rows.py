@@ -52,7 +52,9 @@ class Building:
         """Code and last line of each after SIGTERM to one."""
         self.processes[index].send_signal(signal.SIGTERM)
         try:
-            errors = [process.communicate(timeout=300)[1] for process in self.processes]  # not twenty minutes
+            errors = [
+                process.communicate(timeout=60)[1] for process in self.processes
+            ]  # neither twenty minutes nor two
         finally:
             for process in self.processes:
                 process.kill()
