@@ -52,9 +52,8 @@ class Building:
         """Code and last line of each after SIGTERM to one."""
         self.processes[index].send_signal(signal.SIGTERM)
         try:
-            errors = [
-                process.communicate(timeout=60)[1] for process in self.processes
-            ]  # neither twenty minutes nor two
+            # Neither the twenty minutes of the text, nor the two that Python's own end was seen to take.
+            errors = [process.communicate(timeout=60)[1] for process in self.processes]
         finally:
             for process in self.processes:
                 process.kill()
