@@ -65,7 +65,8 @@ def test_quick_stored(tmp_path):
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     half, wide, narrow = map(json.loads, result.stdout.splitlines())
-    assert 0 < half["kl"] < wide["kl"] < 0.05
-    assert narrow["kl"] == pytest.approx(wide["kl"], rel=0.5)
+    # What int8 weights alone lose, and with bfloat16 activations, which lose about as much again.
+    assert 0 < wide["kl"] < narrow["kl"] < 0.05
+    assert 0 < half["kl"] < narrow["kl"]
     assert narrow["agreement"] > 0.9
     assert narrow["mib"] < 0.7 * half["mib"]

@@ -210,6 +210,12 @@ class TrainLog:
             workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture")
         )
         writes = unison.first()
+        self._writer: _Writer | None = None
+        if writes:
+            for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
+                truncate(path, last)
+            self._writer = _Writer(_Board(workdir / "tensorboard", step + 1))
+        # The last, so that what goes wrong above is not said on the bar's line.
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -220,11 +226,6 @@ class TrainLog:
             mininterval=_REDRAW,
             disable=not writes,
         )
-        self._writer: _Writer | None = None
-        if writes:
-            for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
-                truncate(path, last)
-            self._writer = _Writer(_Board(workdir / "tensorboard", step + 1))
 
     def _put(self, path: Path, prefixes: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
         if self._writer is not None:
