@@ -39,8 +39,8 @@ def state_of(seed: int) -> TrainState:
 
 @pytest.mark.slow
 def test_checkpoints_in_a_bucket(bucket):
-    # TensorStore writes arrays side by side, and the emulator, when it is slow, was once seen to answer one of them with
-    # a generation that none of its writes had.
+    # TensorStore writes arrays side by side, and the emulator, when it is slow, was once seen to answer one of them
+    # with a generation that none of its writes had.
     for directory in (f"{bucket}/runs/{name}" for name in ("one", "two", "three")):
         try:
             saves_and_restores(directory)
