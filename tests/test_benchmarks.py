@@ -13,14 +13,18 @@ TIMES = ["time_over_matmul", "time_over_dense"]
 KEYS = ["name", "tokens", "vocab", *TIMES, "temp_bytes", "dense_temp_bytes", "max_grad_error"]
 
 
+def quick(name: str, *more: str, seconds: int = 600) -> list[dict]:
+    """The rows that a benchmark prints, without the tests' own flags: eight devices and no optimiser are no user's."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--json", *more]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 @pytest.mark.slow
 def test_quick():
-    command = [sys.executable, "benchmarks/losses.py", "--quick", "--json"]
-    # Without the tests' own flags: eight devices and no optimiser are not what a user measures.
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    rows = quick("losses")
     assert [row["name"] for row in rows] == ["forward_kl", "reverse_kl", "jsd_0.5", "bucket_top64", "forward_kl+ce"]
     for row in rows:
         assert list(row) == KEYS
@@ -31,11 +35,7 @@ def test_quick():
 
 @pytest.mark.slow
 def test_quick_teachers(tmp_path):
-    command = [sys.executable, "benchmarks/teachers.py", "--quick", "--json", "--directory", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stderr
-    rows = {row["signal"]: row for row in map(json.loads, result.stdout.splitlines())}
+    rows = {row["signal"]: row for row in quick("teachers", "--directory", str(tmp_path), seconds=1200)}
     assert rows["sft"]["step_over_sft"] == 1.0
     assert rows["top-64"]["payload_bytes_per_token"] < 180
     assert rows["sampled 50"]["payload_bytes_per_token"] < 40
@@ -46,11 +46,7 @@ def test_quick_teachers(tmp_path):
 
 @pytest.mark.slow
 def test_quick_loop():
-    command = [sys.executable, "benchmarks/loop.py", "--quick", "--json"]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    row = json.loads(result.stdout)
+    (row,) = quick("loop")
     assert (row["name"], row["tokens"]) == ("small", 256)
     assert min(row[f"{kind}_step_s"] for kind in ("bare", "loop", "silent")) > 0
     assert 0 < max(row[f"{part}_ms"] for part in ("input", "log", "rest")) < row["own_ms"]
@@ -60,11 +56,7 @@ def test_quick_loop():
 
 @pytest.mark.slow
 def test_quick_stored(tmp_path):
-    command = [sys.executable, "benchmarks/stored.py", "--quick", "--json", "--directory", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    half, wide, narrow = map(json.loads, result.stdout.splitlines())
+    half, wide, narrow = quick("stored", "--directory", str(tmp_path))
     # What int8 weights alone lose, and with bfloat16 activations, which lose about as much again.
     assert 0 < wide["kl"] < narrow["kl"] < 0.05
     assert 0 < half["kl"] < narrow["kl"]
