@@ -69,6 +69,7 @@ class Watchdog:
         self._waited = 0.0
         self._durations: deque[float] = deque(maxlen=64)
         self._done = threading.Event()
+        self._beating = threading.Lock()
         # Apart from each other, since a write to storage that hangs must not keep the other from looking.
         threads = [self._watch] if patience else []
         threads += [self._beat] if process == 0 else []
@@ -125,6 +126,8 @@ class Watchdog:
             with contextlib.suppress(OSError), path.open("w", encoding="utf-8") as file:
                 print(said, file=file, flush=True)
                 faulthandler.dump_traceback(file)
+            if self._process == 0:
+                self._write_beat()  # the last one may be of the phase before
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
@@ -133,14 +136,17 @@ class Watchdog:
         unison.leave(UNFORESEEN, f"{why}; what it was doing is in {path}")
 
     def _beat(self) -> None:
-        path = self._workdir / "heartbeat.json"
-        partial = path.with_suffix(".tmp")
         while True:
             last = self._done.is_set()
-            now = {"time": time.time(), "phase": self._phase, "step": self._step, "since": self._since}
-            with contextlib.suppress(OSError):  # a full disk is told of by what cannot do without it
-                partial.write_text(json.dumps(now | {"pid": os.getpid()}) + "\n", encoding="utf-8")
-                os.replace(partial, path)
+            self._write_beat()
             if last:
                 return
             self._done.wait(_BEAT)
+
+    def _write_beat(self) -> None:
+        path = self._workdir / "heartbeat.json"
+        partial = path.with_suffix(".tmp")
+        with self._beating, contextlib.suppress(OSError):  # a full disk is told of by what cannot do without it
+            now = {"time": time.time(), "phase": self._phase, "step": self._step, "since": self._since}
+            partial.write_text(json.dumps(now | {"pid": os.getpid()}) + "\n", encoding="utf-8")
+            os.replace(partial, path)

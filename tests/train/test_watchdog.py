@@ -50,6 +50,15 @@ def test_a_step_that_stands_still_ends_the_process_with_its_stacks(tmp_path):
     assert not (tmp_path / "heartbeat.json").exists()  # which is process 0's
 
 
+def test_the_last_heartbeat_says_where_it_stood_still(tmp_path):
+    """Although it began the phase after the beat before, of which there is one in five seconds."""
+    process = start(tmp_path, 0, 0.3, 1200)
+    process.communicate(timeout=60)
+    assert process.returncode == processes.UNFORESEEN
+    last = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert (last["phase"], last["step"], last["pid"]) == ("steps", 7, process.pid)
+
+
 def test_a_process_that_was_stopped_is_not_late(tmp_path):
     """Ctrl-Z, or a suspended laptop: the clock goes on, the process could not."""
     process = start(tmp_path, 0, 1.0, 6)
@@ -143,7 +152,7 @@ main.console(sys.argv[2:])
 @pytest.mark.slow
 def test_a_run_whose_storage_hangs_is_ended_and_goes_on(two_domains, tmp_path):
     workdir = tmp_path / "run"
-    more = ["--config.run.steps=12", "--config.run.checkpoint_every=2", "--config.run.stall_s=4.0"]
+    more = ["--config.run.steps=12", "--config.run.checkpoint_every=2", "--config.run.stall_s=8.0"]
     arguments = ["train", "--workdir", str(workdir), *tiny_arguments(two_domains, tmp_path / "rows", *more)]
     # Two domains' held-out rows, a check, and then a batch a step, of which some are read ahead.
     command = lambda reads: [sys.executable, "-c", RUN, str(reads), *arguments]
