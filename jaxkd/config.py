@@ -6,7 +6,6 @@ The only module beside `configs/` that knows absl and ml_collections.
 import ast
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jaxkd import __version__
+from jaxkd import __version__, locks
 from jaxkd.experiment import Experiment, Member, MeshBlock, Term, experiment, leaves, nearest, plain
 
 _PACKAGES = (
@@ -217,10 +216,8 @@ def lock(workdir: Path) -> Iterator[str]:
         ValueError: another one is training in it.
     """
     with (workdir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is training in {workdir}: wait for it or use a new --workdir") from None
+        if not locks.take(file, workdir / ".lock"):
+            raise ValueError(f"another process is training in {workdir}: wait for it or use a new --workdir")
         mark = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
         file.truncate(0)
         file.write(mark)
@@ -264,7 +261,10 @@ def saved_experiment(workdir: Path) -> Experiment:
         raise FileNotFoundError(
             f"{workdir} holds no run: {path} is missing; `jaxkd train --workdir {workdir}` makes one"
         )
-    return experiment(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return experiment(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is no JSON: put it back, or begin anew in another --workdir") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,10 @@
 """The door: recipes, overrides and blocks; every wrong input is one line that says what to do."""
 
 import dataclasses
+import errno
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,7 +12,7 @@ from harness import REPOSITORY, jaxkd, tiny_arguments, write_domain
 
 from jaxkd import config, job
 from jaxkd.experiment import experiment
-from jaxkd.load import host_params
+from jaxkd.load import check_one_device, host_params
 from jaxkd.train.step import make_step
 
 TINY = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
@@ -170,6 +172,16 @@ def fails(*arguments: str, **options) -> str:
     return complaint[0]
 
 
+def test_a_model_that_one_device_does_not_hold_is_not_tried_there():
+    """student.keep would end in a device's own words, on every start, whatever the size of the mesh."""
+    model = {"embedding": jax.ShapeDtypeStruct((2**17, 4096), "bfloat16")}
+    device = lambda known: SimpleNamespace(memory_stats=lambda: known)
+    for enough in (None, {}, {"bytes_limit": 3 * 2**30}):
+        check_one_device(model, device(enough))
+    with pytest.raises(ValueError, match=r"student.keep tries .* its 2.0 GiB in float32 do not fit: name the layers"):
+        check_one_device(model, device({"bytes_limit": 2 * 2**30}))
+
+
 def test_errors_are_one_line(tmp_path, two_domains):
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     workdir = ["--workdir", str(tmp_path / "run")]
@@ -212,6 +224,26 @@ def test_one_process_at_a_time(tmp_path):
         pass
     with config.lock(tmp_path):
         pass
+
+
+def test_file_systems_without_locks(tmp_path, monkeypatch, capsys):
+    """Lustre without flock and NFS without its lock server: a run is told, and goes on."""
+    for number in (errno.ENOSYS, errno.ENOLCK):
+        monkeypatch.setattr("fcntl.flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
+        with config.lock(tmp_path):
+            pass
+        said = f"jaxkd: {tmp_path / '.lock'} is on a file system without locks: see to it that no other"
+        assert capsys.readouterr().err.startswith(said)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error") as raised, config.lock(tmp_path):
+        pass
+    assert raised.value.filename == str(tmp_path / ".lock")
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"data": ')
+    with pytest.raises(ValueError, match=r"config\.json is no JSON: put it back, or begin anew in another --workdir"):
+        config.saved_experiment(tmp_path)
 
 
 def test_no_git_is_no_error(monkeypatch):

@@ -8,7 +8,6 @@ ever in place.
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -27,6 +26,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
+from jaxkd import locks
 from jaxkd.data.corpus import Corpus, collect, divide
 from jaxkd.data.pack import Row, pack
 from jaxkd.data.permute import hash_key
@@ -297,7 +297,7 @@ def _alone(lock: epath.Path) -> Iterator[None]:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel frees it however the process ends
+        locks.take(file, lock, wait=True)
         yield
 
 

@@ -4,7 +4,6 @@ A writer that was killed goes on with the blocks that are missing, and every pay
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from jaxkd import locks
 from jaxkd.data import shards
 from jaxkd.data.shards import FORMAT, MANIFEST, Block, Sizes
 from jaxkd.teachers.codec import Layout
@@ -92,10 +92,8 @@ class Writer:
             raise ValueError(f"{self.root} holds {min(others)} and no cache: name a new or an empty directory")
         lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         stack.callback(os.close, lock)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it however the process ends
-        except BlockingIOError:
-            raise ValueError(f"another process is writing the cache {self.root}: let it end, or stop it") from None
+        if not locks.take(lock, self.root / _LOCK):
+            raise ValueError(f"another process is writing the cache {self.root}: let it end, or stop it")
         if not (self.root / MANIFEST).exists():
             self._write_manifest(complete=False)
         complete = self._match()
