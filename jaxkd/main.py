@@ -73,22 +73,23 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         for note in built.notes:
             unison.say(f"mesh: {note}")
         rows = load.domains(built)
-        run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, unison.say, started)))
-        for change in changes:
-            unison.say(f"changed: {change}")
-        if unison.first():
-            adopt(workdir, e)
-            before = workdir / "run.json"
-            known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
-            kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
-            found = facts.facts(built, rows, kept, teaching.bytes_per_device(run.models.teachers), command)
-            write_json(before, found)
-            for line in facts.models(built, found, kept):
-                print(line)
-        if not run.resumed and not options.no_check:
-            with run.phases.during("check"):
-                for line in preflight.run(run.loaded(), run.stores):
-                    unison.say(f"check: {line}")
+        with unison.stoppable("stopped by a signal before a step was made: the same command begins where this one did"):
+            run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, unison.say, started)))
+            for change in changes:
+                unison.say(f"changed: {change}")
+            if unison.first():
+                adopt(workdir, e)
+                before = workdir / "run.json"
+                known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
+                kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
+                found = facts.facts(built, rows, kept, teaching.bytes_per_device(run.models.teachers), command)
+                write_json(before, found)
+                for line in facts.models(built, found, kept):
+                    print(line)
+            if not run.resumed and not options.no_check:
+                with run.phases.during("check"):
+                    for line in preflight.run(run.loaded(), run.stores):
+                        unison.say(f"check: {line}")
         finished = run.go(profile)
         page = unison.word("the report", lambda: str(report.write(workdir)))
     if finished and unison.first():

@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 # Exit codes, as sysexits.h names them, on which launchers start the same command again; 0, 1 and 2 they leave alone.
 ABSENT = 69
-"""EX_UNAVAILABLE: other processes of the job did not come."""
+"""EX_UNAVAILABLE: other processes of the job did not come, or storage did not answer."""
 UNFORESEEN = 70
 """EX_SOFTWARE: an error that has no sentence of its own, such as a host that was lost in the middle of a step."""
 STOPPED = 75
 """EX_TEMPFAIL: stopped by a signal, with everything saved."""
+INTERRUPTED = 130
+"""Ctrl-C, as shells count it, on which launchers start nothing again."""
 
 COORDINATOR, COUNT, INDEX = VARIABLES = ("JAXKD_COORDINATOR", "JAXKD_NUM_PROCESSES", "JAXKD_PROCESS_ID")
 PATIENCE = "JAXKD_JOIN_SECONDS"
@@ -28,10 +30,15 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 # What starts processes without telling JAX where they meet: the variable that counts them.
 _OTHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SKYPILOT_NUM_NODES": "SkyPilot"}
 _HOW = f"set {', '.join(VARIABLES[:2])} and {VARIABLES[2]} in each of them"
+_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # of which JAX reads the first, and not here
 
 
-class Absent(TimeoutError):
-    """Processes of the job did not come in time; the same command may find them."""
+class Unavailable(OSError):
+    """What the job needs is not there just now; the same command may find it."""
+
+
+class Absent(Unavailable):
+    """Processes of the job did not come in time."""
 
 
 class Place(NamedTuple):
@@ -69,6 +76,10 @@ def place(environ: Mapping[str, str], platforms: str, alone: bool = False) -> Pl
             return Place("gketpu")
         # Set by JAX where there is no TPU, and by those who have one that no metadata server knows.
         return Place("one") if environ.get("TPU_SKIP_MDS_QUERY") else Place("gcetpu")
+    if (given := [name for name in _JAX if environ.get(name)]) and environ.get(_JAX[1]) != "1":
+        raise ValueError(
+            f"{' and '.join(f'{name}={environ[name]}' for name in given)} would leave each process on its own: {_HOW}"
+        )
     for name, who in _OTHERS.items():
         if environ.get(name, "1") not in ("", "0", "1"):
             raise ValueError(

@@ -115,7 +115,7 @@ def word(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
         patience: seconds to wait for it.
 
     Raises:
-        OSError: it took longer.
+        Unavailable: it took longer.
     """
     client, rank, size = _world()
     if size == 1:
@@ -135,16 +135,14 @@ def every(name: str, value: T, patience: float = math.inf) -> list[T]:
         patience: seconds to wait for the others.
 
     Raises:
-        OSError: it took longer; the sentence names a process that has not come.
+        Unavailable: it took longer; the sentence names a process that has not come.
     """
     client, rank, size = _world()
     if size == 1:
         return [value]
     key = f"jaxkd/every/{next(_numbers)}/{name}"
     client.key_value_set(f"{key}/{rank}", json.dumps(value))
-    if (
-        rank == 0
-    ):  # which reads each and tells all, so that a thousand hosts ask for a thousand values and not a million
+    if rank == 0:  # reads each and tells all, so that a thousand hosts ask for a thousand values and not a million
         said = [json.loads(_wait(client, f"{key}/{i}", f"process {i}: {name}", patience)) for i in range(size)]
         client.key_value_set(f"{key}/all", json.dumps(said))
     return json.loads(_wait(client, f"{key}/all", f"all processes: {name}", patience))
@@ -154,7 +152,7 @@ def meet(name: str, patience: float = math.inf) -> None:
     """Go on when all processes have come here.
 
     Raises:
-        OSError: as `every`.
+        Unavailable: as `every`.
     """
     every(name, None, patience)
 
@@ -202,7 +200,7 @@ def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         if (waited := time.monotonic() - start) > patience:
-            raise OSError(f"gave up after {patience:g} s of waiting for {who}")
+            raise processes.Unavailable(f"gave up after {patience:g} s of waiting for {who}")
         if not said and waited > 30:
             said = True
             print(f"jaxkd: waiting for {who}", file=sys.stderr, flush=True)
@@ -212,24 +210,29 @@ def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM came where there is nothing to save."""
+    """A signal came where there is nothing to save."""
+
+    def __init__(self, said: str, code: int):
+        """With the sentence for the user, and the code to exit with."""
+        super().__init__(said)
+        self.code = code
 
 
 @contextlib.contextmanager
 def stoppable(said: str) -> Iterator[None]:
-    """Work of any length without anything to save, which SIGTERM ends within seconds, in all processes.
+    """Work of any length without anything to save, which SIGTERM and Ctrl-C end within seconds, in all processes.
 
-    JAX's handler takes the signal, and the training loop asks for it between two steps. Here a thread does, and hands
+    JAX's handler takes SIGTERM, and the training loop asks for it between two steps. Here a thread does, and hands
     it on as Ctrl-C, which reaches the main thread in its waits too.
 
     Args:
         said: to the user when it comes to that.
 
     Raises:
-        Stopped: one of the processes got the signal.
+        Stopped: one of the processes got a signal.
     """
     client, main, done, told = _world().client, threading.get_ident(), threading.Event(), threading.Event()
-    if client is None or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
@@ -244,19 +247,21 @@ def stoppable(said: str) -> Iterator[None]:
 
     def ask(number: int, frame: Any) -> None:
         if told.is_set():
-            raise Stopped(said)
+            raise Stopped(said, processes.STOPPED)
         if before is not signal.SIG_IGN:
-            raise KeyboardInterrupt
+            raise Stopped(said, processes.INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, ask)
     looking = threading.Thread(target=look, daemon=True, name="jaxkd_notice")
-    looking.start()
+    if client is not None:  # nobody has taken SIGTERM, which ends the process
+        looking.start()
     try:
         yield
     finally:
         done.set()
         try:
-            looking.join()
+            if looking.is_alive():
+                looking.join()
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -332,16 +337,21 @@ def ending() -> Iterator[None]:
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Exit code, and what is printed."""
     if isinstance(error, Stopped):
-        return processes.STOPPED, f"jaxkd: {error}"
+        return error.code, f"jaxkd: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "jaxkd: interrupted"
+        return processes.INTERRUPTED, "jaxkd: interrupted"
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):  # now and at every start
+        error = ValueError(
+            f"a device has too little memory: {str(error).splitlines()[0][:200]}. More optim.micro_batches, "
+            "run.remat=layer or more devices take less of each; `jaxkd plan` says what a step takes"
+        )
     known = isinstance(error, ValueError | OSError | FloatingPointError)
     if not known or os.environ.get("JAXKD_TRACEBACK"):
         return 1 if known else processes.UNFORESEEN, "".join(traceback.format_exception(error)).rstrip()
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    code = processes.ABSENT if isinstance(error, processes.Absent) else 1
+    code = processes.ABSENT if isinstance(error, processes.Unavailable) else 1
     return code, f"jaxkd: error: {' '.join(text.split())}"
 
 
@@ -370,7 +380,7 @@ def _watch(done: threading.Event) -> None:
 
 def _follow(told: dict[str, Any]) -> NoReturn:
     """End because another process has failed."""
-    how = "" if told["code"] == processes.STOPPED else "failed: "
+    how = "" if told["code"] in (processes.STOPPED, processes.INTERRUPTED) else "failed: "
     print(f"jaxkd: process {told['process']} {how}{told['text']}", file=sys.stderr)
     _leave(told["code"])
 
@@ -379,9 +389,10 @@ def _leave(code: int) -> NoReturn:
     """Exit at once. Process 0 goes last: with it goes the store, and JAX would abort who has not heard."""
     client, rank, size = _world()
     with contextlib.suppress(RuntimeError):
-        client.key_value_set(f"{_HEARD}/{rank}", "yes")
+        if client is not None:
+            client.key_value_set(f"{_HEARD}/{rank}", "yes")
         until = time.monotonic() + _HEAR
-        while rank == 0 and time.monotonic() < until and len(client.key_value_dir_get(_HEARD)) < size:
+        while rank == 0 < size - 1 and time.monotonic() < until and len(client.key_value_dir_get(_HEARD)) < size:
             time.sleep(0.1)
         time.sleep(0.3 if rank == 0 else 0.0)  # the others have heard, and are about to leave
     sys.stdout.flush()

@@ -64,6 +64,10 @@ def test_place(environ, platforms, found):
             "this node has 8 GPUs but 1 task, .* JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7 for one task on each node",
         ),
         ({"OMPI_COMM_WORLD_SIZE": "8"}, "mpirun started several processes, but not where they meet: set JAXKD_COORD"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "10.0.0.2:8476", "JAX_PROCESS_ID": "1"},
+            "JAX_COORDINATOR_ADDRESS=10.0.0.2:8476 and JAX_PROCESS_ID=1 would leave each process on its own: set JAXK",
+        ),
         ({"SKYPILOT_NUM_NODES": "2"}, "SkyPilot started several processes, but not where they meet"),
     ],
 )

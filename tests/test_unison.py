@@ -1,13 +1,15 @@
 """What processes do as one: three real ones, without a device."""
 
+import errno
 import json
 import subprocess
 import sys
 import time
 
+import pytest
 from harness import REPOSITORY, free_address, process_environment
 
-from jaxkd import unison
+from jaxkd import processes, unison
 
 PROGRAM = """
 import json, pathlib, sys, time
@@ -87,3 +89,40 @@ def test_one_process_is_all(capsys):
     assert time.monotonic() - start < 1
     unison.say("aloud")
     assert capsys.readouterr().out == "aloud\n"
+
+
+def device_error(text: str) -> Exception:
+    from jax.errors import JaxRuntimeError
+
+    return JaxRuntimeError(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("a wrong key"), 1, "jaxkd: error: a wrong key"),
+        (OSError(errno.ENOSPC, "No space left on device", "disk"), 1, "jaxkd: error: No space left on device: disk"),
+        # What another start may find in order, and launchers therefore make: a bucket, a host.
+        (processes.Unavailable("the bucket did not answer"), 69, "jaxkd: error: the bucket did not answer"),
+        (processes.Absent("process 3 did not come"), 69, "jaxkd: error: process 3 did not come"),
+        # What no start would: the same step takes the same memory.
+        (
+            device_error("RESOURCE_EXHAUSTED: Error allocating 17.1G\nmore"),
+            1,
+            "jaxkd: error: a device has too little memory: RESOURCE_EXHAUSTED: Error allocating 17.1G. More optim.mi",
+        ),
+        (unison.Stopped("stopped", 75), 75, "jaxkd: stopped"),
+        (KeyboardInterrupt(), 130, "jaxkd: interrupted"),
+    ],
+)
+def test_whether_a_launcher_should_try_again_is_in_the_code(error, code, said):
+    found, text = unison._verdict(error)
+    assert found == code
+    assert text.startswith(said)
+    assert "\n" not in text
+
+
+def test_what_nobody_foresaw_is_a_traceback():
+    found, text = unison._verdict(device_error("INTERNAL: a core halted"))
+    assert found == processes.UNFORESEEN
+    assert text.startswith("Traceback") or "JaxRuntimeError" in text

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from jaxkd import unison
+from jaxkd.processes import Unavailable
 from jaxkd.train import damage, manifest, storage
-from jaxkd.train.damage import KINDS, Damaged, kind, reason
+from jaxkd.train.damage import KINDS, Damaged, kind, passes, reason
 from jaxkd.train.keep import Keep, aside, check_room, place
 from jaxkd.train.state import BEGIN, TrainState, begun, present, restorable
 from jaxkd.types import PyTree
@@ -63,10 +64,18 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------ what is there
 
     def steps(self) -> list[int]:
-        """Steps that are whole on disk, whatever this process believes to have written, in their order."""
-        if not self.directory.is_dir():
+        """Steps that are whole on disk, whatever this process believes to have written, in their order.
+
+        Raises:
+            Unavailable, OSError: nobody knows, since the directory cannot be listed.
+        """
+        try:  # not `is_dir`, which is false too where a bucket does not answer
+            names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+        except Exception as error:
+            known = Unavailable if passes(error) else OSError
+            raise known(f"{self.directory} cannot be listed: {reason(error)}") from error
         return sorted(int(name) for name in names if (self.directory / name / COMMITTED).exists())
 
     def latest(self) -> int | None:
@@ -102,11 +111,15 @@ class Checkpoints:
 
         Raises:
             ValueError: when later steps are there: `rollback` comes first.
+            Unavailable: when storage does not answer, or shows this process other steps than process 0.
             OSError: when there is no room for it, or a background write failed.
         """
         assert self._manager is not None, "opened to read"
         self.wait()
-        there = self._manager.all_steps()
+        mine = list(self._manager.all_steps())
+        there = unison.word("the steps before a save", lambda: mine, PATIENCE)
+        if (step in there) != (step in mine):
+            raise Unavailable(f"hosts see different checkpoints under {self.directory}: {there} and {mine}")
         if step in there:
             return
         if later := max((s for s in there if s > step), default=None):
@@ -130,7 +143,13 @@ class Checkpoints:
         Raises:
             OSError: one did.
         """
-        if self._writing and self._manager is not None and not self._manager.is_saving_in_progress():
+        if not self._writing or self._manager is None:
+            return
+        try:  # of this process's part; until the others have given up on it, the save is in progress
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
+        if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
@@ -150,9 +169,13 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> OSError:
         self._told = True
-        latest = self.latest()
-        whole = "no step is whole" if latest is None else f"step {latest} is the last that is whole"
-        return OSError(f"writing a checkpoint under {self.directory} failed: {reason(error)} ({whole})")
+        try:
+            latest = self.latest()
+            whole = "no step is whole" if latest is None else f"step {latest} is the last that is whole"
+        except OSError:  # nor does it answer to this
+            whole = "what is whole cannot be seen just now"
+        said = f"writing a checkpoint under {self.directory} failed: {reason(error)} ({whole})"
+        return Unavailable(f"{said}; it may pass: the same command goes on") if passes(error) else OSError(said)
 
     def rollback(self, step: int) -> dict[int, str]:
         """Go back to a step: later ones get names that nothing takes for checkpoints, and can be saved again.

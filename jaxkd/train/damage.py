@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-# What TensorStore and the system say when it is not the checkpoint that is at fault.
-_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")
-_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH)
+from jaxkd.processes import Unavailable
+
+# What TensorStore, the system and servers say when it is not the checkpoint that is at fault, and may soon be over.
+_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT)
+_HTTP = (408, 429, 500, 502, 503, 504)
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")  # the last is of a device's memory
 T = TypeVar("T")
 
 
@@ -17,16 +21,23 @@ class Damaged(ValueError):
     """A checkpoint that is not what was saved; an earlier one may be whole."""
 
 
-KINDS = (OSError, Damaged, ValueError)
+KINDS = (Unavailable, OSError, Damaged, ValueError)
 """What reading raises. Of several processes the first kind decides: a step that cannot be read now is not bad."""
 
 
+def passes(error: BaseException) -> bool:
+    """Whether the same may succeed in a while: storage or a host that did not answer."""
+    gone = isinstance(error, Unavailable | TimeoutError | ConnectionError | MemoryError)
+    gone |= isinstance(error, OSError) and error.errno in _SYSTEM
+    return gone or getattr(error, "code", None) in _HTTP or any(word in str(error) for word in _PASSING)
+
+
 def judged(error: Exception) -> OSError | Damaged:
-    """What went wrong while files were read: the checkpoint, or the machine, which may be mended."""
-    outside = isinstance(error, PermissionError | TimeoutError | ConnectionError | MemoryError)
-    outside |= isinstance(error, OSError) and error.errno in _SYSTEM
-    outside |= any(word in str(error) for word in _PASSING)
-    return OSError(reason(error)) if outside else Damaged(reason(error))
+    """What went wrong while files were read: the checkpoint, or what holds it, which may be mended or pass."""
+    if passes(error):
+        return Unavailable(reason(error))
+    refused = isinstance(error, PermissionError) or any(word in str(error) for word in _REFUSED)
+    return OSError(reason(error)) if refused else Damaged(reason(error))
 
 
 def attempt(read: Callable[[], T]) -> T:
@@ -36,7 +47,7 @@ def attempt(read: Callable[[], T]) -> T:
     what Python would print of those is kept back, for the error itself is told in one sentence.
 
     Raises:
-        OSError, Damaged: as `judged`.
+        Unavailable, OSError, Damaged: as `judged`.
     """
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:

@@ -27,15 +27,19 @@ from jaxkd.types import Batch, Metrics, PyTree
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM, turned into a question between two steps."""
+    """Ctrl-C and SIGTERM, turned into a question that all processes ask at the same places."""
 
     def __init__(self) -> None:
         """Nothing has been asked for yet."""
-        self._asked = False
+        self._asked, self._questions = False, 0
 
-    def __call__(self, step: int) -> bool:
+    def __call__(self) -> bool:
         """Whether to save and stop now; the same in all processes."""
-        return multihost_utils.reached_preemption_sync_point(step) or (self._asked and not unison.several())
+        # Numbered from 1 in every process's life, and not by steps: JAX has all stop at one more than the largest
+        # number before the signal, and looks for nothing but equality. Before the first question that is 1.
+        self._questions += 1
+        told = multihost_utils.reached_preemption_sync_point(self._questions)
+        return told or (self._asked and not unison.several())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,6 +57,10 @@ class Interrupt:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+class _Told(Exception):
+    """To stop, in the middle of an evaluation."""
 
 
 class Run:
@@ -192,13 +200,15 @@ class Run:
         whole = lambda row: row["step"] == step and row["domain"] == "mean"
         return unison.word("evaluated", lambda: any(map(whole, log.read(self.workdir / "evals.jsonl"))))
 
-    def evaluate(self, step: int) -> list[compare.Row]:
-        """Student beside teacher on the held-out rows."""
+    def _judge(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
+        """Student beside teacher on the held-out rows; raises `_Told`."""
         params = self.state.params["student"]
         average = params if self.state.ema is None else self.state.ema
         known = (self.teaching.judge.state, self.state.step, average)
 
         def compared(batch: Batch) -> compare.Sums:
+            if interrupt():
+                raise _Told
             self.phases.alive()
             return self.comparison(params, known, batch)
 
@@ -227,9 +237,13 @@ class Run:
         interrupt, trace = Interrupt(), Profile(self.workdir / "profile", *profile)
         try:
             with interrupt.listening(), contextlib.closing(trace):
-                if self._due(step) and not self._evaluated(step):
+                stop = interrupt()
+                if not stop and self._due(step) and not self._evaluated(step):
                     output.restart_evaluation(step)
-                    self._evaluate(output, step)
+                    stop = self._evaluate(output, step, interrupt) is None
+                if stop:
+                    output.say("stopped by a signal before a step was made: the same command begins where this one did")
+                    return False
                 self.mixing.begin(self._first_evaluation())
                 if not any(row["step"] == self.mixing.start for row in log.read(self.workdir / "mixture.jsonl")):
                     output.mixture(self.mixing.line(self.tokens, self.state.groups))
@@ -238,6 +252,9 @@ class Run:
             with self.phases.during("checkpoint"):
                 self.checkpoints.wait()
                 load.mark(self.job.experiment, self.workdir, self.checkpoints)
+            if not self.finished:
+                at = f"step {int(self.state.step)} of {run.steps}"
+                output.say(f"stopped by a signal: {at} is saved; the same command goes on from it")
             if self.finished and (told := self.mixing.finish(self.state, self.workdir)):
                 output.say(told)
         finally:
@@ -266,14 +283,17 @@ class Run:
             step, waiting = step + 1, (step + 1, measured)
             if trace.dispatched(step, measured):
                 output.say(f"profile: steps up to {step} are traced in {self.workdir / 'profile'}")
-            stop = interrupt(step)
+            stop = interrupt()
             save = step == run.steps or step % run.checkpoint_every == 0
             if stop or save or self._due(step):
                 # The step's own numbers come first: a state whose loss is NaN must not be saved.
                 clock = self._record(output, *waiting, clock)
                 waiting = None
+                judged = None
                 # A process that was told to stop has no time for an evaluation; the next one makes it up.
-                judged = self._evaluate(output, step) if self._due(step) and not stop else None
+                if self._due(step) and not stop:
+                    judged = self._evaluate(output, step, interrupt)
+                    stop = judged is None
                 if stop or save:
                     output.flush()
                     with self.phases.during("checkpoint"):
@@ -281,9 +301,6 @@ class Run:
                         load.mark(self.job.experiment, self.workdir, self.checkpoints)
                 clock = time.perf_counter()
             if stop:
-                output.say(
-                    f"stopped by a signal: step {step} of {run.steps} is saved; the same command goes on from it"
-                )
                 return False
         return True
 
@@ -342,10 +359,13 @@ class Run:
         found = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
         return {name: rows for name, rows in found.items() if rows}
 
-    def _evaluate(self, output: log.TrainLog, step: int) -> float:
-        """Log an evaluation; returns the student's mean loss, by which checkpoints are compared."""
-        with self.phases.during("evaluation"):
-            rows = self.evaluate(step)
+    def _evaluate(self, output: log.TrainLog, step: int, interrupt: Interrupt) -> float | None:
+        """Log an evaluation; returns the student's mean loss, by which checkpoints are compared; None: told to stop."""
+        try:
+            with self.phases.during("evaluation"):
+                rows = self._judge(step, interrupt)
+        except _Told:
+            return None
         output.evaluation(rows)
         if step < self.job.experiment.run.steps:
             mean = rows[-1]

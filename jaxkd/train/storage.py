@@ -27,6 +27,17 @@ def handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
+class _Manager(ocp.CheckpointManager):
+    """Without Orbax's own questions after SIGTERM, which it asks at a save and, of an old step, from a thread later on.
+
+    JAX takes the last number that anybody asked with for the step that a process is at, stops all of them one after the
+    largest, and looks for nothing but equality: the loop alone may ask.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 def manager(directory: epath.Path, keep: Keep, metrics: Mapping[int, float]) -> ocp.CheckpointManager:
     """What writes steps in the background, and removes those that do not stay.
 
@@ -37,7 +48,7 @@ def manager(directory: epath.Path, keep: Keep, metrics: Mapping[int, float]) -> 
     """
     # Named, they meet through the coordination service, which gives up in the end and says who is missing.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
-    return ocp.CheckpointManager(
+    return _Manager(
         directory,
         options=ocp.CheckpointManagerOptions(
             preservation_policy=Retention(keep, metrics),

@@ -1,6 +1,7 @@
 """Checkpoints that are not what was saved: found before anything of them is used, and the step before is taken."""
 
 import contextlib
+import errno
 import resource
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkd.processes import Unavailable
+from jaxkd.train import damage
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.damage import Damaged
 from jaxkd.train.keep import Keep
@@ -84,9 +87,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_the_step_before_is_used_and_nothing_is_lost(damaged, damage):
-    change, message = DAMAGE[damage]
+@pytest.mark.parametrize("what", DAMAGE)
+def test_the_step_before_is_used_and_nothing_is_lost(damaged, what):
+    change, message = DAMAGE[what]
     change(damaged / "2")
     left = {f.relative_to(damaged / "2"): f.read_bytes() for f in (damaged / "2").rglob("*") if f.is_file()}
     with pytest.raises(Damaged, match=rf"checkpoint .*2 cannot be restored: .*{message}"):
@@ -128,6 +131,95 @@ def test_whatever_byte_is_flipped_wrong_values_are_never_used(damaged):
             found[False] += 1
         file.write_bytes(content)
     assert found[False] > 5
+
+
+@pytest.mark.parametrize("name", ["_sharding", "array_metadatas", "_CHECKPOINT_METADATA"])
+def test_what_orbax_can_do_without_is_not_missed(damaged, name):
+    """Orbax reads a copy that has lost these, and the manifest says that its values are whole."""
+    lost = list((damaged / "2").rglob(name))
+    assert lost
+    for path in lost:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found = Checkpoints(damaged, Keep(9)).recover(abstract(state_of(0)))
+    assert (found.step, found.progress, found.said) == (2, {"tokens": 2}, ())
+    assert same(found.state, state_of(2))
+
+
+class Answer(Exception):
+    """As gcsfs raises it."""
+
+    def __init__(self, code: int):
+        super().__init__(f"answer {code}")
+        self.code = code
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("UNAVAILABLE: the bucket did not answer"), Unavailable),
+        (TimeoutError("too long"), Unavailable),
+        (ConnectionResetError("by peer"), Unavailable),
+        (OSError(errno.ESTALE, "Stale file handle"), Unavailable),
+        (Answer(503), Unavailable),
+        (PermissionError("no"), OSError),
+        (ValueError("PERMISSION_DENIED: no rights"), OSError),
+        (ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), OSError),
+        (Answer(404), Damaged),
+        (ValueError("Error reading ocdbt manifest"), Damaged),
+    ],
+)
+def test_what_cannot_be_read_is_damaged_or_refused_or_may_be_there_the_next_time(error, kind):
+    assert type(damage.judged(error)) is kind
+
+
+def test_a_bucket_that_does_not_answer_is_not_empty(damaged):
+    checkpoints = Checkpoints(damaged, read_only=True)
+
+    class Silent:
+        def iterdir(self):
+            raise Answer(503)
+
+    checkpoints.directory = Silent()
+    with pytest.raises(Unavailable, match="cannot be listed: answer 503"):
+        checkpoints.steps()
+    assert Checkpoints(damaged / "nothing", read_only=True).steps() == []
+
+
+def test_hosts_that_see_different_steps_save_nothing(damaged, monkeypatch):
+    """Where one believed that a step is there, and the other wrote it, each would wait for the other."""
+    checkpoints = Checkpoints(damaged, Keep(9))
+    monkeypatch.setattr("jaxkd.unison.word", lambda name, make, patience: [*make(), 3])
+    with pytest.raises(Unavailable, match=r"hosts see different checkpoints under .*: \[1, 2, 3\] and \[1, 2\]"):
+        checkpoints.save(3, state_of(3), {})
+    checkpoints.close()
+
+
+def test_a_part_that_could_not_be_written_is_told_before_the_others_have_given_up(damaged, monkeypatch):
+    checkpoints = Checkpoints(damaged, Keep(9))
+    checkpoints.save(3, state_of(3), {})
+    checkpoints.wait()
+    checkpoints.save(4, state_of(4), {})
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
+
+        def failed():
+            raise ValueError("UNAVAILABLE: the bucket did not answer")
+
+        patched.setattr(checkpoints._manager, "check_for_errors", failed)
+        with pytest.raises(Unavailable, match=r"failed: UNAVAILABLE: .* \(step 3 is the last .*; it may pass: the sam"):
+            checkpoints.check()
+    checkpoints.close()
+
+
+def test_orbax_asks_for_no_signal(damaged, monkeypatch):
+    """Its questions carry numbers of steps, which JAX would take for the loop's."""
+    asked = []
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", asked.append)
+    checkpoints = Checkpoints(damaged, Keep(9))
+    checkpoints.save(3, state_of(3), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2, 3]
+    assert not asked
 
 
 def test_parts_are_verified_by_themselves(damaged):
