@@ -93,12 +93,14 @@ def account(rows: Sequence[Row]) -> Account | None:
         if over is not None and not finished:
             seconds[DOWN] += max(0.0, began - over)
         over, finished = process[-1]["time"], bool(process[-1].get("finished"))
+        # One that ended while it loaded never knew from where to go on, and made no step again.
+        restored = any(row["phase"] not in (START, LOAD, END) for row in process)
         for row in process:
             counted.append(row)
             if row["phase"] == END:
                 continue
             seconds[row["phase"]] = seconds.get(row["phase"], 0.0) + row["seconds"]
-            if row["phase"] == LOAD:
+            if row["phase"] == LOAD and restored:
                 seconds[AGAIN] += sum(_undone(line, row["step"]) for line in done)
             if row["phase"] == STEPS:
                 done.append(dict(row))

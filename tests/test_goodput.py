@@ -51,6 +51,23 @@ def test_a_second_restart_takes_nothing_twice():
     assert found.seconds["again"] == pytest.approx(30 + 5 + 30 - 40)
 
 
+def test_a_process_that_ended_while_it_loaded_made_no_step_again():
+    clock = Clock()
+    clock.add("start", 1)
+    clock.add("load", 1)
+    clock.add("steps", 100, 0, 100)
+    clock.add("start", 1)
+    clock.add("load", 3)  # a weight's file was missing: it never knew from which step to go on
+    clock.add("end", 0, finished=False)
+    clock.add("start", 1)
+    clock.add("load", 1, 100)
+    clock.add("steps", 50, 100, 150)
+    found = goodput.account(clock.rows)
+    assert found.seconds["steps"] == pytest.approx(150)
+    assert "again" not in found.seconds
+    assert found.seconds["load"] == pytest.approx(5)
+
+
 def test_steps_that_were_left_out_are_not_productive():
     clock = Clock()
     clock.add("start", 1)
