@@ -27,6 +27,7 @@ from jaxkd.train.keep import Keep, place
 from jaxkd.types import Batch, PyTree
 
 _IMPORTANCE_ROWS = 2  # of each domain
+_PART = 0.8  # of a device's memory that a model may take there, beside its activations
 
 
 class Domains(NamedTuple):
@@ -226,12 +227,31 @@ def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tup
         )
         return value / batch.weights.sum()
 
+    check_one_device(host, jax.local_devices()[0])
     params = jax.tree.map(jnp.asarray, host)
     show: Any = lambda items: tqdm(items, "leaving out each layer", file=sys.stderr, disable=not progress, leave=False)
     scores = shrink.importance(lambda layer: float(loss(params, jnp.asarray(layer), batch)), depth, show)
     if not all(math.isfinite(s) for s in scores):
         raise ValueError("the loss is not finite when a layer is left out: check the teacher's weights")
     return shrink.most_important(scores, job.experiment.student.keep)
+
+
+def check_one_device(host: PyTree, device: Any) -> None:
+    """See that a model can be tried on one device in float32, as `student.keep` does.
+
+    Args:
+        host: its arrays.
+        device: of JAX; one that does not know its memory has enough.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    size, memory = 4 * sum(x.size for x in jax.tree.leaves(host)), device.memory_stats() or {}
+    if size > _PART * memory.get("bytes_limit", math.inf):
+        raise ValueError(
+            f"student.keep tries the model without each layer on one device, where its {size / 2**30:.1f} GiB in "
+            "float32 do not fit: name the layers (student.layers), or choose them where JAX_PLATFORMS=cpu"
+        )
 
 
 # ------------------------------------------------------------------------------------------ checkpoints

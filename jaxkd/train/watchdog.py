@@ -69,7 +69,7 @@ class Watchdog:
         self._waited = 0.0
         self._durations: deque[float] = deque(maxlen=64)
         self._done = threading.Event()
-        self._beating = threading.Lock()
+        self._moving, self._beating = threading.Lock(), threading.Lock()
         # Apart from each other, since a write to storage that hangs must not keep the other from looking.
         threads = [self._watch] if patience else []
         threads += [self._beat] if process == 0 else []
@@ -79,16 +79,19 @@ class Watchdog:
 
     def phase(self, name: str, step: int) -> None:
         """Something else has begun."""
-        self._phase, self._step, self._since, self._waited = name, step, time.time(), 0.0
+        with self._moving:
+            self._phase, self._step, self._since, self._waited = name, step, time.time(), 0.0
 
     def alive(self) -> None:
         """There was progress within the phase."""
-        self._since, self._waited = time.time(), 0.0
+        with self._moving:
+            self._since, self._waited = time.time(), 0.0
 
     def stepped(self, step: int, seconds: float) -> None:
         """A step is done."""
-        self._step = step
-        self._durations.append(seconds)
+        with self._moving:
+            self._step = step
+            self._durations.append(seconds)
         self.alive()
 
     def close(self) -> None:
@@ -103,12 +106,14 @@ class Watchdog:
         before = time.monotonic()
         while not self._done.wait(tick):
             now = time.monotonic()
-            # A thread that wakes late was not running, and neither was what it watches.
-            self._waited += min(now - before, 2 * tick)
-            before = now
-            median = statistics.median(self._durations) if len(self._durations) > 1 else None
-            most = limit(self._phase, self._patience, median)
-            if most is not None and self._waited > most:
+            with self._moving:
+                # A thread that wakes late was not running, and neither was what it watches.
+                self._waited += min(now - before, 2 * tick)
+                before = now
+                median = statistics.median(self._durations) if len(self._durations) > 1 else None
+                most = limit(self._phase, self._patience, median)
+                late = most is not None and self._waited > most
+            if late:
                 self._end(most)
 
     def _end(self, most: float) -> None:

@@ -203,6 +203,13 @@ def test_what_a_full_disk_cut_short_does_not_spoil_the_next_line(tmp_path):
     assert log.read(path) == [{"step": 1}]
 
 
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\n{"step": 2{"step": 3}\n{"step": 4}\n')
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl is no JSON: delete that line or restore"):
+        log.read(path)
+
+
 def test_of_several_processes_the_first_alone_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(log.unison, "first", lambda: False)
     output = log.TrainLog(tmp_path, 10, 0, 0)
