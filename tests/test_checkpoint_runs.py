@@ -86,6 +86,26 @@ def test_after_a_rollback_the_learning_rate_may_be_lower(run, tmp_path):
     assert rows[8]["loss"] != as_it_was[8]["loss"]
 
 
+def test_spikes_may_be_watched_for_a_part_of_a_run(run, tmp_path):
+    """Twelve steps are too few for any to count as one: watching them must change nothing but what is remembered."""
+    before, arguments = run
+    workdir = shutil.copytree(before, tmp_path / "run")
+    assert here("rollback", "--workdir", str(workdir), "--step", "6").returncode == 0
+    watched = here("train", "--workdir", str(workdir), *arguments, "--config.optim.spike=6.0", "--accept-changes")
+    assert watched.returncode == 0, watched.stderr
+    assert "resuming at step 6 of 12" in watched.stdout
+    assert logged(workdir) == logged(before)
+    more = final_state(workdir)[0].keys() - final_state(before)[0].keys()
+    assert more
+    assert all("recent" in name for name in more)
+
+    assert here("rollback", "--workdir", str(workdir), "--step", "9").returncode == 0
+    again = here("train", "--workdir", str(workdir), *arguments, "--accept-changes")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 9 of 12" in again.stdout
+    assert_same_run(workdir, before)
+
+
 def test_the_best_student_is_exported(run, tmp_path):
     before, _ = run
     workdir = shutil.copytree(before, tmp_path / "run")

@@ -1,12 +1,16 @@
 """Checkpoints on gs://, through gcsfs and TensorStore's own driver, against a server that speaks the same protocol."""
 
+import contextlib
 import socket
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import here
 
+from jaxkd import config
+from jaxkd.experiment import experiment
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.keep import Keep
 from jaxkd.train.state import TrainState
@@ -37,17 +41,20 @@ def state_of(seed: int) -> TrainState:
     return TrainState(jnp.int32(seed), {"student": {"w": w}, "objective": {}}, (w * 2, w * 3))
 
 
-@pytest.mark.slow
-def test_checkpoints_in_a_bucket(bucket):
-    # TensorStore writes arrays side by side, and the emulator, when it is slow, was once seen to answer one of them
-    # with a generation that none of its writes had.
+def in_a_directory(bucket: str, attempt) -> None:
+    """TensorStore writes arrays side by side, and the emulator, when it is slow, was seen to answer one of them with a
+    generation that none of its writes had: then the attempt is made anew elsewhere."""
     for directory in (f"{bucket}/runs/{name}" for name in ("one", "two", "three")):
         try:
-            saves_and_restores(directory)
-            break
+            return attempt(directory)
         except OSError as error:
             if "Malformed StorageGeneration" not in str(error) or directory.endswith("three"):
                 raise
+
+
+@pytest.mark.slow
+def test_checkpoints_in_a_bucket(bucket):
+    in_a_directory(bucket, saves_and_restores)
 
 
 def saves_and_restores(directory: str) -> None:
@@ -72,3 +79,28 @@ def saves_and_restores(directory: str) -> None:
     assert sorted(p.name for p in again.directory.iterdir()) == ["1", "3", "4", "4.aside"]
     jax.tree.map(np.testing.assert_array_equal, again.restore(4, target)[0], state_of(4))
     again.close()
+
+
+@pytest.mark.slow
+def test_rollback_in_a_bucket(bucket, arguments, tmp_path):
+    """As the verb does it: the workdir is on a disk, its checkpoints are not."""
+
+    def attempt(directory: str) -> None:
+        workdir = tmp_path / directory.rsplit("/", 1)[1]
+        config.adopt(workdir, experiment(config.read_config([*arguments, f"--config.run.checkpoints={directory}"])))
+        with contextlib.closing(Checkpoints(directory, Keep(9))) as writer:
+            for step, loss in ((3, 2.0), (6, 1.0), (9, 3.0)):
+                writer.save(step, state_of(step), {"tokens": step}, loss)
+            writer.wait()
+        done = here("rollback", "--workdir", str(workdir), "--step", "best")
+        assert done.returncode == 0, done.stderr
+        assert f"step 6 is whole, and the newest again. Set aside under {directory}: 9 as 9.aside" in done.stdout
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0))
+        with contextlib.closing(Checkpoints(directory, Keep(9))) as again:
+            found = again.recover(target)
+            jax.tree.map(np.testing.assert_array_equal, found.state, state_of(6))
+            again.save(9, state_of(1), {"tokens": 1})
+            again.wait()
+            assert again.steps() == [3, 6, 9]
+
+    in_a_directory(bucket, attempt)

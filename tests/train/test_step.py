@@ -80,16 +80,16 @@ def weights(narrow):
     return jax.tree.map(lambda x, s: jnp.asarray(x, s.dtype), quantized.quantize(state), shapes), shapes, axes
 
 
-def gradients(batch, micro_batches=1, mesh=None, table="fsdp", narrow=False):
+def gradients(batch, micro_batches=1, mesh=None, table="fsdp", narrow=False, student="fsdp"):
     _, _, params = problem()
     own = mesh is not None and mesh.shape["teacher"] > 1
     gradient, teacher = program(micro_batches, table if own else None), weights(narrow)
     if mesh is None:
         return gradient(params, teacher[0], batch, jnp.zeros((), jnp.int32))
     with jax.set_mesh(mesh):
-        placed, student = [], (params["student"], *transformer.abstract(CONFIG))
+        placed, learner = [], (params["student"], *transformer.abstract(CONFIG))
         rules = sharding.of_teacher(sharding.TABLES[table])
-        for (tree, shapes, axes), lies in ((student, sharding.RULES), (teacher, rules)):
+        for (tree, shapes, axes), lies in ((learner, sharding.TABLES[student]), (teacher, rules)):
             placed.append(jax.device_put(tree, sharding.shardings(axes, shapes, mesh, lies)))
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         params = {"student": placed[0], "objective": {}}
@@ -117,6 +117,9 @@ def test_micro_batches_equal_the_whole_batch(micro_batches):
     [
         ({"data": 4, "model": 2}, 1, "fsdp", False),
         ({"data": 8, "model": 1}, 1, "fsdp", False),
+        ({"data": 1, "model": 8}, 1, "fsdp", False),
+        ({"data": 1, "context": 8, "model": 1}, 1, "fsdp", False),
+        ({"replica": 8, "data": 1, "model": 1}, 1, "fsdp", False),
         ({"data": 2, "model": 4}, 4, "replicated", False),
         ({"data": 4, "model": 2}, 2, "fsdp", False),
         ({"replica": 2, "data": 2, "model": 2}, 2, "fsdp", False),
@@ -132,6 +135,11 @@ def test_eight_devices_equal_one(sizes, micro_batches, table, narrow):
     batch = make_batch()
     found = gradients(batch, micro_batches, sharding.make_mesh(**sizes), table, narrow)
     same(found, gradients(batch, narrow=narrow))
+
+
+def test_a_replicated_student_equals_one():
+    batch, mesh = make_batch(), sharding.make_mesh(4, 2)
+    same(gradients(batch, 2, mesh, student="replicated"), gradients(batch))
 
 
 def test_gradient_is_the_mean_over_weighted_tokens():
