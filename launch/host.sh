@@ -56,14 +56,14 @@ elif [ -n "$background" ]; then
     if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then fail "a run is going on here, process $pid: $background/run.log"; fi
     rm -f "$background/run.code"
     # A session of its own: it outlives the ssh connection that started it.
-    setsid bash "${BASH_SOURCE[0]}" --supervise "$background" --chip "$chip" -- "${rest[@]}" \
+    setsid bash "$root/launch/host.sh" --supervise "$background" --chip "$chip" -- "${rest[@]}" \
         </dev/null >>"$background/run.log" 2>&1 &
     echo $! >"$background/run.pid"
     echo "started, process $!: $background/run.log"
 elif [ -n "$supervise" ]; then
     # Stays to write down how it ended, and hands SIGTERM on: bash alone would die of it and leave the child behind.
     code=0
-    bash "${BASH_SOURCE[0]}" --chip "$chip" -- "${rest[@]}" &
+    bash "$root/launch/host.sh" --chip "$chip" -- "${rest[@]}" &
     child=$!
     trap 'kill -TERM "$child" 2>/dev/null || true' TERM
     while true; do

@@ -234,12 +234,13 @@ def test_sigterm_to_host_reaches_the_run(copy):
 
 
 def test_a_detached_run_saves_at_sigterm_and_leaves_its_code(copy):
-    start = ["bash", "launch/host.sh", "--background", ".launch", "--chip", "v6e", "--", "train"]
-    done = subprocess.run(start, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    # from the folder that the repository lies in, as over ssh
+    start = ["bash", f"{copy.name}/launch/host.sh", "--background", ".launch", "--chip", "v6e", "--", "train"]
+    done = subprocess.run(start, cwd=copy.parent, env=environment(copy), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     until(copy / "ready")
     assert "scoped_vmem_limit_kib=98304" in until(copy / "flags")
-    again = subprocess.run(start, cwd=copy, env=environment(copy), capture_output=True, text=True)
+    again = subprocess.run(start, cwd=copy.parent, env=environment(copy), capture_output=True, text=True)
     assert again.returncode == 1
     assert "a run is going on here, process" in again.stderr
     os.kill(int((copy / ".launch/run.pid").read_text()), signal.SIGTERM)
