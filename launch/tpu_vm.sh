@@ -2,7 +2,8 @@
 # TPU VMs through queued resources:  bash launch/tpu_vm.sh VERB --name NAME --zone ZONE --accelerator v6e-64 [OPTION...] [-- ARGUMENT...]
 #   create    ask for the slices          run      start jaxkd on every host, detached     delete   give them back
 #   setup     code and packages to them   logs     follow host 0                           status   state, and codes of the run
-#   babysit   all of these until the run is done: starts again what was preempted or lost, stops at an error
+#   babysit   all of these until the run is done: attaches to one that is going on, starts again what was preempted or lost,
+#             asks again when gcloud fails, stops at an error
 # --slices N, --spot or --reserved, --project P, --runtime-version V, --service-account A, --retries 50 and --poll 60 (seconds)
 # for babysit, --keep (babysit does not delete), --dry-run. What follows -- goes to jaxkd: -- train --config FILE --workdir DIR
 set -euo pipefail
@@ -36,6 +37,7 @@ if [ -n "$accelerator" ]; then
 fi
 queued=(gcloud compute tpus queued-resources)
 folder=jaxkd # of the hosts' home
+grace=600    # seconds that a run has to save before it is killed, as on GKE (docs/launch.md)
 
 everywhere() { # everywhere COMMAND: on every host of every slice
     run "${queued[@]}" ssh "$name" "${where[@]}" --node=all --worker=all --command="$1"
@@ -72,81 +74,176 @@ state() {
 }
 
 codes() { # a line a host: "code 75", "code running", or "code lost" when it neither runs nor has written how it ended
-    everywhere "cd $folder/.launch 2>/dev/null && echo code \$(cat run.code 2>/dev/null || { kill -0 \$(cat run.pid) 2>/dev/null && echo running; } || echo lost)"
+    everywhere "echo code \$({ cd $folder/.launch && { cat run.code || { kill -0 \$(cat run.pid) && echo running; }; }; } 2>/dev/null || echo lost)"
+}
+
+signal() { # signal COMMAND: what comes before the number of a process, for the supervisors of runs that have not ended
+    everywhere "cd $folder/.launch 2>/dev/null && [ ! -e run.code ] && $1\$(cat run.pid) 2>/dev/null; true" >/dev/null 2>&1 || true
 }
 
 delete() {
     run "${queued[@]}" delete "$name" "${where[@]}" --force --quiet
 }
 
-wait_for_slices() { # asks for them when they are not there; in the end they are ACTIVE
-    local found
+# ------------------------------------------------------------------ babysit: what gcloud says goes to the file $errors
+
+hopeless() { # hopeless CODE: whether no repetition mends what gcloud has just said
+    case "$1" in 2 | 126 | 127) return 0 ;; esac # a command line that gcloud does not know; no gcloud
+    grep -Eq 'PERMISSION_DENIED|INVALID_ARGUMENT|Error parsing \[|active account selected' "$errors"
+}
+
+give_up() { # give_up VERB
+    echo "$launcher: gcloud cannot $1 $name, however often it is asked; it says:" >&2
+    cat "$errors" >&2
+    exit 1
+}
+
+# Sets `found` to the state that gcloud answers, NONE when it answers that there is nothing of that name. A call that failed is
+# no answer: the slices may be there, and a run on them. So it is asked again, without end.
+answered=""
+look() {
+    local code
     while true; do
-        found="$(state 2>/dev/null || true)"
+        code=0
+        found="$(state 2>"$errors")" || code=$?
+        [ "$code" = 0 ] || ! grep -q NOT_FOUND "$errors" || code=0 found=NONE
+        [ "$code" != 0 ] || break
+        # Once it has answered, its command line is right.
+        if [ -z "$answered" ] && hopeless "$code"; then give_up describe; fi
+        echo "$launcher: gcloud did not say how $name is, asked again in $poll s: $(grep -m 1 ERROR "$errors" || tail -n 1 "$errors")" >&2
+        sleep "$poll"
+    done
+    answered=yes
+}
+
+attempt() { # attempt create|delete: fails with a sentence where another attempt may do better
+    local code=0
+    "$1" 2>"$errors" || code=$?
+    if [ "$code" = 0 ]; then
+        cat "$errors" >&2
+    elif [ "$1" = delete ] && grep -q NOT_FOUND "$errors"; then
+        return 0 # it is gone already
+    elif hopeless "$code"; then
+        give_up "$1"
+    else
+        cat "$errors" >&2
+        echo "$launcher: $1 failed, looked at again in $poll s" >&2
+        return 1
+    fi
+}
+
+wait_for_slices() { # asks for them when they are not there; in the end they are ACTIVE
+    while true; do
+        look
         case "$found" in
             ACTIVE) return ;;
-            '') create ;;
+            NONE) attempt create || true ;;
             FAILED | SUSPENDED | SUSPENDING)
                 echo "$launcher: $name is $found: deleted and asked for again" >&2
-                delete
+                attempt delete || true
                 ;;
-            *) echo "$launcher: $name is $found" >&2 ;;
+            *) echo "$launcher: $name is ${found:-in no state}" >&2 ;;
         esac
         sleep "$poll"
     done
 }
 
+# Sets `answers`, a word a host, and fails when not all hosts answer. They are counted: gcloud leaves out slices that it
+# cannot prepare, and the batches after one in which a host failed. `ask_hosts aloud` lets ssh be heard.
+ask_hosts() {
+    local heard count
+    if [ -n "${1:-}" ]; then heard="$(codes)" || true; else heard="$(codes 2>/dev/null)" || true; fi
+    answers="$(sed -n 's/^.*code \([0-9a-z][0-9a-z]*\)$/\1/p' <<<"$heard" | tr '\n' ' ')"
+    count="$(wc -w <<<"$answers")"
+    [ "$count" -lt $((hosts * slices)) ] || return 0
+    echo "$launcher: of $((hosts * slices)) hosts, $((count)) answered" >&2
+    return 1
+}
+
+some() { # some WORD: whether a host answered so
+    [[ " $answers " == *" $1 "* ]]
+}
+
+# Ends what still runs with the notice that a preemption gives; what does not end within the grace is killed.
+end_run() {
+    local waited=0
+    signal "kill -TERM "
+    while [ "$waited" -lt "$grace" ]; do
+        sleep "$poll"
+        waited=$((waited + poll))
+        if ask_hosts && ! some running; then return; fi
+    done
+    echo "$launcher: it did not end within $grace s: killed" >&2
+    signal "kill -KILL -- -" # the supervisor's session, with jaxkd in it
+}
+
 # Sets `outcome`: done, gone, error CODE or again CODE, when no host runs any more.
 wait_for_run() {
-    local lines line worst
+    local word worst=0 complete torn=0
     while true; do
         sleep "$poll"
-        lines="$(codes 2>/dev/null)" || lines=""
-        if [ -z "$lines" ]; then # no host answers, or not all do
-            if [ "$(state 2>/dev/null || true)" != ACTIVE ]; then
+        complete=yes
+        ask_hosts || complete=""
+        if [ -z "$complete" ]; then
+            look
+            if [ "$found" != ACTIVE ]; then
                 outcome=gone
                 return
             fi
-            continue
         fi
-        case "$lines" in *"code running"*) continue ;; esac
-        worst=0
-        while read -r line; do
-            [ "$line" != lost ] || line=137 # its own shell was killed
-            case "$line" in
-                0) ;;
-                *)
-                    # an error of one host is the reason for what the others ended with
-                    if [ "$worst" = 0 ] || ! starts_again "$line"; then worst="$line"; fi
-                    ;;
-            esac
-        done < <(sed -n 's/^.*code \([0-9a-z][0-9a-z]*\)$/\1/p' <<<"$lines")
-        if [ "$worst" = 0 ]; then
-            outcome="done"
-        elif starts_again "$worst"; then
-            outcome="again $worst"
-        else
-            outcome="error $worst"
+        if some running && some lost; then
+            torn=$((torn + 1))
+        elif [ -n "$complete" ]; then
+            torn=0
         fi
-        return
+        if [ "$torn" = 3 ]; then
+            echo "$launcher: some hosts run and wait for others that have lost the run: ended, to be started again" >&2
+            end_run
+            outcome="again lost"
+            return
+        fi
+        if [ -n "$complete" ] && ! some running; then break; fi
     done
+    for word in $answers; do
+        [ "$word" != lost ] || word=137 # its own shell was killed
+        # An error of one host is the reason for what the others ended with.
+        if [ "$word" != 0 ] && { [ "$worst" = 0 ] || ! starts_again "$word"; }; then worst="$word"; fi
+    done
+    if [ "$worst" = 0 ]; then
+        outcome="done"
+    elif starts_again "$worst"; then
+        outcome="again $worst"
+    else
+        outcome="error $worst"
+    fi
 }
 
 babysit() {
-    local round=0 code
+    local round=0 code found answers outcome errors complete
     if [ -n "$dry" ]; then
-        state && create && state && setup && start && codes
+        state && create && state && codes && setup && start && codes
         [ -n "$keep" ] || delete
         return
     fi
+    errors="$(mktemp)"
+    # shellcheck disable=SC2064  # the name of now
+    trap "rm -f $(quoted "$errors")" EXIT
     while true; do
         wait_for_slices
-        if setup && start; then wait_for_run; else outcome="again 255"; fi
+        outcome="again 255"
+        complete=yes
+        ask_hosts aloud || complete="" # the first to go there, and ssh may have a question
+        if some running; then
+            echo "$launcher: a run is going on: attached to it" >&2
+            wait_for_run
+        elif [ -n "$complete" ] && setup && start; then # on hosts that did not answer a run may be going on
+            wait_for_run
+        fi
         code="${outcome#* }"
         case "$outcome" in
             done)
                 echo "$launcher: the run is done" >&2
-                [ -n "$keep" ] || delete
+                [ -n "$keep" ] || until attempt delete; do sleep "$poll"; done
                 return
                 ;;
             error*)
@@ -157,7 +254,8 @@ babysit() {
         # What was stopped by a signal has saved: that is not the run's fault and costs no retry.
         [ "$code" = 75 ] || [ "$outcome" = gone ] || round=$((round + 1))
         [ "$round" -le "$retries" ] || fail "gave up after $retries retries; the last ended with $code"
-        echo "$launcher: started again ($outcome; retry $round of $retries)" >&2
+        echo "$launcher: tried again in $poll s ($outcome; retry $round of $retries)" >&2
+        sleep "$poll"
     done
 }
 
