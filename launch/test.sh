@@ -1,19 +1,32 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then runs the tests:  bash launch/test.sh [ARGUMENT...]
-# Arguments go to pytest; without any, what takes long is left out (CI runs it too):  bash launch/test.sh -m slow
+# Arguments go to pytest; without any, what takes long and what needs torch or libtpu is left out (CI runs it too):
+# bash launch/test.sh -m slow
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh test
 
-slow=asked
-[ $# -gt 0 ] || { slow="left out" && set -- -m "not slow"; }
+asked=yes
+[ $# -gt 0 ] || { asked="" && set -- -m "not slow and not tpu and not parity"; }
 status=0
 # a process per core: most of the time goes into compiling; a file's tests stay together and share what they built
 .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@" || status=$?
+
+group() { # group NAME WHAT MODULE...: what to do for a group that was left out, or that skips without these modules
+    local name="$1" what="$2"
+    shift 2
+    if ! .venv/bin/python -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "$@"; then
+        if [ -n "$asked" ]; then
+            echo "$name group skipped: $what (bash launch/setup.sh $name)" >&2
+        else
+            echo "$name group left out: $what (bash launch/setup.sh $name), then bash launch/test.sh -m $name" >&2
+        fi
+    elif [ -z "$asked" ]; then
+        echo "$name group left out: bash launch/test.sh -m $name" >&2
+    fi
+}
 # the last lines say what was left out, where nobody overlooks it
-.venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("torch") and u.find_spec("transformers")))' ||
-    echo "parity group skipped: it needs torch and transformers (bash launch/setup.sh parity)" >&2
-.venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("libtpu"))' ||
-    echo "tpu group skipped: compiling for TPUs needs libtpu, but no TPU (bash launch/setup.sh tpu)" >&2
-[ "$slow" = asked ] || echo "slow group left out: bash launch/test.sh -m slow" >&2
+group parity "it needs torch and transformers" torch transformers
+group tpu "compiling for TPUs needs libtpu, but no TPU" libtpu
+[ -n "$asked" ] || echo "slow group left out: bash launch/test.sh -m slow" >&2
 exit "$status"

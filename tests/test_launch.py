@@ -282,6 +282,17 @@ def test_local_passes_arguments_on(machine, given, passed):
     assert ".[math]" in machine.calls[1]
 
 
+def test_local_dry_run_prints_the_commands_and_does_nothing(machine):
+    done = machine.run("local.sh", "--config=configs/tiny.py", "--dry-run", "--x=a b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "bash launch/setup.sh math",
+        "env GLIBC_TUNABLES=glibc.malloc.hugetlb=1 .venv/bin/jaxkd train "
+        "--workdir runs/tiny --config=configs/tiny.py '--x=a b'",
+    ]
+    assert (machine.calls, (machine.root / ".venv").exists()) == ([], False)
+
+
 def test_test_passes_arguments_and_status_on(machine):
     machine.run("setup.sh", "test")
     place = next((machine.root / ".venv" / "lib").glob("python*/site-packages"))
@@ -291,8 +302,18 @@ def test_test_passes_arguments_and_status_on(machine):
     assert done.stderr.startswith("parity group skipped: ")
     assert done.stderr.splitlines()[-1].startswith("tpu group skipped: ")
     done = machine.run("test.sh")
-    assert (done.returncode, done.stdout) == (5, "--numprocesses auto --dist loadfile -m not slow\n")
-    assert done.stderr.splitlines()[-1] == "slow group left out: bash launch/test.sh -m slow"
+    left_out = "-m not slow and not tpu and not parity"
+    assert (done.returncode, done.stdout) == (5, f"--numprocesses auto --dist loadfile {left_out}\n")
+    parity, tpu, slow = done.stderr.splitlines()[-3:]
+    assert parity.startswith("parity group left out: it needs torch and transformers (bash launch/setup.sh parity)")
+    assert tpu.endswith("(bash launch/setup.sh tpu), then bash launch/test.sh -m tpu")
+    assert slow == "slow group left out: bash launch/test.sh -m slow"
+    for name in ("libtpu", "torch", "transformers"):
+        (place / f"{name}.py").touch()
+    assert machine.run("test.sh", "-k", "a").stderr == ""
+    parity, tpu, _ = machine.run("test.sh").stderr.splitlines()
+    assert parity == "parity group left out: bash launch/test.sh -m parity"
+    assert tpu == "tpu group left out: bash launch/test.sh -m tpu"
 
 
 @pytest.mark.parametrize("script", ["local.sh", "test.sh"])
