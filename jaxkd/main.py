@@ -91,7 +91,8 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                     for line in preflight.run(run.loaded(), run.stores):
                         unison.say(f"check: {line}")
         finished = run.go(profile)
-        page = unison.word("the report", lambda: str(report.write(workdir)))
+        written = lambda: str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before a step"
+        page = unison.word("the report", written)
     if finished and unison.first():
         evaluations = log.read(workdir / "evals.jsonl")
         last = max(row["step"] for row in evaluations)

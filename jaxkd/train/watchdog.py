@@ -112,9 +112,9 @@ class Watchdog:
                 before = now
                 median = statistics.median(self._durations) if len(self._durations) > 1 else None
                 most = limit(self._phase, self._patience, median)
-                late = most is not None and self._waited > most
-            if late:
-                self._end(most)
+                late = most if most is not None and self._waited > most else None
+            if late is not None:
+                self._end(late)
 
     def _end(self, most: float) -> None:
         what = f"step {self._step + 1}" if self._phase == STEPS else f"the phase '{self._phase}'"
