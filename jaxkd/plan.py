@@ -281,7 +281,8 @@ def seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]
     A gather or a scatter over n devices moves (n - 1) / n of the array through every one of them, a reduction that
     keeps everything twice that; a permutation is one hop, and those in opposite directions go at once. On the links its
     bytes go over all that its group of devices has between its members. Of a group in several slices, each device of
-    one slice has a share of the array to exchange with its like in the others.
+    one slice has a share of the array to exchange with its like in the others. Two devices of a chip need what comes
+    from other chips once, over the links of both.
     """
     axes = c.axis.split("+")
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
@@ -294,15 +295,16 @@ def seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]
     for dimension, (extent, wraps) in enumerate(zip(topology.shape, topology.wraps, strict=True)):
         spanned = len(set(coords[:, dimension]))
         links += 0 if spanned == 1 else 2 if wraps and spanned == extent else 1
+    chips = len(set(map(tuple, coords)))
     # Devices of one chip exchange through its memory.
-    bandwidth = links * topology.chip.link or topology.chip.bandwidth
+    bandwidth = links * topology.chip.link * len(inside) / chips or topology.chip.bandwidth
 
     def part(count: int) -> float:
         hop = c.op == "collective-permute" and count > 1
         return 1.0 if hop else _WAYS.get(c.op, 1.0) * (count - 1) / count
 
     between = part(slices) * c.bytes / len(inside) / topology.chip.dcn if topology.chip.dcn else 0.0
-    return part(len(inside)) * c.bytes / bandwidth, between
+    return part(chips if links else len(inside)) * c.bytes / bandwidth, between
 
 
 # ---------------------------------------------------------------------------------- what is said

@@ -181,6 +181,34 @@ def test_what_goes_across_slices_takes_the_network():
     )
 
 
+class Halves:
+    """Four tpu7x chips in a row, each of which is two devices."""
+
+    axis_names = ("data", "model")
+    devices = np.empty((4, 2), object)
+
+
+for _x in range(4):
+    for _core in range(2):
+        Halves.devices[_x, _core] = Device((_x, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("op", "axis", "share"),
+    [
+        ("all-gather", "data+model", 3 / 4 / 2),  # comes once to each chip, over the links of both of its devices
+        ("all-reduce", "data+model", 3 / 2 / 2),
+        ("collective-permute", "data+model", 1 / 2),
+        ("all-gather", "data", 3 / 4),  # each half of a chip for itself
+    ],
+)
+def test_two_devices_of_a_chip_share_what_comes_over_its_links(op, axis, share):
+    found = plan.seconds(Collective(op, axis, 10**9, True, 1), Halves, chips.topology("tpu7x:4x2x1"))
+    assert found[0] == pytest.approx(share * 10**9 / 50e9)
+    within = plan.seconds(Collective("all-gather", "model", 10**9, True, 1), Halves, chips.topology("tpu7x:4x2x1"))
+    assert within[0] == pytest.approx(1 / 2 * 10**9 / 3690e9)  # through their memory
+
+
 @pytest.fixture(scope="module")
 def example():
     """A plan with numbers of our own: what is made of them is what is tested."""
