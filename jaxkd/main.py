@@ -109,17 +109,17 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Compile a run's step for TPUs that are not here: memory, exchanges, time, and settings that fit."""
     e = experiment(read_config(config))
-    from jaxkd import chips, suggest
+    from jaxkd import chips, suggest, verdict
     from jaxkd import plan as planning
 
     topology = chips.topology(options.topology, options.slices)
     if options.suggest:
         found = suggest.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
-        planned, said = found.plan, suggest.lines(found)
+        values, said = found.json(), suggest.lines(found)
     else:
         planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
-        said = planning.lines(planned)
-    print(json.dumps(planned.json()) if options.json else "\n".join(said))
+        values, said = planned.json(), verdict.lines(planned)
+    print(json.dumps(values) if options.json else "\n".join(said))
 
 
 def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:

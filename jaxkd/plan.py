@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +16,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxkd import divergences, flops, job, program, sharding, teaching, terms
+from jaxkd import divergences, flops, job, program, refusals, teaching, terms
 from jaxkd.chips import Topology
 from jaxkd.experiment import SELF, Experiment, from_mapping
 from jaxkd.hlo import Collective, Program
 from jaxkd.job import Job
 from jaxkd.models import families, formats, heads, published, weights
-from jaxkd.models.transformer import Config, parameter_count
+from jaxkd.models.transformer import Config
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _WAYS = {"all-reduce": 2.0, "all-to-all": 0.25}  # of what a gather of as many bytes takes, on a ring used both ways
 
 
@@ -92,8 +90,23 @@ class Plan(NamedTuple):
         peak = self.topology.chip.flops * self.job.mesh.size
         return self.flops.model / self.estimate.step_s / peak
 
+    @property
+    def hours(self) -> float | None:
+        """Of the whole run, at best, evaluations and checkpoints left out."""
+        return None if self.estimate is None else self.estimate.step_s * self.job.experiment.run.steps / 3600
+
+    @property
+    def chip_hours(self) -> float | None:
+        """Of all chips of all slices, however many devices each of them is."""
+        return None if self.hours is None else self.hours * self.topology.chips
+
+    @property
+    def traffic(self) -> float | None:
+        """Bytes between a device and its HBM in a step."""
+        return None if self.estimate is None else self.estimate.memory * self.topology.chip.bandwidth
+
     def json(self) -> dict[str, Any]:
-        """As one object of plain values: bytes are of a device, FLOPs of a step on all of them."""
+        """As one object of plain values: bytes and `hbm_gb` are of a device, FLOPs of a step on all of them."""
         time = self.estimate
         return {
             "topology": self.topology.name,
@@ -109,6 +122,9 @@ class Plan(NamedTuple):
                 "mfu": self.mfu,
                 "bound": time and time.bound,
                 "exposed_s": time and time.exposed,
+                "hours": self.hours,
+                "chip_hours": self.chip_hours,
+                "hbm_gb": None if self.traffic is None else self.traffic / 1e9,
             },
         }
 
@@ -185,6 +201,9 @@ def plan(built: Job, topology: Topology) -> Plan:
     Args:
         built: on the slice's devices.
         topology: the slice.
+
+    Raises:
+        Refused: for want of another memory than HBM, which is no matter of the job's size.
     """
     teacher = teaching.teach(built, weights_of(built), {}).train
     batch = teaching.abstract_batch(built)
@@ -206,7 +225,10 @@ def plan(built: Job, topology: Topology) -> Plan:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return refused(_wanted(str(error), arguments))
+            said = refusals.read(str(error))
+            if said.space != "hbm" or said.used is None:
+                raise refusals.Refused(refusals.sentence(said, str(error))) from None
+            return refused(said.used + arguments * said.temporaries)
     memory, text = compiled.memory_analysis(), Program(compiled.as_text())
     written = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + written + memory.generated_code_size_in_bytes
@@ -238,16 +260,6 @@ def held(tree: Any) -> int:
     """Bytes of a tree of abstract arrays on one device."""
     shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return sum(map(shard, jax.tree.leaves(tree)))
-
-
-def _wanted(message: str, arguments: int) -> int:
-    """What the compiler says that a program would take, from its refusal."""
-    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds|Used ([\d.]+)([KMGT]?) of", message)
-    if found is None:
-        raise ValueError(f"the compiler ran out of memory and did not say how much it wants: {message.splitlines()[0]}")
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    total = int(float(number) * _UNITS[unit])
-    return total + arguments if "HLO temporaries" in message else total
 
 
 def flops_of(built: Job) -> flops.Step:
@@ -305,94 +317,3 @@ def seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]
 
     between = part(slices) * c.bytes / len(inside) / topology.chip.dcn if topology.chip.dcn else 0.0
     return part(chips if links else len(inside)) * c.bytes / bandwidth, between
-
-
-# ---------------------------------------------------------------------------------- what is said
-
-
-def would_fit(p: Plan) -> list[str]:
-    """For a step that does not fit: the changes that the numbers speak for, a line each."""
-    e, m, chip = p.job.experiment, p.memory, p.topology.chip
-    fixed, lines = m.peak - m.temp, []
-    rows = e.data.batch // e.optim.micro_batches // math.prod(p.job.mesh.shape[name] for name in sharding.ROWS)
-    if fixed < m.limit:
-        if e.run.remat == "none":
-            lines.append("--config.run.remat=layer keeps each layer's input only")
-        factors = [n for n in range(2, rows + 1) if rows % n == 0]
-        enough = next((n for n in factors if fixed + m.temp / n <= m.limit), factors[-1] if factors else 0)
-        if enough:
-            parts = enough * e.optim.micro_batches
-            lines.append(f"--config.optim.micro_batches={parts} holds {1 / enough:.0%} of the activations at a time")
-    # Replicas hold the same, so that more slices are no more room.
-    spread = p.job.mesh.size / p.topology.slices * m.peak / m.limit
-    g = p.topology.generation
-    larger = [s for s in g.shapes if math.prod(s) * g.devices_per_chip >= spread]
-    if larger:
-        lines.append(f"--topology {g.name}:{'x'.join(map(str, larger[0]))}, as far as everything is spread over it")
-    lines.append(f"any slice with {spread * chip.hbm / 2**30:,.0f} GiB in all, as far as everything is spread over it")
-    return lines
-
-
-def _binary(number: float) -> str:
-    """Bytes with the unit that leaves one to three digits before the point."""
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.2f} GiB"
-
-
-def _short(number: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def lines(p: Plan) -> list[str]:
-    """A plan to read."""
-    e = p.job.experiment
-    m, f, sizes = p.memory, p.flops, p.job.mesh.shape
-    mesh = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name in ("data", "model"))
-    named = lambda name: "the student's average" if p.job.own else e.teacher.models[name].path
-    paths = [(name, model, named(name)) for name, model in p.job.teachers.items()]
-    found = [f"slice     {p.topology.sentence()}", f"mesh      {mesh}", *(f"          {note}" for note in p.job.notes)]
-    # What is compiled depends on them, and a launcher sets some.
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
-    as_launched = f"none; a launcher's: bash launch/host.sh --chip {p.topology.generation.name} -- plan ..."
-    found.insert(1, f"flags     {f'{len(flags)} in LIBTPU_INIT_ARGS' if flags else as_launched}")
-    for name, model, path in [*paths, ("student", p.job.student, e.student.path)]:
-        found.append(f"{name:9} {path}, {_short(parameter_count(model.config) / 1e6)}M parameters")
-    found.append(
-        f"batch     {e.data.batch} x {e.data.length} = {p.tokens:,} tokens, micro-batches: {e.optim.micro_batches}, "
-        f"remat: {e.run.remat}"
-    )
-    found.append(
-        f"memory    {_binary(m.peak)} of {_binary(m.limit)} a device: parameters {_binary(m.params)}, optimizer "
-        f"{_binary(m.optimizer)}, teacher {_binary(m.teacher)}, temporary {_binary(m.temp)}"
-    )
-    tera = lambda number: _short(number / 1e12)
-    found.append(
-        f"products  {tera(f.model)} TFLOP a step: teacher {tera(f.teacher)}, student {tera(f.student)}; beside them "
-        f"{tera(f.again)} made again and {tera(f.masked)} masked by attention"
-    )
-    if p.estimate is None:
-        found.append(f"verdict   DOES NOT FIT: {_binary(m.peak - m.limit)} too much. What would fit:")
-        return found + [f"          {line}" for line in would_fit(p)]
-    for c in p.collectives:
-        if c.bytes * c.count * 100 >= max(x.bytes * x.count for x in p.collectives):  # the rest is noise
-            where = "in a loop" if c.in_loop else "once a step"
-            beside = "beside products" if c.overlapped else "alone"
-            found.append(f"exchange  {c.op} over {c.axis}: {_binary(c.bytes)} x {c.count:,}, {where}, {beside}")
-    t = p.estimate
-    found.append(
-        f"time      at least {_short(t.step_s)} s a step, bound by {t.bound}: compute {_short(t.compute)}, hbm "
-        f"{_short(t.memory)}, ici {_short(t.links)}"
-        + (f", dcn {_short(t.network)}" if p.topology.slices > 1 else "")
-        + f", of both alone {_short(t.exposed)}"
-    )
-    if p.topology.slices > 1 and p.topology.chip.dcn is None:
-        found.append(f"          the network of {p.topology.generation.name} is not published: its time is left out")
-    hours = t.step_s * e.run.steps / 3600
-    found.append(f"speed     at most {p.tokens / t.step_s:,.0f} tokens/s, MFU {p.mfu:.1%}")
-    cost = f"{_short(hours)} hours, {_short(hours * p.topology.chips)} chip-hours"
-    found.append(f"run       {e.run.steps:,} steps: at least {cost}")
-    return [*found, "verdict   fits"]

@@ -3,19 +3,21 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from jaxkd import flops
+from jaxkd import flops, footprint, sharding, verdict
 from jaxkd import plan as planning
 from jaxkd.chips import Topology
 from jaxkd.experiment import SELF, Experiment, TeacherBlock
+from jaxkd.footprint import Setting, overrides
 from jaxkd.job import Job
-from jaxkd.models.transformer import REMAT
-from jaxkd.plan import Plan
-from jaxkd.sharding import TABLES
+from jaxkd.models.transformer import REMAT, parameter_count
+from jaxkd.plan import Memory, Plan
+from jaxkd.refusals import Refused
 
 _WIDEST = 16  # devices on the model axis: beyond it every layer waits for its sums
+_ASIDE = (1, 2, 4, 8)  # devices on the teacher's axis, where it may pay
 _ROOM = 1.25  # how far an estimate on paper may be above the limit and still be worth a compilation
 
 
@@ -28,14 +30,37 @@ class Guess(NamedTuple):
     whole: float  # of a step in which nothing hides anything: what decides among equals
 
 
+class Tried(NamedTuple):
+    """A candidate that was compiled."""
+
+    experiment: Experiment
+    plan: Plan | None  # None where the compiler refused it for want of another memory than HBM
+    seconds: float
+
+
 class Suggestion(NamedTuple):
-    """The fastest that was compiled and fits, or what was asked for if none does."""
+    """The fastest that was compiled and fits, or what takes least if none does."""
 
     plan: Plan
     asked: Experiment
-    compiled: int
+    tried: tuple[Tried, ...]
     known: int  # candidates on paper
     seconds: float  # that were spent
+
+    def json(self) -> dict[str, Any]:
+        """The plan as one object of plain values, with what makes it of what was asked for; null where none fits."""
+        candidates = [
+            {
+                "overrides": overrides(self.asked, t.experiment),
+                "fits": t.plan is not None and t.plan.fits,
+                "step_s": t.plan and t.plan.estimate and t.plan.estimate.step_s,
+                "peak_bytes": t.plan and t.plan.memory.peak,
+                "compile_s": t.seconds,
+            }
+            for t in self.tried
+        ]
+        best = overrides(self.asked, self.plan.job.experiment) if self.plan.fits else None
+        return {**self.plan.json(), "overrides": best, "candidates": candidates}
 
 
 def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str], None]) -> Suggestion:
@@ -49,30 +74,57 @@ def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str
 
     Raises:
         ValueError: when no mesh of the slice divides the batch.
+        Refused: when all that was compiled wants another memory than HBM.
     """
     start, place = time.monotonic(), planning.devices(topology)
-    guesses = sorted(_guesses(e, topology, place), key=lambda g: (g.seconds, g.whole))
+    guesses = _guesses(e, topology, place)
     if not guesses:
         raise ValueError(
             f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name}: with {topology.devices} "
             f"devices and up to {_WIDEST} on the model axis it must be a multiple of "
             f"{max(topology.devices // _WIDEST, 1)}"
         )
-    likely = [g for g in guesses if g.bytes <= _ROOM * topology.chip.hbm] or guesses
+    waiting, tried = _ranked(guesses, topology.chip.hbm), list[Tried]()
     best: Plan | None = None
-    last, compiled = 0.0, 0
-    for guess in likely:
+    refusal: Refused | None = None
+    while waiting:
+        guess = waiting.pop(0)
+        if best and _hopeless(guess, best):
+            continue
         began = time.monotonic()
-        if compiled and (began - start + last > budget or (best and best.estimate and _hopeless(guess, best))):
+        if tried and began - start + tried[-1].seconds > budget:
             break
-        found = planning.plan(planning.build(guess.experiment, place), topology)
-        last, compiled = time.monotonic() - began, compiled + 1
-        said = f"{found.estimate.step_s:.3g} s" if found.estimate else "does not fit"
-        say(f"{' '.join(overrides(e, guess.experiment)) or 'as it is'}: {said} ({last:.0f} s to compile)")
+        found: Plan | None = None
+        try:
+            found = planning.plan(planning.build(guess.experiment, place), topology)
+            said = f"{found.estimate.step_s:.3g} s" if found.estimate else "does not fit"
+        except Refused as error:
+            refusal, said = error, str(error)
+        tried.append(Tried(guess.experiment, found, time.monotonic() - began))
+        say(f"{' '.join(overrides(e, guess.experiment)) or 'as it is'}: {said} ({tried[-1].seconds:.0f} s to compile)")
+        if found is None:
+            continue
+        if not found.fits:  # what is estimated to take as much waits
+            smaller = [g for g in waiting if g.bytes < guess.bytes]
+            waiting = smaller + [g for g in waiting if g.bytes >= guess.bytes]
         if best is None or _better(found, best):
             best = found
-    assert best is not None
-    return Suggestion(best, e, compiled, len(guesses), time.monotonic() - start)
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    return Suggestion(best, e, tuple(tried), len(guesses), time.monotonic() - start)
+
+
+def _ranked(guesses: Sequence[Guess], limit: float) -> list[Guess]:
+    """In the order to compile in: what is estimated to fit by its speed, then what is near it, likewise.
+
+    Where nothing is estimated to fit, what takes least comes first.
+    """
+    fast = sorted(guesses, key=lambda g: (g.seconds, g.whole))
+    fitting = [g for g in fast if g.bytes <= limit]
+    if not fitting:
+        return sorted(fast, key=lambda g: g.bytes)
+    return [*fitting, *(g for g in fast if limit < g.bytes <= _ROOM * limit)]
 
 
 def _hopeless(guess: Guess, best: Plan) -> bool:
@@ -86,107 +138,115 @@ def _better(found: Plan, best: Plan) -> bool:
     return found.estimate.step_s < best.estimate.step_s
 
 
-def _guesses(e: Experiment, topology: Topology, place: list) -> Iterator[Guess]:
-    """Every mesh and place of the teacher, with each remat and the number of micro-batches, on paper."""
-    context, aside, model = e.run.mesh.context, e.run.mesh.teacher, 1
-    replica = topology.slices if e.run.mesh.replica == -1 else e.run.mesh.replica
-    optim = dataclasses.replace(e.optim, micro_batches=1)
-    while model <= min(_WIDEST, topology.devices):
-        data = topology.devices // (replica * context * aside * model)
-        over = replica * data * aside
-        rows = e.data.batch // over if over else 0
-        if over * context * model == topology.devices and rows and e.data.batch % over == 0:
-            evaluated = -(-e.run.eval_batch // over) * over
-            mesh = dataclasses.replace(e.run.mesh, data=data, model=model)
-            run = dataclasses.replace(e.run, mesh=mesh, eval_batch=evaluated)
-            for teacher in _places(e.teacher):
-                built = planning.build(dataclasses.replace(e, run=run, optim=optim, teacher=teacher), place)
-                for remat in REMAT:
-                    for parts in (n for n in range(1, rows + 1) if rows % n == 0):
-                        tried = dataclasses.replace(
-                            built.experiment,
-                            run=dataclasses.replace(built.experiment.run, remat=remat),
-                            optim=dataclasses.replace(optim, micro_batches=parts),
-                        )
-                        yield _guess(built._replace(experiment=tried), topology)
+def _guesses(e: Experiment, topology: Topology, place: list) -> list[Guess]:
+    """Every mesh and place of the teacher, with each remat and the number of micro-batches, on paper.
+
+    A row is shared by more devices only where nothing is estimated to fit otherwise.
+    """
+    found: list[Guess] = []
+    job: Job | None = None
+    asides: Sequence[int] = (e.run.mesh.teacher,)
+    for sharing in (1, 2, 4, 8):
+        for aside in asides:
+            for s in _meshes(e, topology, e.run.mesh.context * sharing, aside):
+                if job is None:
+                    job = planning.build(s.experiment, place)
+                found += _on(job, s)
+        if job is not None and sharing == 1 and _larger(job):
+            asides = sorted({*_ASIDE, *asides})
+            rest = [s for n in asides if n != e.run.mesh.teacher for s in _meshes(e, topology, e.run.mesh.context, n)]
+            found += [g for s in rest for g in _on(job, s)]
+        if any(g.bytes <= topology.chip.hbm for g in found):
+            break
+    return found
+
+
+def _meshes(e: Experiment, topology: Topology, context: int, aside: int) -> Iterator[Setting]:
+    """The slice with each size of `model`."""
+    model = 1
+    while model == 1 or model * aside <= min(_WIDEST, topology.devices):
+        sizes = dataclasses.replace(e.run.mesh, data=-1, model=model, context=context, teacher=aside)
+        tried = Setting(dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=sizes)), topology)
+        if (s := footprint.divided(tried)) is not None:
+            mesh = dataclasses.replace(sizes, data=s.sizes["data"])
+            run = dataclasses.replace(s.experiment.run, mesh=mesh)
+            yield s._replace(experiment=dataclasses.replace(s.experiment, run=run))
         model *= 2
+
+
+def _larger(job: Job) -> bool:
+    """Whether a teacher that runs in the step is larger than its student: it may want an axis of its own."""
+    return any(parameter_count(c) > parameter_count(job.student.config) for _, c in footprint.live(job))
 
 
 def _places(teacher: TeacherBlock) -> list[TeacherBlock]:
     """How the only teacher's parameters may lie; those of several, and none, stay as they are."""
     if teacher.members or teacher.path == SELF:
         return [teacher]
-    return [dataclasses.replace(teacher, sharding=table) for table in TABLES]
+    return [dataclasses.replace(teacher, sharding=table) for table in sharding.TABLES]
 
 
-def _guess(built: Job, topology: Topology) -> Guess:
+def _on(job: Job, s: Setting) -> Iterator[Guess]:
+    """The candidates of one mesh."""
+    parts = {
+        "params": planning.held((job.state.params, job.state.ema)),
+        "optimizer": planning.held(job.state.opt_state),
+        "teacher": planning.held(planning.weights_of(job)),
+    }
+    now = Memory(s.topology.chip.hbm, sum(parts.values()), **parts, temp=0)
+    for teacher in _places(s.experiment.teacher):
+        placed = s._replace(experiment=dataclasses.replace(s.experiment, teacher=teacher))
+        lies = footprint.lying(job, now, placed)
+        own = footprint.student_bytes(job, placed.experiment, placed.sizes)
+        for remat in REMAT:
+            run = dataclasses.replace(s.experiment.run, remat=remat)
+            for number in (n for n in range(1, s.rows + 1) if s.rows % n == 0):
+                optim = dataclasses.replace(s.experiment.optim, micro_batches=number)
+                tried = placed._replace(experiment=dataclasses.replace(placed.experiment, run=run, optim=optim))
+                yield _guess(job, tried, lies.peak, own)
+
+
+def _guess(job: Job, s: Setting, lies: int, own: int) -> Guess:
     """Memory and time of a candidate from its shapes.
 
     memory = state + teacher + gradients + activations of a micro-batch + the heads, gathered
     time = max(products, weights and attention through memory, weights and sums through links, gradients between slices)
     """
-    e, chip, student = built.experiment, topology.chip, built.student.config
-    sizes = built.mesh.shape
-    model, aside = sizes["model"], sizes["teacher"]
-    split = sizes["data"] * sizes["context"] * aside
+    e, topology, sizes, student = s.experiment, s.topology, s.sizes, job.student.config
+    chip, model, aside = topology.chip, sizes["model"], sizes["teacher"]
     parts, kept = e.optim.micro_batches, e.run.remat == "layer"
-    tokens = e.data.batch * e.data.length // (sizes["replica"] * split) // parts  # of a micro-batch, on a device
-    models = [] if built.own else [m for n, m in built.teachers.items() if not e.teacher.models[n].cache]
-    teachers = [m.config for m in models]
-    taught = planning.held(planning.weights_of(built))
-    own = planning.held(built.state.params)
+    tokens = footprint.tokens_of(e, sizes)
+    teachers = footprint.live(job)
 
-    # To a teacher `aside` splits layers and not rows: `wide` is 1 for the student.
-    layer = lambda c, wide=1: tokens * (12 * wide * c.embed + (3 * c.mlp + 6 * c.heads * e.data.length) / model * 2)
-    saved = student.layers * (2 * tokens * student.embed if kept else layer(student))
-    head = student.embed * student.padded_vocab * 10 / model + sum(
-        2 * c.embed * c.padded_vocab / model for c in teachers
-    )
-    largest = max([layer(student), *[layer(c, aside) for c in teachers]])
-    temporary = saved + largest + head + own * (2 if parts > 1 else 1)
-    fixed = planning.held(built.state) + taught
-
-    # bfloat16, gathered over data
+    # bfloat16, gathered over data. To a teacher `aside` splits layers and not rows: `wide` is 1 for the student.
     weights = lambda c, wide=1: 2 * (flops.body(c, 1) / 2 / wide + c.embed * c.padded_vocab) / model
     passes = 4 if kept else 3
-    through = parts * (passes * weights(student) + sum(weights(c, aside) for c in teachers))
-    whole = parts * sum(weights(m.config, aside) for m in models if not m.rules["embed"])
-    whole += parts * passes * weights(student) * (not built.student.rules["embed"])
+    through = parts * (passes * weights(student) + sum(weights(c, aside) for _, c in teachers))
+    held_whole = lambda table: not sharding.TABLES[table]["embed"]
+    whole = parts * sum(weights(c, aside) for name, c in teachers if held_whole(e.teacher.models[name].sharding))
+    whole += parts * passes * weights(student) * held_whole(e.student.sharding)
     attention = lambda c: c.layers * c.heads / model * tokens * e.data.length * 12 * parts
-    moved = through + passes * attention(student) + sum(map(attention, teachers)) + 28 / 4 * own
+    moved = through + passes * attention(student) + sum(attention(c) for _, c in teachers) + 28 / 4 * own
+    split = math.prod(sizes.values()) // (model * sizes["replica"])
     gathered = (1 - 1 / split) * (through - whole + parts * weights(student))
     sums = lambda c, wide=1: 4 * c.layers * tokens * wide * c.embed * 2 * parts * (1 - 1 / (model * wide))
-    exchanged = gathered + (passes - 1) * sums(student) + sum(sums(c, aside) for c in teachers)
+    exchanged = gathered + (passes - 1) * sums(student) + sum(sums(c, aside) for _, c in teachers)
     links = sum(2 if wraps else 1 for n, wraps in zip(topology.shape, topology.wraps, strict=True) if n > 1) or math.inf
     times = (
-        planning.flops_of(built).executed / topology.devices / chip.flops,
+        planning.flops_of(job._replace(experiment=e)).executed / topology.devices / chip.flops,
         moved / chip.bandwidth,
         exchanged / (links * chip.link),
         parts * 2 * own * (1 - 1 / topology.slices) / chip.dcn if chip.dcn else 0.0,
     )
-    return Guess(e, fixed + temporary, max(times), sum(times))
-
-
-def overrides(asked: Experiment, e: Experiment) -> list[str]:
-    """The command line's arguments that make one experiment of another, as far as candidates differ."""
-    values = lambda x: {
-        "run.mesh.data": x.run.mesh.data,
-        "run.mesh.model": x.run.mesh.model,
-        "teacher.sharding": x.teacher.sharding,
-        "run.remat": x.run.remat,
-        "optim.micro_batches": x.optim.micro_batches,
-        "run.eval_batch": x.run.eval_batch,
-    }
-    before = values(asked)
-    return [f"--config.{key}={value}" for key, value in values(e).items() if value != before[key]]
+    return Guess(e, lies + footprint.temporary(job, e, sizes), max(times), sum(times))
 
 
 def lines(s: Suggestion) -> list[str]:
     """A suggestion to read: the plan, how it was found, and what to add to the command."""
     added = " ".join(overrides(s.asked, s.plan.job.experiment)) or "nothing: the recipe is the fastest as it is"
     found = [
-        *planning.lines(s.plan),
-        f"looked at {s.known} candidates on paper, {s.compiled} compiled in {s.seconds:.0f} s",
+        *verdict.lines(s.plan),
+        f"looked at {s.known} candidates on paper, {len(s.tried)} compiled in {s.seconds:.0f} s",
     ]
     return [
         *found,

@@ -81,8 +81,9 @@ def test_several_slices_are_as_many_times_one():
 def test_several_slices_leave_a_candidate_its_replicas():
     e = experiment(read_config([POD, "--config.run.mesh.replica=2"]))
     guesses = list(suggest._guesses(e, chips.topology("v5e:2x2", 2), jax.devices()))
-    tried = {(g.experiment.run.mesh.data, g.experiment.run.mesh.model) for g in guesses}
-    assert tried == {(4, 1), (2, 2), (1, 4)}
+    meshes = [g.experiment.run.mesh for g in guesses]
+    assert {(m.data, m.model) for m in meshes if m.teacher == 1} == {(4, 1), (2, 2), (1, 4)}
+    assert {m.replica for m in meshes} == {2}
 
 
 # ------------------------------------------------------------------------------------------ models

@@ -46,9 +46,27 @@ def test_a_step_is_planned_on_a_mesh():
     assert 0 < time["mfu"] < 1
 
 
+@pytest.mark.parametrize(
+    ("topology", "devices", "limit"),
+    [("v4:2x2x1", 4, 30.75), ("tpu7x:2x2x1", 8, 94.75)],  # a chip is one device, or two
+)
+def test_a_step_is_planned_for_four_chips(topology, devices, limit):
+    found = planned(topology)
+    assert (found["topology"], found["devices"], found["fits"]) == (topology, devices, True)
+    memory, time = found["hbm_bytes"], found["estimate"]
+    assert memory["limit"] == int(limit * GIB)
+    assert 0 < memory["params"] + memory["optimizer"] + memory["teacher"] < memory["peak"] < GIB
+    assert {c["axis"] for c in found["collectives"]} == {"data"}
+    assert time["hours"] == pytest.approx(20 * time["step_s"] / 3600)
+    assert time["chip_hours"] == pytest.approx(4 * time["hours"])
+    assert time["hbm_gb"] > 0
+
+
 def test_a_suggestion_is_compiled_and_fits():
     found = planned("v6e:2x4", "--suggest", "--budget", "1")
     assert (found["devices"], found["fits"]) == (8, True)
+    assert len(found["candidates"]) == 1
+    assert found["candidates"][0]["overrides"] == found["overrides"]
 
 
 def test_what_does_not_fit_is_a_verdict():
@@ -57,7 +75,9 @@ def test_what_does_not_fit_is_a_verdict():
     assert not found["fits"]
     assert found["hbm_bytes"]["peak"] > 2 * found["hbm_bytes"]["limit"]
     assert found["hbm_bytes"]["temp"] > found["hbm_bytes"]["limit"]
-    assert found["estimate"] == dict.fromkeys(("step_s", "tokens_per_s", "mfu", "bound", "exposed_s"))
+    assert found["estimate"] == dict.fromkeys(
+        ("step_s", "tokens_per_s", "mfu", "bound", "exposed_s", "hours", "chip_hours", "hbm_gb")
+    )
 
 
 LARGE_TEACHER = [
