@@ -63,11 +63,9 @@ def lying(job: Job, now: Memory, s: Setting) -> Memory:
         now: what lies on a device of its mesh, and beside that what does not change with the setting, in `peak`.
         s: the setting.
     """
-    e, old, new = s.experiment, dict(job.mesh.shape), s.sizes
-    shapes, axes = job.student.shapes, job.student.axes
-    table = sharding.TABLES[e.student.sharding]
-    params = now.params * _bytes(shapes, axes, new, table) // _bytes(shapes, axes, old, job.student.rules)
-    moments = [_bytes(shapes, axes, sizes, sharding.MOMENTS) for sizes in (new, old)]
+    e, old, new = s.experiment, job.mesh.shape, s.sizes
+    params = now.params * student_bytes(job, e, new) // student_bytes(job, job.experiment, old)
+    moments = [_bytes(job.student.config, sizes, "moments") for sizes in (new, old)]
     optimizer = now.optimizer * moments[0] // moments[1]
     teacher = now.teacher * _taught(job, e, new) // max(_taught(job, job.experiment, old), 1)
     rest = now.peak - now.params - now.optimizer - now.teacher - now.temp
@@ -128,7 +126,7 @@ def live(job: Job) -> list[tuple[str, Config]]:
 
 def student_bytes(job: Job, e: Experiment, sizes: Mapping[str, int]) -> int:
     """Bytes of the student's parameters on a device."""
-    return _bytes(job.student.shapes, job.student.axes, sizes, sharding.TABLES[e.student.sharding])
+    return _bytes(job.student.config, sizes, e.student.sharding)
 
 
 def overrides(asked: Experiment, e: Experiment) -> list[str]:
@@ -154,29 +152,46 @@ def _taught(job: Job, e: Experiment, sizes: Mapping[str, int]) -> int:
     total = 0
     for name, block in e.teacher.models.items():
         config = job.teachers[name].config
-        shapes, axes = _stored(config, block.dtype)
-        kept = heads.names(config) if block.cache else tuple(shapes)
-        part = lambda tree, kept=kept: {key: tree[key] for key in kept}
-        total += _bytes(part(shapes), part(axes), sizes, sharding.of_teacher(sharding.TABLES[block.sharding]))
+        kept = heads.names(config) if block.cache else ()
+        total += _bytes(config, sizes, f"teacher {block.sharding}", block.dtype, kept)
     return total
+
+
+_TABLES = {
+    **sharding.TABLES,
+    "moments": sharding.MOMENTS,
+    **{f"teacher {name}": sharding.of_teacher(table) for name, table in sharding.TABLES.items()},
+}
+
+
+def _bytes(
+    config: Config, sizes: Mapping[str, int], table: str, dtype: str = "float32", kept: tuple[str, ...] = ()
+) -> int:
+    """Of a model's weights, or those of some names, on one device."""
+    return _held(config, tuple(sizes.items()), table, dtype, kept)
+
+
+@functools.cache
+def _held(config: Config, sizes: tuple[tuple[str, int], ...], table: str, dtype: str, kept: tuple[str, ...]) -> int:
+    mesh, (shapes, axes) = (
+        AbstractMesh(tuple(n for _, n in sizes), tuple(name for name, _ in sizes)),
+        _stored(config, dtype),
+    )
+    names = kept or tuple(shapes)
+
+    def one(leaf, logical):
+        parts = sharding.spec(logical, leaf.shape, mesh, _TABLES[table])
+        over = [name for part in parts if part for name in ([part] if isinstance(part, str) else part)]
+        return math.prod(leaf.shape) // math.prod(mesh.shape[name] for name in over) * leaf.dtype.itemsize
+
+    each = jax.tree.map(one, {name: shapes[name] for name in names}, {name: axes[name] for name in names})
+    return sum(jax.tree.leaves(each))
 
 
 @functools.cache
 def _stored(config: Config, dtype: str) -> tuple[PyTree, PyTree]:
-    """Shapes and axes of a teacher's weights."""
+    """Shapes and axes of a model's weights."""
     shapes, axes = transformer.abstract(config)
     if dtype == "int8":
         return quantized.abstract(shapes, axes)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, DTYPES[dtype]), shapes), axes
-
-
-def _bytes(shapes: PyTree, axes: PyTree, sizes: Mapping[str, int], rules: sharding.Rules) -> int:
-    """Of a tree, on one device."""
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-
-    def one(leaf, names):
-        parts = sharding.spec(names, leaf.shape, mesh, rules)
-        over = [name for part in parts if part for name in ([part] if isinstance(part, str) else part)]
-        return math.prod(leaf.shape) // math.prod(sizes[name] for name in over) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(one, shapes, axes)))

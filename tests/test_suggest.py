@@ -97,7 +97,7 @@ def test_a_teacher_that_does_not_run_has_no_axis():
 
 def test_a_row_is_shared_where_it_does_not_fit_alone():
     """Of a row of 48 thousand tokens the scores of a layer are 29 GB in each of four heads, which `model` can split."""
-    e = asked("--config.data.length=49152")
+    e = asked("--config.data.length=49152", "--config.teacher.shape.max_length=49152")
     found = suggest._guesses(e, SLICE, jax.devices())
     assert {g.experiment.run.mesh.context for g in found} == {1, 2}
     fitting = [g for g in found if g.bytes <= SLICE.chip.hbm]

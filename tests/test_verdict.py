@@ -197,7 +197,7 @@ def test_a_slice_that_is_advised_is_larger_and_enough():
     (line,) = verdict.would_fit(refused("--config.data.batch=64", params=10, optimizer=20))
     assert line.startswith("--topology v5e:4x8 --config.run.eval_batch=32 (")  # half of it is still too much
     other = verdict.would_fit(refused("--config.data.batch=64", params=30, optimizer=60))
-    assert other[-1].startswith("--topology v4:2x4x4 ")  # none of v5e is
+    assert other[-1].startswith("--topology v5p:2x2x2 (")  # none of v5e is
     assert verdict.would_fit(refused(params=3e6)) == ["nothing that was tried: a smaller model or shorter rows"]
 
 
