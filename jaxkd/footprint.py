@@ -133,7 +133,8 @@ def overrides(asked: Experiment, e: Experiment) -> list[str]:
     """The command line's arguments that make one experiment of another, as far as settings differ."""
 
     def values(x: Experiment) -> dict[str, Any]:
-        teachers = {f"teacher.members.{n}": m for n, m in x.teacher.members.items()} or {"teacher": x.teacher}
+        teachers: dict[str, Any] = {f"teacher.members.{n}": m for n, m in x.teacher.members.items()}
+        teachers = teachers or {"teacher": x.teacher}
         return {
             **{f"run.mesh.{name}": getattr(x.run.mesh, name) for name in ("data", "model", "context", "teacher")},
             **{f"{name}.{key}": getattr(t, key) for name, t in teachers.items() for key in ("sharding", "dtype")},
