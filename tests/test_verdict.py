@@ -147,6 +147,7 @@ def test_activations_that_do_not_fit_take_fewer_rows_or_less_of_each():
     assert any(line.startswith("--topology v5e:4x4 --config.run.eval_batch=16 (") for line in rest)
 
 
+@pytest.mark.slow
 def test_no_number_of_micro_batches_is_advised_that_is_not_enough():
     """Eight rows on eight devices are not to be divided, and eight times as many are still too much."""
     for found in (refused(temp=40), refused("--config.data.batch=64", temp=4_000)):

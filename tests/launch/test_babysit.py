@@ -208,6 +208,7 @@ done
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stubborn", [False, True])
 def test_what_babysit_asks_of_hosts(copy, stubborn):
     """Its commands, run from the home of hosts with a real detached run: one has it, the other was made anew."""

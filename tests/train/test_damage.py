@@ -272,6 +272,7 @@ def cannot_read(directory: Path) -> None:
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_machine_that_cannot_read_now_has_no_damaged_checkpoint(damaged):
     alone("cannot_read", damaged)
 
@@ -293,6 +294,7 @@ def cannot_write(directory: Path) -> None:
     checkpoints.close()  # says nothing more
 
 
+@pytest.mark.slow
 def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand(tmp_path):
     """A full disk, as far as one can have it without a disk: files may not grow beyond a limit."""
     alone("cannot_write", tmp_path)

@@ -117,9 +117,14 @@ def test_micro_batches_equal_the_whole_batch(micro_batches):
     [
         ({"data": 4, "model": 2}, 1, "fsdp", False),
         ({"data": 8, "model": 1}, 1, "fsdp", False),
-        ({"data": 1, "model": 8}, 1, "fsdp", False),
-        ({"data": 1, "context": 8, "model": 1}, 1, "fsdp", False),
-        ({"replica": 8, "data": 1, "model": 1}, 1, "fsdp", False),
+        *[
+            pytest.param(sizes, 1, "fsdp", False, marks=pytest.mark.slow)
+            for sizes in (
+                {"data": 1, "model": 8},
+                {"data": 1, "context": 8, "model": 1},
+                {"replica": 8, "data": 1, "model": 1},
+            )
+        ],
         ({"data": 2, "model": 4}, 4, "replicated", False),
         ({"data": 4, "model": 2}, 2, "fsdp", False),
         ({"replica": 2, "data": 2, "model": 2}, 2, "fsdp", False),
