@@ -246,10 +246,8 @@ def stoppable(said: str) -> Iterator[None]:
                 wait = _AGAIN
 
     def ask(number: int, frame: Any) -> None:
-        if told.is_set():
-            raise Stopped(said, processes.STOPPED)
-        if before is not signal.SIG_IGN:
-            raise Stopped(said, processes.INTERRUPTED)
+        # Where Ctrl-C was to be ignored, too, as shells have it of what they start with &: the loop hears it as well.
+        raise Stopped(said, processes.STOPPED if told.is_set() else processes.INTERRUPTED)
 
     before = signal.signal(signal.SIGINT, ask)
     looking = threading.Thread(target=look, daemon=True, name="jaxkd_notice")
