@@ -15,6 +15,7 @@ over, and the bar) and `rest`.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import random
 import statistics
@@ -172,7 +173,8 @@ class Turns:
             output.step = self.spans.timed("log", self._write)
         self._arrivals.clear()
         with contextlib.redirect_stdout(io.StringIO()):
-            run._steps(first, run.job.experiment.run, output, lambda step: step == last, Profile(run.workdir))
+            steps = itertools.count(first + 1)  # the loop asks after each whether to stop
+            run._steps(first, run.job.experiment.run, output, lambda: next(steps) == last, Profile(run.workdir))
         return self._each()
 
     def _bare(self, steps: int) -> float:

@@ -69,6 +69,7 @@ class Building:
         finally:
             for process in self.processes:
                 process.kill()
+                process.communicate()
         return [(process.returncode, said.splitlines()[-1]) for process, said in zip(self.processes, errors)]
 
 
