@@ -156,7 +156,9 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
         ValueError: it holds another experiment, or something that is none.
     """
     saved, config = workdir / "config.json", plain(e)
-    trained = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    metrics = workdir / "metrics.jsonl"  # checkpoints may have been deleted or moved: logged steps are kept then too
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    trained = logged or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
     if not saved.exists():
         if workdir.exists() and any(workdir.iterdir()):
             raise ValueError(f"{workdir} is not empty and holds no jaxkd run (no config.json): use a new --workdir")
@@ -169,14 +171,8 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
     if changes and not trained:
-        for name in (
-            "evals.jsonl",
-            "metrics.jsonl",
-            "mixture.jsonl",
-            "goodput.jsonl",
-            "run.json",
-        ):  # of an experiment that never made a step
-            (workdir / name).unlink(missing_ok=True)
+        for name in ("evals.jsonl", "metrics.jsonl", "mixture.jsonl", "goodput.jsonl", "run.json"):
+            (workdir / name).unlink(missing_ok=True)  # of an experiment that never made a step
         adopt(workdir, e)
         return []
     fixed = [k for k in keys if k.startswith(_ORDER)]

@@ -1,13 +1,14 @@
 """A trained student as a directory that `transformers` loads.
 
-Written beside its destination and renamed at the end, so that there is a whole model or none. The card states
-what the caller knows about the run and nothing else.
+All files are first written to a staging directory on the same file system. Only files that an earlier export wrote,
+which are listed in its jaxkd.json, are ever replaced. The card states what the caller knows about the run.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from jaxkd.types import PyTree
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _RECORD = "jaxkd.json"
+_FILES = (
+    _RECORD,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+_STAGING = ".jaxkd-export-"
+_GATE = "config.json"  # without it nothing loads the directory: removed first, written last
 
 
 def export(
@@ -33,11 +45,12 @@ def export(
     card: Mapping[str, Any],
     dtype: str = "float32",
     overwrite: bool = False,
+    keep_out: Sequence[Path] = (),
 ) -> Path:
     """Writes a Hugging Face model directory.
 
     Args:
-        directory: where to. An earlier export there is replaced.
+        directory: where to. An earlier export there is replaced, file by file.
         config: the decoder's; only the true vocabulary is written.
         params: the decoder's parameters, arrays that this process holds in full.
         tokenizer_json: the tokenizer's definition.
@@ -46,69 +59,127 @@ def export(
         card: facts for the model card by name. A dict becomes a list, a list of dicts a table; "name" is
             the title, "license" goes to the header and "command" into a code block.
         dtype: "float32" or "bfloat16", what weights are stored in.
-        overwrite: replace `directory` whatever is in it.
+        overwrite: write although `directory` holds files of others too, which stay as they are.
+        keep_out: directories of the run (workdir, checkpoints): `directory` must be apart from all of them.
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: `directory` holds something else than an earlier export.
-        ValueError: parameters, tokenizer and config do not fit each other, or a parameter is not finite.
+        FileExistsError: `directory` holds files that no export wrote and `overwrite` is not set, or a file that no
+            export wrote has the name of one that would be written, or `directory` holds checkpoints.
+        ValueError: parameters, tokenizer and config do not fit each other, a parameter is not finite, or `directory`
+            is, contains or lies inside one of `keep_out`.
     """
     target = Path(directory).expanduser()
     if "://" in str(directory):
         raise ValueError(f"{directory}: export writes to a local directory; copy it from there")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-    _check_target(target, overwrite)
+    check_destination(target, overwrite, keep_out)
     ids = _special_ids(config, tokenizer_json, special)
     written = families.to_hf(config, dtype=dtype) | ids
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    made = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    for left_over in target.glob(f"{_STAGING}*"):  # of an export that was killed
+        shutil.rmtree(left_over)
+    staging = target / f"{_STAGING}{os.getpid()}"
+    staging.mkdir()
     try:
-        formats.save_safetensors(partial, _tensors(config, params, DTYPES[dtype]))
-        _write_json(partial / "config.json", written)
-        _write_json(partial / "generation_config.json", ids)
-        _write_json(partial / "tokenizer_config.json", _tokenizer_config(config, chat_template, special))
-        (partial / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        (partial / "README.md").write_text(_card(target.name, card), encoding="utf-8")
-        files = sorted(file.name for file in partial.iterdir())
-        _write_json(partial / _RECORD, {"files": files, "card": dict(card)})
-        _replace(partial, target)
+        formats.save_safetensors(staging, _tensors(config, params, DTYPES[dtype]))
+        _write_json(staging / "config.json", written)
+        _write_json(staging / "generation_config.json", ids)
+        _write_json(staging / "tokenizer_config.json", _tokenizer_config(config, chat_template, special))
+        (staging / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        (staging / "README.md").write_text(_card(target.resolve().name, card), encoding="utf-8")
+        files = sorted(file.name for file in staging.iterdir())
+        _write_json(staging / _RECORD, {"files": files, "card": dict(card)})
+        _publish(staging, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                target.rmdir()
         raise
     return target
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file: give a directory to export to")
-    if overwrite or not target.exists():
+def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[Path] = ()) -> None:
+    """See that an export to `target` would lose nothing.
+
+    Raises:
+        FileExistsError, ValueError: as `export`.
+    """
+    whole = target.resolve()
+    for place in (path.resolve() for path in keep_out):
+        if whole == place or whole in place.parents or place in whole.parents:
+            how = "is" if whole == place else "contains" if whole in place.parents else "lies inside"
+            raise ValueError(f"cannot export to {target}: it {how} {place}, which belongs to the run. Name another")
+    if not target.exists():
         return
-    try:
-        ours = {_RECORD, *json.loads((target / _RECORD).read_bytes())["files"]}
-    except (FileNotFoundError, ValueError, KeyError):
-        ours = set()
-    foreign = sorted(file.name for file in target.iterdir() if file.name not in ours)
-    if foreign:
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file: give a directory to export to")
+    if any(next(target.glob(pattern), None) for pattern in _CHECKPOINTS):
+        raise FileExistsError(f"cannot export to {target}: it holds checkpoints. Name another directory")
+    ours = _earlier(target)
+    foreign = sorted(
+        file.name for file in target.iterdir() if file.name not in ours and not file.name.startswith(_STAGING)
+    )
+    if foreign and not overwrite:
         raise FileExistsError(
-            f"{target} holds files that no export wrote ({', '.join(foreign[:3])}): give another directory,"
-            " or overwrite=True to replace all of it"
+            f"{target} holds files that no export wrote ({', '.join(foreign[:3])}): give another directory, or set"
+            " overwrite (--overwrite), which leaves them in place and replaces the files of an earlier export"
+        )
+    if taken := [name for name in foreign if name in _FILES or name.endswith(".safetensors")]:
+        raise FileExistsError(
+            f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
         )
 
 
-def _replace(partial: Path, target: Path) -> None:
-    """Puts `partial` in `target`'s place; what was there goes only once the new one stands."""
-    old = partial.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+# A checkpoint, a directory of checkpoints, a workdir, a folder of workdirs.
+_CHECKPOINTS = (
+    "_CHECKPOINT_METADATA",
+    "commit_success.txt",
+    "*/_CHECKPOINT_METADATA",
+    "*/commit_success.txt",
+    "checkpoints",
+    "*/checkpoints",
+)
+
+
+def _earlier(target: Path) -> set[str]:
+    """Names of the files in `target` that an earlier export wrote, by its own list."""
+    try:
+        names = json.loads((target / _RECORD).read_bytes())["files"]
+        return {_RECORD, *(name for name in names if (target / name).parent == target and (target / name).is_file())}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Moves the staged files into `target` in place of an earlier export's; those of others stay.
+
+    Interrupted, it leaves a directory without config.json, which nothing loads, and the list of an export: the same
+    call then writes it whole.
+    """
+    new = sorted(file.name for file in staging.iterdir())
+    old = _earlier(target)
+    if taken := [name for name in new if name not in old and (target / name).exists()]:
+        raise FileExistsError(
+            f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
+        )
+    if old:
+        both = {"files": sorted({*new, *old} - {_RECORD})}
+        _write_json(staging / "list", both)
+        os.replace(staging / "list", target / _RECORD)
+        for name in (_GATE, *old - {*new, _GATE}):
+            (target / name).unlink(missing_ok=True)
+    mode = (staging / _GATE).stat().st_mode  # the umask's; safetensors makes files that only their owner can read
+    for name in sorted(new, key=lambda name: (name == _RECORD, name == _GATE)):
+        (staging / name).chmod(mode)
+        os.replace(staging / name, target / name)
+    staging.rmdir()
 
 
 def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,7 +1,6 @@
 """What a job describes, made real: rows on disk, weights on devices."""
 
 import math
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,8 +310,9 @@ def mark(e: Experiment, workdir: Path, there: Checkpoints) -> None:
     marks, steps = workdir / "checkpoints", there.steps()
     marks.mkdir(exist_ok=True)
     for old in marks.iterdir():
-        if old.name.isdigit() and int(old.name) not in steps:
-            shutil.rmtree(old)
+        if old.name.isdigit() and int(old.name) not in steps and [file.name for file in old.iterdir()] == [COMMITTED]:
+            (old / COMMITTED).unlink()  # a mark alone: a directory with anything else in it is a checkpoint
+            old.rmdir()
     for step in steps:
         (marks / str(step)).mkdir(exist_ok=True)
         (marks / str(step) / COMMITTED).write_text(f"{there.directory / str(step)}\n", encoding="utf-8")

@@ -227,6 +227,8 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
         raise ValueError(
             "`jaxkd export` writes one directory from one process: start it on one host, JAX_PLATFORMS=cpu"
         )
+    keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
+    exporter.check_destination(Path(options.to).expanduser(), options.overwrite, keep_out)
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
         step, student, _ = load.trained(built, workdir, options.step)
@@ -252,6 +254,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
         card=card,
         dtype=options.dtype,
         overwrite=options.overwrite,
+        keep_out=keep_out,
     )
     print(f"step {step} of {workdir} exported to {directory}")
 
@@ -328,7 +331,11 @@ def parser() -> argparse.ArgumentParser:
         if name == "export":
             sub.add_argument("--to", required=True, help="directory to write")
             sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-            sub.add_argument("--overwrite", action="store_true", help="replace whatever --to holds")
+            sub.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="write beside files of others too; only an earlier export's own files are replaced",
+            )
     return root
 
 

@@ -10,9 +10,10 @@ import jax
 import pytest
 from harness import REPOSITORY, jaxkd, tiny_arguments, write_domain
 
-from jaxkd import config, job
+from jaxkd import config, job, load
 from jaxkd.experiment import experiment
 from jaxkd.load import check_one_device, host_params
+from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.step import make_step
 
 TINY = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
@@ -217,6 +218,32 @@ def test_a_corrected_command_may_reuse_a_workdir_in_which_nothing_was_trained(tm
         config.claim(workdir, longer, False)
     assert config.claim(workdir, longer, True) == ["run.steps: 20 -> 99"]
     assert config.saved_experiment(workdir) == other  # until `adopt`, which follows a successful start
+
+
+def test_logged_steps_are_kept_when_checkpoints_are_gone(tmp_path):
+    e = resolved()
+    other = dataclasses.replace(e, optim=dataclasses.replace(e.optim, clip=2.0))
+    config.claim(tmp_path, e, False)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"optim\.clip"):
+        config.claim(tmp_path, other, False)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_checkpoints_that_lie_where_marks_would_are_kept(tmp_path):
+    """A run whose checkpoints were moved to another place has whole ones and marks side by side."""
+    e, elsewhere = resolved(), tmp_path / "elsewhere"
+    e = dataclasses.replace(e, run=dataclasses.replace(e.run, checkpoints=str(elsewhere)))
+    (elsewhere / "20").mkdir(parents=True)
+    (elsewhere / "20" / "commit_success.txt").write_text("")
+    marks = tmp_path / "checkpoints"
+    for step, names in {"5": ("commit_success.txt", "train"), "10": ("commit_success.txt",)}.items():
+        (marks / step).mkdir(parents=True)
+        for name in names:
+            (marks / step / name).write_text("")
+    load.mark(e, tmp_path, Checkpoints(elsewhere, read_only=True))
+    assert sorted(path.name for path in marks.iterdir()) == ["20", "5"]
+    assert (marks / "5" / "train").exists()
 
 
 def test_one_process_at_a_time(tmp_path):

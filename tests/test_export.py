@@ -110,14 +110,81 @@ def test_replaces_an_earlier_export_only(tmp_path):
     export(target, UNTIED, random(UNTIED), **GIVEN)
     assert weights.open_checkpoint(target).config == UNTIED
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"files that no export wrote \(notes\.txt\)"):
+    (target / "other").mkdir()
+    (target / "other" / "model.safetensors").write_text("another model")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
         export(target, TINY, random(TINY), **GIVEN)
-    assert (target / "notes.txt").read_text() == "mine"
+    assert weights.open_checkpoint(target).config == UNTIED
     export(target, TINY, random(TINY), **GIVEN, overwrite=True)
     assert weights.open_checkpoint(target).config == TINY
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "other" / "model.safetensors").read_text() == "another model"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    with pytest.raises(FileExistsError, match="is a file"):
+    with pytest.raises(FileExistsError, match=r"config\.json"):
         export(target / "config.json", TINY, random(TINY), **GIVEN)
+
+
+def test_shards_of_an_earlier_export_do_not_stay(tmp_path):
+    target = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    shard = target / "model-00001-of-00002.safetensors"
+    (target / "model.safetensors").rename(shard)
+    record = json.loads((target / "jaxkd.json").read_text())
+    record["files"] = [shard.name if name == "model.safetensors" else name for name in record["files"]] + ["../kept"]
+    (target / "jaxkd.json").write_text(json.dumps(record))
+    (tmp_path / "kept").write_text("outside")
+    export(target, UNTIED, random(UNTIED), **GIVEN)
+    assert not shard.exists()
+    assert (tmp_path / "kept").read_text() == "outside"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_another_model_are_never_replaced(tmp_path, overwrite):
+    target = tmp_path / "llama"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"config\.json"):
+        export(target, TINY, random(TINY), **GIVEN, overwrite=overwrite)
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("config.json", "{}")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", ["runs/a", "runs", ".", "runs/a/out", "link", "store/a", "store"])
+def test_destination_is_apart_from_the_run(tmp_path, overwrite, place):
+    run, store = tmp_path / "runs" / "a", tmp_path / "store" / "a"
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    store.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="cannot export to"):
+        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=overwrite, keep_out=[run, store])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/10"])
+def test_destination_holds_no_checkpoint_of_any_run(tmp_path, place):
+    step = tmp_path / "runs" / "a" / "checkpoints" / "10"
+    step.mkdir(parents=True)
+    (step / "commit_success.txt").write_text("")
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=True)
+    assert (step / "commit_success.txt").exists()
+
+
+def test_directories_that_cannot_be_renamed(tmp_path, monkeypatch):
+    """The working directory and a link to a directory, as a mount point, are filled and not replaced."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", tmp_path / "link"):
+        export(place, TINY, random(TINY), **GIVEN)
+        assert weights.open_checkpoint(tmp_path / "here").config == TINY
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_files_have_the_modes_that_the_umask_gives(tmp_path):
+    directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    (tmp_path / "plain").write_text("")
+    assert {file.stat().st_mode for file in directory.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
