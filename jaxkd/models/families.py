@@ -5,6 +5,7 @@ into those options, plus a table of tensor names. An option the decoder does not
 model that loads and computes something slightly different is the most expensive kind of error.
 """
 
+import math
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,40 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+# Keys of other families that change the numbers and that this decoder does not have, each with the value that
+# changes nothing; null and False never do. "head_dim" stands for the head's size, "1/sqrt" for its inverse root.
+_UNREAD_HF = {
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "final_logit_softcapping": 0,
+    "attn_logit_softcapping": 0,
+    "query_pre_attn_scalar": "head_dim",
+    "attention_multiplier": "1/sqrt",
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "lm_head_multiplier": 1,
+    "key_multiplier": 1,
+    "scale_emb": 1,
+    "clip_qkv": 0,
+    "use_qk_norm": 0,
+    "qk_layernorm": 0,
+    "use_parallel_residual": 0,
+    "attention_chunk_size": 0,
+}
+_UNREAD_GGUF = {
+    "attention.scale": "1/sqrt",
+    "logit_scale": 1,
+    "final_logit_softcapping": 0,
+    "attn_logit_softcapping": 0,
+    "embedding_scale": 1,
+    "residual_scale": 1,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attention.temperature_scale": 0,
+    "use_parallel_residual": 0,
+    "rope.scaling.attn_factor": 1,
+}
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -143,6 +178,8 @@ def from_hf(config: Mapping[str, Any], source: str) -> Config:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("head_dim") is None and width % heads:
         raise ValueError(f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    head_dim = config.get("head_dim") or width // heads
+    _refuse_unread(config, _UNREAD_HF, head_dim, f"{source}: ")
     theta, scaling = _rope_hf(config, family, source)
     return _checked(
         source,
@@ -151,7 +188,7 @@ def from_hf(config: Mapping[str, Any], source: str) -> Config:
         layers=config["num_hidden_layers"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or width // heads,
+        head_dim=head_dim,
         mlp=config["intermediate_size"],
         rope_theta=theta,
         rope_scaling=scaling,
@@ -241,9 +278,33 @@ def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
     _refuse_window(config, family, source)
 
 
+def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_dim: Any, source: str) -> None:
+    """Raises on a key that changes the numbers, that this decoder does not have, and that is not at its neutral value.
+
+    Args:
+        config: keys as `unread` names them, whatever stands before them in the file.
+        unread: key -> neutral value.
+        head_dim: of the model, which two of the neutral values follow from.
+        source: the file, and what stands before a key in it.
+    """
+    for key, neutral in unread.items():
+        value = config.get(key)
+        if not value:
+            continue
+        if isinstance(neutral, str):
+            neutral = head_dim if neutral == "head_dim" else 1 / math.sqrt(head_dim)
+        if not isinstance(value, (int, float)) or not math.isclose(value, neutral, rel_tol=1e-6):
+            raise ValueError(
+                f"{source}{key} is {value!r}, which changes what the model computes and is not supported; if the "
+                f"weights were trained without it, set it to {neutral:.9g}"
+            )
+
+
 def _refuse_window(config: Mapping[str, Any], family: str, source: str) -> None:
     """Raises if attention is cut to a window that is shorter than the model's length, in any layer."""
     window, length = config.get("sliding_window"), config.get("max_position_embeddings")
+    if family == "mistral" and "sliding_window" not in config:
+        window = 4096  # what transformers takes for a missing key
     if not window or family == "llama" or (length and window >= length):
         return
     if family.startswith("qwen"):
@@ -261,11 +322,24 @@ def _refuse_window(config: Mapping[str, Any], family: str, source: str) -> None:
 
 
 def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[float, RopeScaling | None]:
-    """The rotary base and scaling, from the layout of transformers 4 or that of 5."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """The rotary base and scaling, from the layout of transformers 4 or that of 5.
+
+    Precedence as in transformers: `rope_scaling`, where it is not empty, replaces all of `rope_parameters`; the base
+    is the block's own or else the top level's; llama3's original length is the top level's or else the block's.
+    """
+    both = config.get("rope_scaling") and config.get("rope_parameters")
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(name) or {}
+    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"{source}: {name} is given per kind of layer ({', '.join(nested)}), which is not supported")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None and family == "llama" and not rope:
         theta = 10000.0  # the first llamas predate the key
+    if theta is None and both:
+        raise ValueError(
+            f"{source}: rope_scaling replaces rope_parameters, as in transformers, and has no rope_theta: merge it "
+            "into rope_parameters and remove rope_scaling"
+        )
     if theta is None:
         raise ValueError(f"{source}: missing rope_theta")
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -276,6 +350,8 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[float
         return float(theta), None
     if kind != "llama3":
         raise ValueError(f"{source}: rope_type {kind!r} is not supported; supported: default, llama3")
+    if config.get("original_max_position_embeddings") is not None:
+        rope = {**rope, "original_max_position_embeddings": config["original_max_position_embeddings"]}
     missing = [key for key in _LLAMA3_KEYS if rope.get(key) is None]
     if missing:
         raise ValueError(f"{source}: rope_type llama3 without {', '.join(missing)}")
@@ -312,9 +388,15 @@ def from_gguf(fields: Mapping[str, Any], source: str, *, tied: bool) -> Config:
 
     width, heads, length = field("embedding_length"), field("attention.head_count"), field("context_length")
     head_dim = field("attention.key_length", width // heads)
-    scaling, window = field("rope.scaling.type", "none"), field("attention.sliding_window")
-    if scaling != "none":
-        raise ValueError(f"{source}: {family}.rope.scaling.type {scaling!r} is not supported")
+    _refuse_unread({key: field(key) for key in _UNREAD_GGUF}, _UNREAD_GGUF, head_dim, f"{source}: {family}.")
+    # As llama.cpp has it: a factor without a type is linear, and the type "none" switches the factor off.
+    scaling, window = field("rope.scaling.type"), field("attention.sliding_window")
+    key = "rope.scale_linear" if field("rope.scaling.factor") is None else "rope.scaling.factor"
+    if scaling not in (None, "none", "linear") or (scaling != "none" and field(key) not in (None, 0, 1)):
+        raise ValueError(
+            f"{source}: {family}.rope.scaling.type {scaling!r} with {family}.{key} {field(key)} is not supported; if "
+            "the weights were trained without scaling, set the type to 'none'"
+        )
     if window and window < length:
         raise ValueError(f"{source}: {family}.attention.sliding_window {window} < {length} is not supported")
     if field("expert_count"):

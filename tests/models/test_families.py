@@ -24,6 +24,8 @@ LLAMA = {
 MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 128}
+NEW = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
+NEW |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SCALING |= {"original_max_position_embeddings": 1024}
 GGUF = {
@@ -76,6 +78,19 @@ def test_reads_both_rope_layouts():
     assert families.from_hf(new_style, "x").rope_theta == 5e5
 
 
+def test_rope_scaling_replaces_rope_parameters():
+    """As transformers has it, whichever is the one that was added by hand."""
+    plain, llama3 = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "llama3", "rope_theta": 2e5, **SCALING}
+    both = families.from_hf(LLAMA | {"rope_parameters": plain, "rope_scaling": llama3}, "x")
+    assert (both.rope_theta, both.rope_scaling) == (2e5, RopeScaling(8.0, 1.0, 4.0, 1024))
+    both = families.from_hf(LLAMA | {"rope_parameters": llama3, "rope_scaling": plain}, "x")
+    assert (both.rope_theta, both.rope_scaling) == (5e5, None)
+    top = families.from_hf(LLAMA | {"rope_parameters": plain, "rope_scaling": without(llama3, "rope_theta")}, "x")
+    assert top.rope_theta == 100000.0  # the top level's, not that of the block that is replaced
+    top = families.from_hf(LLAMA | {"rope_scaling": llama3, "original_max_position_embeddings": 2048}, "x")
+    assert top.rope_scaling.original_length == 2048
+
+
 def test_the_first_llamas_lack_two_keys():
     old = families.from_hf(without(LLAMA, "num_key_value_heads", "rope_theta"), "x")
     assert (old.kv_heads, old.rope_theta) == (9, 10000.0)
@@ -104,6 +119,20 @@ def test_the_first_llamas_lack_two_keys():
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "without low_freq_factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (NEW | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        (NEW | {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_type 'linear'"),
+        (NEW | {"rope_scaling": {"rope_type": "llama3", **SCALING}}, "rope_scaling .* no rope_theta"),
+        (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters .*full_attention"),
+        (LLAMA | {"logit_scale": 0.0625}, "logit_scale is 0.0625"),
+        (LLAMA | {"logits_scaling": 8.0}, "logits_scaling is 8.0"),
+        (LLAMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+        (LLAMA | {"attn_logit_softcapping": 50}, "attn_logit_softcapping is 50"),
+        (LLAMA | {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256, .* 64"),
+        (LLAMA | {"attention_multiplier": 0.0078125}, r"attention_multiplier is 0.0078125, .* 0.125"),
+        (LLAMA | {"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
+        (LLAMA | {"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
+        (LLAMA | {"use_qk_norm": True}, "use_qk_norm is True"),
+        (without(MISTRAL, "sliding_window"), "sliding_window 4096"),
         (MISTRAL | {"sliding_window": 4096}, r"4096 .* 8192, .* set sliding_window to null"),
         (
             QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
@@ -125,6 +154,10 @@ def test_refuses_by_name(config, message):
         QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 30},
         QWEN3 | {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["full_attention"] * 30},
         LLAMA | {"attention_bias": False, "mlp_bias": False, "rope_scaling": None, "pretraining_tp": 1},
+        LLAMA
+        | {"logit_scale": 1.0, "final_logit_softcapping": None, "attn_logit_softcapping": 0, "use_qk_norm": False},
+        LLAMA | {"query_pre_attn_scalar": 64, "attention_multiplier": 0.125, "partial_rotary_factor": 1.0},
+        NEW | {"rope_scaling": {}},
     ],
 )
 def test_accepts_what_changes_nothing(config):
@@ -170,6 +203,12 @@ def test_from_gguf():
         (GGUF | {"general.architecture": "gemma3"}, r"'gemma3' .* llama, qwen2, qwen3"),
         (without(GGUF, "llama.context_length"), "missing llama.context_length"),
         (GGUF | {"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        (GGUF | {"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0"),
+        (GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0"),
+        (GGUF | {"llama.rope.scale_linear": 2.0}, "rope.scale_linear 2.0"),
+        (GGUF | {"llama.attention.scale": 0.25}, r"llama.attention.scale is 0.25, .* 0.125"),
+        (GGUF | {"llama.logit_scale": 0.5}, "llama.logit_scale is 0.5"),
+        (GGUF | {"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping is 30.0"),
         (GGUF | {"llama.attention.sliding_window": 512}, "sliding_window 512"),
         (GGUF | {"llama.expert_count": 8}, "experts"),
         (GGUF | {"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
@@ -180,6 +219,20 @@ def test_from_gguf():
 def test_from_gguf_refuses_by_name(fields, message):
     with pytest.raises(ValueError, match=f"x.gguf: .*{message}"):
         families.from_gguf(fields, "x.gguf", tied=True)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scale_linear": 2.0},
+        {"rope.scaling.type": "linear"},
+        {"attention.scale": float(np.float32(0.125)), "logit_scale": 1.0, "final_logit_softcapping": 0.0},
+    ],
+)
+def test_from_gguf_accepts_what_changes_nothing(more):
+    fields = GGUF | {f"llama.{key}": value for key, value in more.items()}
+    assert families.from_gguf(fields, "x", tied=True) == SMOLLM2
 
 
 @pytest.mark.parametrize("tied", [True, False])

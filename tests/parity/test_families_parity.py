@@ -97,3 +97,35 @@ def test_sharded_bfloat16(tmp_path, our_logits, their_logits):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
     np.testing.assert_array_equal(their_logits(loaded, TOKENS), theirs)
+
+
+ADDED = {
+    "llama3": ({"rope_scaling": LLAMA3}, True),
+    "llama3 without a base": ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}, False),
+    "llama3, base at the top": ({"rope_scaling": LLAMA3 | {"factor": 8.0}, "rope_theta": 500.0}, True),
+    "another base": ({"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}, True),
+    "original length at the top": ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, True),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}}, False),
+    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 10000.0}}, False),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_rope_scaling_added_by_hand(tmp_path, name, our_logits, their_logits):
+    """To a config of transformers 5, which has its own block: read as transformers reads it, or refused by name."""
+    added, read = ADDED[name]
+    model = random_model("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config["rope_parameters"]
+    file.write_text(json.dumps(config | added))
+    theirs = their_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), TOKENS)
+    assert np.abs(theirs - their_logits(model, TOKENS)).max() > 0.01 * np.abs(theirs).max()  # it matters
+    if not read:
+        with pytest.raises(ValueError, match="rope"):
+            weights.open_checkpoint(tmp_path)
+        return
+    checkpoint = weights.open_checkpoint(tmp_path)
+    ours = our_logits(checkpoint.config, checkpoint.load(), TOKENS)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0)
