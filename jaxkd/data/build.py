@@ -33,7 +33,7 @@ from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Version of rows, splits and order: raise it when one changes, or old datasets pass for new."""
 
 _VERSION = "1.0.0"  # of the TFDS dataset; the fingerprint says the rest

@@ -7,6 +7,7 @@ end token from here alone.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 _END_OF_TEXT = "<|endoftext|>"
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
+_BYTE_WORD = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece models write a byte
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BYTE_LEVEL_SPLIT = (
     _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
@@ -41,7 +43,9 @@ class Tokenizer:
         """Token ids of each text and the bytes of text each token stands for.
 
         A token stands for the bytes up to its end that no token before it stands for; the sum is
-        `len(text.encode())`.
+        `len(text.encode())`. A byte-level token that holds part of a character counts its own bytes of it, so that
+        a row that is cut there counts its targets' bytes exactly; only a character that a normaliser replaced
+        and that several tokens share counts for the first of them.
 
         Args:
             texts: any text without lone surrogates.
@@ -51,7 +55,7 @@ class Tokenizer:
         """
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [
-            (np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding.offsets))
+            (np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding))
             for text, encoding in zip(texts, encodings)
         ]
 
@@ -69,16 +73,30 @@ class Tokenizer:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
-def _token_bytes(text: str, offsets: list[tuple[int, int]]) -> np.ndarray:
-    """Bytes per token from character offsets; a character that tokens share counts for the first."""
-    if not offsets:
+def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
+    """Bytes per token from character offsets; tokens that share characters divide them by their own bytes."""
+    if not encoding.offsets:
         return np.zeros(0, np.int64)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     width = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     before = np.concatenate([[0], np.cumsum(width)])
-    ends = np.maximum.accumulate(np.asarray(offsets, np.int64)[:, 1])
+    starts, ends = np.asarray(encoding.offsets, np.int64).T
+    ends = np.maximum.accumulate(ends)
     ends[-1] = len(points)  # what a normaliser dropped at the end belongs to the last token
-    return np.diff(before[ends], prepend=0)
+    sizes = np.diff(before[ends], prepend=0)
+    joined = np.concatenate([[False], starts[1:] < ends[:-1]])  # by a character, with the token before
+    if not joined.any():
+        return sizes
+    group, own, words = np.cumsum(~joined) - 1, sizes.copy(), encoding.tokens
+    shared = np.flatnonzero(joined | np.append(joined[1:], False))
+    own[shared] = [_own_bytes(words[i]) for i in shared]
+    exact = np.bincount(group, own) == np.bincount(group, sizes)
+    return np.where(exact[group], own, sizes)
+
+
+def _own_bytes(word: str) -> int:
+    """Bytes of a token that may hold part of a character: byte-level words have one character a byte."""
+    return 1 if _BYTE_WORD.fullmatch(word) else len(word)
 
 
 def _finish(

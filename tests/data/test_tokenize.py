@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
+from jaxkd.data import tokenize
+from jaxkd.data.pack import pack
 from jaxkd.data.tokenize import byte_tokenizer, from_directory, from_gguf
 
 MIXED = [
@@ -39,9 +41,41 @@ def test_byte_tokenizer_facts():
     assert (BYTES.vocab, BYTES.start, BYTES.end) == (257, 256, 256)
     ids, sizes = BYTES.documents(["é"])[0]
     assert ids.tolist() == [256, 0xC3, 0xA9, 256]
-    assert sizes.tolist() == [0, 2, 0, 0]
+    assert sizes.tolist() == [0, 1, 1, 0]
     assert ids.dtype == np.int32
     assert BYTES.fingerprint == byte_tokenizer().fingerprint
+
+
+def test_a_character_in_several_tokens_is_divided_between_them(smollm2):
+    """A row may be cut inside the character: each of its tokens counts the bytes that it holds."""
+    for text in ("東𝔘👩", "a👩‍👩‍👧b 𝔫x"):
+        ids, sizes = smollm2.encode([text])[0]
+        words = [smollm2.tokenizer.id_to_token(int(i)) for i in ids]
+        assert sizes.tolist() == [len(word) for word in words]  # a byte-level word has one character a byte
+        assert len(ids) > len(set(smollm2.tokenizer.encode(text).offsets))  # some tokens do share a character
+
+
+def test_a_row_counts_the_bytes_of_its_own_targets():
+    for row in pack(BYTES.documents(["東京𝔘𝔫 é" * 5]), 8):
+        targets = row["tokens"][1:][(row["segments"][1:] == row["segments"][:-1]) & (row["segments"][1:] > 0)]
+        assert row["bytes"] == (targets < 256).sum()
+
+
+def test_bytes_of_byte_fallback_and_of_normalised_characters():
+    alphabet = {word: number for number, word in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    composed = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    composed.normalizer = tokenizers.normalizers.NFC()
+    composed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = {"<unk>": 0, "a": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    fallback = tokenizers.Tokenizer(models.BPE(vocab=pieces, merges=[], byte_fallback=True, unk_token="<unk>"))
+    for tokenizer, text, wanted in [
+        (composed, "éa", [1, 1, 1]),
+        (composed, "ae\u0301a", [1, 1, 0, 3]),  # the accent is dropped: its bytes go to the next token
+        (composed, "a\u2126", [1, 3, 0]),  # three bytes became two: they count for the first
+        (fallback, "aéa𝔘", [1, 1, 1, 1, 1, 1, 1, 1]),
+    ]:
+        encoding = tokenizer.encode(text)
+        assert tokenize._token_bytes(text, encoding).tolist() == wanted
 
 
 def test_text_that_spells_a_control_token_is_text(smollm2):
