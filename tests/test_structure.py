@@ -16,7 +16,7 @@ PACKAGE = ROOT / "jaxkd"
 CODE = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.name.startswith("_"))
 BLOCKS = ["data", "objective", "optim", "run", "student", "teacher"]
-FILE_LINES, FUNCTION_LINES, LEAVES = 400, 80, 60
+FILE_LINES, FUNCTION_LINES, LEAVES = 600, 80, 60
 NOWHERE = ("torch", "transformers", "tensorflow", "clu")
 IMPORT_NAMES = {
     "tensorflow-datasets": "tensorflow_datasets",
