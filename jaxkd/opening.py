@@ -1,9 +1,11 @@
 """Opening the models that an experiment names: headers, shapes and tokenizers, and that they belong together."""
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from jaxkd import unison
 from jaxkd.data import tokenize
 from jaxkd.experiment import Experiment, from_mapping
 from jaxkd.models import weights
@@ -24,23 +26,28 @@ def called(name: str) -> str:
 def teachers(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, Side]:
     """Each teacher's checkpoint, None for one that has only a shape, and its config; `shapes` of those not to open."""
     where = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
-    return {name: _open(member.path, member.shape, where(name), shapes) for name, member in e.teacher.models.items()}
+    return {
+        name: _open(member.path, member.shape, where(name), shapes, e.data.length)
+        for name, member in e.teacher.models.items()
+    }
 
 
 def student(e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, Config]) -> Side:
     """The same of the student, or of the teacher that it is cut from."""
     if e.student.path != "teacher":
-        return _open(e.student.path, e.student.shape, "student", shapes)
+        return _open(e.student.path, e.student.shape, "student", shapes, e.data.length)
     if not teachers:
         raise ValueError("student.path is 'teacher', but the student is its own teacher: name the student's weights")
     return next(iter(teachers.values()))
 
 
-def _open(path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config]) -> Side:
+def _open(path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config], length: int) -> Side:
     if path in shapes:
         return None, shapes[path]
     if path != "random":
-        checkpoint = weights.open_checkpoint(path)
+        checkpoint = weights.open_checkpoint(path, length=length)
+        for note in checkpoint.notes if unison.first() else ():
+            print(f"jaxkd: {where} {path}: {note}", file=sys.stderr)
         return checkpoint, checkpoint.config
     if not shape:
         raise ValueError(f"{where}.path is 'random', so {where}.shape must say how large: " + ", ".join(_sizes()))

@@ -172,7 +172,9 @@ def shapes(e: Experiment) -> dict[str, Config]:
         local = Path(block.path).expanduser()
         known = weights.KNOWN.get(block.path)
         if (local / "config.json").is_file() and not list(local.glob("*.safetensors")):
-            found[block.path] = families.from_hf(formats.read_json(local / "config.json"), str(local / "config.json"))
+            config_file = local / "config.json"
+            read = formats.read_json(config_file)
+            found[block.path] = families.from_hf(read, str(config_file), length=e.data.length)
         elif local.exists() or (known and importlib.util.find_spec(known.package)):
             continue
         elif block.shape:

@@ -6,9 +6,9 @@ model that loads and computes something slightly different is the most expensive
 """
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,11 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+_LLAMA3_PUBLISHED = (1.0, 4.0, 8192)  # the keys after `factor`, the same in Llama 3.1, 3.2 and 3.3
+
+Note = Callable[[str], object]
+"""Takes a sentence on what was accepted although it is not read."""
 
 # Keys of other families that change the numbers and that this decoder does not have, each with the value that
 # changes nothing; null and False never do. "head_dim" stands for the head's size, "1/sqrt" for its inverse root.
@@ -58,6 +63,21 @@ _UNREAD_GGUF = {
     "use_parallel_residual": 0,
     "rope.scaling.attn_factor": 1,
 }
+
+
+class _Rope(NamedTuple):
+    """Rotary frequencies: the base, and how they are changed."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+    factors: tuple[float, ...] = ()
+
+
+class _Limit(NamedTuple):
+    """A key that changes nothing up to so many tokens, and is not supported beyond."""
+
+    tokens: int
+    key: str  # and its value
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -152,12 +172,17 @@ def to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------- Hugging Face
 
 
-def from_hf(config: Mapping[str, Any], source: str) -> Config:
+def from_hf(
+    config: Mapping[str, Any], source: str, *, length: int | None = None, note: Note = lambda text: None
+) -> Config:
     """The decoder's config from a Hugging Face `config.json`.
 
     Args:
         config: the parsed file, as transformers 4 or 5 writes it.
         source: what to call it in errors.
+        length: the longest row that the model will see. What changes nothing up to there is accepted, and
+            `max_length` is cut to where it begins to; `None` stands for the model's own maximum.
+        note: is told what was accepted so.
 
     Raises:
         ValueError: an unknown family, a missing key, or an option that this decoder does not have.
@@ -180,7 +205,8 @@ def from_hf(config: Mapping[str, Any], source: str) -> Config:
         raise ValueError(f"{source}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
     head_dim = config.get("head_dim") or width // heads
     _refuse_unread(config, _UNREAD_HF, head_dim, f"{source}: ")
-    theta, scaling = _rope_hf(config, family, source)
+    rope, rope_limit = _rope_hf(config, family, source)
+    limits = [limit for limit in (_window_hf(config, family), rope_limit) if limit]
     return _checked(
         source,
         vocab=config["vocab_size"],
@@ -190,10 +216,11 @@ def from_hf(config: Mapping[str, Any], source: str) -> Config:
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         mlp=config["intermediate_size"],
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rope_factors=rope.factors,
         norm_eps=config["rms_norm_eps"],
-        max_length=config["max_position_embeddings"],
+        max_length=_within(limits, config["max_position_embeddings"], length, source, note),
         tied=bool(config.get("tie_word_embeddings", False)),  # the four families' own default
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
@@ -246,6 +273,10 @@ def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> 
     if scaling:
         numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length)
         written["rope_scaling"] = {"rope_type": "llama3", **dict(zip(_LLAMA3_KEYS, numbers))}
+    if factors := list(config.rope_factors):
+        # The one type whose frequencies are given one by one; that both lists are the same makes it one of no length.
+        same = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": config.max_length}
+        written["rope_scaling"] = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **same}
     if family in ("llama", "qwen3"):
         written["attention_bias"] = False
     if family == "llama":
@@ -273,9 +304,8 @@ def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
     if act != "silu":
         raise ValueError(f"{source}: hidden_act is {act!r}: only silu is supported")
     names = config.get("architectures") or []
-    if names and not any(name.endswith("ForCausalLM") for name in names):
+    if names and not any(name.endswith(("ForCausalLM", "Model")) for name in names):
         raise ValueError(f"{source}: architectures is {names}: only a ...ForCausalLM model is supported")
-    _refuse_window(config, family, source)
 
 
 def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_dim: Any, source: str) -> None:
@@ -300,29 +330,43 @@ def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_di
             )
 
 
-def _refuse_window(config: Mapping[str, Any], family: str, source: str) -> None:
-    """Raises if attention is cut to a window that is shorter than the model's length, in any layer."""
-    window, length = config.get("sliding_window"), config.get("max_position_embeddings")
-    if family == "mistral" and "sliding_window" not in config:
-        window = 4096  # what transformers takes for a missing key
-    if not window or family == "llama" or (length and window >= length):
-        return
+def _within(limits: Iterable[_Limit], whole: int, length: int | None, source: str, note: Note) -> int:
+    """Tokens up to which the decoder computes what the file says: `whole`, or fewer that are enough for `length`.
+
+    Raises:
+        ValueError: they are not enough.
+    """
+    tokens, key = min(limits, default=_Limit(whole, ""))
+    if not isinstance(whole, int) or tokens >= whole:
+        return whole
+    if length is None or length > tokens:
+        rows = f"rows have {length}" if length else f"the model has {whole}"
+        raise ValueError(
+            f"{source}: {key} changes what the model computes beyond {tokens} tokens, which is not supported, and "
+            f"{rows}: set data.length to at most {tokens}, where the model is the same without it"
+        )
+    note(f"{key} changes nothing in rows of up to {tokens} tokens: ignored, and the model's context is {tokens}")
+    return tokens
+
+
+def _window_hf(config: Mapping[str, Any], family: str) -> _Limit | None:
+    """The window that attention is cut to in some layer, if it is."""
+    # A missing key is what transformers takes it for.
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    if not window or family == "llama":
+        return None
     if family.startswith("qwen"):
         kinds, layers = config.get("layer_types"), config.get("num_hidden_layers") or 0
         everywhere_full = all(kind == "full_attention" for kind in kinds) if kinds else (
               config.get("max_window_layers", 28) >= layers
           )  # fmt: skip
         if not config.get("use_sliding_window") or everywhere_full:
-            return
-    raise ValueError(
-        f"{source}: sliding_window {window} is shorter than max_position_embeddings {length}, and windowed"
-        f" attention is not supported; up to {window} tokens the model is the same without it: set"
-        f" sliding_window to null and max_position_embeddings to {window}"
-    )
+            return None
+    return _Limit(window, f"sliding_window {window}")
 
 
-def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[float, RopeScaling | None]:
-    """The rotary base and scaling, from the layout of transformers 4 or that of 5.
+def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope, _Limit | None]:
+    """The rotary frequencies, from the layout of transformers 4 or that of 5, and up to where they are these.
 
     Precedence as in transformers: `rope_scaling`, where it is not empty, replaces all of `rope_parameters`; the base
     is the block's own or else the top level's; llama3's original length is the top level's or else the block's.
@@ -345,29 +389,62 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[float
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if part not in (None, 1, 1.0):
         raise ValueError(f"{source}: partial_rotary_factor is {part}: only 1 is supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "llama3":
-        raise ValueError(f"{source}: rope_type {kind!r} is not supported; supported: default, llama3")
     if config.get("original_max_position_embeddings") is not None:
         rope = {**rope, "original_max_position_embeddings": config["original_max_position_embeddings"]}
-    missing = [key for key in _LLAMA3_KEYS if rope.get(key) is None]
-    if missing:
-        raise ValueError(f"{source}: rope_type llama3 without {', '.join(missing)}")
-    return float(theta), RopeScaling(*(rope[key] for key in _LLAMA3_KEYS))
+    return _stretched_hf(rope, float(theta), config["max_position_embeddings"], f"{source}: {name}")
+
+
+def _stretched_hf(rope: Mapping[str, Any], theta: float, whole: Any, where: str) -> tuple[_Rope, _Limit | None]:
+    """What a block's type makes of the base's frequencies; `whole` is the model's length."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    original, attention = rope.get("original_max_position_embeddings") or whole, rope.get("attention_factor")
+    factor = rope.get("factor", 1 if kind is None else None)
+    for key, value in (("factor", factor), ("attention_factor", attention), ("the original length", original)):
+        if not isinstance(value, int | float | None):
+            raise ValueError(f"{where}: {key} must be a number, got {value!r}")
+    if factor is None and kind in ("yarn", "longrope"):
+        factor = whole / original
+    if attention is None and kind in ("yarn", "longrope"):
+        attention = 1 if factor <= 1 else "above 1"
+    plain = _Rope(theta)
+    if kind in ("default", "dynamic"):  # dynamic: only beyond the model's length
+        return plain, None
+    if factor == 1 and (kind in (None, "linear") or (kind == "yarn" and attention == 1)):
+        return plain, None
+    if kind == "llama3":
+        if missing := [key for key in _LLAMA3_KEYS if rope.get(key) is None]:
+            raise ValueError(f"{where}: rope_type llama3 without {', '.join(missing)}")
+        return plain._replace(scaling=RopeScaling(*(rope[key] for key in _LLAMA3_KEYS))), None
+    if kind == "longrope" and attention == 1 and rope.get("short_factor"):
+        short, long = (tuple(map(float, rope.get(f"{side}_factor") or ())) for side in ("short", "long"))
+        limit = None if short == long else _Limit(original, f"the long_factor of rope_type {kind!r}")
+        return plain._replace(factors=short if set(short) != {1.0} else ()), limit
+    raise ValueError(
+        f"{where}: rope_type {kind!r} with factor {factor} is not supported; supported: default, llama3, dynamic, "
+        "linear and yarn of factor 1, and longrope without an attention_factor"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- GGUF
 
 
-def from_gguf(fields: Mapping[str, Any], source: str, *, tied: bool) -> Config:
+def from_gguf(
+    fields: Mapping[str, Any],
+    source: str,
+    *,
+    tied: bool,
+    rope_factors: Iterable[float] = (),
+    length: int | None = None,
+    note: Note = lambda text: None,
+) -> Config:
     """The decoder's config from the metadata of a GGUF file.
 
     Args:
         fields: the file's keys and values; of `tokenizer.ggml.tokens` only the length is used.
         source: what to call the file in errors.
         tied: whether the file has no `output.weight`, its way to say that the embedding is shared.
+        rope_factors: its tensor `rope_freqs.weight`, what each rotary frequency is divided by.
+        length, note: as for `from_hf`.
 
     Raises:
         ValueError: an unknown architecture, a missing key, or an option that this decoder does not have.
@@ -386,19 +463,19 @@ def from_gguf(fields: Mapping[str, Any], source: str, *, tied: bool) -> Config:
             raise ValueError(f"{source}: {family}.{key} differs from layer to layer, which is not supported")
         return value
 
-    width, heads, length = field("embedding_length"), field("attention.head_count"), field("context_length")
+    width, heads, whole = field("embedding_length"), field("attention.head_count"), field("context_length")
     head_dim = field("attention.key_length", width // heads)
     _refuse_unread({key: field(key) for key in _UNREAD_GGUF}, _UNREAD_GGUF, head_dim, f"{source}: {family}.")
     # As llama.cpp has it: a factor without a type is linear, and the type "none" switches the factor off.
     scaling, window = field("rope.scaling.type"), field("attention.sliding_window")
     key = "rope.scale_linear" if field("rope.scaling.factor") is None else "rope.scaling.factor"
-    if scaling not in (None, "none", "linear") or (scaling != "none" and field(key) not in (None, 0, 1)):
+    neutral = scaling in (None, "linear", "yarn") and field(key) in (None, 0, 1)
+    if scaling != "none" and not neutral:
         raise ValueError(
             f"{source}: {family}.rope.scaling.type {scaling!r} with {family}.{key} {field(key)} is not supported; if "
             "the weights were trained without scaling, set the type to 'none'"
         )
-    if window and window < length:
-        raise ValueError(f"{source}: {family}.attention.sliding_window {window} < {length} is not supported")
+    limits = [_Limit(window, f"{family}.attention.sliding_window {window}")] if window else []
     if field("expert_count"):
         raise ValueError(f"{source}: {family}.expert_count is set: mixtures of experts are not supported")
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -408,6 +485,8 @@ def from_gguf(fields: Mapping[str, Any], source: str, *, tied: bool) -> Config:
     vocab = field("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))
     # Stored as float32; its shortest decimal form is the number that was meant (1e-5, not 9.99999975e-06).
     eps = float(str(np.float32(field("attention.layer_norm_rms_epsilon", 1e-5))))
+    theta = float(field("rope.freq_base", 10000.0))
+    rope = _rope_of_factors(theta, head_dim, tuple(float(factor) for factor in rope_factors))
     return _checked(
         source,
         vocab=vocab,
@@ -417,13 +496,29 @@ def from_gguf(fields: Mapping[str, Any], source: str, *, tied: bool) -> Config:
         kv_heads=field("attention.head_count_kv", heads),
         head_dim=head_dim,
         mlp=field("feed_forward_length"),
-        rope_theta=float(field("rope.freq_base", 10000.0)),
+        rope_theta=theta,
+        rope_scaling=rope.scaling,
+        rope_factors=rope.factors,
         norm_eps=eps,
-        max_length=length,
+        max_length=_within(limits, whole, length, source, note),
         tied=tied,
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )
+
+
+def _rope_of_factors(theta: float, head_dim: int, factors: tuple[float, ...]) -> _Rope:
+    """The frequencies that a GGUF file's factors describe: Llama 3's scaling by name where they are exactly that."""
+    if set(factors) <= {1.0}:
+        return _Rope(theta)
+    known = RopeScaling(max(factors), *_LLAMA3_PUBLISHED)
+    plain = theta ** (-np.arange(head_dim // 2) / (head_dim // 2))
+    turns = known.original_length * plain / (2 * np.pi)
+    keep = np.clip((turns - known.low_freq_factor) / (known.high_freq_factor - known.low_freq_factor), 0, 1)
+    wanted = 1 / (keep + (1 - keep) / known.factor)
+    if len(factors) == len(wanted) and np.allclose(factors, wanted, rtol=1e-4, atol=0):
+        return _Rope(theta, known)
+    return _Rope(theta, factors=factors)
 
 
 def interleaved(fields: Mapping[str, Any]) -> bool:
@@ -441,4 +536,10 @@ def _checked(source: str, **numbers: Any) -> Config:
         raise ValueError(f"{source}: {numbers['heads']} heads do not share {numbers['kv_heads']} kv heads evenly")
     if numbers["head_dim"] % 2:
         raise ValueError(f"{source}: head_dim {numbers['head_dim']} is odd, and rotary embedding needs pairs")
+    factors = numbers.get("rope_factors") or ()
+    if factors and (len(factors) != numbers["head_dim"] // 2 or not all(0 < factor < math.inf for factor in factors)):
+        raise ValueError(
+            f"{source}: the rotary factors {list(factors)} must be positive, one for each of the "
+            f"{numbers['head_dim'] // 2} frequencies"
+        )
     return Config(**numbers)

@@ -23,7 +23,7 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 _MIB = 1 << 20
 _HEADER_BYTES = 100_000_000  # the format allows no longer header, so that a larger number is something else
-_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _STRING, _ARRAY = gguf.GGUFValueType.STRING.value, gguf.GGUFValueType.ARRAY.value
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # GGUF's number types, for struct
 
@@ -36,14 +36,14 @@ class Stored:
     offset: int
     size: int  # bytes
     shape: tuple[int, ...]
-    kind: str  # a key of _FLOATS, or a GGUF type such as Q4_1
+    kind: str  # a safetensors type such as F32, or a GGUF type such as Q4_1
 
     def read(self) -> np.ndarray:
         """The tensor `[*shape]`: as it is stored, or dequantised to float32."""
         # As a plain array: every one of the small steps of dequantising would pay for the memmap subclass.
         raw = np.asarray(np.memmap(self.file, np.uint8, "r", self.offset, (self.size,)))
-        if self.kind in _FLOATS:
-            return raw.view(_FLOATS[self.kind]).reshape(self.shape)
+        if self.kind in FLOATS:
+            return raw.view(FLOATS[self.kind]).reshape(self.shape)
         kind = gguf.GGMLQuantizationType[self.kind]
         rows = raw.reshape(gguf.quant_shape_to_byte_shape(self.shape, kind))
         if self.shape[0] % 16 == 0:  # blocks know nothing of rows, and longer rows mean fewer steps
@@ -100,7 +100,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file by name; reads the header only.
 
     Raises:
-        ValueError: the file is cut short, damaged, or holds numbers that are not floats.
+        ValueError: the file is cut short or damaged.
     """
     _refuse_pointer(file)
     size = file.stat().st_size
@@ -121,9 +121,7 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file}: not a safetensors file, or its header is damaged") from None
     for name, entry in entries.items():
-        if entry.kind not in _FLOATS:
-            raise ValueError(f"{file}: {name} is stored as {entry.kind}; readable: {', '.join(_FLOATS)}")
-        if entry.size != math.prod(entry.shape) * np.dtype(_FLOATS[entry.kind]).itemsize:
+        if entry.kind in FLOATS and entry.size != math.prod(entry.shape) * np.dtype(FLOATS[entry.kind]).itemsize:
             raise ValueError(f"{file}: {name} takes {entry.size} bytes, which is not {entry.kind} {entry.shape}")
     _check_end(file, start, entries)
     return entries

@@ -54,6 +54,7 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     vocab_multiple: int = 128
+    rope_factors: tuple[float, ...] = ()  # what each rotary frequency is divided by, where no `rope_scaling` says it
 
     @property
     def padded_vocab(self) -> int:
@@ -63,6 +64,8 @@ class Config:
 
 def _scaled(config: Config, frequency: jax.Array) -> jax.Array:
     scaling = config.rope_scaling
+    if config.rope_factors:
+        return frequency / jnp.asarray(config.rope_factors, frequency.dtype)
     if scaling is None:
         return frequency
     # Fast frequencies stay, slow ones are divided by the factor, those between are blended by wave length.

@@ -39,6 +39,15 @@ KNOWN = {
     )
 }
 
+_ROPE_FREQS = "rope_freqs.weight"
+_COMPILED = "_orig_mod."  # what torch.compile puts before each name
+_VALUE_HEADS = ("v_head.", "value_head.")
+_IGNORED = {
+    "buffers that follow from the config": r"(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|(^|\.)position_ids|self_attn\.(bias|masked_bias|causal_mask))$",
+    "a value head": "^(" + "|".join(map(re.escape, _VALUE_HEADS)) + ")",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -54,6 +63,7 @@ class Checkpoint:
     tokenizer_dir: Path | None
     tensors: tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...] = dataclasses.field(repr=False)
     fields: Mapping[str, Any] = dataclasses.field(repr=False)  # a GGUF file's metadata
+    notes: tuple[str, ...] = ()  # what was accepted although it is not read, a sentence each
 
     @property
     def has_tokenizer(self) -> bool:
@@ -148,11 +158,13 @@ def _packaged(name: str) -> Path:
     return file
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, length: int | None = None) -> Checkpoint:
     """Opens a model without reading its weights.
 
     Args:
         path: a name in `KNOWN`, a GGUF file, or a Hugging Face directory with safetensors.
+        length: the longest row that the model will see, `None` for its own maximum. Options that change nothing
+            up to there, such as a sliding window, are accepted; the config's `max_length` says how far that holds.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -160,29 +172,53 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     found = locate(path)
     if found.is_dir():
-        return _open_directory(found)
+        return _open_directory(found, length)
     if found.suffix != ".gguf":
         raise ValueError(f"{found}: give a .gguf file, or the directory that holds config.json and safetensors")
     fields, entries = formats.read_gguf(found)
-    config = families.from_gguf(fields, str(found), tied="output.weight" not in entries)
-    tensors = _match(config, entries, "gguf", str(found))
-    return Checkpoint(found, config, formats.fingerprint([found], entries), None, tensors, fields)
+    fingerprint = formats.fingerprint([found], entries)
+    notes: list[str] = []
+    # Llama's rotary factors, which other architectures have no place for.
+    factors = entries.pop(_ROPE_FREQS, None) if families.interleaved(fields) else None
+    config = families.from_gguf(
+        fields,
+        str(found),
+        tied="output.weight" not in entries,
+        rope_factors=factors.read().tolist() if factors else (),
+        length=length,
+        note=notes.append,
+    )
+    tensors = _match(config, entries, "gguf", str(found), notes)
+    return Checkpoint(found, config, fingerprint, None, tensors, fields, tuple(notes))
 
 
-def _open_directory(directory: Path) -> Checkpoint:
+def _open_directory(directory: Path, length: int | None) -> Checkpoint:
     config_file = directory / "config.json"
     if not config_file.exists():
         ggufs = ", ".join(sorted(file.name for file in directory.glob("*.gguf")))
         hint = f"give one of its files: {ggufs}" if ggufs else "a Hugging Face model directory has one"
         raise FileNotFoundError(f"{directory}: no config.json; {hint}")
-    config = families.from_hf(formats.read_json(config_file), str(config_file))
+    notes: list[str] = []
+    config = families.from_hf(formats.read_json(config_file), str(config_file), length=length, note=notes.append)
     files = _weight_files(directory)
     entries: dict[str, formats.Stored] = {}
     for file in files:
         entries.update(formats.read_safetensors(file))
-    tensors = _match(config, entries, "hf", str(directory))
     fingerprint = formats.fingerprint(files, entries, config_file.read_bytes())
-    return Checkpoint(directory, config, fingerprint, directory, tensors, {})
+    tensors = _match(config, _prefixed(entries, notes), "hf", str(directory), notes)
+    return Checkpoint(directory, config, fingerprint, directory, tensors, {}, tuple(notes))
+
+
+def _prefixed(entries: Mapping[str, formats.Stored], notes: list[str]) -> dict[str, formats.Stored]:
+    """Entries by the names that a ...ForCausalLM model has, where the inner or a compiled model was saved."""
+    plain = {name.removeprefix(_COMPILED): entry for name, entry in entries.items()}
+    if plain.keys() != entries.keys():
+        notes.append(f"tensor names are read without {_COMPILED!r}")
+    if "embed_tokens.weight" not in plain:
+        return plain
+    notes.append("tensor names are read with 'model.' before them")
+    outer = ("model.", "lm_head.", *_VALUE_HEADS)
+    return {name if name.startswith(outer) else f"model.{name}": entry for name, entry in plain.items()}
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -207,7 +243,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _match(
-    config: Config, entries: Mapping[str, formats.Stored], naming: str, source: str
+    config: Config, entries: Mapping[str, formats.Stored], naming: str, source: str, notes: list[str]
 ) -> tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...]:
     """Every parameter with its entries, after a check that exactly the expected tensors are there."""
     matched, expected = [], set()
@@ -222,11 +258,21 @@ def _match(
             if entries[name].shape != tensor.stored:
                 have, want = list(entries[name].shape), list(tensor.stored)
                 raise ValueError(f"{source}: {name} has shape {have}, and the config asks for {want}")
+            if naming == "hf" and (kind := entries[name].kind) not in formats.FLOATS:
+                readable = ", ".join(formats.FLOATS)
+                raise ValueError(f"{entries[name].file}: {name} is stored as {kind}; readable: {readable}")
         matched.append((tensor, tuple(entries[name] for name in names)))
-    # Some writers store a tied head again, and old ones the rotary frequencies: both follow from the rest.
-    harmless = {"lm_head.weight"} if config.tied else set()
-    extra = sorted(n for n in entries.keys() - expected - harmless if not n.endswith("rotary_emb.inv_freq"))
+    # Some writers store a tied head again: it follows from the rest.
+    extra = sorted(entries.keys() - expected - ({"lm_head.weight"} if config.tied else set()))
+    for what, pattern in _IGNORED.items():
+        known = [name for name in extra if re.search(pattern, name)]
+        extra = [name for name in extra if name not in known]
+        if known:
+            notes.append(f"{what} ignored: {_some(known)}")
     if extra:
-        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
-        raise ValueError(f"{source}: unexpected tensor {', '.join(extra[:3])}{more}: the config has no place for it")
+        raise ValueError(f"{source}: unexpected tensor {_some(extra)}: the config has no place for it")
     return tuple(matched)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,5 +1,9 @@
 """Config translation: what is read, what is refused by name, and what an export says."""
 
+import dataclasses
+from functools import partial
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,6 +32,8 @@ NEW = {key: value for key, value in LLAMA.items() if key != "rope_theta"}
 NEW |= {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SCALING |= {"original_max_position_embeddings": 1024}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+SHORT = {"original_max_position_embeddings": 1024, "factor": 1.0}
 GGUF = {
     "general.architecture": "llama",
     "llama.block_count": 30,
@@ -120,6 +126,15 @@ def test_the_first_llamas_lack_two_keys():
         (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "without low_freq_factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         (NEW | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 0.5}}, "rope_type 'yarn'"),
+        (LLAMA | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 1024}}, "factor 8"),
+        (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_type 'linear'"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
+        (LLAMA | {"rope_scaling": LONGROPE | {"factor": 4.0}}, "rope_type 'longrope'"),
+        (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": None}}, "rope_type 'longrope'"),
+        (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": [1.5], "long_factor": [1.5]}}, "32 frequencies"),
+        (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": [0.0] * 32}}, "must be positive"),
+        (LLAMA | {"rope_scaling": LONGROPE | SHORT}, "long_factor"),
         (NEW | {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_type 'linear'"),
         (NEW | {"rope_scaling": {"rope_type": "llama3", **SCALING}}, "rope_scaling .* no rope_theta"),
         (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters .*full_attention"),
@@ -133,7 +148,7 @@ def test_the_first_llamas_lack_two_keys():
         (LLAMA | {"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
         (LLAMA | {"use_qk_norm": True}, "use_qk_norm is True"),
         (without(MISTRAL, "sliding_window"), "sliding_window 4096"),
-        (MISTRAL | {"sliding_window": 4096}, r"4096 .* 8192, .* set sliding_window to null"),
+        (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096 .* 8192"),
         (
             QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
             "sliding_window",
@@ -158,10 +173,36 @@ def test_refuses_by_name(config, message):
         | {"logit_scale": 1.0, "final_logit_softcapping": None, "attn_logit_softcapping": 0, "use_qk_norm": False},
         LLAMA | {"query_pre_attn_scalar": 64, "attention_multiplier": 0.125, "partial_rotary_factor": 1.0},
         NEW | {"rope_scaling": {}},
+        LLAMA | {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        LLAMA | {"rope_scaling": {"type": "yarn", "factor": 1.0}},
+        LLAMA | {"rope_scaling": {"type": None, "factor": 1.0}},
+        LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        LLAMA | {"rope_scaling": LONGROPE},
     ],
 )
 def test_accepts_what_changes_nothing(config):
-    assert families.from_hf(config, "x").embed == 576
+    accepted = families.from_hf(config, "x")
+    assert (accepted.rope_scaling, accepted.rope_factors, accepted.max_length) == (None, (), 8192)
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (MISTRAL | {"sliding_window": 512}, 512),
+        (QWEN2 | {"sliding_window": 512, "use_sliding_window": True, "max_window_layers": 2}, 512),
+        (LLAMA | {"rope_scaling": LONGROPE | SHORT}, 1024),
+        (GGUF | {"llama.attention.sliding_window": 512}, 512),
+    ],
+)
+def test_what_changes_nothing_in_rows_of_the_run_is_accepted(config, tokens):
+    """And the context ends where it begins to, so that nothing longer is ever put in."""
+    notes = []
+    read = partial(families.from_gguf, tied=True) if "general.architecture" in config else families.from_hf
+    accepted = read(config, "x", length=tokens, note=notes.append)
+    assert (accepted.max_length, accepted.rope_factors, len(notes)) == (tokens, (), 1)
+    for length in (tokens + 1, None):
+        with pytest.raises(ValueError, match=f"x: .*{tokens} tokens"):
+            read(config, "x", length=length)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +213,7 @@ def test_accepts_what_changes_nothing(config):
         Config(vocab=300, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, qkv_bias=True),
         Config(vocab=300, embed=32, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=64, qk_norm=True),
         Config(300, 32, 2, 4, 2, 8, 64, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1024)),
+        Config(300, 32, 2, 4, 2, 8, 64, rope_factors=(1.0, 1.0, 2.5, 8.0)),
     ],
 )
 def test_to_hf_is_read_back(config):
@@ -202,7 +244,8 @@ def test_from_gguf():
     [
         (GGUF | {"general.architecture": "gemma3"}, r"'gemma3' .* llama, qwen2, qwen3"),
         (without(GGUF, "llama.context_length"), "missing llama.context_length"),
-        (GGUF | {"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        (GGUF | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
+        (GGUF | {"llama.rope.scaling.type": "longrope"}, "'longrope'"),
         (GGUF | {"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0"),
         (GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0"),
         (GGUF | {"llama.rope.scale_linear": 2.0}, "rope.scale_linear 2.0"),
@@ -227,12 +270,47 @@ def test_from_gguf_refuses_by_name(fields, message):
         {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
         {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scale_linear": 2.0},
         {"rope.scaling.type": "linear"},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 1.0},
         {"attention.scale": float(np.float32(0.125)), "logit_scale": 1.0, "final_logit_softcapping": 0.0},
     ],
 )
 def test_from_gguf_accepts_what_changes_nothing(more):
     fields = GGUF | {f"llama.{key}": value for key, value in more.items()}
     assert families.from_gguf(fields, "x", tied=True) == SMOLLM2
+
+
+def llama31_factors(factor, theta=5e5, half=32):
+    """As llama.cpp's converter writes them, one frequency after the other."""
+    low_wave, high_wave = 8192 / 1, 8192 / 4
+    for i in range(half):
+        wave = 2 * np.pi * theta ** (i / half)
+        smooth = (8192 / wave - 1) / (4 - 1)
+        blend = 1 / ((1 - smooth) / factor + smooth)
+        yield float(np.float32(1 if wave < high_wave else factor if wave > low_wave else blend))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_gguf_rope_factors(factor):
+    fields = GGUF | {"llama.rope.freq_base": 5e5}
+    known = families.from_gguf(fields, "x", tied=True, rope_factors=llama31_factors(factor))
+    assert (known.rope_scaling, known.rope_factors) == (RopeScaling(factor, 1.0, 4.0, 8192), ())
+    other = tuple(float(x) for x in np.linspace(1, 8, 32))
+    read = families.from_gguf(fields, "x", tied=True, rope_factors=other)
+    assert (read.rope_scaling, read.rope_factors) == (None, other)
+    assert families.from_gguf(fields, "x", tied=True, rope_factors=[1.0] * 32).rope_factors == ()
+    with pytest.raises(ValueError, match=r"x: .*32 frequencies"):
+        families.from_gguf(fields, "x", tied=True, rope_factors=other[1:])
+
+
+def test_rope_factors_divide_frequencies():
+    """Llama 3's factors given one by one rotate as its scaling does, and others do not."""
+    scaled = Config(300, 128, 1, 2, 2, 64, 8, rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
+    listed = dataclasses.replace(scaled, rope_scaling=None, rope_factors=tuple(llama31_factors(8.0)))
+    x, positions = np.random.default_rng(0).normal(size=(1, 5, 2, 64)), np.asarray([[0, 1, 100, 1000, 9000]])
+    turned = [transformer.rotate(c, jnp.asarray(x, jnp.float32), jnp.asarray(positions)) for c in (scaled, listed)]
+    np.testing.assert_allclose(turned[0], turned[1], atol=2e-3)  # angles of 9000 in float32
+    plain = transformer.rotate(dataclasses.replace(scaled, rope_scaling=None), jnp.asarray(x), jnp.asarray(positions))
+    assert np.abs(turned[1] - plain).max() > 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,5 +1,6 @@
 """Reading checkpoints: tiny models are written in each format and read back; damage is named."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -279,10 +280,60 @@ def test_split_gguf(tmp_path):
         weights.open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
 
 
+def test_gguf_rope_factors(tmp_path):
+    factors = np.asarray([1, 1, 2.5, 8], np.float32)
+    checkpoint = weights.open_checkpoint(
+        write_gguf(tmp_path / "m.gguf", TINY, stored(TINY), rope_freqs__weight=factors)
+    )
+    assert checkpoint.config == dataclasses.replace(TINY, rope_factors=(1.0, 1.0, 2.5, 8.0))
+    assert "rope_freqs" not in str([tensor.gguf for tensor, _ in checkpoint.tensors])
+
+
 def test_gguf_extra_tensor(tmp_path):
-    file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY), rope_freqs__weight=np.ones(4, np.float32))
-    with pytest.raises(ValueError, match=r"unexpected tensor rope_freqs\.weight"):
+    file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY), rope_factors_long__weight=np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"unexpected tensor rope_factors_long\.weight"):
         weights.open_checkpoint(file)
+
+
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    "model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    "model.rotary_emb.inv_freq": np.ones(4, np.float32),
+    "model.position_ids": np.arange(64)[None],
+    "model.layers.0.self_attn.bias": np.tril(np.ones((1, 1, 4, 4), bool)),
+}
+VALUE_HEAD = {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
+
+
+@pytest.mark.parametrize(("extra", "named"), [(BUFFERS, "and 2 more"), (VALUE_HEAD, "v_head.summary.weight")])
+def test_buffers_and_value_heads_are_ignored_with_a_note(tmp_path, extra, named):
+    tensors = stored(TINY)
+    checkpoint = weights.open_checkpoint(write(tmp_path / "m", TINY, tensors | extra))
+    assert_tree_equal(checkpoint.load(), expected(TINY, tensors))
+    assert len(checkpoint.notes) == 1
+    assert named in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED])
+@pytest.mark.parametrize("rename", ["inner", "compiled"])
+def test_names_of_inner_and_compiled_models(tmp_path, config, rename):
+    tensors = stored(config)
+    change = {"inner": lambda n: n.removeprefix("model."), "compiled": lambda n: f"_orig_mod.{n}"}[rename]
+    renamed = {change(name): array for name, array in (tensors | VALUE_HEAD).items()}
+    checkpoint = weights.open_checkpoint(write(tmp_path / "m", config, renamed))
+    assert_tree_equal(checkpoint.load(), expected(config, tensors))
+    assert len(checkpoint.notes) == 2
+    assert weights.open_checkpoint(write(tmp_path / "n", config, tensors)).notes == ()
+
+
+def test_a_window_beyond_the_rows_is_a_note(tmp_path):
+    mistral = {"model_type": "mistral", "sliding_window": 32}
+    directory = write(tmp_path / "m", TINY, stored(TINY), **mistral)
+    checkpoint = weights.open_checkpoint(directory, length=16)
+    assert checkpoint.config.max_length == 32
+    assert "sliding_window 32" in checkpoint.notes[0]
+    with pytest.raises(ValueError, match="sliding_window 32"):
+        weights.open_checkpoint(directory)
 
 
 @pytest.mark.parametrize("name", ["m.gguf", "model.safetensors"])

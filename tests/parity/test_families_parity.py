@@ -34,10 +34,21 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+FACTORS = [1.0, 1.5, 2.0, 4.0]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": FACTORS, "long_factor": FACTORS, "factor": 1.0}
+UNCHANGED = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": FACTORS, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 1.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
 MODELS = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True, "vocab_size": 256}),
     "llama-3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    "longrope": ("Llama", {"rope_parameters": LONGROPE}),
+    "longrope, short rows": ("Llama", {"rope_parameters": UNCHANGED}),
+    "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}),
+    "linear 1": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "rope_theta": 1e4}}),
+    "yarn 1": ("Llama", {"rope_parameters": YARN}),
+    "mistral, short rows": ("Mistral", {"sliding_window": 100}),
+    "qwen2, short rows": ("Qwen2", {"sliding_window": 100, "use_sliding_window": True, "max_window_layers": 1}),
     "mistral": ("Mistral", {"sliding_window": None, "hidden_size": 44, "head_dim": 8}),
     "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
@@ -67,7 +78,7 @@ def test_read_and_exported(tmp_path, name, our_logits, their_logits):
     theirs = their_logits(model, TOKENS)
     assert theirs.std() > 0.1
 
-    checkpoint = weights.open_checkpoint(tmp_path / "theirs")
+    checkpoint = weights.open_checkpoint(tmp_path / "theirs", length=TOKENS.shape[1])
     params = checkpoint.load()
     ours = our_logits(checkpoint.config, params, TOKENS)
     print(f"{name}: largest difference {np.abs(ours - theirs).max():.2e} of {np.abs(theirs).max():.2e}")
