@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import divergences
+from jaxkd.core.types import Divergence, Head, Sampled, TopK
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Divergence, Head, Sampled, TopK
+from jaxkd.losses import divergences
 
 TOP = 64
 DRAWS = 50

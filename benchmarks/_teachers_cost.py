@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkd import caching, flops, job, load
-from jaxkd.config import read_config
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.core.sharding import batch_sharding
 from jaxkd.data import loader
 from jaxkd.data import mixture as mixtures
-from jaxkd.experiment import experiment
-from jaxkd.sharding import batch_sharding
+from jaxkd.models import flops
+from jaxkd.run import cache_teacher, job, load
+from jaxkd.run.teacher import bytes_per_device, layouts, open_stores, teach
 from jaxkd.teachers import codec
-from jaxkd.teaching import bytes_per_device, layouts, open_stores, teach
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
 
@@ -85,7 +86,7 @@ def _ready(name: str, form: Form, where: Path, count: int, both: bool, student: 
     rows = load.domains(built, progress=False)
     facts: dict[str, Any] = {}
     if form.cached:
-        for line in caching.write(built, rows, progress=False):
+        for line in cache_teacher.write(built, rows, progress=False):
             say(f"  {line}")
     stores = open_stores(built, rows.fingerprints)
     models = load.models(built, rows, with_student=student is None)
@@ -115,7 +116,7 @@ def _facts(built: job.Job, rows: load.Domains, store: Any) -> dict[str, Any]:
     tokens = sum(rows.sizes) * built.experiment.data.length
     disk = sum(file.stat().length for name in rows.names for file in store.root.glob(f"{name}/*/*-train.array_record*"))
     payload = sum(len(p) for name, n in zip(rows.names, rows.sizes) for p in store.read(name, "train", list(range(n))))
-    made = caching.maker(built, load.teacher(built, "teacher"))
+    made = cache_teacher.maker(built, load.teacher(built, "teacher"))
     total, live = 0.0, 0.0
     for d, name in enumerate(rows.names):
         local = loader.read_rows(rows.train, jnp.full(4, d), jnp.arange(4))

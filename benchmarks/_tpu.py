@@ -17,12 +17,12 @@ from _forms import FORMS, Shape
 from jax.experimental.topologies import get_topology_desc
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxkd import chips
-from jaxkd.hlo import Program
+from jaxkd.core import chips
+from jaxkd.core.sharding import MESH_AXES, make_mesh
+from jaxkd.core.types import Head
 from jaxkd.kernels import traffic
 from jaxkd.kernels.api import IMPLEMENTATIONS, chunk_size
-from jaxkd.sharding import MESH_AXES, make_mesh
-from jaxkd.types import Head
+from jaxkd.planning.hlo import Program
 
 
 class Chip(NamedTuple):

@@ -28,11 +28,12 @@ from typing import Any
 
 import jax
 
-from jaxkd import job, load, metrics
-from jaxkd.config import read_config
-from jaxkd.experiment import Experiment, experiment
-from jaxkd.train import log, loop
-from jaxkd.train.profiling import Profile
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import Experiment, experiment
+from jaxkd.core import metrics
+from jaxkd.run import job, load, loop
+from jaxkd.runtime import log
+from jaxkd.runtime.profiling import Profile
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"batch": 4, "length": 64, "embed": 192, "layers": 4, "mlp": 512}

@@ -31,11 +31,12 @@ def table(where: Path, quick: bool) -> Iterator[dict]:
     """
     import jax
 
-    from jaxkd import checks, job, load, teaching
-    from jaxkd.config import read_config
+    from jaxkd.config import validate
+    from jaxkd.config.recipe import read_config
+    from jaxkd.config.schema import experiment
     from jaxkd.evals.compare import evaluate, make_comparison
-    from jaxkd.experiment import experiment
     from jaxkd.models import heads
+    from jaxkd.run import job, load, teacher
 
     def built(stored: str) -> job.Job:
         left_out = ("code", "manual", "legal", "scripture", "dialogue") if quick else ()
@@ -55,14 +56,14 @@ def table(where: Path, quick: bool) -> Iterator[dict]:
         print(f"{stored} with {activations} activations", file=sys.stderr)
         model = built(stored).teacher
         params = load.put(host, model)
-        forward = functools.partial(model.forward, dtype=checks.DTYPES[activations])
+        forward = functools.partial(model.forward, dtype=validate.DTYPES[activations])
         told = lambda state, batch: heads.output(whole.teacher.config, state, batch.teacher)
         compare = jax.jit(make_comparison(forward, told, whole.tokenizer.vocab))
         found = evaluate(functools.partial(compare, params, exact), known, 0)[-1]
         yield {
             "weights": stored,
             "activations": activations,
-            "mib": round(teaching.bytes_per_device({"teacher": params})["teacher"] / 2**20, 1),
+            "mib": round(teacher.bytes_per_device({"teacher": params})["teacher"] / 2**20, 1),
             "kl": float(f"{found['kl']:.3g}"),
             "agreement": round(found["agreement"], 4),
             "nats": round(found["student_nats"], 4),

@@ -3,7 +3,8 @@
     jaxkd train --config configs/features.py:minilm --workdir runs/minilm
     jaxkd train --config configs/features.py --workdir runs/hidden "--config.objective.feature.weight=0.05"
 
-The argument is one of hidden (default), cosine, minilm, attention and cka; jaxkd/features.py has their formulas and
+The argument is one of hidden (default), cosine, minilm, attention and cka; jaxkd/losses/features.py has their formulas
+and
 papers. The student is narrower than the teacher, so hidden and cosine learn projectors, which live beside the student
 in params["objective"] and are left behind by export. To distil real models give both paths and a map of layers that
 fits them, such as "--config.objective.feature.feature=hidden_mse(layers={5: 10, 10: 20, 15: 30})". Minitron (arXiv

@@ -5,7 +5,7 @@
         --config.teacher.path=models/Llama-3.1-8B \
         --config.student.path=models/Llama-3.2-1B --config.student.keep=0
 
-The argument is the divergence, a call of jaxkd/divergences.py (default: forward_kl). Loss: Hinton et al. 2015
+The argument is the divergence, a call of jaxkd/losses/divergences.py (default: forward_kl). Loss: Hinton et al. 2015
 (arXiv 1503.02531), alpha T^2 KL(p^(T) || q^(T)) + (1 - alpha) CE with alpha = 0.5 and T = 2. The
 defaults, SmolLM2-135M and half its layers at 16,384 tokens a step, are meant for an accelerator (not measured on one
 yet); two CPU cores would need minutes a step. For expected numbers see configs/quickstart.py.

@@ -1,5 +1,5 @@
 """`python -m jaxkd`, the same as the console script."""
 
-from jaxkd.main import console
+from jaxkd.cli.main import console
 
 console()

@@ -18,9 +18,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 install_import_hook("jaxkd", "harness.checked")
 
 # Before anything asks for a device, as the command line does it: `harness.here` runs whole commands in this process.
-from jaxkd import processes  # noqa: E402
+from jaxkd.runtime import cluster  # noqa: E402
 
-processes.join()
+cluster.join()
 
 settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
 settings.load_profile("shared")

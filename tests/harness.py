@@ -98,7 +98,7 @@ def jaxkd(*arguments: str, devices: int = 1, **options) -> subprocess.CompletedP
 
 def here(*arguments: str) -> subprocess.CompletedProcess:
     """The command line in this process: without the ten seconds that a process takes to begin."""
-    from jaxkd import main
+    from jaxkd.cli import main
 
     output, errors, code = io.StringIO(), io.StringIO(), 0
     with _compiled_once(), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

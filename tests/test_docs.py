@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd import divergences, terms
+from jaxkd.config import objective
+from jaxkd.core.types import LOG_FLOOR, Head
 from jaxkd.data import rules
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import LOG_FLOOR, Head
+from jaxkd.losses import divergences
 
 DOCS = Path(__file__).parent.parent / "docs"
 LOSSES = DOCS / "losses.md"
@@ -80,7 +81,7 @@ def test_worked_rule(monkeypatch):
     exec(block, names)
     monkeypatch.setattr(rules, "by_excess", names["by_excess"], raising=False)
     monkeypatch.setattr(rules, "__all__", [*rules.__all__, "by_excess"])
-    rule = terms.call("by_excess(power=2.0)", rules, "data.mixture")
+    rule = objective.call("by_excess(power=2.0)", rules, "data.mixture")
     assert rule.measures
     sampling, state = rule.init([10, 30, 60], None)
     np.testing.assert_allclose(sampling, [0.1, 0.3, 0.6])

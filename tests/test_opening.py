@@ -5,11 +5,11 @@ import json
 import pytest
 from harness import REPOSITORY, random_params
 
-from jaxkd import opening
-from jaxkd.config import read_config
-from jaxkd.experiment import experiment
-from jaxkd.export import export
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.models.export import export
 from jaxkd.models.transformer import Config
+from jaxkd.run import open_models
 
 WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 64}
 
@@ -31,11 +31,11 @@ def recipe(directory, *more):
 
 
 def test_a_window_as_long_as_the_rows_is_one_line(directory, capsys):
-    checkpoint, config = opening.teachers(recipe(directory), {})["teacher"]
+    checkpoint, config = open_models.teachers(recipe(directory), {})["teacher"]
     assert (config.max_length, len(checkpoint.notes)) == (64, 1)
     assert capsys.readouterr().err.splitlines() == [f"jaxkd: teacher {directory}: {checkpoint.notes[0]}"]
 
 
 def test_a_shorter_one_is_refused(directory):
     with pytest.raises(ValueError, match=r"sliding_window 64 .*data\.length"):
-        opening.teachers(recipe(directory, "--config.data.length=65"), {})
+        open_models.teachers(recipe(directory, "--config.data.length=65"), {})

@@ -1,6 +1,6 @@
-"""The shape of the repository: layers, doors of dependencies, sizes, docstrings, recipes, README's commands.
+"""The shape of the repository: folders, doors of dependencies, sizes, docstrings, recipes, README's commands.
 
-The layer table and the doors are read from docs/design.md: to move a module or to add one, change the table.
+The order of the folders and the doors are read from docs/design.md.
 """
 
 import ast
@@ -25,13 +25,10 @@ IMPORT_NAMES = {
 WITH_A_DOOR = {"orbax", "tensorflow_datasets", "grain", "safetensors", "gguf", "absl", "ml_collections"}
 
 
-def layer_table() -> list[tuple[str, int]]:
-    """(module path without .py, its layer), in the order of the table."""
-    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", (ROOT / "docs/design.md").read_text(encoding="utf-8"), re.M)
-    return [(name, int(layer)) for layer, names in rows for name in re.findall(r"`([\w/]+)`", names)]
-
-
-LAYERS = dict(layer_table())
+def folders() -> list[str]:
+    """The folders of the package from left to right, from the one line of design.md that lists them."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    return re.search(r"^core( · \w+)+$", text, re.M).group(0).split(" · ")
 
 
 def doors() -> dict[str, list[str]]:
@@ -67,32 +64,50 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
-def own_module(dotted: str) -> str | None:
-    """The table's name for what `jaxkd.x.y.z` names: the longest part of it that is a file."""
-    parts = dotted.split(".")[1:]
-    for end in range(len(parts), 0, -1):
-        if (PACKAGE.joinpath(*parts[:end])).with_suffix(".py").is_file():
-            return "/".join(parts[:end])
-    return None  # a package's __init__
+def module_of(dotted: str) -> str | None:
+    """The file that `jaxkd.x.y.z` names or lies in, None for a folder."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 1, -1):
+        if ROOT.joinpath(*parts[:end]).with_suffix(".py").is_file():
+            return "/".join(parts[1:end])
+    return None
 
 
-def test_every_file_is_in_the_layer_table_once():
-    names = [name for name, _ in layer_table()]
-    files = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in CODE}
-    assert files - set(names) == set(), "files that the table of docs/design.md does not have"
-    assert set(names) - files == set(), "files that only the table of docs/design.md has"
-    assert len(names) == len(set(names))
+def imported_files(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, file of ours) for everything of jaxkd that a file imports."""
+    for line, dotted in imports(path):
+        there = module_of(dotted) if dotted.startswith("jaxkd.") else None
+        if there:
+            yield line, there
 
 
-def test_imports_go_to_a_lower_layer():
-    wrong = []
+def test_every_folder_is_in_the_order():
+    there = {path.parent.relative_to(PACKAGE).as_posix() for path in CODE} - {"."}
+    assert there <= set(folders())
+    assert [path.name for path in CODE if path.parent == PACKAGE] == ["__main__.py"]
+
+
+def test_imports_go_to_the_left():
+    order, wrong = {name: place for place, name in enumerate(folders())}, []
     for path in CODE:
-        here = path.relative_to(PACKAGE).with_suffix("").as_posix()
-        for line, dotted in imports(path):
-            there = own_module(dotted) if dotted.split(".")[0] == "jaxkd" else None
-            if there and LAYERS.get(there, 99) >= LAYERS.get(here, -1):
-                wrong.append(f"{name_of(path)}:{line} (L{LAYERS.get(here)}) {there} (L{LAYERS.get(there)})")
-    assert not wrong, "imports that do not go to a strictly lower layer:\n" + "\n".join(dict.fromkeys(wrong))
+        here = path.parent.name
+        for line, there in imported_files(path) if here in order else ():
+            if order[there.split("/")[0]] > order[here]:
+                wrong.append(f"{name_of(path)}:{line} imports {there}")
+    assert not wrong, "a file imports its own folder and folders to its left:\n" + "\n".join(dict.fromkeys(wrong))
+
+
+def test_no_circles_within_a_folder():
+    graph = {
+        name: {
+            there for _, there in imported_files(PACKAGE / f"{name}.py") if there.split("/")[0] == name.split("/")[0]
+        }
+        for name in (path.relative_to(PACKAGE).with_suffix("").as_posix() for path in CODE)
+    }
+    while leaves := [name for name, needs in graph.items() if not needs & set(graph)]:
+        for name in leaves:
+            del graph[name]
+    assert not graph, f"files that import each other: {sorted(graph)}"
 
 
 def test_package_files_import_nothing_of_ours():
@@ -189,7 +204,7 @@ def test_readme_begins_with_the_two_commands():
 
 
 def test_every_verb_that_is_named_exists():
-    from jaxkd.main import VERBS
+    from jaxkd.cli.main import VERBS
 
     wrong = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]:

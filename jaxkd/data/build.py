@@ -26,12 +26,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tqdm import tqdm
 
-from jaxkd import locks
 from jaxkd.data.corpus import Corpus, collect, divide
 from jaxkd.data.pack import Row, pack
 from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
+from jaxkd.runtime import locks
 
 FORMAT = 2
 """Version of rows, splits and order: raise it when one changes, or old datasets pass for new."""

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxkd.core.types import Batch
 from jaxkd.data import mixture as mixtures
 from jaxkd.data.mixture import Mixture
 from jaxkd.data.rows import Rows
-from jaxkd.types import Batch
 
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxkd.data import mixture as mixtures
-from jaxkd.groups import GroupDRO
+from jaxkd.losses.group_dro import GroupDRO
 
 __all__ = [
     "ddk",
@@ -242,7 +242,8 @@ def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") 
         lambda_i = mean over the batch's tokens of domain i of max(loss - teacher's loss, 0)
         log w <- log w + eta lambda,   w <- (1 - c) w / sum w + c / N,   the loss of domain i counts w_i / share_i
 
-    at every step, inside it (`jaxkd/groups.py`). The teacher stands for the paper's reference model. The mean of w over
+    at every step, inside it (`jaxkd/losses/group_dro.py`). The teacher stands for the paper's reference model. The
+    mean of w over
     all steps is stored at the end, as `domain_weights.json`; a second run draws rows by it: `doremi("runs/proxy")`.
 
     Args:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.divergences import forward_kl, next_token
+from jaxkd.core.sharding import constrain
+from jaxkd.core.types import Batch, Divergence, Forward, Output, PyTree
 from jaxkd.kernels.api import RANKED, linear_comparison, linear_divergence
-from jaxkd.sharding import constrain
-from jaxkd.types import Batch, Divergence, Forward, Output, PyTree
+from jaxkd.losses.divergences import forward_kl, next_token
 
 Row = dict[str, Any]
 

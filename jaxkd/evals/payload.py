@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxkd.core.types import Head, Hidden, Sampled, TopK
 from jaxkd.kernels.pointwise import logits
-from jaxkd.types import Head, Hidden, Sampled, TopK
 
 _CHUNK = 128  # tokens at a time
 

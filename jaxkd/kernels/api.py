@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxkd.core.types import Blend, Divergence, Head, Sampled, Scalar, TopK
 from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
 from jaxkd.kernels.pointwise import Softening
-from jaxkd.types import Blend, Divergence, Head, Sampled, Scalar, TopK
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 CHUNK_BYTES = 448 * 2**20

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxkd.types import Blend, Head, Sampled, TopK
+from jaxkd.core.types import Blend, Head, Sampled, TopK
 
 LENGTH_AXIS, ROW_AXES, VOCAB_AXIS = "context", ("replica", "data", "teacher"), "model"
 TOKEN_AXES = (LENGTH_AXIS, *ROW_AXES)

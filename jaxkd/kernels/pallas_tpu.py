@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxkd.core.types import LOG_FLOOR, Head, Side
 from jaxkd.kernels.pointwise import activate, dot
-from jaxkd.types import LOG_FLOOR, Head, Side
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)  # finite, so that "nothing yet" minus "nothing yet" is no NaN
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkd.types import LOG_FLOOR, Blend, Divergence, Head, Leading, Sampled, Side, TopK
+from jaxkd.core.types import LOG_FLOOR, Blend, Divergence, Head, Leading, Sampled, Side, TopK
 
 _SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
 

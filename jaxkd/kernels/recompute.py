@@ -10,9 +10,9 @@ from functools import partial
 
 import jax
 
+from jaxkd.core.types import Head
 from jaxkd.kernels import mesh
 from jaxkd.kernels.pointwise import weighted_sum
-from jaxkd.types import Head
 
 
 def differentiable(forward: Callable, backward: Callable) -> Callable:

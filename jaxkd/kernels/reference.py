@@ -8,7 +8,7 @@ leading entries come from a sort, tails from the full vector of probabilities: o
 import jax
 import jax.numpy as jnp
 
-from jaxkd.types import LOG_FLOOR, Blend, Divergence, Head, Sampled, Side, TopK
+from jaxkd.core.types import LOG_FLOOR, Blend, Divergence, Head, Sampled, Side, TopK
 
 
 def logits(head: Head) -> jax.Array:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from jaxkd.core.types import Head, Sampled, TopK
 from jaxkd.kernels import mesh
 from jaxkd.kernels.pointwise import Columns, columns_of, logits
-from jaxkd.types import Head, Sampled, TopK
 
 _CHUNK = 256  # tokens at a time on a device
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkd.chips import CHIPS, Chip
-from jaxkd.types import Head
+from jaxkd.core.chips import CHIPS, Chip
+from jaxkd.core.types import Head
 
 LOGIT_BYTES = 38
 """Bytes per entry that the XLA form reads and writes of logits and what is made of them, where they are in HBM: the

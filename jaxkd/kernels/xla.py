@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxkd.core.types import Blend, Head, Sampled, TopK
 from jaxkd.kernels import mesh
 from jaxkd.kernels.pointwise import (
     Columns,
@@ -30,7 +31,6 @@ from jaxkd.kernels.pointwise import (
     teacher_logits,
     weighted_sum,
 )
-from jaxkd.types import Blend, Head, Sampled, TopK
 
 
 class Plan(NamedTuple):

@@ -2,8 +2,8 @@
 
 import jax
 
+from jaxkd.core.types import Head, Output, PyTree
 from jaxkd.models.transformer import Config
-from jaxkd.types import Head, Output, PyTree
 
 
 def names(config: Config) -> tuple[str, ...]:

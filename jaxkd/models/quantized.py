@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.types import PyTree
+from jaxkd.core.types import PyTree
 
 SCALE = "_scale"
 """A matrix's scales have its name and this."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxkd.types import PyTree
+from jaxkd.core.types import PyTree
 
 
 def keep_layers(params: PyTree, layers: tuple[int, ...]) -> PyTree:

@@ -14,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxkd.core.sharding import constrain, split_length
+from jaxkd.core.types import Batch, Head, Output, PyTree
 from jaxkd.kernels.attention import Cache, cached_attention, segment_attention
 from jaxkd.models.quantized import SCALE
-from jaxkd.sharding import constrain, split_length
-from jaxkd.types import Batch, Head, Output, PyTree
 
 REMAT = ("none", "layer")
 TAPS = ("layer", "query", "key", "value")

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxkd.core.types import PyTree
 from jaxkd.models import families, formats
 from jaxkd.models.transformer import Config
-from jaxkd.types import PyTree
 
 
 class Packaged(NamedTuple):

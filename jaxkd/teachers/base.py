@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxkd.types import PyTree
+from jaxkd.core.types import PyTree
 
 HostRows = dict[str, Any]
 """Fields of a `Batch` as numpy arrays, before they are put on devices."""

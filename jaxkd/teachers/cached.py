@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.data.store import Store
+from jaxkd.core.types import Batch, Hidden, Output, PyTree, Signal
 from jaxkd.teachers import codec
 from jaxkd.teachers.base import HostRows, Teacher, place, untouched
-from jaxkd.types import Batch, Hidden, Output, PyTree, Signal
+from jaxkd.teachers.store import Store
 
 
 def cached(

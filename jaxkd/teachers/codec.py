@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxkd.types import LOG_FLOOR, Hidden, Sampled, TopK
+from jaxkd.core.types import LOG_FLOOR, Hidden, Sampled, TopK
 
 DTYPES = {"hidden": ("bfloat16", "int8", "float32"), "top_k": ("uint8", "float32"), "sampled": ("",), "token": ("",)}
 """Signals that can be stored, and what their numbers may be stored as; ids, counts and tokens are always exact."""

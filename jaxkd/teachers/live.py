@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from jaxkd.sharding import Rules, constrain, table
+from jaxkd.core.sharding import Rules, constrain, table
+from jaxkd.core.types import Batch, Forward, Output, PyTree
 from jaxkd.teachers.base import Teacher, untouched
-from jaxkd.types import Batch, Forward, Output, PyTree
 
 # What of a batch a forward pass reads.
 _READ = ("tokens", "segments", "positions")

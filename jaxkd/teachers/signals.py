@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkd.core.sharding import RULES, Rules, table
+from jaxkd.core.types import Batch, Head, Output, PyTree, Sampled, TopK
 from jaxkd.kernels import sparsify
-from jaxkd.models import generate
 from jaxkd.models.transformer import Config
-from jaxkd.sharding import RULES, Rules, table
+from jaxkd.sampling import generate
 from jaxkd.teachers.base import Teacher, untouched
-from jaxkd.types import Batch, Head, Output, PyTree, Sampled, TopK
 
 SIGNALS = ("head", "hidden", "top_k", "sampled", "token")
 """From the most that a teacher can tell to the least."""

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jaxkd import unison
-from jaxkd.processes import Unavailable
-from jaxkd.train import damage, manifest, storage
-from jaxkd.train.damage import KINDS, Damaged, kind, passes, reason
-from jaxkd.train.keep import Keep, aside, check_room, place
+from jaxkd.core.types import PyTree
+from jaxkd.runtime import multihost
+from jaxkd.runtime.cluster import Unavailable
+from jaxkd.train import checkpoint_errors, manifest, orbax_io
+from jaxkd.train.checkpoint_errors import KINDS, Damaged, kind, passes, reason
+from jaxkd.train.retention import Keep, aside, check_room, place
 from jaxkd.train.state import BEGIN, TrainState, begun, present, restorable
-from jaxkd.types import PyTree
 
 T = TypeVar("T")
 PATIENCE = 3600  # seconds that processes wait for the slowest of them while checkpoints are read
@@ -49,17 +49,17 @@ class Checkpoints:
             ValueError: a place that cannot be used.
         """
         self.directory = place(directory)
-        self._arrays = storage.handler()
+        self._arrays = orbax_io.handler()
         self._metrics: dict[int, float] = {}
         self._writing = self._told = False
         self._manager = None if read_only else self._writer(keep or Keep())
 
     def _writer(self, keep: Keep) -> Any:
-        if unison.first():
+        if multihost.first():
             self.directory.mkdir(parents=True, exist_ok=True)
-        unison.meet("the directory of checkpoints", PATIENCE)
+        multihost.meet("the directory of checkpoints", PATIENCE)
         self._metrics = self._measured()
-        return storage.manager(self.directory, keep, self._metrics)
+        return orbax_io.manager(self.directory, keep, self._metrics)
 
     # ------------------------------------------------------------------------------------ what is there
 
@@ -85,7 +85,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """That with the lowest metric, the later one of equals; None when none was saved with one."""
         lowest = lambda found: min(found, key=lambda step: (found[step], -step), default=None)
-        return unison.word("the best of the checkpoints", lambda: lowest(self._measured()), PATIENCE)
+        return multihost.word("the best of the checkpoints", lambda: lowest(self._measured()), PATIENCE)
 
     def _measured(self) -> dict[int, float]:
         found = {}
@@ -117,20 +117,20 @@ class Checkpoints:
         assert self._manager is not None, "opened to read"
         self.wait()
         mine = list(self._manager.all_steps())
-        there = unison.word("the steps before a save", lambda: mine, PATIENCE)
+        there = multihost.word("the steps before a save", lambda: mine, PATIENCE)
         if (step in there) != (step in mine):
             raise Unavailable(f"hosts see different checkpoints under {self.directory}: {there} and {mine}")
         if step in there:
             return
         if later := max((s for s in there if s > step), default=None):
             raise ValueError(f"{self.directory} already holds step {later}, so step {step} cannot follow: roll back")
-        if unison.first():
+        if multihost.first():
             check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         progress = json.loads(json.dumps(progress))  # as it is now: it is written later, by a thread
         body = manifest.make(step, state, progress, metric)
         if body["metric"] is not None:
             self._metrics[step] = body["metric"]
-        items = storage.items(present(state), progress, body)
+        items = orbax_io.items(present(state), progress, body)
         try:
             self._manager.save(step, args=items, force=True)  # without it Orbax may pass a step over in silence
         except Exception as error:
@@ -192,13 +192,13 @@ class Checkpoints:
         if step not in there:
             raise ValueError(self._missing(step, there))
         names = aside(self.directory, [later for later in there if later > step])
-        unison.meet("names for later checkpoints", PATIENCE)  # all have looked before one renames
-        if unison.first():
+        multihost.meet("names for later checkpoints", PATIENCE)  # all have looked before one renames
+        if multihost.first():
             for later in sorted(names, reverse=True):  # what a kill leaves is a rollback that went less far
                 (self.directory / str(later)).rename(self.directory / names[later])
         for later in names:
             self._metrics.pop(later, None)
-        unison.meet("later checkpoints to be set aside", PATIENCE)
+        multihost.meet("later checkpoints to be set aside", PATIENCE)
         self._manager.reload()
         return names
 
@@ -316,7 +316,7 @@ class Checkpoints:
         def read() -> None:
             recorded = self._manifest(step)
             manifest.progress(recorded, self._text(step, "mixture"))
-            for part in storage.portions(self._arrays, self.directory / str(step) / "train", recorded.leaves):
+            for part in orbax_io.portions(self._arrays, self.directory / str(step) / "train", recorded.leaves):
                 manifest.compare(recorded.leaves, part)
                 manifest.verify(recorded.leaves, part)
 
@@ -334,7 +334,7 @@ class Checkpoints:
             manifest.compare(there, manifest.named(asked), whole)
             progress = manifest.progress(recorded, self._text(step, "mixture")) if whole else None
             arrays = self.directory / str(step) / "train"
-            return storage.read(self._arrays, arrays, asked, whole and not vain), progress, recorded
+            return orbax_io.read(self._arrays, arrays, asked, whole and not vain), progress, recorded
 
         found, progress, recorded = self._local(step, read)
         try:
@@ -362,7 +362,9 @@ class Checkpoints:
             except (ValueError, OSError) as caught:
                 error, cause = KINDS[kind(caught)](self._cannot(step, caught)), caught
         mine = None if error is None else [kind(error), str(error)]
-        if (wrong := damage.shared(unison.every("a checkpoint that all read", mine, PATIENCE))) is not None:
+        if (
+            wrong := checkpoint_errors.shared(multihost.every("a checkpoint that all read", mine, PATIENCE))
+        ) is not None:
             raise wrong from cause
         return found[0]
 
@@ -371,9 +373,9 @@ class Checkpoints:
 
     def _missing(self, step: int, there: Sequence[int]) -> str:
         names = ", ".join(map(str, there)) or "none"
-        hint = "; all hosts must see one directory" if not unison.first() else ""
+        hint = "; all hosts must see one directory" if not multihost.first() else ""
         return f"there is no checkpoint {self.directory / str(step)}; steps that are there: {names}{hint}"
 
     def _agreed(self) -> list[int]:
         """The steps as process 0 sees them: a listing may differ between hosts."""
-        return unison.word("the list of checkpoints", self.steps, PATIENCE)
+        return multihost.word("the list of checkpoints", self.steps, PATIENCE)

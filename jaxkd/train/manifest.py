@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxkd.train.damage import Damaged, judged
-from jaxkd.types import PyTree
+from jaxkd.core.types import PyTree
+from jaxkd.train.checkpoint_errors import Damaged, judged
 
 FORMAT = 1
 _LARGE = 2**14  # numbers that may as well be added up one by one

@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from jaxkd.types import PyTree, Scalar
+from jaxkd.core.types import PyTree, Scalar
 
 
 def decays(axes: tuple[str, ...]) -> bool:

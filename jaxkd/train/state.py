@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxkd.groups import Groups
+from jaxkd.core.types import PyTree
+from jaxkd.losses.group_dro import Groups
 from jaxkd.train import guard
 from jaxkd.train.guard import Recent
-from jaxkd.types import PyTree
 
 
 class TrainState(NamedTuple):

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxkd import groups as dro
-from jaxkd.groups import GroupDRO, Groups
-from jaxkd.objectives import Objective
-from jaxkd.sharding import constrain
+from jaxkd.core.sharding import constrain
+from jaxkd.core.types import Batch, Forward, Metrics, PyTree
+from jaxkd.losses import group_dro as dro
+from jaxkd.losses.group_dro import GroupDRO, Groups
+from jaxkd.losses.objective import Objective
 from jaxkd.teachers.base import Teacher
 from jaxkd.train import guard
 from jaxkd.train.state import TrainState, trained
-from jaxkd.types import Batch, Forward, Metrics, PyTree
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 

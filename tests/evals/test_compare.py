@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from harness import random_params
 
-from jaxkd import sharding
+from jaxkd.core import sharding
+from jaxkd.core.types import Batch
 from jaxkd.evals import compare
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.types import Batch
 
 STUDENT = Config(vocab=250, embed=32, layers=1, heads=4, kv_heads=2, head_dim=8, mlp=32)
 TEACHER = Config(vocab=250, embed=48, layers=2, heads=6, kv_heads=2, head_dim=8, mlp=32)

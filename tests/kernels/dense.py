@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd import divergences as d
+from jaxkd.core.types import Head, Sampled, TopK
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Head, Sampled, TopK
+from jaxkd.losses import divergences as d
 
 # Every divergence, with the settings that take another branch.
 FAMILY = {

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from dense import FAMILY, cast, close, dense, fused, log_softmax, problem
 
-from jaxkd import divergences, sharding
+from jaxkd.core import sharding
+from jaxkd.core.types import Blend, Head
 from jaxkd.kernels.api import linear_divergence, refusal
-from jaxkd.types import Blend, Head
+from jaxkd.losses import divergences
 
 VOCAB = 57  # of 64 columns
 TEACHES = [name for name, term in FAMILY.items() if term.uses_teacher]

@@ -10,10 +10,10 @@ from harness import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxkd import divergences as d
+from jaxkd.core.sharding import make_mesh
+from jaxkd.core.types import Head, TopK
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.sharding import make_mesh
-from jaxkd.types import Head, TopK
+from jaxkd.losses import divergences as d
 
 # Sizes that are told apart in a shape, whole or divided by the mesh.
 ROWS, LENGTH, COLUMNS, STUDENT, TEACHER, CHUNK, ENTRIES = 8, 96, 8 * 1000, 8 * 11, 8 * 13, 24, 5

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from dense import FAMILY, STORED, cast, fused, log_softmax, problem, topk
 
+from jaxkd.core.types import Head
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Head
 
 TOKENS, VOCAB = 12, 32
 LOG = np.log

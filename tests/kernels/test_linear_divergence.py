@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from dense import FAMILY, ZERO_AT_EQUALITY, cast, close, dense, each_alone, fused, problem
 
-from jaxkd.divergences import forward_kl, generalized_jsd, next_token, reverse_kl, z_loss
+from jaxkd.core.sharding import make_mesh
+from jaxkd.core.types import LOG_FLOOR, Head
 from jaxkd.kernels.api import chunk_size, linear_divergence
-from jaxkd.sharding import make_mesh
-from jaxkd.types import LOG_FLOOR, Head
+from jaxkd.losses.divergences import forward_kl, generalized_jsd, next_token, reverse_kl, z_loss
 
 
 # Chunks of tokens: everything, whole multiples, with a remainder, more than there are. The vocabulary is never cut

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from dense import FAMILY, cast, close, dense, each_alone, problem
 
-from jaxkd.divergences import partial_kl
+from jaxkd.core.sharding import make_mesh
+from jaxkd.core.types import LOG_FLOOR
 from jaxkd.kernels import pallas_tpu, recompute, traffic
-from jaxkd.sharding import make_mesh
-from jaxkd.types import LOG_FLOOR
+from jaxkd.losses.divergences import partial_kl
 
 divergence = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)
 SERVED = {name: term for name, term in FAMILY.items() if term.head is None}

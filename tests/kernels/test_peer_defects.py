@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd import objectives, schedules
-from jaxkd.divergences import (
+from jaxkd.core import schedules
+from jaxkd.core.types import Batch, Head, Output, TopK
+from jaxkd.kernels.api import linear_divergence
+from jaxkd.losses import objective as objectives
+from jaxkd.losses.divergences import (
     conditional_kl,
     forward_kl,
     generalized_jsd,
@@ -15,8 +18,6 @@ from jaxkd.divergences import (
     skew_kl,
     skew_reverse_kl,
 )
-from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Batch, Head, Output, TopK
 
 TOKENS, WIDTH, VOCAB = 16, 8, 32
 

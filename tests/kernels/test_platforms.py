@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from dense import STORED
 
+from jaxkd.core.sharding import make_mesh
+from jaxkd.core.types import Head, Sampled, TopK
 from jaxkd.kernels.api import linear_divergence, refusal
-from jaxkd.sharding import make_mesh
-from jaxkd.types import Head, Sampled, TopK
 
 TOKENS, COLUMNS = 256, 1024
 

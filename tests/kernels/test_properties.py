@@ -8,9 +8,9 @@ from dense import FAMILY, STORED, ZERO_AT_EQUALITY, dense, fused, log_softmax, p
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkd import divergences as d
+from jaxkd.core.types import Head
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Head
+from jaxkd.losses import divergences as d
 
 NAMES = tuple(ZERO_AT_EQUALITY)
 TERMS = tuple(FAMILY[n] for n in NAMES)

@@ -8,10 +8,10 @@ from dense import FAMILY, STORED, cast, close, dense, each_alone, fused, log_sof
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxkd import divergences as d
+from jaxkd.core.sharding import make_mesh
+from jaxkd.core.types import Head, Sampled, TopK
 from jaxkd.kernels.api import linear_divergence, refusal
-from jaxkd.sharding import make_mesh
-from jaxkd.types import Head, Sampled, TopK
+from jaxkd.losses import divergences as d
 
 
 @pytest.mark.parametrize(("vocab", "chunk", "temperature"), [(64, 24, 1.0), (51, 10, 2.0)])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from dense import cast, log_softmax, problem, topk
 
-from jaxkd import sharding
+from jaxkd.core import sharding
+from jaxkd.core.types import Head
 from jaxkd.kernels import sparsify
-from jaxkd.types import Head
 
 VOCAB = 57  # of 64 columns
 

@@ -84,7 +84,7 @@ def test_what_a_number_counts_is_said_where_it_is_not_chips(slices):
 
 
 def test_the_planner_knows_the_same_slices(slices):
-    from jaxkd.chips import topology
+    from jaxkd.planning.topology import topology
 
     for name, found in slices.items():
         t = topology(name)

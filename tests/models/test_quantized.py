@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from harness import REPOSITORY, random_params
 
-from jaxkd import job, load, plan
-from jaxkd.config import read_config
-from jaxkd.experiment import experiment
-from jaxkd.models import generate, quantized, transformer
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.core.types import Batch
+from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
-from jaxkd.types import Batch
+from jaxkd.planning import plan
+from jaxkd.run import job, load
+from jaxkd.sampling import generate
 
 CONFIG = Config(vocab=100, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, qk_norm=True, qkv_bias=True)
 MATRICES = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}

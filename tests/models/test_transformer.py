@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from harness import random_params
 
+from jaxkd.core.types import Batch
 from jaxkd.models import shrink, transformer
 from jaxkd.models.transformer import Config
-from jaxkd.types import Batch
 
 CONFIG = Config(vocab=100, embed=32, layers=4, heads=4, kv_heads=2, head_dim=8, mlp=48, qk_norm=True, qkv_bias=True)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.types import Batch
+from jaxkd.core.types import Batch
 
 
 def _batch(tokens, segments=None, positions=None):

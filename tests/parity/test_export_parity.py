@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxkd.data import tokenize
-from jaxkd.export import export
 from jaxkd.models import transformer
+from jaxkd.models.export import export
 from jaxkd.models.transformer import Config
 
 pytest.importorskip("torch")

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxkd.export import export
 from jaxkd.models import weights
+from jaxkd.models.export import export
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

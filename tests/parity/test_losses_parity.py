@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.divergences import cross_entropy, forward_kl, generalized_jsd, next_token, reverse_kl
+from jaxkd.core.types import Head
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Head
+from jaxkd.losses.divergences import cross_entropy, forward_kl, generalized_jsd, next_token, reverse_kl
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from jaxkd.core.types import Hidden, Sampled, TopK
 from jaxkd.teachers.codec import Text
-from jaxkd.types import Hidden, Sampled, TopK
 
 
 def log_softmax(z: np.ndarray) -> np.ndarray:

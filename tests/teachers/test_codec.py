@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from signal_rows import hidden_row, log_softmax, rising, sampled_row, text_row, top_k_row
 
-from jaxkd import divergences
+from jaxkd.core.types import LOG_FLOOR, Head, Hidden, Sampled, TopK
 from jaxkd.kernels.api import linear_divergence
+from jaxkd.losses import divergences
 from jaxkd.teachers.codec import Layout, Text, decode, decode_rows, encode
-from jaxkd.types import LOG_FLOOR, Head, Hidden, Sampled, TopK
 
 SEEDS = st.integers(0, 2**32 - 1)
 LENGTHS = st.integers(1, 40)

@@ -11,9 +11,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from signal_rows import hidden_row, rising, sampled_row, text_row, top_k_row
 
-from jaxkd.data.store import Writer
+from jaxkd.core.types import TopK
 from jaxkd.teachers.codec import Layout, decode, encode
-from jaxkd.types import TopK
+from jaxkd.teachers.store import Writer
 
 PAGE = Path(__file__).parents[2] / "docs/formats.md"
 

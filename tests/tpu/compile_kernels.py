@@ -16,9 +16,9 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxkd.core.types import Head
 from jaxkd.kernels import pallas_tpu, recompute, traffic
 from jaxkd.kernels.api import linear_divergence
-from jaxkd.types import Head
 
 _EVERYWHERE = P()
 TOKENS, VOCAB, WIDTHS = 1920, 128256, (2048, 4096)

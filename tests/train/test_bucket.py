@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from harness import here
 
-from jaxkd import config
-from jaxkd.experiment import experiment
+from jaxkd.config import recipe
+from jaxkd.config.schema import experiment
+from jaxkd.run import workdir as workdirs
 from jaxkd.train.checkpoint import Checkpoints
-from jaxkd.train.keep import Keep
+from jaxkd.train.retention import Keep
 from jaxkd.train.state import TrainState
 
 pytest.importorskip("gcsfs", reason="needs the gcs extra")
@@ -87,7 +88,7 @@ def test_rollback_in_a_bucket(bucket, arguments, tmp_path):
 
     def attempt(directory: str) -> None:
         workdir = tmp_path / directory.rsplit("/", 1)[1]
-        config.adopt(workdir, experiment(config.read_config([*arguments, f"--config.run.checkpoints={directory}"])))
+        workdirs.adopt(workdir, experiment(recipe.read_config([*arguments, f"--config.run.checkpoints={directory}"])))
         with contextlib.closing(Checkpoints(directory, Keep(9))) as writer:
             for step, loss in ((3, 2.0), (6, 1.0), (9, 3.0)):
                 writer.save(step, state_of(step), {"tokens": step}, loss)

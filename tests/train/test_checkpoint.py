@@ -9,11 +9,12 @@ from harness import here
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint._src.multihost import multislice
 
-from jaxkd import groups, sharding
+from jaxkd.core import sharding
+from jaxkd.losses import group_dro
 from jaxkd.train import guard
 from jaxkd.train.checkpoint import Checkpoints
-from jaxkd.train.damage import Damaged
-from jaxkd.train.keep import Keep, place
+from jaxkd.train.checkpoint_errors import Damaged
+from jaxkd.train.retention import Keep, place
 from jaxkd.train.state import init_state
 
 TX = optax.adamw(1e-3, mask={"student": {"w": True, "b": False}, "objective": {}})
@@ -170,7 +171,7 @@ def test_a_window_of_spikes_begins_with_the_step_that_has_none_and_is_left_out_w
 def test_an_average_and_weights_of_domains_neither_begin_nor_end_in_the_middle_of_a_run(tmp_path):
     plain = state_of()
     averaged = plain._replace(ema=plain.params["student"])
-    weighed = plain._replace(groups=groups.init(np.asarray([0.25, 0.75])))
+    weighed = plain._replace(groups=group_dro.init(np.asarray([0.25, 0.75])))
     whole = averaged._replace(groups=weighed.groups)
     checkpoints = Checkpoints(tmp_path, Keep(9))
     checkpoints.save(1, plain, {})

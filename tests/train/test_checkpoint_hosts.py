@@ -9,7 +9,7 @@ import pytest
 from harness import together
 
 from jaxkd.train.checkpoint import Checkpoints
-from jaxkd.train.keep import Keep
+from jaxkd.train.retention import Keep
 from jaxkd.train.state import TrainState
 
 # In each process: a state of which it holds half, and what is asked for in turn.
@@ -21,7 +21,7 @@ jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxkd import sharding
 from jaxkd.train.checkpoint import Checkpoints
-from jaxkd.train.keep import Keep
+from jaxkd.train.retention import Keep
 from jaxkd.train.state import TrainState
 
 mesh = sharding.make_mesh(2, 1)

@@ -9,14 +9,15 @@ import optax
 import pytest
 from harness import random_params
 
-from jaxkd import divergences, groups, objectives
+from jaxkd.core.types import Batch
+from jaxkd.losses import divergences, group_dro
+from jaxkd.losses import objective as objectives
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.live import live
 from jaxkd.train import guard
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
-from jaxkd.types import Batch
 
 CONFIG = Config(vocab=60, embed=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=32)
 TERMS = {"kd": (1.0, objectives.match(divergences.forward_kl())), "ce": (1.0, objectives.next_token())}
@@ -42,10 +43,10 @@ def problem(spike: float = 6.0):
         {"student": random_params(CONFIG, 0), "objective": {}},
         tx,
         averaged=True,
-        groups=groups.init(np.ones(2) / 2),
+        groups=group_dro.init(np.ones(2) / 2),
         recent=guard.init(),
     )
-    step = make_step(forward, teacher, objective, tx, decay=0.9, group_dro=groups.GroupDRO(), spike=spike)
+    step = make_step(forward, teacher, objective, tx, decay=0.9, group_dro=group_dro.GroupDRO(), spike=spike)
     return jax.jit(step), teacher.state, state
 
 

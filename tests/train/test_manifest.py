@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd import sharding
+from jaxkd.core import sharding
 from jaxkd.train import manifest
-from jaxkd.train.damage import Damaged
+from jaxkd.train.checkpoint_errors import Damaged
 
 DTYPES = ("float32", "bfloat16", "int32", "int8", "bool", "float16")
 

@@ -10,15 +10,17 @@ import pytest
 from harness import collectives
 from test_step import DOMAINS, TEACHER, make_batch, problem
 
-from jaxkd import divergences, objectives, sharding
-from jaxkd.hlo import Program
+from jaxkd.core import sharding
+from jaxkd.core.types import Batch, Sampled, TopK
 from jaxkd.kernels.reference import logits
+from jaxkd.losses import divergences
+from jaxkd.losses import objective as objectives
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
+from jaxkd.planning.hlo import Program
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.live import live, within
 from jaxkd.train.step import make_gradient
-from jaxkd.types import Batch, Sampled, TopK
 
 VOCAB = TEACHER.vocab
 STEP = jnp.zeros((), jnp.int32)

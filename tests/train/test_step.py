@@ -11,14 +11,16 @@ import optax
 import pytest
 from harness import random_params
 
-from jaxkd import divergences, objectives, sharding
+from jaxkd.core import sharding
+from jaxkd.core.types import Batch
+from jaxkd.losses import divergences
+from jaxkd.losses import objective as objectives
 from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.live import absent, live, within
 from jaxkd.train import optim
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_gradient, make_step
-from jaxkd.types import Batch
 
 CONFIG = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
 TEACHER = Config(vocab=250, embed=48, layers=3, heads=6, kv_heads=2, head_dim=8, mlp=64, tied=False)

@@ -13,12 +13,15 @@ import pytest
 from harness import REPOSITORY, random_params
 from test_step import DOMAINS, make_batch, problem
 
-from jaxkd import divergences, job, objectives, schedules
-from jaxkd.config import read_config
-from jaxkd.experiment import experiment
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.core import schedules
+from jaxkd.losses import divergences
+from jaxkd.losses import objective as objectives
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.teachers import many, signals
+from jaxkd.run import job
+from jaxkd.teachers import ensemble, signals
 from jaxkd.teachers.live import live, own
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_gradient, make_step
@@ -54,7 +57,7 @@ def distance(a, b):
 
 
 def both(weigh, **options):
-    return many.blend([problem()[1], other()], weigh, **options)
+    return ensemble.blend([problem()[1], other()], weigh, **options)
 
 
 # ------------------------------------------------------------------------------------- less than a head
@@ -111,7 +114,7 @@ def test_a_rows_draws_are_its_own():
 def test_equal_teachers_are_one():
     teacher = problem()[1]
     for geometric in (False, True):
-        blend = many.blend([teacher, teacher], lambda batch, step: jnp.ones((8, 2)), geometric=geometric)
+        blend = ensemble.blend([teacher, teacher], lambda batch, step: jnp.ones((8, 2)), geometric=geometric)
         assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
 
 
@@ -125,7 +128,7 @@ def test_a_blend_is_between_its_teachers():
 
 
 def test_weights_follow_the_step_and_the_domain():
-    weigh = many.shares([schedules.linear(1.0, 10), 0.5], [{}, {"code": 2.0, "poetry": 0.0}], DOMAINS)
+    weigh = ensemble.shares([schedules.linear(1.0, 10), 0.5], [{}, {"code": 2.0, "poetry": 0.0}], DOMAINS)
     batch = make_batch()
     now, later = weigh(batch, 0), weigh(batch, 10)
     np.testing.assert_allclose(now[:3], [[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
@@ -135,7 +138,7 @@ def test_weights_follow_the_step_and_the_domain():
 @pytest.mark.parametrize("domains", [{"cod": 1.0}, {"code": 1.0}])
 def test_a_domain_that_is_not_there_or_not_served_is_named(domains):
     with pytest.raises(ValueError, match=r"'cod'|'law'"):
-        many.shares([1.0], [domains], DOMAINS)
+        ensemble.shares([1.0], [domains], DOMAINS)
 
 
 FADES = {"schedule": "linear", "peak": 0.5, "end": 0.0}
@@ -178,7 +181,9 @@ def test_text_may_be_the_most_probable_one(signal, temperatures, message):
 
 def test_each_row_has_the_teacher_of_its_route():
     batch = make_batch()
-    routed = gradient(many.route([problem()[1], other()], lambda batch: (batch.row % 2).astype(jnp.int32)), KD, batch)
+    routed = gradient(
+        ensemble.route([problem()[1], other()], lambda batch: (batch.row % 2).astype(jnp.int32)), KD, batch
+    )
     parts = []
     for number, teacher in enumerate((problem()[1], other())):
         mine = batch._replace(weights=jnp.where((batch.row % 2 == number)[:, None], batch.weights, 0.0))
@@ -192,7 +197,7 @@ def test_a_teacher_without_weight_is_not_run():
     """Its parameters may be NaN, and the compiled program runs it under a condition."""
     broken = other()._replace(state=jax.tree.map(lambda x: x * jnp.nan, other().state))
     teacher = problem()[1]
-    blend = many.blend([teacher, broken], lambda batch, step: jnp.tile(jnp.asarray([1.0, 0.0]), (8, 1)))
+    blend = ensemble.blend([teacher, broken], lambda batch, step: jnp.tile(jnp.asarray([1.0, 0.0]), (8, 1)))
     assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
 
 
@@ -200,9 +205,9 @@ def test_only_heads_blend():
     teacher = problem()[1]
     sparse = signals.top_k(teacher, 4, (1.0,), VOCAB)
     with pytest.raises(ValueError, match="TopK"):
-        gradient(many.blend([teacher, sparse], lambda batch, step: jnp.ones((8, 2))))
+        gradient(ensemble.blend([teacher, sparse], lambda batch, step: jnp.ones((8, 2))))
     with pytest.raises(ValueError, match="at least one"):
-        many.blend([], lambda batch, step: jnp.ones((8, 0)))
+        ensemble.blend([], lambda batch, step: jnp.ones((8, 0)))
 
 
 @pytest.mark.slow

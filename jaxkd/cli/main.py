@@ -1,0 +1,402 @@
+"""The command line: `jaxkd VERB --config=FILE:ARGUMENT --config.block.key=value`."""
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxkd import __version__
+from jaxkd.config.recipe import read_config, split
+from jaxkd.config.schema import experiment
+from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, see, versions, write_json
+from jaxkd.runtime import cluster, multihost
+
+_CONFIG_HELP = """\
+The recipe is a Python file with get_config(argument); any of its values can be set on the command line:
+
+  --config=configs/quickstart.py              the recipe (or --config FILE:ARGUMENT)
+  --config.optim.lr.peak=1e-4                 one value; an unknown key names the nearest known ones
+  --config.teacher.path=models/Llama-3.2-1B   a local Hugging Face directory or GGUF file
+"""
+_SOURCES_HELP = """
+A domain's source (--config.data.domains.NAME=SOURCE) is one of
+  builtin:code, builtin:manual, builtin:legal, builtin:scripture, builtin:dialogue, builtin:math
+  a .jsonl, .parquet or text file, a folder of them, or a glob (the text is in the field data.text_key)
+  tfds:NAME or tfds:NAME:SPLIT, any TFDS dataset that is on this machine, or its directory
+  nothing (--config.data.domains.NAME=), which leaves out a domain that the recipe has
+"""
+
+
+# --------------------------------------------------------------------------------------- the verbs
+
+
+def prepare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Build the rows of every domain, as `train` would."""
+    from jaxkd.run import job, load
+
+    rows = load.domains(job.build(job.elsewhere(experiment(read_config(config)))))
+    for p in rows.prepared:
+        made = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
+        print(
+            f"{p.name}: {made} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
+            f"({p.duplicates:,} duplicates dropped), {'built in' if p.built else 'already in'} {p.path}"
+        )
+
+
+def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
+    started, e, workdir = time.time(), experiment(read_config(config)), Path(options.workdir)
+    from jaxkd.evals import compare
+    from jaxkd.report import goodput, mixture
+    from jaxkd.report import run as report
+    from jaxkd.run import job, load, loop, metadata, preflight, teacher
+    from jaxkd.runtime import compile_cache, log, profiling
+
+    profile = profiling.asked(options.profile)
+    multihost.join(saves=True)
+    import jax
+
+    built = job.build(e)
+    with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, multihost.ending():
+
+        def take() -> list[Any]:
+            changes = claim(workdir, e, options.accept_changes)
+            if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs
+                job.check_shares(built)
+            return [changes, held.enter_context(lock(workdir))]
+
+        changes, mark = multihost.word("workdir", take)
+        see(workdir, mark)
+        if (kept_in := compile_cache.keep(workdir / "programs", jax.default_backend())) is not None:
+            multihost.say(f"compiled programs: {kept_in}")
+        for note in built.notes:
+            multihost.say(f"mesh: {note}")
+        rows = load.domains(built)
+        with multihost.stoppable(
+            "stopped by a signal before a step was made: the same command begins where this one did"
+        ):
+            run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.say, started)))
+            for change in changes:
+                multihost.say(f"changed: {change}")
+            if multihost.first():
+                adopt(workdir, e)
+                before = workdir / "run.json"
+                known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
+                kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
+                found = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.models.teachers), command)
+                write_json(before, found)
+                for line in metadata.models(built, found, kept):
+                    print(line)
+            if not run.resumed and not options.no_check:
+                with run.phases.during("check"):
+                    for line in preflight.run(run.loaded(), run.stores):
+                        multihost.say(f"check: {line}")
+        finished = run.go(profile)
+        written = lambda: str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before a step"
+        page = multihost.word("the report", written)
+    if finished and multihost.first():
+        evaluations = log.read(workdir / "evals.jsonl")
+        last = max(row["step"] for row in evaluations)
+        print(compare.table([row for row in evaluations if row["step"] == last], run.start))
+        if told := mixture.cost(log.read(workdir / "mixture.jsonl")):
+            print(told)
+    if multihost.first():
+        print(goodput.sentence(goodput.read(workdir)))
+    multihost.say(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
+    if not finished:
+        raise SystemExit(cluster.STOPPED)
+
+
+def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Compile a run's step for TPUs that are not here: memory, exchanges, time, and settings that fit."""
+    e = experiment(read_config(config))
+    from jaxkd.planning import advice, search
+    from jaxkd.planning import plan as planning
+    from jaxkd.planning import topology as topologys
+
+    topology = topologys.topology(options.topology, options.slices)
+    if options.suggest:
+        found = search.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
+        values, said = found.json(), search.lines(found)
+    else:
+        planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
+        values, said = planned.json(), advice.lines(planned)
+    print(json.dumps(values) if options.json else "\n".join(said))
+
+
+def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Store what the teacher says of every row, to train from without it. The same command resumes."""
+    e = experiment(read_config(config))
+    if not e.teacher.cache:
+        raise ValueError("teacher.cache names no directory: set --config.teacher.cache=DIRECTORY and a teacher.signal")
+    from jaxkd.run import cache_teacher, job, load
+
+    multihost.join()
+    import jax
+
+    built = job.build(e)
+    with jax.set_mesh(built.mesh), multihost.ending():
+        for line in cache_teacher.write(built, load.domains(built)):
+            multihost.say(line)
+
+
+def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Look at everything that a run depends on, before one is paid for."""
+    e = experiment(read_config(config))
+    from jaxkd.run import cache_teacher, job, load, preflight
+
+    multihost.join()
+    import jax
+
+    built = job.build(job.elsewhere(e))
+    job.check_shares(built)
+    with jax.set_mesh(built.mesh), multihost.ending():
+        rows = load.domains(built)
+        loaded, stores = preflight.prepare(built, rows)
+        multihost.say("check: the tokenizers and vocabularies of all models agree")
+        for line in preflight.run(loaded, stores):
+            multihost.say(f"check: {line}")
+        for line in cache_teacher.costs(built, rows, stores):
+            multihost.say(line)
+
+
+def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Train variants of a recipe times seeds, one after another. The same command skips what is done and resumes."""
+    from jaxkd.cli import sweep as sweeps
+
+    workdir = Path(options.workdir)
+    lines = [*options.run, *(sweeps.read_runs(Path(options.runs)) if options.runs else [])]
+    runs = sweeps.plan(options.config, config[1:], workdir, options.variants, lines, options.seeds)
+    if options.print:
+        for line in sweeps.printed(runs, workdir):
+            print(line)
+    elif code := sweeps.go(runs, workdir, lambda line: print(line, flush=True)):
+        raise SystemExit(code)
+
+
+def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Go back to a checkpoint: set later ones aside, so that `train` goes on from it."""
+    from jaxkd.run import rollback as rollbacks
+
+    for line in rollbacks.go(Path(options.workdir), options.step):
+        print(line)
+
+
+def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Score a run's student beside its teacher on the held-out rows."""
+    workdir = Path(options.workdir)
+    e = saved_experiment(workdir)
+    from jaxkd.evals import compare
+    from jaxkd.run import job, load, restore, teacher
+    from jaxkd.runtime import log
+
+    multihost.join(alone=True)
+    import jax
+
+    built = job.build(job.elsewhere(e))
+    with jax.set_mesh(built.mesh), multihost.ending():
+        step, student, average = restore.trained(built, workdir, options.step)
+        rows = load.domains(built)
+        stores = teacher.open_stores(built, rows.fingerprints)
+        taught = teacher.teach(built, load.models(built, rows, with_student=False).teachers, stores)
+        known = (taught.judge.state, step, average)
+        comparison = jax.jit(compare.make_comparison(built.student.forward, taught.judged, built.tokenizer.vocab))
+        before = multihost.word("evaluations", lambda: log.read(workdir / "evals.jsonl"))
+        start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
+        result = compare.evaluate(
+            lambda batch: comparison(student, known, batch),
+            load.held_out(built, rows, taught.judge.annotate),
+            step,
+            {} if built.own else start,
+        )
+    multihost.say(compare.table(result, start))
+    if multihost.first() and not any(row["step"] == step for row in before):
+        log.append(workdir / "evals.jsonl", result)
+
+
+def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Write a run's student as a Hugging Face directory."""
+    workdir = Path(options.workdir)
+    e = saved_experiment(workdir)
+    from jaxkd.models import export as exporter
+    from jaxkd.run import job, restore
+    from jaxkd.runtime import log
+
+    multihost.join(alone=True)
+    import jax
+
+    if multihost.several():
+        raise ValueError(
+            "`jaxkd export` writes one directory from one process: start it on one host, JAX_PLATFORMS=cpu"
+        )
+    keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
+    exporter.check_destination(Path(options.to).expanduser(), options.overwrite, keep_out)
+    built = job.build(job.elsewhere(e))
+    with jax.set_mesh(built.mesh):
+        step, student, _ = restore.trained(built, workdir, options.step)
+        host = jax.device_get(student)
+    token = lambda number: None if number is None else built.tokenizer.tokenizer.id_to_token(number)
+    card = {
+        "name": workdir.name,
+        "teacher": e.teacher.path or " and ".join(m.path for m in e.teacher.members.values()),
+        "objective": {name: f"{t.divergence or t.feature}, weight {t.weight}" for name, t in e.objective.items()},
+        "data": dict(e.data.domains),
+        "steps": step,
+        "evaluation": [row for row in log.read(workdir / "evals.jsonl") if row["step"] == step],
+        "versions": versions(),
+        "command": json.loads((workdir / "run.json").read_text())["command"],
+    }
+    directory = exporter.export(
+        Path(options.to),
+        built.student.config,
+        host,
+        tokenizer_json=built.tokenizer.json,
+        chat_template=built.tokenizer.chat_template,
+        special={"start": token(built.tokenizer.start), "end": token(built.tokenizer.end)},
+        card=card,
+        dtype=options.dtype,
+        overwrite=options.overwrite,
+        keep_out=keep_out,
+    )
+    print(f"step {step} of {workdir} exported to {directory}")
+
+
+def report(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Write report.html for a run, finished or not."""
+    from jaxkd.report import run as reporter
+
+    print(f"report: {reporter.write(Path(options.workdir))}")
+
+
+def compare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+    """Put finished runs side by side: mean and spread over seeds, per domain, and a page of curves."""
+    from jaxkd.report import compare as comparison
+    from jaxkd.report import compare_page
+
+    places = [Path(place) for place in options.places]
+    found = comparison.gather(places, options.against)
+    page = compare_page.write(found, Path(options.to) if options.to else places[0] / "compare.html")
+    if options.json:
+        print(json.dumps(comparison.as_json(found), indent=2))
+    else:
+        print(f"{comparison.text(found)}\n\npage: {page}")
+
+
+VERBS = {
+    "prepare": prepare,
+    "cache": cache,
+    "check": check,
+    "plan": plan,
+    "train": train,
+    "sweep": sweep,
+    "rollback": rollback,
+    "evaluate": evaluate,
+    "export": export,
+    "report": report,
+    "compare": compare,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; `--config...` arguments are read by `read_config`."""
+    root = argparse.ArgumentParser("jaxkd", description="Distil large language models with JAX.")
+    root.add_argument("--version", action="version", version=f"jaxkd {__version__}")
+    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, function in VERBS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        takes_config = name in ("prepare", "cache", "check", "plan", "train", "sweep")
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=_CONFIG_HELP + _SOURCES_HELP if takes_config else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if takes_config:
+            sub.add_argument("--config", metavar="FILE[:ARGUMENT]", required=True, help="the recipe, see below")
+        if name == "plan":
+            _plan_arguments(sub)
+        if name == "compare":
+            _compare_arguments(sub)
+        elif not takes_config or name in ("train", "sweep"):
+            sub.add_argument("--workdir", required=True, help="directory of the run")
+        if name == "train":
+            sub.add_argument("--profile", metavar="START:COUNT", default="", help="steps to trace, to WORKDIR/profile")
+            sub.add_argument("--no-check", action="store_true", help="train even if `jaxkd check` would refuse")
+            sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
+        if name == "sweep":
+            _sweep_arguments(sub)
+        if name == "rollback":
+            sub.add_argument("--step", required=True, metavar="N", help="checkpoint to go back to, or best")
+        if name in ("evaluate", "export"):
+            sub.add_argument("--step", help="checkpoint to take, or best (default: the newest)")
+        if name == "export":
+            sub.add_argument("--to", required=True, help="directory to write")
+            sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+            sub.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="write beside files of others too; only an earlier export's own files are replaced",
+            )
+    return root
+
+
+def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--variants", nargs="+", default=[], metavar="ARGUMENT", help="recipe arguments, a variant each")
+    one = '"NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"'
+    sub.add_argument("--run", action="append", default=[], metavar="LINE", help=f"a variant, {one}")
+    sub.add_argument("--runs", metavar="FILE", help="a file of such lines")
+    sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="values of run.seed (default: 0)")
+    sub.add_argument("--print", action="store_true", help="print the commands that are left, for a launcher")
+
+
+def _plan_arguments(sub: argparse.ArgumentParser) -> None:
+    topology = "such as v5litepod-16, v5p-128, v6e-64, or a grid: v5e:4x4"
+    sub.add_argument("--topology", required=True, metavar="NAME", help=topology)
+    sub.add_argument("--slices", type=int, default=1, help="how many of them, joined by the network")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--suggest", action="store_true", help="look for the fastest mesh, remat and micro-batches")
+    sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="to compile suggestions in")
+
+
+def _compare_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("places", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
+    sub.add_argument("--against", metavar="VARIANT", help="what the others are held against (default: the first)")
+    sub.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
+    sub.add_argument("--to", metavar="FILE", help="the page (default: compare.html in the first directory)")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one verb.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: with one clear line.
+    """
+    rest, overrides = split(arguments)
+    options = parser().parse_args(rest)
+    recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
+    if overrides and not recipe:
+        raise ValueError(f"`jaxkd {options.verb}` takes its config from the workdir, not {overrides[0]}")
+    if "://" in (place := str(getattr(options, "workdir", ""))):
+        raise ValueError(
+            f"--workdir {place} must be a directory, of a mounted bucket too; run.checkpoints may be gs://"
+        )
+    VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *arguments]))
+
+
+def console(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors that a user can mend are one line, and the exit code is not 0."""
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        raise SystemExit(multihost.end(error)) from None
+
+
+if __name__ == "__main__":
+    console()

@@ -1,0 +1,400 @@
+"""Token-level divergences as a few lines of pointwise mathematics.
+
+`lp` and `lq` are log-probabilities of teacher `p` and student `q`, shape [N, v] for any slice of the
+vocabulary; results are in nats. A divergence never sees logits, temperatures, weights or meshes: the dense
+reference, the fused kernels, their gradients, the vocabulary-sharded form and the top-k form all use the one
+definition here. Gradients are given in the student's logits z, with q = softmax(z). Equations that are quoted
+from memory are marked "recalled".
+
+Of a top-k teacher every divergence sees K + 1 entries: the K, and all others as one ("bucket"). By the
+data-processing inequality that value never exceeds the full one for an f-divergence. What leaves the tail out
+has a name of its own: `partial_kl`, `conditional_kl`, `renormalized_kl`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxkd.core.types import Divergence, Leading, Side
+from jaxkd.losses.hard_targets import next_token, z_loss
+from jaxkd.losses.topk import conditional_kl, partial_kl, renormalized_kl
+
+__all__ = [
+    "adaptive_kl", "alpha_beta", "alpha_divergence", "conditional_kl", "cross_entropy", "decoupled_kd",
+    "decoupled_topk", "forward_kl", "generalized_jsd", "jeffreys", "mixed_kl", "next_token", "partial_kl",
+    "renormalized_kl", "renyi", "reverse_kl", "skew_kl", "skew_reverse_kl", "squared_hellinger", "total_variation",
+    "z_loss",
+]  # fmt: skip
+
+Array = jax.Array
+
+
+def _between(name: str, value: float, low: float, high: float) -> None:
+    if not low < value < high:
+        raise ValueError(f"{name} must be above {low} and below {high}, got {value}")
+
+
+def _weights(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{where}: {name} must be a number from 0 on, got {value!r}")
+
+
+def _nearly(name: str, value: float, point: float) -> bool:
+    """Whether a parameter is a singular point. Beside it float32 cancels, and the point's own form is meant.
+
+    Raises:
+        ValueError: so near that values would be rounding errors.
+    """
+    if 1e-9 < abs(value - point) < 1e-3:
+        raise ValueError(f"{name} is {value}: within 0.001 of {point} float32 cancels, so give {point} itself")
+    return abs(value - point) <= 1e-9
+
+
+# ------------------------------------------------------------------------------------- the two KLs
+
+
+def forward_kl() -> Divergence:
+    """KL(p || q) = sum p (log p - log q).
+
+    Gradient: q - p, within [-1, 1]. Zero only at q = p; covers every mode of p.
+    Source: Hinton et al. 2015 (arXiv 1503.02531), section 2.
+    """
+    return Divergence(lambda lp, lq, side: (jnp.exp(lp) * (lp - lq),))
+
+
+def cross_entropy() -> Divergence:
+    """H(p, q) = -sum p log q = KL(p || q) + H(p): forward KL's gradient, without the teacher's entropy.
+
+    Gradient: q - p. Linear in p, so that draws from the teacher give it without bias (arXiv 2503.16870).
+    At least H(p), which is what remains at q = p.
+    """
+    return Divergence(lambda lp, lq, side: (-jnp.exp(lp) * lq,), unbiased=True)
+
+
+def reverse_kl() -> Divergence:
+    """KL(q || p) = sum q (log q - log p).
+
+    Gradient: q (log q/p - KL), unbounded where p vanishes; the kernels floor log-probabilities so that it
+    stays finite. Source: MiniLLM (arXiv 2306.08543), Eq. 1.
+    """
+    return Divergence(lambda lp, lq, side: (jnp.exp(lq) * (lq - lp),))
+
+
+def mixed_kl(reverse: float = 0.5) -> Divergence:
+    """(1 - reverse) KL(p || q) + reverse KL(q || p).
+
+    Gradient: the same mixture of theirs; never negative, unbounded. `reverse=0.9` is DistiLLM's "symmetric KL" (arXiv
+    2402.03898, code).
+
+    Args:
+        reverse: share of the reverse KL, from 0 to 1.
+
+    Raises:
+        ValueError: for any other share.
+    """
+    if not 0.0 <= reverse <= 1.0:
+        raise ValueError(f"mixed_kl: reverse is a share from 0 to 1, got {reverse}")
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        return (((1 - reverse) * jnp.exp(lp) - reverse * jnp.exp(lq)) * (lp - lq),)
+
+    return Divergence(phi)
+
+
+def jeffreys() -> Divergence:
+    """KL(p || q) + KL(q || p) = sum (p - q) (log p - log q) (Jeffreys 1946). Gradient: the sum of theirs, unbounded."""
+    return Divergence(lambda lp, lq, side: ((jnp.exp(lp) - jnp.exp(lq)) * (lp - lq),))
+
+
+def adaptive_kl(mass: float = 0.5) -> Divergence:
+    """g_h/(g_h + g_t) KL(p || q) + g_t/(g_h + g_t) KL(q || p), with g = sum |p - q| over head and tail of p.
+
+    The head is the fewest of the teacher's entries that hold `mass`, ties included; of a top-k teacher, at most all
+    that it stored. g carries no gradient, so the gradient is the same mixture of theirs. Never negative. Source: Wu et
+    al. 2024 (arXiv 2404.02657), section 4, recalled; the set is the paper's, its code leaves out the entry that crosses
+    `mass`.
+
+    Args:
+        mass: of the head, strictly between 0 and 1.
+
+    Raises:
+        ValueError: for any other `mass`.
+    """
+    _between("adaptive_kl: mass", mass, 0.0, 1.0)
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p, q = jnp.exp(lp), jnp.exp(lq)
+        gap = jax.lax.stop_gradient(jnp.abs(p - q))
+        return jnp.where(side.head, gap, 0.0), jnp.where(side.head, 0.0, gap), p * (lp - lq), q * (lq - lp)
+
+    def combine(head: Array, tail: Array, forward: Array, reverse: Array) -> Array:
+        both = head + tail
+        share = jnp.where(both > 0, head / jnp.where(both > 0, both, 1.0), 0.5)
+        return share * forward + (1 - share) * reverse
+
+    return Divergence(phi, combine, head=Leading(mass=mass))
+
+
+# ------------------------------------------------------------------- mixtures of teacher and student
+
+
+def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
+    """JSD(beta) = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    Here `beta` is the weight of the *teacher*, in the mixture and in the sum. Gradient: q (u - <q, u>) with
+    u = (1 - beta) (log q - log m). Bounded by the entropy of (beta, 1 - beta). Source: GKD (arXiv 2306.13649),
+    Eq. 1. The formula goes to 0 at both ends, JSD/beta -> KL(p || q) as beta -> 0 and
+    JSD/(1 - beta) -> KL(q || p) as beta -> 1; `endpoint` says what happens there:
+
+    - "paper": the formula; the ends themselves are refused.
+    - "kl": the formula inside, but KL(p || q) at beta = 0 and KL(q || p) at beta = 1, as in TRL: a jump in scale.
+    - "scaled": JSD(beta) / (beta (1 - beta)), which reaches those two KLs without a jump.
+
+    Maps: TRL's GKD beta is ours with endpoint "kl". DistiLLM's js_distance(lam) is beta = 1 - lam.
+
+    Args:
+        beta: from 0 to 1.
+        endpoint: "paper", "kl" or "scaled".
+
+    Raises:
+        ValueError: for another `endpoint`, a `beta` out of range, or 0 and 1 with "paper".
+    """
+    if endpoint not in ("paper", "kl", "scaled"):
+        raise ValueError(f"generalized_jsd: endpoint must be paper, kl or scaled, got '{endpoint}'")
+    if not 0.0 <= beta <= 1.0 or (endpoint == "paper" and beta in (0.0, 1.0)):
+        raise ValueError(
+            f"generalized_jsd needs 0 < beta < 1, got {beta}: the formula is identically 0 at both ends; "
+            "use forward_kl() for the limit beta -> 0 and reverse_kl() for beta -> 1, or endpoint='kl' or 'scaled'"
+        )
+    if beta in (0.0, 1.0):
+        return forward_kl() if beta == 0.0 else reverse_kl()
+    if endpoint == "scaled":
+        _nearly("generalized_jsd: beta", beta, 0.0 if beta < 0.5 else 1.0)
+    scale = 1 / (beta * (1 - beta)) if endpoint == "scaled" else 1.0
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p, q = beta * jnp.exp(lp), (1 - beta) * jnp.exp(lq)
+        lm = jnp.log(p + q)  # the floor of log-probabilities keeps this a normal number
+        return (scale * (p * (lp - lm) + q * (lq - lm)),)
+
+    return Divergence(phi)
+
+
+def skew_kl(alpha: float = 0.1) -> Divergence:
+    """SKL(alpha) = KL(p || alpha p + (1 - alpha) q).
+
+    Gradient: q (u - <q, u>) with u = -(1 - alpha) p/m, so |u q| <= p. Bounded by log 1/alpha.
+    Source: DistiLLM (arXiv 2402.03898), Eq. 4, recalled; its code drops the constant sum p log p.
+
+    Args:
+        alpha: weight of the teacher in the mixture, at least 0 (forward KL) and below 1.
+
+    Raises:
+        ValueError: for any other `alpha`.
+    """
+    if alpha == 0.0:
+        return forward_kl()
+    _between("skew_kl: alpha", alpha, 0.0, 1.0)
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p = jnp.exp(lp)
+        return (p * (lp - jnp.log(alpha * p + (1 - alpha) * jnp.exp(lq))),)
+
+    return Divergence(phi)
+
+
+def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
+    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q).
+
+    Gradient: q (u - <q, u>) with u = log q/m - alpha q/m, at most log 1/alpha. Bounded by log 1/alpha, where
+    reverse KL is not. The mixture's own dependence on q is differentiated (DistiLLM-2's code detaches it).
+    Source: DistiLLM (arXiv 2402.03898), section 3.1, recalled.
+
+    Args:
+        alpha: weight of the student in the mixture, at least 0 (reverse KL) and below 1.
+
+    Raises:
+        ValueError: for any other `alpha`.
+    """
+    if alpha == 0.0:
+        return reverse_kl()
+    _between("skew_reverse_kl: alpha", alpha, 0.0, 1.0)
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        q = jnp.exp(lq)
+        return (q * (lq - jnp.log((1 - alpha) * jnp.exp(lp) + alpha * q)),)
+
+    return Divergence(phi)
+
+
+# ------------------------------------------------------------------------------ powers and distances
+
+
+def total_variation() -> Divergence:
+    """TV = 1/2 sum |p - q|, within [0, 1].
+
+    Gradient: q (s - <q, s>) with s = 1/2 sign(q - p), and 0 at ties, so that q = p has none.
+    Source: f-distill (arXiv 2307.15190), section 3.
+    """
+    return Divergence(lambda lp, lq, side: (0.5 * jnp.abs(jnp.exp(lp) - jnp.exp(lq)),))
+
+
+def squared_hellinger() -> Divergence:
+    """H^2 = 1/2 sum (sqrt p - sqrt q)^2 = 1 - sum sqrt(p q), within [0, 1].
+
+    Gradient: 1/2 (q (1 - H^2) - sqrt(p q)). It is alpha_beta(1/2, 1/2) / 4. Source: Hellinger 1909; see `alpha_beta`.
+    """
+    return Divergence(lambda lp, lq, side: (0.5 * jnp.square(jnp.exp(lp / 2) - jnp.exp(lq / 2)),))
+
+
+def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
+    """D = -1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], with its limits where a, b or a + b is 0.
+
+        b = 0:       1/a^2 sum [p^a log(p^a/q^a) - p^a + q^a]       (a = 1: forward KL)
+        a = 0:       1/b^2 sum [q^b log(q^b/p^b) - q^b + p^b]       (b = 1: reverse KL)
+        a + b = 0:   1/a^2 sum [p^a/q^a - log(p^a/q^a) - 1]
+        a = b = 0:   1/2 sum (log p - log q)^2
+
+    (1/2, 1/2) is four times the squared Hellinger distance, (1, 1) half the squared L2 distance. Gradient:
+    q (u - <q, u>) with u = q^(b-1) (q^a - p^a)/a. Never negative; bounded for positive a and b, by 1/(a b). Source:
+    ABKD (arXiv 2505.04560), Eq. 5, recalled, after Cichocki et al. 2011 (Entropy 13), whose limits these are.
+
+    Args:
+        alpha: a; ABKD's scripts use (0.2, 0.7).
+        beta: b.
+
+    Raises:
+        ValueError: for numbers that are not finite, that are within 0.001 of a limit, or whose powers of floored
+            probabilities leave float32.
+    """
+    a, b = alpha, beta
+    if not (math.isfinite(a) and math.isfinite(b)):
+        raise ValueError(f"alpha_beta needs finite numbers, got alpha={a}, beta={b}")
+    least = min(a, b, a + b)
+    if least < -1 or (least < -0.9 and max(a, b) < 1):
+        raise ValueError(
+            f"alpha_beta({a}, {b}) has powers below -0.9, which leave float32 where a probability is floored"
+        )
+    no_a, no_b = _nearly("alpha_beta: alpha", a, 0.0), _nearly("alpha_beta: beta", b, 0.0)
+    no_sum = _nearly("alpha_beta: alpha + beta", a + b, 0.0)
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        if no_a and no_b:
+            return (0.5 * jnp.square(lp - lq),)
+        if no_b:
+            p, q = jnp.exp(a * lp), jnp.exp(a * lq)
+            return ((p * a * (lp - lq) - p + q) / a**2,)
+        if no_a:
+            p, q = jnp.exp(b * lp), jnp.exp(b * lq)
+            return ((q * b * (lq - lp) - q + p) / b**2,)
+        if no_sum:
+            return ((jnp.exp(a * (lp - lq)) - a * (lp - lq) - 1) / a**2,)
+        both, p, q = jnp.exp(a * lp + b * lq), jnp.exp((a + b) * lp), jnp.exp((a + b) * lq)
+        return ((a / (a + b) * p + b / (a + b) * q - both) / (a * b),)
+
+    return Divergence(phi)
+
+
+def alpha_divergence(alpha: float = 0.5) -> Divergence:
+    """(sum p^a q^(1-a) - 1) / (a (a - 1)), Amari's; forward KL at a = 1, reverse KL at a = 0.
+
+    It is alpha_beta(a, 1 - a), with its gradient and errors; a from -1 to 2. At most 1/(a (1 - a)) for 0 < a < 1.
+    Source: Amari 1985, recalled.
+    """
+    return alpha_beta(alpha, 1 - alpha)
+
+
+def renyi(alpha: float = 0.5) -> Divergence:
+    """D_a = log(sum p^a q^(1-a)) / (a - 1), forward KL as a -> 1.
+
+    Gradient: q - r with r = p^a q^(1-a) / sum p^a q^(1-a), a tilted teacher; so within [-1, 1], whatever a.
+    Not decreasing in a. Source: van Erven & Harremoes 2014 (arXiv 1206.2459), Eq. 1.
+
+    Args:
+        alpha: above 0 and at most 2, beyond which float32 cannot hold p^a q^(1-a); 1 is forward KL.
+
+    Raises:
+        ValueError: for any other `alpha`, and within 0.001 of 1.
+    """
+    if not 0.0 < alpha <= 2.0:
+        raise ValueError(f"renyi: alpha must be above 0 and at most 2, got {alpha}")
+    if _nearly("renyi: alpha", alpha, 1.0):
+        return forward_kl()
+    return Divergence(
+        lambda lp, lq, side: (jnp.exp(alpha * lp + (1 - alpha) * lq),), lambda total: jnp.log(total) / (alpha - 1)
+    )
+
+
+# -------------------------------------------------------------------------------- target and the rest
+
+
+def _part(p: Array, q: Array) -> Array:
+    """p log(p/q) for masses of which either may be zero; q = 0 counts as the smallest normal number."""
+    least = jnp.finfo(jnp.float32).tiny
+    return jnp.where(p > 0, p * (jnp.log(jnp.maximum(p, least)) - jnp.log(jnp.maximum(q, least))), 0.0)
+
+
+def decoupled_kd(target: float = 1.0, others: float = 8.0) -> Divergence:
+    """target KL((p_y, 1-p_y) || (q_y, 1-q_y)) + others KL(p without y || q without y), y the data's next token.
+
+    Forward KL is the same with `others` = 1 - p_y: the second part no longer fades where the teacher is sure.
+    Gradient: of the first, target (q_y - p_y) on the target against the rest; of the second, others times the
+    difference of the renormalised distributions. Source: DKD (arXiv 2203.08679), Eq. 7, recalled.
+    Of a top-k teacher that did not store y, the target is all that it did not store.
+
+    Args:
+        target: weight of the binary part (the paper's alpha).
+        others: weight of the non-target part (its beta; 8 is its ImageNet-scale setting, quoted from memory).
+
+    Raises:
+        ValueError: for a weight that is not a number from 0 on.
+    """
+    _weights("decoupled_kd", target=target, others=others)
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p, q = jnp.exp(lp), jnp.exp(lq)
+        hit = side.hit
+        inside = [jnp.where(hit, x, 0.0) for x in (p, q)]
+        return (*inside, *[jnp.where(hit, 0.0, x) for x in (p, q, p * (lp - lq))])
+
+    def combine(p: Array, q: Array, rest_p: Array, rest_q: Array, cross: Array) -> Array:
+        binary = _part(p, q) + _part(rest_p, rest_q)
+        safe = jnp.where(rest_p > 0, rest_p, 1.0)
+        inside = jnp.where(rest_p > 0, (cross - _part(rest_p, rest_q)) / safe, 0.0)
+        return target * binary + others * inside
+
+    return Divergence(phi, combine)
+
+
+def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Divergence:
+    """mass KL((P, 1-P) || (Q, 1-Q)) + inside P KL(p within S || q within S), S the teacher's k largest, P = p(S).
+
+    With both weights 1 it is the KL of k + 1 entries (the chain rule), so never above forward KL. LFM2
+    (arXiv 2511.23404, from summaries) tempers the second part only: two terms, `mass=1, inside=0` at
+    temperature 1 and `mass=0, inside=1` at its own, where P is then tempered too.
+
+    Gradient: mass (Q - P) on S against the rest, and inside P times the difference of the renormalised ones within S.
+
+    Args:
+        k: entries of S; ties with the smallest of them come along.
+        mass: weight of the first part.
+        inside: weight of the second.
+
+    Raises:
+        ValueError: when k is no integer from 1 on, or a weight no number from 0 on.
+    """
+    if type(k) is not int or k < 1:
+        raise ValueError(f"decoupled_topk: k must be an integer from 1 on, got {k!r}")
+    _weights("decoupled_topk", mass=mass, inside=inside)
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p, q = jnp.exp(lp), jnp.exp(lq)
+        head = [jnp.where(side.head, x, 0.0) for x in (p, q, p * (lp - lq))]
+        return (*head, *[jnp.where(side.head, 0.0, x) for x in (p, q)])
+
+    def combine(p: Array, q: Array, cross: Array, rest_p: Array, rest_q: Array) -> Array:
+        return mass * (_part(p, q) + _part(rest_p, rest_q)) + inside * (cross - _part(p, q))
+
+    return Divergence(phi, combine, head=Leading(entries=k))

@@ -1,0 +1,327 @@
+"""A teacher's signal of every row, computed once and stored: `jaxkd cache`, and what it costs and saves."""
+
+import math
+import sys
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from jaxkd.core.sharding import batch_sharding
+from jaxkd.core.types import Batch, Hidden, PyTree
+from jaxkd.data import loader
+from jaxkd.evals.payload import payload_kl
+from jaxkd.models import flops, heads
+from jaxkd.run import load
+from jaxkd.run.job import Job, Model
+from jaxkd.run.teacher import described, layouts, reduced
+from jaxkd.runtime import multihost
+from jaxkd.teachers import codec
+from jaxkd.teachers.live import live
+from jaxkd.teachers.shards import Block
+from jaxkd.teachers.store import Store, Writer
+
+BLOCK = 256
+"""Rows in a file, and the most that an interruption loses; every file has 128 KiB that are not payload."""
+_WRITTEN_AGAIN = 1 / 3  # of a text's tokens: draws part after the first that rounding decides otherwise
+_SEED = 0  # of what is drawn: a cache serves runs of any seed
+
+
+class Maker(NamedTuple):
+    """The live teacher, made into what is stored."""
+
+    params: PyTree
+    make: dict[str, Callable[[PyTree, Batch], Any]]  # per split: arrays [B L ...]
+    loss: Callable[[PyTree, Batch, Any], jax.Array]  # [B L] nats that a payload is from the teacher
+
+
+def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
+    """The live teacher, made into what `layouts` stores of it.
+
+    Args:
+        job: for the signal.
+        params: the teacher's.
+        name: of the teacher.
+    """
+    teacher = live(params, job.teachers[name].forward)
+    less = teacher if job.experiment.teacher.members else reduced(job, teacher, _SEED)
+
+    def hidden(params: PyTree, batch: Batch) -> Hidden:
+        return Hidden(teacher.signal(params, batch).head.hidden)
+
+    # A row's draws follow from its domain's name: the same whichever domains a job has, and in whatever order.
+    called = jnp.asarray([zlib.crc32(domain.encode()) & 0x7FFFFFFF for domain in job.domains], jnp.int32)
+
+    def told(params: PyTree, batch: Batch) -> Any:
+        batch = batch._replace(domain=called[batch.domain])
+        given = {"step": jnp.zeros((), jnp.int32)} if "step" in less.asks else {}
+        found = less.signal(params, batch, **given)
+        return codec.Text(*[getattr(found, name) for name in codec.Text._fields]) if less.writes else found
+
+    def loss(params: PyTree, batch: Batch, payload: Any) -> jax.Array:
+        return payload_kl(teacher.signal(params, batch).head, payload, job.tokenizer.vocab)
+
+    train = hidden if less is teacher else told
+    # Whole rows, since a host writes those that its devices hold.
+    whole = lambda make: jax.jit(make, out_shardings=batch_sharding(job.mesh))
+    return Maker(params, {"train": whole(train), "valid": whole(hidden)}, jax.jit(loss))
+
+
+class _Hosts(NamedTuple):
+    """Which process writes what: groups of processes that hold the same rows of a batch share one block."""
+
+    groups: int
+    mine: int
+    writes: bool  # one process of each group does
+
+
+def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
+    by_row = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
+    held: dict[int, set[int]] = {}
+    device: Any
+    for device, index in by_row.devices_indices_map((batch,)).items():
+        held.setdefault(device.process_index, set()).update(range(batch)[index[0]])
+    places = {process: tuple(sorted(rows)) for process, rows in held.items()}
+    groups = sorted(set(places.values()))
+    me = jax.process_index()
+    first = min(process for process, rows in places.items() if rows == places[me])
+    return _Hosts(len(groups), groups.index(places[me]), first == me)
+
+
+def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
+    """Store the teacher's signal of all rows; blocks that are there are kept.
+
+    All processes go through the same batches together; each group of them fills a block of its own with its share.
+
+    Args:
+        job: its `teacher.cache` is the directory.
+        rows: prepared.
+        progress: show it on stderr.
+
+    Yields:
+        lines on what was written.
+
+    Raises:
+        ValueError: another writer is at it, or the directory holds something else.
+        OSError: the disk is full; what was written stays.
+    """
+    root = job.experiment.teacher.cache
+    sizes = {
+        name: {"train": len(train), "valid": len(valid)}
+        for name, train, valid in zip(rows.names, rows.train, rows.valid, strict=True)
+    }
+    manifest = described(job, rows.fingerprints)
+    started, process = time.perf_counter(), jax.process_index()
+    with Writer(root, manifest, sizes, block=BLOCK, leader=process == 0) as writer:
+        multihost.meet("the cache is opened")
+        todo = writer.missing()
+        multihost.meet("the cache is counted")  # before one writes what another has not looked for yet
+        total = sum(block.stop - block.start for block in todo)
+        measured: dict[str, float] = {}
+        if todo:
+            yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
+            params = load.teacher(job, "teacher")
+            measured = _fill(job, rows, maker(job, params), writer, todo, progress and process == 0)
+        multihost.meet("the cache is written")
+        if process == 0:
+            writer.finish()
+        multihost.meet("the cache is finished")  # before one opens what is not marked complete yet
+    took = time.perf_counter() - started
+    if todo:
+        rate = total * job.experiment.data.length / took
+        yield f"stored in {took:,.0f} s, {rate:,.0f} tokens/s"
+    for name, value in measured.items():
+        yield f"{name}: KL of what is stored from the teacher {value:.2e} nats per token, over a batch"
+    yield from costs(job, rows, {"teacher": Store(root)})
+
+
+def _fill(
+    job: Job, rows: load.Domains, made: Maker, writer: Writer, todo: list[Block], progress: bool
+) -> dict[str, float]:
+    """Compute and write blocks; returns the payload's KL per domain, of its first batch of training rows."""
+    place = batch_sharding(job.mesh)
+    batch = job.experiment.run.eval_batch
+    hosts = _hosts(batch, place)
+    where = loader.local_rows(batch, place)
+    kls: dict[str, float] = {}
+    # One split and so one program at a time: all groups of a round run the same.
+    rounds = [
+        same[i : i + hosts.groups]
+        for split in ("train", "valid")
+        for same in [[block for block in todo if block.split == split]]
+        for i in range(0, len(same), hosts.groups)
+    ]
+    bar = tqdm(total=sum(b.stop - b.start for b in todo), unit=" rows", file=sys.stderr, disable=not progress)
+    for blocks in rounds:
+        block = blocks[min(hosts.mine, len(blocks) - 1)]
+        payloads: list[bytes] = []
+        domain = rows.names.index(block.domain)
+        for start in range(0, max(b.stop - b.start for b in blocks), len(where)):
+            wanted = np.minimum(block.start + start + np.arange(len(where)), block.stop - 1)
+            sources = rows.train if block.split == "train" else rows.valid
+            local = loader.read_rows(sources, np.full(len(where), domain), wanted)
+            placed = loader.place(local, batch, where, place)
+            found = made.make[block.split](made.params, placed)
+            payloads += _encoded(layouts(job)[block.split], found, local["weights"])
+            if block.split == "train" and block.domain not in kls and hosts.groups == 1:
+                kls |= _measured(job, block, made, placed, payloads[-len(where) :])
+            bar.update(min(len(where), block.stop - block.start - start))
+        if hosts.writes and hosts.mine < len(blocks):
+            writer.write(block, payloads[: block.stop - block.start])
+    bar.close()
+    return kls
+
+
+def _encoded(layout: codec.Layout, found: Any, weights: np.ndarray) -> list[bytes]:
+    """Payloads of this process's rows of a batch."""
+    local = jax.tree.map(_local, found)
+    payloads = []
+    for i in range(len(weights)):
+        row = jax.tree.map(lambda x, i=i: x[i], local)
+        live = (row.weights if isinstance(row, codec.Text) else weights[i]) != 0
+        payloads.append(codec.encode(layout, row, live))
+    return payloads
+
+
+def _local(x: jax.Array) -> np.ndarray:
+    """This process's rows of a global array, each once, in their order."""
+    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def _measured(job: Job, block: Block, made: Maker, batch: Batch, payloads: list[bytes]) -> dict[str, float]:
+    stored = codec.decode_rows(layouts(job)[block.split], payloads)
+    if isinstance(stored, codec.Text):
+        return {}
+    return {block.domain: _distance(made, batch, jax.tree.map(jnp.asarray, stored))}
+
+
+def _distance(made: Maker, batch: Batch, payload: Any) -> float:
+    """Nats per token from the teacher."""
+    kl, live = made.loss(made.params, batch, payload), batch.weights != 0
+    return float(jnp.where(live, kl, 0.0).sum() / live.sum())
+
+
+def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
+    """Training rows of every domain read back, and held against the teacher run now.
+
+    Args:
+        job: for the teacher.
+        rows: of all domains; those in the store are looked at.
+        name: of the teacher.
+        store: its cache.
+
+    Raises:
+        ValueError: when the cache is farther from the teacher than storing it again would be.
+    """
+    try:
+        params = load.teacher(job, name)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"{name} does not fit beside what is loaded ({str(error).splitlines()[0][:200]}), so its cache cannot be "
+            "held against it here: run `jaxkd check` where it fits, and train with --no-check"
+        ) from None
+    made, where = maker(job, params, name), f"the cache {store.root}"
+    found = [_again(job, rows, made, store, domain, row) for domain, row in _spots(rows, store, job)]
+    then, now = np.mean(found, 0)
+    if store.layout("train").signal == "token":
+        if then < _WRITTEN_AGAIN:
+            raise ValueError(
+                f"{where} holds text that this teacher does not write: {then:.0%} of its tokens come again; delete the "
+                "directory and run `jaxkd cache`"
+            )
+        return f"cache: {then:.0%} of the text is written again"
+    if not then <= 1.5 * now + 0.01:
+        raise ValueError(
+            f"{where} is {then:.3f} nats per token from this teacher, and a new one would be {now:.3f}: it was made by "
+            "other weights or another forward pass; delete it and run `jaxkd cache`"
+        )
+    return f"cache: {then:.2e} nats per token from the live teacher, {now:.2e} if stored again"
+
+
+def _spots(rows: load.Domains, store: Store, job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of domain and row [B]: of each domain in the store the first row, the last, and some between."""
+    size = job.experiment.run.eval_batch
+    served = np.asarray([d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]])
+    count = -(-2 * len(served) // size) * size
+    place = np.arange(count)
+    domain, share = served[place % len(served)], place // len(served) / ((count - 1) // len(served))
+    row = np.rint(share * (np.asarray(rows.sizes)[domain] - 1)).astype(np.int64)
+    yield from zip(domain.reshape(-1, size), row.reshape(-1, size), strict=True)
+
+
+def _again(
+    job: Job, rows: load.Domains, made: Maker, store: Store, domain: np.ndarray, row: np.ndarray
+) -> tuple[float, float]:
+    """Nats per token from the teacher: of what is stored of rows [B], and of what would be now.
+
+    Of text the share of the stored tokens that are written again, and 1.
+    """
+    layout, place = store.layout("train"), batch_sharding(job.mesh)
+    mine = loader.local_rows(len(row), place)
+    local = loader.read_rows(rows.train, domain[mine], row[mine])
+    batch = loader.place(local, len(row), mine, place)
+    kept = [store.read(rows.names[d], "train", [r])[0] for d, r in zip(domain[mine], row[mine], strict=True)]
+    fresh = _encoded(layout, made.make["train"](made.params, batch), local["weights"])
+    stored, now = (codec.decode_rows(layout, payloads) for payloads in (kept, fresh))
+    if isinstance(stored, codec.Text) and isinstance(now, codec.Text):
+        same = np.asarray(stored.targets == now.targets)[np.asarray(stored.weights) != 0]
+        return float(same.mean()) if same.size else 1.0, 1.0
+    placed = (loader.place({**local, "teacher": x}, len(row), mine, place).teacher for x in (stored, now))
+    then, again = (_distance(made, batch, x) for x in placed)
+    return then, again
+
+
+def costs(job: Job, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator[str]:
+    """Bytes and operations of the teachers, a line or two each.
+
+    Args:
+        job: for the sizes.
+        rows: of the domains.
+        stores: the caches of those that have one.
+    """
+    e, length = job.experiment, job.experiment.data.length
+    per_step = e.data.batch * length
+    for name, model in job.teachers.items():
+        whole = flops.body(model.config, length) + flops.head(model.config)
+        if name not in stores:
+            yield (
+                f"{name}, live: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step, "
+                f"{_planned(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
+            )
+            continue
+        store = stores[name]
+        held = {split: _bytes(store, rows, split) for split in ("train", "valid")}
+        saved = whole - (flops.head(model.config) if store.layout("train").signal == "hidden" else 0)
+        tokens = sum(n for d, n in zip(rows.names, rows.sizes) if d in store.manifest["sizes"]) * length
+        yield (
+            f"{name}, cached in {store.root}: {held['train'] / tokens:,.1f} bytes per token of the rows, "
+            f"{(held['train'] + held['valid']) / 1e6:,.1f} MB on disk, {held['valid'] / 1e6:,.1f} for held-out rows"
+        )
+        yield (
+            f"{name}, saved: {saved / 1e6:,.1f} MFLOP a token, {saved * per_step / 1e9:,.1f} GFLOP a step and "
+            f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps; its head takes "
+            f"{_planned(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
+        )
+
+
+def _planned(model: Model, names: Collection[str]) -> int:
+    """Bytes of a model's parameters on each device, from their shapes."""
+    leaves = zip(
+        jax.tree.leaves({name: model.shapes[name] for name in names}),
+        jax.tree.leaves({name: model.shardings[name] for name in names}),
+        strict=True,
+    )
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
+
+
+def _bytes(store: Store, rows: load.Domains, split: str) -> int:
+    return sum(
+        file.stat().length for name in rows.names for file in store.root.glob(f"{name}/*/*-{split}.array_record*")
+    )

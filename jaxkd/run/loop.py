@@ -1,0 +1,380 @@
+"""A run from its first evaluation to its last: the loop around the one step."""
+
+import contextlib
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from jaxkd.core import metrics
+from jaxkd.core.sharding import batch_sharding
+from jaxkd.core.types import Batch, Metrics, PyTree
+from jaxkd.data import loader
+from jaxkd.evals import compare
+from jaxkd.losses import group_dro
+from jaxkd.models import flops
+from jaxkd.run import load, preflight, program, restore
+from jaxkd.run.job import Job
+from jaxkd.run.mixing import Mixing
+from jaxkd.run.teacher import open_stores, teach
+from jaxkd.runtime import log, multihost
+from jaxkd.runtime.phases import Phases
+from jaxkd.runtime.profiling import Profile
+from jaxkd.train import faults, guard, optim
+from jaxkd.train.state import TrainState, init_state
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM, turned into a question that all processes ask at the same places."""
+
+    def __init__(self) -> None:
+        """Nothing has been asked for yet."""
+        self._asked, self._questions = False, 0
+
+    def __call__(self) -> bool:
+        """Whether to save and stop now; the same in all processes."""
+        # Numbered from 1 in every process's life, and not by steps: JAX has all stop at one more than the largest
+        # number before the signal, and looks for nothing but equality. Before the first question that is 1.
+        self._questions += 1
+        told = multihost_utils.reached_preemption_sync_point(self._questions)
+        return told or (self._asked and not multihost.several())
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """The first Ctrl-C asks, a second one interrupts at once."""
+
+        def ask(number: int, frame: Any) -> None:
+            if self._asked:
+                raise KeyboardInterrupt
+            self._asked = True
+            if multihost.several():
+                signal.raise_signal(signal.SIGTERM)  # which JAX tells all processes
+
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class _Told(Exception):
+    """To stop, in the middle of an evaluation."""
+
+
+class Run:
+    """A training run's moving parts; `go` advances them to the last step."""
+
+    def __init__(
+        self,
+        job: Job,
+        workdir: Path,
+        rows: load.Domains,
+        say: Callable[[str], None] = print,
+        started: float | None = None,
+    ):
+        """Load the models, restore the newest checkpoint, compile nothing yet.
+
+        Args:
+            job: what to run.
+            workdir: where everything is written.
+            rows: prepared.
+            say: prints a line.
+            started: `time.time()` at which the process began, None for now.
+
+        Raises:
+            ValueError: when the checkpoint is of other rows, or none of them can be read.
+        """
+        self.job, self.workdir, self.rows = job, workdir, rows
+        self.seconds: list[float] = []  # of the present interval's steps
+        self.rule_s: float | None = None  # that the rule took just before the next step
+        self.mixing = Mixing(job, rows)
+        self.stores = open_stores(job, rows.fingerprints)
+        self.checkpoints = restore.checkpoints(job.experiment, workdir)
+        self.finished = False
+        self.phases = Phases(workdir, job.experiment.run.stall_s, started or time.time(), jax.process_index())
+        try:
+            self._load(say)
+            self._define()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the checkpoints, whose threads would otherwise complain behind an error's own line."""
+        self.checkpoints.close()
+        self.phases.close(self.finished)
+
+    def _define(self) -> None:
+        """The functions that the loop calls; nothing is compiled yet."""
+        job = self.job
+        self.start = {row["domain"]: row["student_nats"] for row in self._first_evaluation()}
+        self.step = program.jitted_step(job, self.teaching.train)
+        comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
+        self.comparison = jax.jit(comparison)
+        self.flops = program.flops_of(job).model
+
+    def _load(self, say: Callable[[str], None]) -> None:
+        """The models, and the state: the newest checkpoint's, or the first one."""
+        job, rows = self.job, self.rows
+        found = restore.recover(job, self.workdir, self.checkpoints)
+        self.resumed = found is not None
+        self.models = load.models(job, rows, with_student=not self.resumed)
+        self.teaching = teach(job, self.models.teachers, self.stores)
+        if found is None:
+            self.mixing.first()
+            self.state: TrainState = self._first_state()
+            self.tokens = 0
+        else:
+            self.state = found.state
+            self._adopt(found.progress)
+            for line in found.said:
+                say(line)
+            say(f"resuming at step {found.step} of {job.experiment.run.steps}")
+        self.models = self.models._replace(student=None)
+        step = int(self.state.step)
+        self.faults = faults.Faults(job.experiment.optim.skip_limit, step - int(optim.updates(self.state.opt_state)))
+        self.phases.restored(step)
+
+    def loaded(self) -> preflight.Loaded:
+        """What is looked at before the first step."""
+        student = self.state.params["student"]
+        average = student if self.state.ema is None else self.state.ema
+        return preflight.Loaded(
+            self.job, self.rows, self.models.teachers, self.teaching, student, average, self.comparison
+        )
+
+    def _first_state(self) -> TrainState:
+        job, run = self.job, self.job.experiment.run
+
+        def first(student: PyTree, key: jax.Array) -> TrainState:
+            params = {"student": student, "objective": job.objective_init(key)}
+            weights = group_dro.init(self.mixing.mixture.sampling) if self.mixing.rule.group_dro else None
+            recent = None if job.state.recent is None else guard.init()
+            return init_state(params, job.tx, job.objective.trains, job.own, weights, recent)
+
+        place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
+        state = jax.jit(first, out_shardings=place)(self.models.student, jax.random.key(run.seed))
+        return state._replace(
+            params=state.params | {"objective": state.params["objective"] | restore.objective_params(job)}
+        )
+
+    def _adopt(self, progress: dict[str, Any]) -> None:
+        if progress["rows"] != self.rows.fingerprints:
+            changed = [n for n, f in self.rows.fingerprints.items() if progress["rows"].get(n) != f]
+            raise ValueError(
+                f"the rows of {', '.join(changed) or 'some domains'} are not those that {self.workdir} was trained on: "
+                "the text, the tokenizer or how rows are cut has changed; use a new --workdir"
+            )
+        self.mixing.restore(progress["mixture"])
+        self.tokens = progress["tokens"]
+
+    def _progress(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the train state, as JSON; floats keep every bit."""
+        known = {"mixture": self.mixing.saved(), "tokens": self.tokens, "rows": self.rows.fingerprints}
+        return known | restore.identity(self.job.experiment)
+
+    def _interval(self, step: int) -> Iterator[Batch]:
+        """The present interval's batches from `step` on; nothing is read beyond its end."""
+        return loader.batches(
+            self.rows.train,
+            self.mixing.mixture,
+            self.job.experiment.run.seed,
+            self.job.experiment.data.batch,
+            step,
+            self.mixing.end,
+            self.mixing.start,
+            batch_sharding(self.job.mesh),
+            self.teaching.train.annotate,
+        )
+
+    def _first_evaluation(self) -> list[compare.Row]:
+        """Rows of the one before the first step, where it has been made."""
+        return multihost.word(
+            "first evaluation", lambda: [row for row in log.read(self.workdir / "evals.jsonl") if row["step"] == 0]
+        )
+
+    def _evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step is there, whole."""
+        whole = lambda row: row["step"] == step and row["domain"] == "mean"
+        return multihost.word("evaluated", lambda: any(map(whole, log.read(self.workdir / "evals.jsonl"))))
+
+    def _judge(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
+        """Student beside teacher on the held-out rows; raises `_Told`."""
+        params = self.state.params["student"]
+        average = params if self.state.ema is None else self.state.ema
+        known = (self.teaching.judge.state, self.state.step, average)
+
+        def compared(batch: Batch) -> compare.Sums:
+            if interrupt():
+                raise _Told
+            self.phases.alive()
+            return self.comparison(params, known, batch)
+
+        rows = compare.evaluate(
+            compared,
+            load.held_out(self.job, self.rows, self.teaching.judge.annotate),
+            step,
+            {} if self.job.own else self.start if step else None,  # a teacher that moves leaves no gap to close
+        )
+        if step == 0:
+            self.start = {row["domain"]: row["student_nats"] for row in rows}
+        return rows
+
+    def go(self, profile: tuple[int, int] = (0, 0)) -> bool:
+        """Train to the last step; False when a signal stopped the run before it, with everything saved.
+
+        Args:
+            profile: the first step to trace, and how many.
+
+        Raises:
+            FloatingPointError: when too many losses or gradients were not finite; nothing of them is saved.
+            OSError: when a checkpoint could not be written.
+        """
+        run, step = self.job.experiment.run, int(self.state.step)
+        output = log.TrainLog(self.workdir, run.steps, step, self.mixing.start)
+        interrupt, trace = Interrupt(), Profile(self.workdir / "profile", *profile)
+        try:
+            with interrupt.listening(), contextlib.closing(trace):
+                stop = interrupt()
+                if not stop and self._due(step) and not self._evaluated(step):
+                    output.restart_evaluation(step)
+                    stop = self._evaluate(output, step, interrupt) is None
+                if stop:
+                    output.say("stopped by a signal before a step was made: the same command begins where this one did")
+                    return False
+                self.mixing.begin(self._first_evaluation())
+                if not any(row["step"] == self.mixing.start for row in log.read(self.workdir / "mixture.jsonl")):
+                    output.mixture(self.mixing.line(self.tokens, self.state.groups))
+                with self.phases.during("steps"):
+                    self.finished = self._steps(step, run, output, interrupt, trace)
+            with self.phases.during("checkpoint"):
+                self.checkpoints.wait()
+                restore.mark(self.job.experiment, self.workdir, self.checkpoints)
+            if not self.finished:
+                at = f"step {int(self.state.step)} of {run.steps}"
+                output.say(f"stopped by a signal: {at} is saved; the same command goes on from it")
+            if self.finished and (told := self.mixing.finish(self.state, self.workdir)):
+                output.say(told)
+        finally:
+            output.close()
+        return self.finished
+
+    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt, trace: Profile) -> bool:
+        """A step's numbers are fetched once the next one is under way, and the batch after that is on its devices."""
+        waiting: tuple[int, Metrics] | None = None
+        clock = time.perf_counter()
+        batches = None
+        while step < run.steps:
+            if step == self.mixing.end:
+                if waiting is not None:
+                    self._record(output, *waiting, clock)
+                batches, waiting = None, None
+                with self.phases.during("mixture"):
+                    self._reweigh(output)
+                clock = time.perf_counter()
+            batches = self._interval(step) if batches is None else batches
+            with trace.step(step + 1), self.phases.once("compile"):
+                batch = next(batches)
+                self.state, measured = self.step(self.state, self.teaching.train.state, batch)
+            if waiting is not None:
+                clock = self._record(output, *waiting, clock)
+            step, waiting = step + 1, (step + 1, measured)
+            if trace.dispatched(step, measured):
+                output.say(f"profile: steps up to {step} are traced in {self.workdir / 'profile'}")
+            stop = interrupt()
+            save = step == run.steps or step % run.checkpoint_every == 0
+            if stop or save or self._due(step):
+                # The step's own numbers come first: a state whose loss is NaN must not be saved.
+                clock = self._record(output, *waiting, clock)
+                waiting = None
+                judged = None
+                # A process that was told to stop has no time for an evaluation; the next one makes it up.
+                if self._due(step) and not stop:
+                    judged = self._evaluate(output, step, interrupt)
+                    stop = judged is None
+                if stop or save:
+                    output.flush()
+                    with self.phases.during("checkpoint"):
+                        self.checkpoints.save(step, self.state, self._progress(), judged)
+                        restore.mark(self.job.experiment, self.workdir, self.checkpoints)
+                clock = time.perf_counter()
+            if stop:
+                return False
+        return True
+
+    def _reweigh(self, output: log.TrainLog) -> None:
+        """The next interval's mixture, and what it cost beside the steps of the last one."""
+        seconds = self.mixing.advance(self.state.params["student"])
+        step_s = statistics.median(self.seconds) if self.seconds else None
+        line = self.mixing.line(self.tokens, self.state.groups, seconds, step_s)
+        output.mixture(line)
+        self.seconds, self.rule_s = [], line.get("rule_s")
+
+    def _due(self, step: int) -> bool:
+        """Whether this step is evaluated: before, after, and every so often."""
+        run = self.job.experiment.run
+        return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
+
+    def _record(self, output: log.TrainLog, step: int, measured: Metrics, clock: float) -> float:
+        """Fetch a step's metrics, log and check them; returns the time at which they were there."""
+        self.checkpoints.check()
+        values = metrics.read(measured)
+        now = time.perf_counter()
+        skipped = values.pop("skipped") > 0
+        tokens = values.pop("tokens", 0)
+        tokens = int(tokens) if math.isfinite(tokens) else 0
+        self.tokens += tokens
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": None,
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
+            "tokens": self.tokens,
+            "tokens_per_s": tokens / (now - clock),
+        }
+        row["step_s"] = now - clock
+        row |= flops.rates(self.flops, now - clock, self.job.mesh.size, self.job.mesh.devices.flat[0].device_kind)
+        self.seconds.append(now - clock)
+        if self.mixing.rule.measures:
+            shares = zip(self.rows.names, self.mixing.mixture.sampling.tolist(), strict=True)
+            row |= {f"share/{name}": share for name, share in shares}
+        if self.rule_s is not None:  # before this step, and in none of the times above
+            row["rule_s"], self.rule_s = self.rule_s, None
+        broken = skipped or not math.isfinite(values["param_norm"])
+        rows = faults.suspects(values, self._drawn(step)) if broken else {}
+        row |= {"skipped": self.faults.total + 1} if skipped else {}
+        row |= {"rows": rows} if broken else {}
+        output.step(row, broken or step % self.job.experiment.run.log_every == 0)
+        self.phases.stepped(step, now - clock, skipped)
+        self.faults.see(step, values, skipped, rows, self.checkpoints.latest)
+        return now
+
+    def _drawn(self, step: int) -> dict[str, list[int]]:
+        """The rows of a step of the present interval by their domains, the same in every process."""
+        e, mixing = self.job.experiment, self.mixing
+        sizes = [len(rows) for rows in self.rows.train]
+        interval = step - 1, mixing.end, mixing.start
+        domain, row = loader.drawn(sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
+        found = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
+        return {name: rows for name, rows in found.items() if rows}
+
+    def _evaluate(self, output: log.TrainLog, step: int, interrupt: Interrupt) -> float | None:
+        """Log an evaluation; returns the student's mean loss, by which checkpoints are compared; None: told to stop."""
+        try:
+            with self.phases.during("evaluation"):
+                rows = self._judge(step, interrupt)
+        except _Told:
+            return None
+        output.evaluation(rows)
+        if step < self.job.experiment.run.steps:
+            mean = rows[-1]
+            output.say(
+                f"step {step}: student {mean['student_nats']:.3f} nats/token (teacher {mean['teacher_nats']:.3f}), "
+                f"KL {mean['kl']:.3f}, agreement {mean['agreement']:.1%}"
+            )
+        return rows[-1]["student_nats"]

@@ -1,0 +1,218 @@
+"""What is looked at before a step is paid for: each failed check is one sentence that says what to do."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkd.core.sharding import batch_sharding
+from jaxkd.core.types import Batch, Forward, Head, PyTree
+from jaxkd.data import loader
+from jaxkd.evals import compare
+from jaxkd.kernels.api import linear_divergence
+from jaxkd.losses.divergences import next_token
+from jaxkd.run import cache_teacher, load
+from jaxkd.run.job import Job, Model
+from jaxkd.run.teacher import Teaching, open_stores, teach
+from jaxkd.teachers.store import Store
+
+_PADDING = 8  # tokens put behind a row
+_WIDE = ("tokens", "targets", "weights", "segments", "positions")
+_SAME = 2e-3  # nats: what the order of sums may change in float32
+_PRECISION = 0.05  # nats per token that a compute dtype may cost beside float32
+_BEHIND = 0.02  # nats per token by which a teacher may be behind its student: noise of a few rows
+
+
+Compare = Callable[[PyTree, Any, Batch], compare.Sums]
+
+
+class Loaded(NamedTuple):
+    """What a run has in its hands before its first step."""
+
+    job: Job
+    rows: load.Domains
+    teachers: Mapping[str, PyTree]
+    teaching: Teaching
+    student: PyTree
+    average: PyTree  # `TrainState.ema`, or the student's parameters
+    comparison: Compare  # the evaluation's, jitted
+
+
+def prepare(job: Job, rows: load.Domains) -> tuple[Loaded, dict[str, Store]]:
+    """What the checks look at, loaded as the run's first step would have it.
+
+    Raises:
+        ValueError, FileNotFoundError: when something cannot be loaded.
+    """
+    stores = open_stores(job, rows.fingerprints)
+    models = load.models(job, rows)
+    taught = teach(job, models.teachers, stores)
+    comparison = jax.jit(compare.make_comparison(job.student.forward, taught.judged, job.tokenizer.vocab))
+    return Loaded(job, rows, models.teachers, taught, models.student, models.student, comparison), stores
+
+
+def run(loaded: Loaded, stores: Mapping[str, Store]) -> Iterator[str]:
+    """The checks, one after the other; each yields a line on what was seen.
+
+    Args:
+        loaded: models and rows.
+        stores: the opened caches by the teacher's name; each is held against the live teacher.
+
+    Raises:
+        ValueError: at the first that fails.
+    """
+    job = loaded.job
+    yield _chat(job)
+    batch = _batch(loaded)
+    yield from _losses(loaded, batch)
+    for name, model in {} if job.own else {n: m for n, m in job.teachers.items() if n not in stores}.items():
+        yield _forward(name, model, loaded.teachers[name], batch, job)
+    yield _forward("student", job.student, loaded.student, batch, job)
+    for name, store in stores.items():
+        yield cache_teacher.spot_check(job, loaded.rows, name, store)
+
+
+# ------------------------------------------------------------------------------------ chat templates
+
+CONVERSATION = (
+    {"role": "user", "content": "What is 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And 3 + 3?"},
+)
+
+
+def render(template: str, special: Mapping[str, str]) -> str:
+    """A fixed conversation as a chat template writes it, with the turn of the model begun.
+
+    Args:
+        template: Jinja, as in tokenizer_config.json.
+        special: texts of `bos_token` and the like.
+
+    Raises:
+        ValueError: when it cannot be rendered.
+    """
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    world.globals["raise_exception"] = refuse
+    try:
+        return world.from_string(template).render(messages=CONVERSATION, add_generation_prompt=True, **special)
+    except TemplateError as error:
+        raise ValueError(f"a chat template cannot be rendered: {error}") from None
+
+
+def _chat(job: Job) -> str:
+    models = {**job.teachers, "student": job.student}
+    own = {side: model.tokenizer for side, model in models.items() if model.tokenizer is not None}
+    templates = {side: tokenizer for side, tokenizer in own.items() if tokenizer.chat_template}
+    if len({tokenizer.chat_template for tokenizer in templates.values()}) < 2:
+        return f"chat template: {'the same for teacher and student' if templates else 'none'}"
+    text = lambda t, number: "" if number is None else t.tokenizer.id_to_token(number)
+    rendered = {
+        side: render(t.chat_template or "", {"bos_token": text(t, t.start), "eos_token": text(t, t.end)})
+        for side, t in templates.items()
+    }
+    (first, expected), *others = rendered.items()
+    for side, other in others:
+        if other != expected:
+            pairs = enumerate(zip(expected + "\0", other + "\0"))
+            at = next(i for i, (a, b) in pairs if a != b)
+            near = lambda s, at=at: repr(s[max(at - 20, 0) : at + 20])
+            raise ValueError(
+                f"the chat templates of {first} and {side} write the same conversation differently, from character "
+                f"{at} on: {near(expected)} and {near(other)}. A teacher judges a format that it does not know by its "
+                "strangeness: give both models one template, or add --no-check when the data has no chat in it"
+            )
+    return "chat template: other words, rendered alike"
+
+
+# ------------------------------------------------------------------------------------- losses of real rows
+
+
+def _batch(loaded: Loaded) -> Batch:
+    """Held-out rows of all domains in turn, an evaluation batch of them, annotated for the judge."""
+    rows, job = loaded.rows, loaded.job
+    size, place = job.experiment.run.eval_batch, batch_sharding(job.mesh)
+    domain = np.arange(size) % len(rows.names)
+    row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
+    where = loader.local_rows(size, place)
+    local = loader.read_rows(rows.valid, domain[where], row[where])
+    return loader.place(loaded.teaching.judge.annotate(local), size, where, place)
+
+
+def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
+    """Teacher and student on real rows, twice."""
+    job = loaded.job
+    known = (loaded.teaching.judge.state, jnp.zeros((), jnp.int32), loaded.average)
+    once, again = (jax.device_get(loaded.comparison(loaded.student, known, batch)) for _ in range(2))
+    for name, first, second in zip(compare.Sums._fields, once, again, strict=True):
+        if not np.array_equal(first, second, equal_nan=True):
+            raise ValueError(
+                f"two passes over the same rows differ in {name} ({first} and {second}): a teacher that is not "
+                "deterministic teaches noise, and no run can be repeated; look at XLA_FLAGS and the device"
+            )
+    yield "two passes: the same to the last bit"
+    teacher, student = (float(x / once.tokens) for x in (once.teacher_nats, once.student_nats))
+    guess = math.log(job.tokenizer.vocab)
+    for side, nats in (("teacher", teacher), ("student", student)):
+        if not math.isfinite(nats):
+            raise ValueError(
+                f"the {side}'s loss on held-out rows is {nats}: its weights are damaged, or its dtype too narrow"
+            )
+    real = job.own or all(m.checkpoint is not None for m in job.teachers.values())
+    if real and not job.own and teacher >= guess:
+        raise ValueError(
+            f"the teacher's loss on held-out rows is {teacher:.2f} nats per token, no better than guessing "
+            f"({guess:.2f}): its weights are not what its config says, or the data is not text of its kind"
+        )
+    if real and teacher > student + _BEHIND:
+        raise ValueError(
+            f"the teacher's loss on held-out rows is {teacher:.2f} nats per token and the student's {student:.2f}: the "
+            "student is ahead of what it should learn from. Swap them, or add --no-check if that is meant"
+        )
+    yield f"held-out rows: teacher {teacher:.3f}, student {student:.3f}, guessing {guess:.3f} nats per token"
+
+
+def _forward(side: str, model: Model, params: PyTree, batch: Batch, job: Job) -> str:
+    """A model's loss with padding behind its rows, and in float32."""
+    vocab = job.tokenizer.vocab
+
+    @jax.jit
+    def losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def nats(forward: Forward, batch: Batch) -> jax.Array:
+            found = _nats(forward(params, batch).head, batch, vocab)[:, :length]
+            live = batch.weights[:, :length] != 0
+            return jnp.sum(jnp.where(live, found, 0.0)) / jnp.sum(live)
+
+        length = batch.tokens.shape[1]
+        longer = {name: jnp.pad(getattr(batch, name), ((0, 0), (0, _PADDING))) for name in _WIDE}
+        wide = partial(model.forward, dtype=jnp.float32)
+        return nats(model.forward, batch), nats(model.forward, batch._replace(**longer)), nats(wide, batch)
+
+    plain, padded, wide = (float(x) for x in losses(params, batch._replace(teacher=None)))
+    if abs(plain - padded) > (_SAME if plain == wide else _PRECISION):
+        raise ValueError(
+            f"the {side}'s loss is {plain:.4f} nats per token, and {padded:.4f} with padding behind the same rows: "
+            "its forward pass lets padding reach the tokens"
+        )
+    if abs(plain - wide) > _PRECISION:
+        key = "run.dtype" if side == "student" else "teacher.dtype"
+        raise ValueError(
+            f"the {side}'s loss is {plain:.3f} nats per token as it computes, and {wide:.3f} in float32: its precision "
+            f"is not enough; set {key}=float32, or weights that were made for it"
+        )
+    return f"{side}: padding changes its loss by {abs(plain - padded):.1e} nats, its dtype by {abs(plain - wide):.1e}"
+
+
+def _nats(head: Head, batch: Batch, vocab: int) -> jax.Array:
+    """Cross-entropy [B L] of a head with the next tokens."""
+    weights = batch.weights[None]
+    return linear_divergence((next_token(),), head, None, batch.targets, weights, (1.0,), vocab=vocab)[1][0]

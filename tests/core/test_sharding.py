@@ -1,0 +1,226 @@
+"""The mesh and its tables: which axis lives where, what lies in which slice, and a job that is laid over them."""
+
+import dataclasses
+import functools
+import itertools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import REPOSITORY
+
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.core import sharding
+from jaxkd.planning import plan
+from jaxkd.run import job, load, program
+from jaxkd.run import teacher as teaching
+from jaxkd.train.state import init_state
+
+
+def test_specs_follow_the_table_and_never_use_an_axis_twice():
+    mesh = sharding.make_mesh(4, 2)
+    assert sharding.spec(("vocab", "embed"), (128, 64), mesh) == jax.sharding.PartitionSpec("model", "data")
+    assert sharding.spec(("heads", "mlp"), (8, 64), mesh) == jax.sharding.PartitionSpec("model", None)
+    assert sharding.spec(("heads", "embed"), (9, 64), mesh) == jax.sharding.PartitionSpec(None, "data")
+    with pytest.raises(ValueError, match="no sharding rule for logical axis 'width'"):
+        sharding.spec(("width",), (8,), mesh)
+    wide = sharding.make_mesh(2, 1, replica=2, context=2)
+    spec = jax.sharding.PartitionSpec
+    assert sharding.spec(("batch", "length", None), (8, 64, 32), wide) == spec(("replica", "data"), "context", None)
+    assert sharding.spec(("embed", "mlp"), (64, 32), wide) == spec(("data", "context"), None)
+    assert sharding.spec(("embed", "mlp"), (6, 32), wide) == spec("data", None)  # what does not divide, from the end
+    assert sharding.spec(("embed", "mlp"), (64, 32), wide, sharding.TABLES["replicated"]) == spec(None, None)
+    moments = sharding.spec(("embed", "mlp"), (64, 32), wide, sharding.MOMENTS)
+    assert moments == spec(("data", "context", "replica"), None)
+
+
+def test_the_teacher_axis_is_rows_to_the_student_and_model_to_the_teacher():
+    mesh, spec = sharding.make_mesh(2, 2, teacher=2), jax.sharding.PartitionSpec
+    teacher = sharding.of_teacher(sharding.TABLES["fsdp"])
+    assert sharding.spec(("batch", "mlp"), (8, 64), mesh) == spec(("data", "teacher"), "model")
+    assert sharding.spec(("batch", "mlp"), (8, 64), mesh, teacher) == spec("data", ("teacher", "model"))
+    assert sharding.spec(("vocab", "embed"), (64, 64), mesh) == spec("model", ("data", "teacher"))
+    assert sharding.spec(("vocab", "embed"), (64, 64), mesh, teacher) == spec("model", "data")
+    assert sharding.spec(("kv_heads", "embed"), (2, 64), mesh, teacher) == spec("teacher", "data")
+    whole = sharding.of_teacher(sharding.TABLES["replicated"])
+    assert sharding.spec(("embed", "heads"), (64, 8), mesh, whole) == spec(None, ("teacher", "model"))
+
+
+def test_what_does_not_divide_is_reported():
+    shapes, axes = {"q": jnp.zeros((64, 9))}, {"q": ("embed", "heads")}
+    assert sharding.replicated_axes(axes, shapes, sharding.make_mesh(4, 2)) == [
+        "axis 'heads' of size 9 does not divide over model=2: replicated"
+    ]
+    shapes = {"q": jnp.zeros((66, 8))}
+    assert sharding.replicated_axes(axes, shapes, sharding.make_mesh(2, 2, context=2)) == [
+        "axis 'embed' of size 66 does not divide over data=2 x context=2: split over data only"
+    ]
+    assert (
+        sharding.replicated_axes(axes, shapes, sharding.make_mesh(2, 2, context=2), sharding.TABLES["replicated"]) == []
+    )
+
+
+@dataclasses.dataclass
+class Chip:
+    """What a mesh is laid over: a TPU of a 4 x 4 slice."""
+
+    slice_index: int
+    coords: tuple[int, int, int]
+    id: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def chips_of(slices: int) -> list[Chip]:
+    return [Chip(s, (i % 4, i // 4, 0), 16 * s + i) for s in range(slices) for i in range(16)]
+
+
+@pytest.mark.parametrize("model", [1, 2, 4])  # 8 x 2 needs an axis of the torus split
+def test_only_replicas_lie_in_several_slices(model):
+    """As placed; JAX's mesh itself takes no made-up devices."""
+    grid = sharding.place((2, 16 // model, 1, model), chips_of(2))
+    assert grid.shape == (2, 16 // model, 1, model)
+    for number, replica in enumerate(grid):
+        assert {chip.slice_index for chip in replica.ravel()} == {number}
+        for line in replica.reshape(-1, model):  # neighbours, not across the slice
+            steps = [abs(np.subtract(a.coords, b.coords)).sum() for a, b in itertools.pairwise(line)]
+            assert all(step == 1 for step in steps)
+    assert sharding.place((4, 4, 1, 2), chips_of(2)).shape == (4, 4, 1, 2)  # two replicas in each slice
+
+
+def test_tpus_that_do_not_say_their_slice_are_one():
+    """As libtpu describes the devices of a single slice that is not here."""
+    assert sharding.slices([types.SimpleNamespace(platform="tpu")] * 4) == 1
+    assert sharding.slices(chips_of(3)) == 3
+
+
+def test_meshes_that_cannot_be_are_named():
+    with pytest.raises(ValueError, match=r"run.mesh is replica=3 x data=1 x model=2 = 6 devices, but there are 8"):
+        sharding.make_mesh(-1, 2, replica=3)
+    with pytest.raises(ValueError, match=r"sizes from 1 on, or -1 for replica and data, got .*model=0"):
+        sharding.make_mesh(8, 0)
+    with pytest.raises(ValueError, match=r"these devices are 2 slices.*multiple of 2, or -1, got 1"):
+        sharding.make_mesh(32, 1, chips_of(2))
+
+
+# ------------------------------------------------------------------------------------------ a job
+
+
+def built(*overrides: str, **sizes: int) -> job.Job:
+    """The tiny recipe on a mesh; vocabulary, heads and width divide over each of its axes."""
+    recipe = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
+    mesh = [f"--config.run.mesh.{name}={size}" for name, size in sizes.items()]
+    return job.build(experiment(read_config([recipe, *mesh, *overrides])))
+
+
+def axes_of(tree) -> set[str]:
+    """The mesh axes that any of a tree's arrays is split over."""
+    specs = [leaf.spec for leaf in jax.tree.leaves(tree)]
+    return {name for spec in specs for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
+
+
+def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
+    """Hidden states and taps are those of one device, and lie where the loss and the terms look for them."""
+    sizes, spec = {"data": 2, "teacher": 2, "model": 2}, jax.sharding.PartitionSpec
+    found, taps = [], ("layer_2", "query_3", "value_3")
+    for this in (built(data=1), built(**sizes)):
+        with jax.set_mesh(this.mesh):
+            params = load.teacher(this, "teacher")
+            found.append(jax.jit(functools.partial(this.teacher.forward, taps=taps))(params, batch(this, 0)))
+    one, many = found
+    lies = {"layer_2": (), "query_3": (None, "model"), "value_3": (None, "model")}
+    for name, x in {"layer_2": many.head.hidden, **many.taps}.items():
+        place = jax.sharding.NamedSharding(this.mesh, spec(("data", "teacher"), *lies[name]))
+        assert x.sharding.is_equivalent_to(place, x.ndim), name
+    for a, b in zip(
+        jax.tree.leaves(one._replace(head=one.head.hidden)),
+        jax.tree.leaves(many._replace(head=many.head.hidden)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    job = built(**sizes)
+    assert axes_of(job.teacher.shardings["layers"]) == axes_of(job.student.shardings) == {"data", "teacher", "model"}
+    assert axes_of(job.teacher.shardings["embed"]) == {"data", "model"}
+    # As small a part of a layer as with a `model` axis that is twice as wide, its heads' widths and all.
+    wide = built(data=2, model=4)
+    held = lambda job, name: job.teacher.shardings["layers"][name].shard_shape(job.teacher.shapes["layers"][name].shape)
+    assert [held(job, name) for name in ("q", "o", "up", "down")] == [
+        held(wide, name) for name in ("q", "o", "up", "down")
+    ]
+
+
+def test_moments_are_shared_by_all_that_hold_the_same():
+    whole = built(data=1).state
+    spread = built(replica=2, data=2, context=2).state
+    everything = plan.held(whole.params["student"])
+    assert plan.held(spread.params["student"]) == everything // 4
+    # Two moments of each parameter, and a few counters.
+    assert 2 * everything / 8 <= plan.held(spread.opt_state) < 2 * everything / 8 + 100
+
+
+def test_either_side_may_lie_whole_beside_the_model_axis():
+    found = built("--config.teacher.sharding=replicated", data=4, model=2)
+    assert axes_of(found.teacher.shardings) == {"model"}
+    assert axes_of(found.student.shardings) == {"data", "model"}
+    found = built("--config.student.sharding=replicated", data=4, model=2)
+    assert axes_of(found.student.shardings) == {"model"}
+    assert axes_of(jax.tree.map(lambda leaf: leaf.sharding, found.state.opt_state)) == {"data", "model"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sizes", "message"),
+    [
+        (["--config.teacher.sharding=fsdb"], {}, r"unknown teacher.sharding 'fsdb': did you mean fsdp\?"),
+        (["--config.optim.micro_batches=2"], {"replica": 4}, "2 x 8 devices on the replica and data axes"),
+        (["--config.optim.micro_batches=2"], {"teacher": 4}, "2 x 8 devices on the data and teacher axes"),
+        (["--config.data.length=62"], {"context": 4}, "data.length=62 must be a multiple of the run.mesh.context=4"),
+    ],
+)
+def test_what_does_not_fit_a_mesh_is_named(overrides, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        built(*overrides, **sizes)
+
+
+@pytest.mark.slow
+def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
+    """Loss and norms of two steps; what the update read and wrote lies where it was."""
+    found = []
+    for sizes in ({"data": 1}, {"replica": 2, "data": 1, "context": 2, "model": 2}, {"data": 2, "teacher": 4}):
+        this = built(**sizes)
+        with jax.set_mesh(this.mesh):
+            teacher = teaching.teach(this, {"teacher": load.teacher(this, "teacher")}, {}).train
+            student = load.put(load.host_params(this.student, 1), this.student)
+            places = jax.tree.map(lambda leaf: leaf.sharding, this.state)
+            first = jax.jit(
+                functools.partial(init_state, tx=this.tx, names=this.objective.trains), out_shardings=places
+            )
+            state, step, measured = first({"student": student, "objective": {}}), program.jitted_step(this, teacher), {}
+            for seed in range(2):
+                state, measured = step(state, teacher.state, batch(this, seed))
+            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
+            found.append({name: float(total / weight) for name, (total, weight) in measured.items() if weight})
+    for name in ("loss", "kd", "ce", "grad_norm"):
+        assert [each[name] for each in found[1:]] == pytest.approx([found[0][name]] * 2, rel=1e-5)
+
+
+def batch(this: job.Job, seed: int):
+    """Random tokens, two documents a row."""
+    rng, shapes = np.random.default_rng(seed), job.abstract_batch(this)
+    rows, length = shapes.tokens.shape
+    tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
+    segments = np.where(np.arange(length) < length // 3, 1, 2).astype(np.int32)
+    arrays = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "weights": rng.integers(0, 2, (rows, length)).astype(np.float32),
+        "segments": np.broadcast_to(segments, (rows, length)),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+        "row": np.arange(rows, dtype=np.int32),
+        "domain": (np.arange(rows) % 2).astype(np.int32),
+    }
+    return shapes._replace(**{n: jax.device_put(x, getattr(shapes, n).sharding) for n, x in arrays.items()})

@@ -1,0 +1,299 @@
+"""Objectives that look inside the models: taps, the fold, the step, meshes, a student that stands still."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from harness import random_params
+
+from jaxkd.core import sharding
+from jaxkd.core.types import Batch
+from jaxkd.kernels.attention import segment_attention
+from jaxkd.losses import divergences, features
+from jaxkd.losses import objective as objectives
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.teachers.base import Teacher
+from jaxkd.teachers.live import live
+from jaxkd.train.state import init_state
+from jaxkd.train.step import make_gradient, make_step
+
+STUDENT = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, qk_norm=True)
+TEACHER = Config(vocab=250, embed=48, layers=3, heads=6, kv_heads=2, head_dim=8, mlp=64, tied=False)
+DOMAINS = ("code", "law")
+STEP = jnp.zeros((), jnp.int32)
+
+
+def make_batch(rows=8, length=16) -> Batch:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 250, (rows, length)).astype(np.int32)
+    segments = np.repeat([[1] * 7 + [2] * 5 + [0] * (length - 12)], rows, 0).astype(np.int32)
+    positions = np.repeat([[*range(7), *range(5), *([0] * (length - 12))]], rows, 0).astype(np.int32)
+    weights = np.zeros((rows, length), np.float32)
+    weights[:, :-1] = (segments[:, 1:] == segments[:, :-1]) & (segments[:, :-1] > 0)
+    weights[1, 3:] = 0
+    weights[5] = 0
+    index = np.arange(rows, dtype=np.int32)
+    return Batch(*map(jnp.asarray, (tokens, np.roll(tokens, -1, 1), weights, segments, positions, index, index % 2)))
+
+
+BATCH = make_batch()
+
+
+@functools.lru_cache
+def models():
+    student, teacher = (functools.partial(transformer.forward, c) for c in (STUDENT, TEACHER))
+    return student, random_params(STUDENT, 0), live(random_params(TEACHER, 1), teacher)
+
+
+def start(objective, key=0):
+    """The objective's first parameters beside the student's."""
+    student, params, teacher = models()
+    outputs = [
+        jax.eval_shape(functools.partial(f, taps=taps), p, BATCH)
+        for f, p, taps in (
+            (student, params, objective.student_taps),
+            (functools.partial(transformer.forward, TEACHER), teacher.state, objective.teacher_taps),
+        )
+    ]
+    return {"student": params, "objective": objective.init(jax.random.key(key), *outputs)}
+
+
+def total(terms, **options):
+    return objectives.total(terms, vocab=250, domains=DOMAINS, **options)
+
+
+# ------------------------------------------------------------------------------------------ the taps
+
+
+def scans(jaxpr):
+    return [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]
+
+
+def stacked(eqn) -> int:
+    return len(eqn.outvars) - eqn.params["num_carry"]
+
+
+@pytest.mark.parametrize("remat", transformer.REMAT)
+def test_only_a_tapped_layer_stores_anything(remat):
+    deep = dataclasses.replace(STUDENT, layers=4)
+    forward, params = functools.partial(transformer.forward, deep, remat=remat), transformer.abstract(deep)[0]
+    plain = jax.make_jaxpr(forward)(params, BATCH)
+    assert [stacked(eqn) for eqn in scans(plain)] == [0]
+    assert scans(plain)[0].params["length"] == 4
+    taps = ("query_3", "key_3")
+    tapped = jax.make_jaxpr(functools.partial(forward, taps=taps))(params, BATCH)
+    assert [(eqn.params["length"], stacked(eqn)) for eqn in scans(tapped)] == [(2, 0), (1, 2), (1, 0)]
+
+
+def test_attention_of_the_taps_is_what_the_layer_adds():
+    names = ("layer_1", "layer_2", "query_2", "key_2", "value_2")
+    _, params, _ = models()
+    taps = transformer.forward(STUDENT, params, BATCH, taps=names).taps
+    assert set(taps) == set(names)
+    assert taps["query_2"].shape == (8, 16, 4, 8)
+    assert taps["key_2"].shape == taps["value_2"].shape == (8, 16, 2, 8)
+    layer = jax.tree.map(lambda a: a[1], params["layers"])
+    y = segment_attention(taps["query_2"], taps["key_2"], taps["value_2"], BATCH.segments)
+    x = taps["layer_1"] + jnp.einsum("blhk,hkd->bld", y, layer["o"])
+    y = transformer.rms_norm(x, layer["mlp_norm"], STUDENT.norm_eps)
+    x = x + (jax.nn.silu(y @ layer["gate"]) * (y @ layer["up"])) @ layer["down"]
+    np.testing.assert_allclose(taps["layer_2"], x, atol=1e-5)
+
+
+def test_taps_and_their_gradients_are_the_same_when_rematerialised():
+    def loss(params, remat):
+        output = transformer.forward(STUDENT, params, BATCH, taps=("layer_1", "query_2", "value_1"), remat=remat)
+        return sum(jnp.sum(jnp.sin(x)) for x in output.taps.values()) + jnp.sum(output.head.hidden), output.taps
+
+    plain, remat = (jax.jit(jax.grad(functools.partial(loss, remat=r), has_aux=True)) for r in transformer.REMAT)
+    for got, want in zip(jax.tree.leaves(remat(models()[1])), jax.tree.leaves(plain(models()[1])), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["query_3", "layer_0", "head_1", "layer", "key_x"])
+def test_an_unknown_tap_is_named(name):
+    with pytest.raises(ValueError, match=f"no tap '{name}': this model has layer_1 to layer_2, query_1 to query_2"):
+        transformer.forward(STUDENT, models()[1], BATCH, taps=(name,))
+
+
+# ------------------------------------------------------------------------------------------ the fold
+
+
+@functools.lru_cache
+def everything():
+    return total(
+        {
+            "kd": (0.5, objectives.match(divergences.forward_kl(), 2.0)),
+            "hid": (3.0, features.hidden_mse({1: 2})),
+            "rel": (lambda step: 0.5 + step, features.relations({2: 3}, 4, ("qk",))),
+            "cka": (0.3, features.linear_cka({2: 3})),
+            "ce": (1.0, objectives.next_token()),
+            "ted": (2.0, features.ted_match({2: 3})),
+        }
+    )
+
+
+@functools.lru_cache
+def program(micro_batches: int):
+    student, _, teacher = models()
+    return jax.jit(make_gradient(student, teacher, everything(), micro_batches))
+
+
+@functools.lru_cache
+def reference():
+    return program(1)(start(everything()), models()[2].state, BATCH, STEP)
+
+
+def same(left, right):
+    """Relative L2 per gradient leaf, and every metric's sum and weight."""
+    for (path, a), b in zip(jax.tree.leaves_with_path(left[0]), jax.tree.leaves(right[0]), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), jax.tree_util.keystr(path)
+    assert left[1].keys() == right[1].keys()
+    for name in left[1]:
+        np.testing.assert_allclose(left[1][name], right[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_are_under_the_names_of_their_terms():
+    params = start(everything())["objective"]
+    assert {name: sorted(term) for name, term in params.items()} == {
+        "hid": ["layer_1"],
+        "ted": ["student_layer_2", "teacher_layer_3"],
+    }
+    plain = total({"ce": (1.0, objectives.next_token()), "cka": (1.0, features.linear_cka({1: 1}))})
+    assert start(plain)["objective"] == {}
+    assert total({"ce": (1.0, objectives.next_token())}).init(jax.random.key(0)) == {}  # as it always was
+
+
+def test_the_loss_is_the_weighted_sum_and_a_term_reports_its_own_value():
+    _, metrics = reference()
+    mean = {name: float(s / w) for name, (s, w) in metrics.items()}
+    parts = (
+        0.5 * 4 * mean["kd"] + 3 * mean["hid"] + 0.5 * mean["rel"] + 0.3 * mean["cka"] + mean["ce"] + 2 * mean["ted"]
+    )
+    assert mean["loss"] == pytest.approx(parts, rel=1e-5)
+    for name in ("kd", "hid", "rel", "cka", "ce", "ted"):
+        assert mean[name] > 1e-4
+        of_domains = [metrics[f"{name}/{d}"] for d in DOMAINS]
+        np.testing.assert_allclose(sum(p[0] for p in of_domains), metrics[name][0], rtol=1e-5)
+        assert sum(p[1] for p in of_domains) == metrics[name][1] == BATCH.weights.sum()
+    later = program(1)(start(everything()), models()[2].state, BATCH, STEP + 2)[1]
+    np.testing.assert_allclose(later["loss"][0], metrics["loss"][0] + 2 * metrics["rel"][0], rtol=1e-5)
+    np.testing.assert_allclose(later["rel"][0], metrics["rel"][0], rtol=1e-6)
+
+
+def test_micro_batches_equal_the_whole_batch():
+    same(program(4)(start(everything()), models()[2].state, BATCH, STEP), reference())
+
+
+@pytest.mark.slow
+def test_eight_devices_equal_one():
+    mesh = sharding.make_mesh(2, 2, context=2)
+    params, state = start(everything()), models()[2].state
+    with jax.set_mesh(mesh):
+
+        def place(tree, model):
+            shapes, axes = transformer.abstract(model)
+            return jax.device_put(tree, sharding.shardings(axes, shapes, mesh))
+
+        wide = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        placed = {"student": place(params["student"], STUDENT), "objective": jax.device_put(params["objective"], wide)}
+        batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
+        same(program(1)(placed, place(state, TEACHER), batch, STEP), reference())
+
+
+def test_nan_in_the_padding_of_either_model_matters_to_nothing():
+    student, _, teacher = models()
+
+    def dirty(forward):
+        def spoil(x):
+            padding = (BATCH.segments == 0).reshape(*BATCH.segments.shape, *[1] * (x.ndim - 2))
+            return jnp.where(padding, jnp.nan, x)
+
+        def spoilt(params, batch, taps=()):
+            output = forward(params, batch, taps=taps)
+            head = output.head._replace(hidden=spoil(output.head.hidden))
+            return output._replace(head=head, taps=jax.tree.map(spoil, output.taps))
+
+        return spoilt
+
+    junk = live(teacher.state, dirty(functools.partial(transformer.forward, TEACHER)))
+    gradient = jax.jit(make_gradient(dirty(student), junk, everything()))
+    same(gradient(start(everything()), teacher.state, BATCH, STEP), reference())
+
+
+def test_features_alone_call_no_kernel(monkeypatch):
+    monkeypatch.setattr(objectives, "linear_divergence", None)
+    student, _, teacher = models()
+    objective = total({"hid": (1.0, features.hidden_mse({1: 1}))})
+    jax.eval_shape(make_gradient(student, teacher, objective), start(objective), teacher.state, BATCH, STEP)
+
+
+def test_a_plain_forward_will_do_where_nothing_is_tapped():
+    student, params, teacher = models()
+    bare = lambda params, batch: student(params, batch)
+    objective = total({"ce": (1.0, objectives.next_token())})
+    jax.eval_shape(make_gradient(bare, teacher, objective), {"student": params, "objective": {}}, {}, BATCH, STEP)
+
+
+def test_a_teacher_without_features_is_refused_by_the_term_s_name():
+    cached = Teacher({}, lambda batch: batch, lambda state, batch: None)
+    objective = total({"ce": (1.0, objectives.next_token()), "rel": (1.0, features.relations({1: 2}, 4, ("vv",)))})
+    with pytest.raises(
+        ValueError, match=r"objective\.rel needs the teacher's value_2, but this teacher's signal has no"
+    ):
+        make_gradient(models()[0], cached, objective)
+    student, params, _ = models()
+    bare = jax.eval_shape(student, params, BATCH)
+    with pytest.raises(ValueError, match=r"objective\.rel needs the student's value_1, but its output has no taps"):
+        objective.init(jax.random.key(0), bare, bare)
+
+
+def test_projectors_train():
+    student, _, teacher = models()
+    objective = total({"hid": (1.0, features.hidden_mse({2: 3})), "cos": (1.0, features.hidden_cosine({1: 1}))})
+    tx = optax.adam(3e-3)
+    state = init_state(start(objective), tx)
+    step = jax.jit(make_step(student, teacher, objective, tx))
+    losses = []
+    for _ in range(25):
+        before = state
+        state, metrics = step(state, teacher.state, BATCH)
+        losses.append(float(metrics["loss"][0]))
+    assert losses[-1] < 0.5 * losses[0]
+    for name, tap in (("hid", "layer_2"), ("cos", "layer_1")):
+        assert (state.params["objective"][name][tap] != before.params["objective"][name][tap]).any()
+
+
+# ------------------------------------------------------------------------- a student that stands still
+
+
+def test_a_frozen_student_costs_no_backward_pass_and_no_moments():
+    student, _, teacher = models()
+    terms = {"hid": (1.0, features.hidden_mse({2: 3}))}
+    flops, sizes = [], []
+    for trains in (("student", "objective"), ("objective",)):
+        objective = total(terms, trains=trains)
+        tx = optax.adamw(1e-2, weight_decay=0.5)
+        state = init_state(start(objective), tx, objective.trains)
+        program = jax.jit(make_step(student, teacher, objective, tx)).lower(state, teacher.state, BATCH).compile()
+        flops.append(program.cost_analysis()["flops"])
+        sizes.append(sum(x.size for x in jax.tree.leaves(state.opt_state)))
+    after, metrics = program(state, teacher.state, BATCH)
+    jax.tree.map(np.testing.assert_array_equal, after.params["student"], state.params["student"])
+    assert (after.params["objective"]["hid"]["layer_2"] != state.params["objective"]["hid"]["layer_2"]).any()
+    assert metrics["grad_norm"][0] > 0
+    assert flops[1] < 0.75 * flops[0]
+    assert sizes[1] <= 2 * 32 * 48 + 2
+
+
+def test_a_constant_weight_of_zero_drops_a_feature_and_its_taps():
+    objective = total({"ce": (1.0, objectives.next_token()), "hid": (0.0, features.hidden_mse({1: 1}))})
+    assert not objective.uses_teacher
+    assert objective.student_taps == objective.teacher_taps == ()
+    assert total({"hid": (1e-9, features.hidden_mse({1: 1}))}).uses_teacher

@@ -1,0 +1,227 @@
+"""Exports: what is written, read back by our own reader, and never half of it."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxkd.models import families, weights
+from jaxkd.models.export import export
+from jaxkd.models.transformer import Config
+
+TINY = Config(vocab=100, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, max_length=64)
+UNTIED = Config(100, 32, 2, 4, 2, 8, 64, max_length=64, tied=False, qkv_bias=True)
+WORDS = {f"w{i}": i for i in range(98)}
+TOKENIZER = json.dumps(
+    {
+        "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "w0"},
+        "added_tokens": [{"content": "<s>", "id": 98}, {"content": "</s>", "id": 99}],
+    }
+)
+GIVEN = {
+    "tokenizer_json": TOKENIZER,
+    "chat_template": "{{ messages }}",
+    "special": {"start": "<s>", "end": "</s>"},
+    "card": {
+        "name": "a student",
+        "license": "apache-2.0",
+        "teacher": "smollm2-135m-instruct",
+        "steps": 60,
+        "command": "jaxkd train --config x.py",
+        "versions": {"jax": "0.10.0"},
+        "evaluation": [{"domain": "code", "kl": 0.5}, {"domain": "a|b", "ce": 2.0}],
+    },
+}
+
+
+def random(config, seed=0):
+    """Random parameters, with junk in the padding, which must not be written."""
+    rng = np.random.default_rng(seed)
+    params = {"layers": {}}
+    for tensor in families.table(config):
+        node = params["layers"] if tensor.stacked else params
+        node[tensor.path[-1]] = rng.normal(size=tensor.leaf(config)).astype(np.float32)
+    return params
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_read_back(tmp_path, config, dtype):
+    params = random(config)
+    directory = export(tmp_path / "out" / "student", config, params, **GIVEN, dtype=dtype)
+    assert [path.name for path in directory.parent.iterdir()] == ["student"]
+    checkpoint = weights.open_checkpoint(directory)
+    assert checkpoint.config == config
+    names = {tensor.path[-1] for tensor, _ in checkpoint.tensors}
+    assert ("unembed" in names) == (not config.tied)
+    loaded = checkpoint.load()
+    for tensor in families.table(config):
+        find = lambda tree: (tree["layers"] if tensor.stacked else tree)[tensor.path[-1]]  # noqa: B023
+        wanted = find(params).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32).astype(np.float32)
+        if tensor.vocab_axis is not None:
+            padding = [slice(None)] * wanted.ndim
+            padding[tensor.vocab_axis] = slice(config.vocab, None)
+            wanted[tuple(padding)] = 0
+        np.testing.assert_array_equal(find(loaded), wanted)
+
+
+def test_small_files(tmp_path):
+    directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    read = lambda name: json.loads((directory / name).read_text())
+    config, tokenizer = read("config.json"), read("tokenizer_config.json")
+    assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (100, 98, 99)
+    assert (config["dtype"], config["torch_dtype"]) == ("float32", "float32")
+    assert read("generation_config.json") == {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99}
+    assert (tokenizer["bos_token"], tokenizer["eos_token"], tokenizer["pad_token"]) == ("<s>", "</s>", "</s>")
+    assert (tokenizer["model_max_length"], tokenizer["chat_template"]) == (64, "{{ messages }}")
+    assert (directory / "tokenizer.json").read_text() == TOKENIZER
+    assert read("jaxkd.json")["card"] == GIVEN["card"]
+
+
+def test_card_says_what_is_known_and_no_more(tmp_path):
+    card = (export(tmp_path / "a", TINY, random(TINY), **GIVEN) / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert 'license: "apache-2.0"\n---\n\n# a student\n' in card
+    for line in (
+        "- teacher: smollm2-135m-instruct",
+        "- steps: 60",
+        "## command\n\n```\njaxkd train --config x.py\n```",
+        "## versions\n\n- jax: 0.10.0",
+        "| domain | kl | ce |\n| --- | --- | --- |\n| code | 0.5 |  |\n| a\\|b |  | 2.0 |",
+    ):
+        assert line in card
+    bare = (export(tmp_path / "b", TINY, random(TINY), **GIVEN | {"card": {}}) / "README.md").read_text()
+    assert "license" not in bare
+    assert "teacher" not in bare
+
+
+def test_without_special_tokens(tmp_path):
+    given = GIVEN | {"special": {"start": None, "end": None}, "chat_template": None}
+    directory = export(tmp_path / "a", TINY, random(TINY), **given)
+    assert json.loads((directory / "generation_config.json").read_text()) == {}
+    assert "bos_token" not in (directory / "tokenizer_config.json").read_text()
+
+
+def test_replaces_an_earlier_export_only(tmp_path):
+    target = tmp_path / "student"
+    target.mkdir()
+    export(target, TINY, random(TINY), **GIVEN)  # an empty directory is as good as none
+    export(target, UNTIED, random(UNTIED), **GIVEN)
+    assert weights.open_checkpoint(target).config == UNTIED
+    (target / "notes.txt").write_text("mine")
+    (target / "other").mkdir()
+    (target / "other" / "model.safetensors").write_text("another model")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        export(target, TINY, random(TINY), **GIVEN)
+    assert weights.open_checkpoint(target).config == UNTIED
+    export(target, TINY, random(TINY), **GIVEN, overwrite=True)
+    assert weights.open_checkpoint(target).config == TINY
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "other" / "model.safetensors").read_text() == "another model"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    with pytest.raises(FileExistsError, match=r"config\.json"):
+        export(target / "config.json", TINY, random(TINY), **GIVEN)
+
+
+def test_shards_of_an_earlier_export_do_not_stay(tmp_path):
+    target = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    shard = target / "model-00001-of-00002.safetensors"
+    (target / "model.safetensors").rename(shard)
+    record = json.loads((target / "jaxkd.json").read_text())
+    record["files"] = [shard.name if name == "model.safetensors" else name for name in record["files"]] + ["../kept"]
+    (target / "jaxkd.json").write_text(json.dumps(record))
+    (tmp_path / "kept").write_text("outside")
+    export(target, UNTIED, random(UNTIED), **GIVEN)
+    assert not shard.exists()
+    assert (tmp_path / "kept").read_text() == "outside"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_another_model_are_never_replaced(tmp_path, overwrite):
+    target = tmp_path / "llama"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"config\.json"):
+        export(target, TINY, random(TINY), **GIVEN, overwrite=overwrite)
+    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("config.json", "{}")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", ["runs/a", "runs", ".", "runs/a/out", "link", "store/a", "store"])
+def test_destination_is_apart_from_the_run(tmp_path, overwrite, place):
+    run, store = tmp_path / "runs" / "a", tmp_path / "store" / "a"
+    (run / "checkpoints" / "10").mkdir(parents=True)
+    store.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="cannot export to"):
+        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=overwrite, keep_out=[run, store])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/10"])
+def test_destination_holds_no_checkpoint_of_any_run(tmp_path, place):
+    step = tmp_path / "runs" / "a" / "checkpoints" / "10"
+    step.mkdir(parents=True)
+    (step / "commit_success.txt").write_text("")
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=True)
+    assert (step / "commit_success.txt").exists()
+
+
+def test_directories_that_cannot_be_renamed(tmp_path, monkeypatch):
+    """The working directory and a link to a directory, as a mount point, are filled and not replaced."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", tmp_path / "link"):
+        export(place, TINY, random(TINY), **GIVEN)
+        assert weights.open_checkpoint(tmp_path / "here").config == TINY
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_files_have_the_modes_that_the_umask_gives(tmp_path):
+    directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    (tmp_path / "plain").write_text("")
+    assert {file.stat().st_mode for file in directory.iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path):
+    export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    broken = random(TINY, 1)
+    broken["norm"][0] = np.nan
+    with pytest.raises(ValueError, match="parameter norm holds NaN"):
+        export(tmp_path / "student", TINY, broken, **GIVEN)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    kept = weights.open_checkpoint(tmp_path / "student").load()
+    np.testing.assert_array_equal(kept["norm"], random(TINY)["norm"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, "'int8' is not known; known: float32, bfloat16"),
+        ({"tokenizer_json": "{"}, "tokenizer_json is not valid JSON"),
+        ({"special": {"start": "<bos>", "end": None}}, "start='<bos>' is not in the tokenizer"),
+        (
+            {"tokenizer_json": json.dumps({"model": {"vocab": {"a": 100}}})},
+            "ids up to 100, the model 100 rows",
+        ),
+    ],
+)
+def test_bad_arguments(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "a", TINY, random(TINY), **GIVEN | change)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="layers/k_bias', 'layers/q_bias', 'layers/v_bias', 'unembed"):
+        export(tmp_path / "a", TINY, random(UNTIED), **GIVEN)
+    params = random(TINY)
+    params["embed"] = params["embed"][:100]  # not padded
+    with pytest.raises(ValueError, match=r"parameter embed is \(100, 32\), .* \(128, 32\)"):
+        export(tmp_path / "a", TINY, params, **GIVEN)
+    with pytest.raises(ValueError, match="export writes to a local directory"):
+        export("gs://bucket/a", TINY, params, **GIVEN)

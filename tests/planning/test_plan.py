@@ -1,0 +1,300 @@
+"""Planning, as far as it needs no TPU compiler: names of slices, sizes of models, FLOPs, what is said and refused."""
+
+import importlib.util
+from collections import namedtuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import REPOSITORY
+
+from jaxkd.cli import main
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.core.types import Batch
+from jaxkd.models import flops, transformer
+from jaxkd.planning import oom, plan
+from jaxkd.planning import topology as topologys
+from jaxkd.planning.hlo import Collective
+from jaxkd.run import program
+from jaxkd.run import teacher as teaching
+from jaxkd.teachers import codec
+
+TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
+
+
+def built(*overrides: str, recipe: str = TINY):
+    return plan.build(experiment(read_config([recipe, *overrides])), jax.devices())
+
+
+# ------------------------------------------------------------------------------------------- FLOPs
+
+
+def test_flops_equal_a_count_by_hand():
+    config = transformer.Config(vocab=100, embed=8, layers=3, heads=4, kv_heads=2, head_dim=2, mlp=16)
+    weights = 8 * 2 * (4 + 2 + 2 + 4) + 3 * 8 * 16
+    seen = sum(range(1, 11)) / 10  # tokens that a token of a row of ten sees on average
+    forward = 3 * (2 * weights + 2 * 2 * 4 * 2 * seen) + 2 * 8 * 100
+    side = flops.Side(config)
+    found = flops.step([side], side, 20, 10, remat=True)
+    assert found.teacher == 20 * forward
+    assert found.student == 3 * 20 * forward
+    assert found.again == 20 * (forward - 2 * 8 * 100)
+    assert found.masked == 20 * 5 * 3 * (2 * 2 * 4 * 2 * (10 - seen))
+    assert flops.step([], side, 20, 10, remat=True, moves=False).executed == 20 * (forward + 3 * 4 * 4 * 2 * 4.5)
+
+
+def test_flops_equal_what_xla_counts_where_no_loop_repeats():
+    """One layer, forwards and backwards: the compiler's own figure also has what is not a product, a few per cent."""
+    config = transformer.Config(vocab=512, embed=128, layers=1, heads=4, kv_heads=2, head_dim=32, mlp=512)
+    rows, length = 2, 64
+    params = transformer.abstract(config)[0]
+    numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    one = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    batch = Batch(numbers, numbers, weights, numbers, numbers, one, one)
+
+    def value(params, batch):
+        head = transformer.forward(config, params, batch).head
+        return jnp.sum(jnp.square(head.hidden @ head.unembed))
+
+    counted = jax.jit(jax.grad(value)).lower(params, batch).compile().cost_analysis()["flops"]
+    ours = flops.step([], flops.Side(config), rows * length, length, remat=False).executed
+    assert ours < counted < 1.05 * ours
+
+
+@pytest.mark.parametrize(
+    ("overrides", "body", "head"),
+    [
+        ((), 1, 1),
+        (("--config.teacher.signal=top_k",), 1, 1),
+        (("--config.teacher.signal=hidden", "--config.teacher.cache=gone"), 0, 1),
+        (("--config.teacher.signal=top_k", "--config.teacher.cache=gone"), 0, 0),
+        (("--config.objective.kd.weight=0.0",), 0, 0),
+    ],
+)
+def test_a_teacher_costs_what_is_run_of_it(overrides, body, head):
+    job = built(*overrides)
+    c = job.teacher.config
+    assert program.flops_of(job).teacher == 8 * 64 * (body * flops.body(c, 64) + head * flops.head(c))
+
+
+# -------------------------------------------------------------------------------- what is compiled
+
+
+@pytest.mark.parametrize("signal", ["hidden", "top_k", "sampled", "token"])
+def test_a_cached_teacher_is_compiled_without_its_cache(signal):
+    """The abstract batch is what a store's rows are, and the step takes it."""
+    term = "cross_entropy" if signal == "sampled" else "next_token" if signal == "token" else "forward_kl"
+    job = built(
+        f"--config.teacher.signal={signal}", "--config.teacher.cache=gone", f"--config.objective.kd.divergence={term}"
+    )
+    batch = teaching.abstract_batch(job)
+    layout = teaching.layouts(job)["train"]
+    stored = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
+    rows = codec.decode_rows(layout, [stored] * 8)
+    if signal == "token":
+        assert batch.teacher is None
+    else:
+        assert type(batch.teacher) is type(rows)
+        same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), batch.teacher, rows)
+        assert all(jax.tree.leaves(same))
+    teacher = teaching.teach(job, plan.weights_of(job), {}).train
+    with jax.set_mesh(job.mesh):
+        after, measured = jax.eval_shape(program.jitted_step(job, teacher), job.state, teacher.state, batch)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, job.state)
+    assert {"loss", "lr"} <= set(measured)
+
+
+# -------------------------------------------------------------------------------- time and verdict
+
+Device = namedtuple("Device", "coords")
+SliceDevice = namedtuple("SliceDevice", "coords slice_index")
+
+
+class Grid:
+    """A mesh over a 4 x 4 slice, `data` along one side and `model` along the other."""
+
+    axis_names = ("data", "model")
+    devices = np.empty((4, 4), object)
+
+
+for _x in range(4):
+    for _y in range(4):
+        Grid.devices[_x, _y] = Device((_x, _y, 0))
+
+
+@pytest.mark.parametrize(
+    ("op", "axis", "share"),
+    [
+        ("all-gather", "data", 3 / 4),  # one line of four: three quarters of the array through one link
+        ("reduce-scatter", "data", 3 / 4),
+        ("all-reduce", "model", 3 / 2),
+        ("all-gather", "data+model", 15 / 16 / 2),  # both sides of the grid at once
+        ("collective-permute", "data", 1.0),
+        ("collective-permute", "data+model", 1 / 2),
+    ],
+)
+def test_exchanges_take_their_bytes_over_their_links(op, axis, share):
+    topology = topologys.topology("v5e:4x4")
+    found = plan.seconds(Collective(op, axis, 10**9, True, 1), Grid, topology)
+    assert found == (pytest.approx(share * 10**9 / 50e9), 0)
+
+
+def test_rings_are_used_both_ways():
+    open_, closed = (
+        plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, topologys.topology(name))[0]
+        for name in ("v5e:4x4", "v5e:16x16")
+    )
+    assert open_ == closed  # four of sixteen in a row are no ring
+    ring = topologys.topology("v5p:4x4x4")
+    found = plan.seconds(Collective("all-gather", "data", 10**9, True, 1), Grid, ring)
+    assert found[0] == pytest.approx(3 / 4 * 10**9 / (2 * 100e9))
+
+
+class Slices:
+    """A mesh over two 4 x 4 slices, `replica` across them."""
+
+    axis_names = ("replica", "data", "model")
+    devices = np.empty((2, 4, 4), object)
+
+
+for _place in np.ndindex(2, 4, 4):
+    Slices.devices[_place] = SliceDevice((*_place[1:], 0), _place[0])
+
+
+def test_what_goes_across_slices_takes_the_network():
+    """Of a sum over both, each of four devices has a quarter to exchange with its like in the other slice."""
+    topology, network = topologys.topology("v5e:4x4", 2), 3.125e9
+    seconds = lambda op, axis: plan.seconds(Collective(op, axis, 10**9, True, 1), Slices, topology)
+    assert seconds("all-reduce", "replica") == (0, pytest.approx(10**9 / network))
+    assert seconds("all-reduce", "replica+data") == (
+        pytest.approx(3 / 2 * 10**9 / 50e9),
+        pytest.approx(10**9 / 4 / network),
+    )
+    assert seconds("all-gather", "replica") == (0, pytest.approx(1 / 2 * 10**9 / network))
+    assert seconds("collective-permute", "replica") == (0, pytest.approx(10**9 / network))
+    assert seconds("all-gather", "data")[1] == 0
+    assert plan.seconds(Collective("all-reduce", "replica", 1, True, 1), Slices, topologys.topology("v4:4x4x4", 2)) == (
+        0,
+        0,
+    )
+
+
+class Halves:
+    """Four tpu7x chips in a row, each of which is two devices."""
+
+    axis_names = ("data", "model")
+    devices = np.empty((4, 2), object)
+
+
+for _x in range(4):
+    for _core in range(2):
+        Halves.devices[_x, _core] = Device((_x, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("op", "axis", "share"),
+    [
+        ("all-gather", "data+model", 3 / 4 / 2),  # comes once to each chip, over the links of both of its devices
+        ("all-reduce", "data+model", 3 / 2 / 2),
+        ("collective-permute", "data+model", 1 / 2),
+        ("all-gather", "data", 3 / 4),  # each half of a chip for itself
+    ],
+)
+def test_two_devices_of_a_chip_share_what_comes_over_its_links(op, axis, share):
+    found = plan.seconds(Collective(op, axis, 10**9, True, 1), Halves, topologys.topology("tpu7x:4x2x1"))
+    assert found[0] == pytest.approx(share * 10**9 / 50e9)
+    within = plan.seconds(Collective("all-gather", "model", 10**9, True, 1), Halves, topologys.topology("tpu7x:4x2x1"))
+    assert within[0] == pytest.approx(1 / 2 * 10**9 / 3690e9)  # through their memory
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+class Refusing:
+    """A step that the compiler refuses with a message of ours."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.fixture(scope="module")
+def job():
+    return built()
+
+
+HBM = [
+    ("the total memory required for HLO temporaries (2.00G) exceeds available HBM (15.75G).", 2 * 2**30, True),
+    ("the total memory required for the program (2.00G) exceeds available HBM (15.75G).", 2 * 2**30, False),
+    ("Ran out of memory in memory space hbm. Used 512.00M of 15.75M hbm.", 2**29, False),
+    (
+        "TPU TensorCore Hbm usage: 1.00G, SparseCore Hbm usage 512.00M, exceeding available bytes: 1G",
+        3 * 2**29,
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "used", "temporaries"), HBM)
+def test_a_refusal_for_want_of_hbm_is_a_verdict(job, message, used, temporaries, monkeypatch):
+    monkeypatch.setattr(program, "jitted_step", lambda *_: Refusing(f"RESOURCE_EXHAUSTED: {message}"))
+    found = plan.plan(job, topologys.topology("v5e:2x4"))
+    m = found.memory
+    assert not found.fits
+    begins = m.peak - m.temp
+    assert m.peak == used + begins * temporaries
+    assert begins > m.params + m.optimizer + m.teacher > 0
+
+
+STACK = (
+    "E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while allocating on stack for %widen.1 = "
+    "f32[8192,2048]{1,0:T(8,128)} custom-call(%x.1), frontend_attributes={kernel_metadata={}}. Scoped allocation with "
+    "size 128.00M and limit 16.00M exceeded scoped vmem limit by 112.00M. It should not be possible to run out of it"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (
+            "XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem. "
+            "Exceeded vmem capacity by 1.50M.",
+            r"out of vmem, .* not of HBM: a kernel wants 17.50 MiB of 16.00 MiB.*xla_tpu_scoped_vmem_limit_kib",
+        ),
+        (STACK, r"out of vmem, .*: widen.1 wants 128.00 MiB of 16.00 MiB.*not the size of the job"),
+        (
+            "Ran out of memory in memory space smem. Used 1.01M of 1.00M smem.",
+            r"out of smem, .*1.01 MiB of 1.00 MiB[^-]*$",
+        ),
+        ("Ran out of memory in memory space sflag.", "out of sflag, .* wants more than there is"),
+        ("Something else is used up.\nAnd more of it.", "RESOURCE_EXHAUSTED: Something else is used up.$"),
+        (
+            "Ran out of memory in memory space hbm.",
+            "did not say of which, or how much: RESOURCE_EXHAUSTED: Ran out of memory",
+        ),
+    ],
+)
+def test_a_refusal_for_want_of_anything_else_is_an_error(job, message, said, monkeypatch):
+    """It is no matter of the job's size: no verdict, and no advice on batch, mesh and slice."""
+    monkeypatch.setattr(program, "jitted_step", lambda *_: Refusing(f"RESOURCE_EXHAUSTED: {message}"))
+    with pytest.raises(oom.Refused, match=said) as error:
+        plan.plan(job, topologys.topology("v5e:2x4"))
+    assert isinstance(error.value, ValueError)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_planned_is_one_sentence(monkeypatch):
+    command = ["plan", TINY, "--topology", "v5e:2x2"]
+    with pytest.raises(ValueError, match="--slices 0: there must be at least 1"):
+        main.main([*command, "--slices", "0"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="libtpu, which is not installed: pip install 'jax\\[tpu\\]'"):
+        main.main(command)

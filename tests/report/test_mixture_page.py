@@ -1,0 +1,78 @@
+"""The report's part on the mixture: what is drawn is what was recorded."""
+
+import re
+
+import pytest
+from test_report import EVALS, page_of, workdir
+
+from jaxkd.report import mixture
+
+NAMES = ("code", "math")
+
+
+def lines(count=3, measured=True):
+    found = []
+    for i in range(count):
+        row = {"step": 20 * i, "interval": i, "tokens": 20480 * i}
+        for name, share, ratio in zip(NAMES, (0.75 - 0.1 * i, 0.25 + 0.1 * i), (1.5, 1.25), strict=True):
+            row |= {f"share/{name}": share, f"rows/{name}": 100, f"drawn/{name}": 100 * i, f"epochs/{name}": 0.5 * i}
+            row |= {f"ratio/{name}": ratio} if measured else {}
+        found.append(row | ({"rule_s": 0.25, "rule_share": 0.0123 * i} if measured and i else {}))
+    return found
+
+
+def write(place, rows):
+    import json
+
+    (place / "mixture.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def test_the_bands_are_the_shares(tmp_path):
+    """Every interval is as wide as its steps, and its bands fill the height in proportion to the shares."""
+    page = page_of(write(workdir(tmp_path), lines()))
+    chart = page[page.index("Shares that rows are drawn with") :].partition("</svg>")[0]
+    found = re.findall(r'<rect class="area s(\d)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', chart)
+    assert len(found) == 6
+    columns = [found[i : i + 2] for i in (0, 2, 4)]
+    height = sum(float(band[4]) for band in columns[0])
+    for i, (code, math) in enumerate(columns):
+        assert float(code[4]) / height == pytest.approx(0.75 - 0.1 * i, abs=0.002)
+        assert float(code[2]) == pytest.approx(float(math[2]) + float(math[4]), abs=0.11)  # stacked
+        assert code[0] != math[0]
+    widths = [float(band[3]) for column in columns for band in column]
+    assert max(widths) - min(widths) < 0.11  # 60 steps in three intervals
+    for following, column in zip(columns[1:], columns):
+        assert float(column[0][1]) + float(column[0][3]) == pytest.approx(float(following[0][1]), abs=0.01)
+    assert "code\nsteps 20 to 40: 65.0 %" in page
+
+
+def test_ratios_epochs_and_cost_are_told(tmp_path):
+    page = page_of(write(workdir(tmp_path), lines()))
+    assert "code\nstep 40: 1.500 ratio" in page
+    assert "math\nstep 40: 1" in page[page.index("Epochs before each interval") :]
+    assert "The rule measured 2 times, in 0.250 s (median), 1.8 % of the time of training." in page
+    assert "Weights in the loss" not in page
+
+
+def test_a_rule_that_measures_nothing_has_the_ratios_of_its_evaluations(tmp_path):
+    page = page_of(write(workdir(tmp_path), lines(measured=False)))
+    first = 6.071 - 3.125
+    assert f"code\nstep 0: {2.718281828**first:.2f} ratio" in page
+    assert "The rule measured" not in page
+    assert mixture.cost(lines(measured=False)) == ""
+
+
+def test_weights_in_the_loss_are_drawn_with_their_average(tmp_path):
+    rows = [row | {f"{key}/{n}": 0.5 for key in ("weight", "average") for n in NAMES} for row in lines(measured=False)]
+    page = page_of(write(workdir(tmp_path), rows))
+    assert "Weights in the loss" in page
+    assert "Weights, averaged over the steps so far" in page
+
+
+def test_many_intervals_stay_a_small_page_and_none_is_no_section(tmp_path):
+    page = page_of(write(workdir(tmp_path), [row | {"step": i} for i, row in enumerate(lines(1, False) * 2000)]))
+    assert page.count('<rect class="area') <= 2 * mixture.SPANS + 2
+    (tmp_path / "run-1" / "mixture.jsonl").unlink()
+    assert "<h2>Mixture" not in page_of(workdir(tmp_path))
+    assert mixture.charts([], EVALS, 60, {"code": 0}) == ""

@@ -1,0 +1,287 @@
+"""Runs with teachers of every kind, through the command line: cached, reduced, several, the student itself."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import (
+    SMALL,
+    Background,
+    assert_same_run,
+    here,
+    lines,
+    process_environment,
+    tiny_arguments,
+    write_domain,
+)
+
+from jaxkd.teachers.store import Store
+
+CE = "--config.objective.kd.divergence=cross_entropy"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cached")
+
+
+@pytest.fixture(scope="module")
+def arguments(place) -> list[str]:
+    domains = {name: write_domain(place / f"{name}.jsonl", seed) for seed, name in enumerate(("law", "code"))}
+    given = tiny_arguments(domains, place / "rows", *SMALL, "--config.run.mesh.data=1")
+    assert here("prepare", *given).returncode == 0  # so that no test's messages are of rows that are being built
+    return given
+
+
+def good(verb: str, *arguments: str) -> str:
+    # What is checked before a run has tests of its own, in test_preflight.py.
+    done = here(verb, *(["--no-check"] if verb == "train" else []), *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def bad(*command: str) -> str:
+    done = here(*command)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("\n") <= 3
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def teacher(place: Path, name: str, **values) -> list[str]:
+    options = {"cache": place / name, **values}
+    return [f"--config.teacher.{key}={value}" for key, value in options.items()]
+
+
+def losses(workdir: Path) -> list[float]:
+    return [row["loss"] for row in lines(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def live(place, arguments) -> Path:
+    good("train", "--workdir", str(place / "live"), *arguments)
+    return place / "live"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "tolerance"),
+    [
+        ("hidden32", {"signal": "hidden", "stored": "float32"}, 2e-6),
+        ("hidden8", {"signal": "hidden", "stored": "int8"}, 2e-4),
+        ("every", {"signal": "top_k", "entries": 257, "stored": "float32"}, 2e-5),
+    ],
+)
+def test_a_cached_teacher_trains_as_the_live_one(place, arguments, live, name, values, tolerance):
+    how = teacher(place, name, **values)
+    said = good("cache", *arguments, *how)
+    assert "bytes per token" in said
+    good("train", "--workdir", str(place / f"run-{name}"), *arguments, *how)
+    for a, b in zip(losses(place / f"run-{name}"), losses(live), strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
+    for a, b in zip(*(lines(d / "evals.jsonl") for d in (place / f"run-{name}", live)), strict=True):
+        assert a["teacher_nats"] == pytest.approx(b["teacher_nats"], rel=1e-5)
+        assert a["kl"] == pytest.approx(b["kl"], rel=max(50 * tolerance, 1e-4))
+
+
+def test_a_cached_run_needs_no_teacher_and_says_so(place, arguments):
+    """Only its head is loaded; `evaluate` and `check` serve from the cache too."""
+    how = teacher(place, "hidden32", signal="hidden", stored="float32")
+    good("cache", *arguments, *how)  # there already, or made now
+    workdir = place / "alone"
+    said = good("train", "--workdir", str(workdir), *arguments, *how)
+    assert re.search(r"teacher: random, .* hidden from .*hidden32, ", said)
+    run = json.loads((workdir / "run.json").read_text())
+    head = 4 * 32 * 384  # embeddings, padded to a multiple of 128
+    assert run["teachers"]["teacher"]["bytes_per_device"] == head
+    assert "student" in good("evaluate", "--workdir", str(workdir))
+    checked = good("check", *arguments, *how)
+    assert re.search(r"check: cache: .* nats per token from the live teacher", checked)
+    assert "MFLOP a token" in checked
+
+
+def test_an_int8_teacher_is_cached_and_judged(place, arguments):
+    """Held-out hidden states are stored as exactly as it computes them, and the live one is what they came from."""
+    how = [*teacher(place, "narrow", signal="hidden", stored="float32"), "--config.teacher.dtype=int8"]
+    good("cache", *arguments, *how)
+    layout = Store(place / "narrow").layout("valid")
+    assert (layout.signal, layout.dtype) == ("hidden", "bfloat16")
+    checked = good("check", *arguments, *how)
+    away = re.search(r"check: cache: (\S+) nats per token from the live teacher", checked)
+    assert away
+    assert abs(float(away[1])) < 1e-6
+    assert "check: held-out rows: teacher" in checked
+
+
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_draws_train(place, arguments, cached):
+    how = teacher(place, "drawn", signal="sampled", entries=12) if cached else ["--config.teacher.signal=sampled"]
+    if cached:
+        assert "KL of what is stored" in good("cache", *arguments, *how, CE)
+    workdir = place / f"drawn-{cached}"
+    good("train", "--workdir", str(workdir), *arguments, *how, CE)
+    assert losses(workdir)[-1] < losses(workdir)[0]
+
+
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_teachers_text_trains(place, arguments, cached):
+    only = ["--config.objective.kd.weight=0.0", "--config.objective.kd.divergence=next_token"]
+    values = {"signal": "token", "prompt": 8}
+    if cached:
+        values["cache"] = place / "text"
+    how = [f"--config.teacher.{key}={value}" for key, value in values.items()]
+    if cached:
+        assert "tokens/s" in good("cache", *arguments, *how, *only)
+        # A store serves a job of some of its domains, and what is drawn for a row stays its own.
+        assert "100% of the text" in good("check", *arguments, *how, *only, "--config.data.domains.law=")
+    workdir = place / f"text-{cached}"
+    good("train", "--workdir", str(workdir), *arguments, *how, *only)
+    rows = lines(workdir / "metrics.jsonl")
+    # A random teacher writes any byte as likely as any other; on the data's text the loss falls below 5 by now.
+    assert rows[-1]["loss"] > 5.4
+    assert rows[0]["tokens"] < 8 * 63 - 20  # prompts have no weight
+
+
+@pytest.mark.slow
+def test_a_killed_cache_goes_on_and_is_the_same(place, arguments):
+    """Killed while it writes, the polite way too; the bytes are those of an undisturbed cache."""
+    rows = ["--config.data.train_rows=0"]
+    whole, cut = (teacher(place, name, signal="top_k", entries=8) for name in ("whole", "cut"))
+    good("cache", *arguments, *rows, *whole)
+    command = [sys.executable, "-m", "jaxkd", "cache", *arguments, *rows, *cut]
+    for number in range(2):
+        process = subprocess.Popen(
+            command, env=process_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        files = lambda: list((place / "cut").rglob("*.array_record*"))
+        deadline = time.monotonic() + 120
+        while len(files()) <= number and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal((signal.SIGKILL, signal.SIGTERM)[number])
+        assert process.wait(timeout=20) in (0, -signal.SIGKILL, -signal.SIGTERM)
+    good("cache", *arguments, *rows, *cut)
+    both = [Store(place / name) for name in ("whole", "cut")]
+    for domain, splits in both[0].manifest["sizes"].items():
+        for split, count in splits.items():
+            of = [store.read(domain, split, range(count)) for store in both]
+            assert of[0] == of[1]
+    assert both[0].manifest == both[1].manifest
+
+
+def test_what_does_not_fit_is_named(place, arguments):
+    """One line each, before anything is loaded or trained."""
+    how = teacher(place, "small", signal="top_k", entries=8)
+    assert "jaxkd cache" in bad("train", "--workdir", str(place / "none"), *arguments, *how)
+    good("cache", *arguments, *how)
+    said = bad(
+        "train", "--workdir", str(place / "other"), *arguments, *teacher(place, "small", signal="top_k", entries=4)
+    )
+    assert re.search(r"entries.*8.*4", said)
+    said = bad("train", "--workdir", str(place / "other"), *arguments, *how, "--config.run.seed=1")
+    assert "fingerprint" in said  # a random teacher of another seed is another teacher
+    for override, expected in {
+        "--config.objective.kd.temperature=2.0": "stored at temperature 1.0, not at 2.0",
+        "--config.objective.kd.standardize=True": "standardising needs all",
+        "--config.teacher.stored=int8": "uint8, float32",
+    }.items():
+        assert expected in bad("train", "--workdir", str(place / "other"), *arguments, *how, override)
+    assert "linear in p" in bad(
+        "train", "--workdir", str(place / "other"), *arguments, "--config.teacher.signal=sampled"
+    )
+    assert "no distribution" in bad(
+        "train", "--workdir", str(place / "other"), *arguments, "--config.teacher.signal=token"
+    )
+    assert "teacher.cache" in bad("cache", *arguments)
+
+
+def members(place: Path, **more: str) -> list[str]:
+    recipe = place / "members.py"
+    tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
+    recipe.write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('tiny', {str(tiny)!r})\n"
+        "tiny = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(tiny)\n"
+        "def get_config(arg=''):\n"
+        "    config = tiny.get_config()\n"
+        "    shape = config.teacher.shape.to_dict()\n"
+        "    wide = {**shape, 'embed': 48, 'heads': 6}\n"
+        "    config.teacher = {'members': {\n"
+        "        'one': {'path': 'random', 'shape': shape, 'weight': 0.5, 'domains': {'law': 1.0} if arg else {}},\n"
+        "        'two': {'path': 'random', 'shape': wide, 'weight': 0.5, 'domains': {'code': 1.0} if arg else {}},\n"
+        "    }, 'average': 'log_probabilities' if arg == 'logs' else 'probabilities'}\n"
+        "    return config\n"
+    )
+    return [str(recipe)]
+
+
+@pytest.mark.parametrize("variant", ["", pytest.param(":route", marks=pytest.mark.slow)])
+def test_several_teachers_train_and_are_judged(place, arguments, variant):
+    (recipe,) = members(place)
+    workdir = place / f"many{variant.strip(':')}"
+    rest = [a for a in arguments if not a.startswith("--config=")]
+    said = good("train", "--workdir", str(workdir), f"--config={recipe}{variant}", *rest)
+    assert "teacher one: random" in said
+    assert "teacher two: random" in said
+    assert losses(workdir)[-1] < losses(workdir)[0]
+    assert len({row["teacher_nats"] for row in lines(workdir / "evals.jsonl") if row["domain"] == "law"}) == 1
+    assert "student" in good("evaluate", "--workdir", str(workdir))
+
+
+@pytest.mark.slow
+def test_members_may_be_cached_each_for_its_own_domains(place, arguments):
+    """One teacher's hidden states for one domain, another's for the other: trained as the live ones."""
+    rest = [a for a in arguments if not a.startswith("--config=")]
+    recipe = f"--config={members(place)[0]}:route"
+    for name, domain, seed, shape in (("one", "law", 0, {}), ("two", "code", 2, {"embed": 48, "heads": 6})):
+        other = {"law": "code", "code": "law"}[domain]
+        sizes = [f"--config.teacher.shape.{key}={value}" for key, value in shape.items()]
+        cached = teacher(place, f"member-{name}", signal="hidden", stored="float32")
+        good("cache", *arguments, *cached, *sizes, f"--config.run.seed={seed}", f"--config.data.domains.{other}=")
+    caches = [f"--config.teacher.members.{name}.cache={place / f'member-{name}'}" for name in ("one", "two")]
+    for name, more in (("members", caches), ("members-live", [])):
+        good("train", "--workdir", str(place / name), recipe, *rest, *more)
+    for a, b in zip(losses(place / "members"), losses(place / "members-live"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_features_learn_from_cached_hidden_states(place, arguments):
+    feature = ["--config.objective.kd.divergence=", "--config.objective.kd.feature=hidden_mse(layers={-1: -1})"]
+    how = teacher(place, "hidden32", signal="hidden", stored="float32")
+    good("cache", *arguments, *how)
+    for name, more in (("features-cached", how), ("features-live", [])):
+        good("train", "--workdir", str(place / name), *arguments, *more, *feature)
+    for a, b in zip(losses(place / "features-cached"), losses(place / "features-live"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    sparse = teacher(place, "hidden32", signal="top_k", entries=8)
+    assert "has none" in bad("train", "--workdir", str(place / "features-no"), *arguments, *sparse, *feature)
+    deep = "--config.objective.kd.feature=hidden_mse(layers={1: 2})"
+    assert "last hidden states alone" in bad(
+        "train", "--workdir", str(place / "features-no"), *arguments, *how, feature[0], deep
+    )
+
+
+@pytest.mark.slow
+def test_a_student_teaches_itself_and_its_average_is_kept(place, arguments):
+    """Stopped half-way and continued, the run is the undisturbed one to the last bit."""
+    self_taught = [
+        "--config.teacher.path=self", "--config.teacher.decay=0.9", "--config.student.path=random",
+        "--config.student.layers=()", *[f"--config.student.shape.{k}={v}" for k, v in SHAPE.items()],
+    ]  # fmt: skip
+    whole, parts = place / "self", place / "self-parts"
+    good("train", "--workdir", str(whole), *arguments, *self_taught)
+    assert lines(whole / "evals.jsonl")[-1]["kl"] > 1e-4
+    run = Background(parts, [*arguments, *self_taught])
+    run.wait_for_step(5)
+    run.process.kill()
+    run.finish()
+    good("train", "--workdir", str(parts), *arguments, *self_taught)
+    assert_same_run(parts, whole)
+    assert "student" in good("evaluate", "--workdir", str(whole))
+
+
+SHAPE = {"vocab": 257, "embed": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}

@@ -1,0 +1,125 @@
+"""Recipes with features: what they refuse, what they build, and TED's two stages as runs."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from harness import REPOSITORY, tiny_arguments
+
+from jaxkd.config import recipe as config
+from jaxkd.config.schema import experiment
+from jaxkd.run import job, load, loop, restore
+
+
+def recipe(path: str, *overrides: str):
+    return experiment(config.read_config([f"--config={REPOSITORY / 'configs' / path}", *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ("hidden_mes(layers={1: 2})", r"unknown objective.feature.feature 'hidden_mes': did you mean hidden_mse"),
+        ("hidden_mse(layers={3: 2})", r"objective.feature.feature names layer 3 of the student, .* layers 1 to 2"),
+        ("hidden_mse(layers={1: 9})", r"names layer 9 of the teacher, which has layers 1 to 4"),
+        ("hidden_mse(layers={})", r"objective.feature.feature: layers must map student layers to teacher layers"),
+        ("hidden_mse(layer={1: 2})", r"objective.feature.feature: .*layer"),
+        ("hidden_mse(layers=open('x'))", r"objective.feature.feature must be a name or a call with literals"),
+        ("relations(layers={1: 2}, heads=5)", r"objective.feature: heads=5 must divide the student's qq of layer 1"),
+        ("open('x')", r"unknown objective.feature.feature 'open'"),
+        ("", r"objective.feature must have either a divergence or a feature, got neither"),
+    ],
+)
+def test_wrong_features_are_said_in_one_line(feature, message):
+    with pytest.raises(ValueError, match=message):
+        job.build(recipe("features.py", f"--config.objective.feature.feature={feature}"))
+
+
+def test_a_term_is_of_one_kind():
+    e = recipe("features.py")
+    term = e.objective["feature"]
+    both = dataclasses.replace(term, divergence="forward_kl")
+    with pytest.raises(
+        ValueError, match=r"objective.x must have either a divergence or a feature, got both 'forward_kl'"
+    ):
+        job.build(dataclasses.replace(e, objective={"x": both}))
+    warm = dataclasses.replace(term, temperature=2.0)
+    with pytest.raises(ValueError, match=r"objective.x.temperature is for divergences"):
+        job.build(dataclasses.replace(e, objective={"x": warm}))
+    still = dataclasses.replace(e, student=dataclasses.replace(e.student, frozen=True))
+    with pytest.raises(ValueError, match=r"student.frozen leaves nothing to train"):
+        job.build(dataclasses.replace(still, objective={"ce": e.objective["ce"]}))
+
+
+@pytest.mark.parametrize("name", ["hidden", "cosine", "minilm", "attention", "cka"])
+def test_every_feature_of_the_recipe_builds(name):
+    built = job.build(recipe(f"features.py:{name}"))
+    assert set(built.state.params["objective"]) == ({"feature"} if name in ("hidden", "cosine") else set())
+    for leaf in jax.tree.leaves(built.state.params["objective"]):
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec("data", None)  # as wide as the model: spread like it
+
+
+def train(e, rows, workdir, steps=3):
+    """The first steps of a run, saved; its loop without the log."""
+    run = loop.Run(job.build(e), workdir, rows, say=lambda line: None)
+    first, losses = jax.tree.map(np.asarray, run.state.params), []
+    for batch in itertools.islice(run._interval(0), steps):
+        run.state, metrics = run.step(run.state, run.teaching.train.state, batch)
+        losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
+    run.checkpoints.save(steps, run.state, run._progress())
+    run.checkpoints.close()
+    return first, jax.tree.map(np.asarray, run.state.params), losses
+
+
+@pytest.mark.slow
+def test_ted_from_filters_to_the_student(two_domains, tmp_path):
+    def stage(name, *more):
+        arguments = tiny_arguments(two_domains, tmp_path / "rows", "--config.run.mesh.data=1", *more)[3:]
+        return recipe(f"ted.py:{name}", "--config.data.domains.code=", "--config.data.domains.manual=", *arguments)
+
+    e = stage("stage1")
+    built = job.build(e)
+    with jax.set_mesh(built.mesh):
+        rows = load.domains(built, progress=False)
+        first, last, losses = train(e, rows, tmp_path / "one")
+        jax.tree.map(np.testing.assert_array_equal, last["student"], first["student"])
+        assert losses[-1] < losses[0]
+        filters = last["objective"]["ted"]
+        assert set(filters) == {"student_layer_1", "student_layer_2", "teacher_layer_2", "teacher_layer_4"}
+        assert all((filters[k] != first["objective"]["ted"][k]).any() for k in filters)
+
+        begin, end, _ = train(
+            stage("stage2", f"--config.student.objective_from={tmp_path / 'one'}"), rows, tmp_path / "two"
+        )
+        jax.tree.map(np.testing.assert_array_equal, begin["student"], first["student"])
+        jax.tree.map(np.testing.assert_array_equal, begin["objective"]["ted"], filters)
+        assert (end["student"]["embed"] != begin["student"]["embed"]).any()
+        for name, leaf in end["objective"]["ted"].items():
+            assert (leaf != filters[name]).any() == name.startswith("student")  # nor do the teacher's decay
+
+        # A resumed run has its own checkpoint, whatever became of the first one's.
+        again = loop.Run(
+            job.build(stage("stage2", "--config.student.objective_from=gone")), tmp_path / "two", rows, print
+        )
+        jax.tree.map(np.testing.assert_array_equal, again.state.params["objective"], end["objective"])
+        again.checkpoints.close()
+
+    one = f"--config.student.objective_from={tmp_path / 'one' / 'checkpoints' / '3'}"
+    assert set(restore.objective_params(job.build(stage("stage2", one)))["ted"]) == set(filters)
+    wide, moved = "--config.teacher.shape.embed=48", "--config.objective.ted.feature=ted_match(layers={1: 3})"
+    for more, error, message in (
+        (["--config.student.objective_from=gone"], FileNotFoundError, "gone is no run's workdir"),
+        (
+            [one, wide],
+            ValueError,
+            r"one/checkpoints/3 .*ted.student_layer_1 should be float32\[48, 48\], there is float32",
+        ),
+        ([one, moved], ValueError, r"ted.teacher_layer_3 should be float32\[32, 32\], there is nothing"),
+    ):
+        with pytest.raises(error, match=message):
+            restore.objective_params(job.build(stage("stage2", *more)))
+    e = stage("stage2", one)
+    renamed = dataclasses.replace(e, objective={"other": e.objective["ted"]})
+    with pytest.raises(ValueError, match=r"its terms with parameters are 'ted', asked for were 'other'"):
+        restore.objective_params(job.build(renamed))

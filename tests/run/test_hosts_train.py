@@ -1,0 +1,258 @@
+"""`jaxkd train` in several processes: the same run as in one, and none that waits for one that is gone."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import (
+    REPOSITORY,
+    assert_same_run,
+    final_state,
+    free_address,
+    jaxkd,
+    lines,
+    logged,
+    process_environment,
+    write_domain,
+)
+
+from jaxkd.runtime import cluster
+
+STEPS = 12
+SILENCE = 12  # seconds after which a process that says nothing is given up
+
+
+class Job:
+    """A command in several processes that find each other."""
+
+    def __init__(
+        self, count: int, *arguments: str, devices: int = 1, last: tuple[str, ...] = (), silence: int = SILENCE
+    ):
+        """`last` are more arguments for the last process alone."""
+        common = {
+            **process_environment(devices), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(),
+            "JAXKD_NUM_PROCESSES": str(count), "JAXKD_HEARTBEAT_SECONDS": str(silence),
+        }  # fmt: skip
+        self.started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "jaxkd", *arguments, *(last if index == count - 1 else ())],
+                cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=common | {"JAXKD_PROCESS_ID": str(index)},
+            )
+            for index in range(count)
+        ]  # fmt: skip
+
+    def wait_for(self, path: Path, count: int) -> None:
+        """Until a file has so many lines."""
+        until = time.monotonic() + 300
+        while not path.exists() or path.read_text().count("\n") < count:
+            assert time.monotonic() < until
+            assert all(process.poll() is None for process in self.started), self.end()
+            time.sleep(0.005)
+
+    def end(self, seconds: float = 300) -> list[tuple[int, str, str]]:
+        """Code, output and errors of each."""
+        try:
+            found = [process.communicate(timeout=seconds) for process in self.started]
+        finally:
+            for process in self.started:
+                process.kill()
+        return [(process.returncode, *said) for process, said in zip(self.started, found, strict=True)]
+
+
+def assert_close_run(workdir: Path, reference: Path) -> None:
+    """The same rows, and the same numbers but for the order of sums."""
+    for name in ("metrics.jsonl", "mixture.jsonl", "evals.jsonl"):
+        found, expected = logged(workdir, name), logged(reference, name)
+        assert len(found) == len(expected), name
+        for a, b in zip(found, expected, strict=True):
+            assert a.keys() == b.keys()
+            for key, value in b.items():
+                exact = isinstance(value, str | int) or value is None
+                assert a[key] == value if exact else abs(a[key] - value) < 1e-5 * max(abs(value), 1), (name, a, b)
+    (state, mixture), (expected_state, expected_mixture) = final_state(workdir), final_state(reference)
+    assert state.keys() == expected_state.keys()
+    assert mixture == expected_mixture  # the rows drawn so far, and all that draws the next ones
+
+
+@pytest.fixture(scope="module")
+def pair(arguments, tmp_path_factory) -> Path:
+    """The workdir of the run `undisturbed`, trained by two processes."""
+    workdir = tmp_path_factory.mktemp("runs") / "pair"
+    (code, output, errors), (other, silent, said) = Job(2, "train", "--workdir", str(workdir), *arguments).end()
+    assert (code, other) == (0, 0), errors + said
+    assert "report.html" in output
+    assert "student" not in silent  # the second has nothing to print
+    assert "step" not in said  # and no bar
+    return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(pair, undisturbed):
+    assert_close_run(pair, undisturbed)
+    assert json.loads((pair / "run.json").read_text())["processes"] == 2
+    assert len(list((pair / "tensorboard").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_both_devices(pair, arguments, tmp_path):
+    """Bit for bit: a sum of two does not depend on who adds them."""
+    alone = jaxkd("train", "--workdir", str(tmp_path / "alone"), *arguments, devices=2)
+    assert alone.returncode == 0, alone.stderr
+    assert_same_run(pair, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_evaluation_in_two_processes_is_that_of_the_run_and_export_wants_one(pair, tmp_path):
+    workdir = shutil.copytree(pair, tmp_path / "pair")
+    before = lines(workdir / "evals.jsonl")
+    (code, output, errors), (other, silent, _) = Job(2, "evaluate", "--workdir", str(workdir)).end()
+    assert (code, other) == (0, 0), errors
+    last = [row for row in before if row["step"] == STEPS]
+    assert all(f"{row['student_nats']:.3f}" in output for row in last)
+    assert "alpha" not in silent
+    assert lines(workdir / "evals.jsonl") == before
+    for code, _, errors in Job(2, "export", "--workdir", str(workdir), "--to", str(tmp_path / "student")).end():
+        assert code == 1
+        assert "`jaxkd export` writes one directory from one process: start it on one host" in errors
+    assert not (tmp_path / "student").exists()
+
+
+# ------------------------------------------------------------------------------- one fails, all end
+
+
+@pytest.mark.slow
+def test_rows_that_differ_between_hosts_are_found_by_the_other_and_end_both(arguments, tmp_path):
+    other = write_domain(tmp_path / "other.jsonl", 7)
+    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, last=(f"--config.data.domains.beta={other}",))
+    (code, _, errors), (other_code, _, said) = job.end(120)
+    assert (code, other_code) == (1, 1), errors + said
+    assert "jaxkd: error: the rows of the domains differ between hosts: of 'beta' process 0 has " in said
+    assert "jaxkd: process 1 failed: error: the rows of the domains differ between hosts: of 'beta'" in errors
+
+
+@pytest.mark.slow
+def test_a_workdir_that_one_host_does_not_see(arguments, tmp_path, monkeypatch):
+    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, last=("--workdir", str(tmp_path / "own")))
+    (code, _, errors), (other, _, said) = job.end(150)
+    assert (code, other) == (1, 1), errors + said
+    assert f"process 0 has made {tmp_path / 'own'}, which is not to be seen on" in said
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_while_the_others_are_in_a_collective(pair, arguments, tmp_path):
+    """Process 0 alone writes, and cannot; the other is on its way into an evaluation that never comes."""
+    workdir = shutil.copytree(pair, tmp_path / "pair")
+    (workdir / "metrics.jsonl").unlink()
+    (workdir / "metrics.jsonl").mkdir()
+    more = ["--config.run.steps=15", "--accept-changes"]
+    start = time.monotonic()
+    (code, _, errors), (other, _, said) = Job(2, "train", "--workdir", str(workdir), *arguments, *more).end(120)
+    assert (code, other) == (1, 1), errors + said
+    assert errors.splitlines()[-1].startswith("jaxkd: error: Is a directory")
+    assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: Is a directory")
+    assert time.monotonic() - start < 110  # and not the five minutes of a barrier
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_names_the_rows_of_all_hosts(arguments, tmp_path):
+    wild = ["--config.optim.lr.peak=1e30", "--config.optim.clip=1e30"]
+    results = Job(2, "train", "--workdir", str(tmp_path / "wild"), *arguments, *wild).end()
+    sentences = [re.search(r"(loss|grad_norm|param_norm) is .*", errors)[0] for _, _, errors in results]
+    assert [code for code, _, _ in results] == [1, 1]
+    assert sentences[0] == sentences[1]
+    assert "Rows, all of which are in metrics.jsonl: step " in sentences[0]
+    left = [row["rows"] for row in lines(tmp_path / "wild" / "metrics.jsonl") if "rows" in row]
+    assert [sum(map(len, rows.values())) for rows in left] == [8] * len(left)  # of both hosts
+
+
+# --------------------------------------------------------------------- killed, told to stop, resumed
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_processes_goes_on_with_any_number(undisturbed, arguments, tmp_path):
+    """Four, of which one gets SIGTERM; two, of which one is killed; two, of which the coordinator is; then one."""
+    workdir = tmp_path / "moving"
+    often = "--config.run.checkpoint_every=1"  # steps of milliseconds would be over before a signal comes
+    train = ["train", "--workdir", str(workdir), *arguments, often]
+    metrics, evals = workdir / "metrics.jsonl", workdir / "evals.jsonl"
+
+    job = Job(4, *train)
+    job.wait_for(evals, 1)  # while the step compiles: JAX looks for SIGTERM about once a second
+    job.started[2].send_signal(signal.SIGTERM)
+    found = job.end()
+    assert [code for code, *_ in found] == [cluster.STOPPED] * 4, found
+    assert "the same command goes on from it" in found[0][1]
+    reached = len(lines(metrics))
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [reached]
+
+    for victim in (1, 0):
+        job = Job(2, *train)
+        job.wait_for(metrics, min(reached + 1, STEPS))
+        job.started[victim].kill()
+        killed = time.monotonic()
+        found = job.end()
+        survivor = found[1 - victim]
+        assert survivor[0] not in (0, 1, 2, cluster.STOPPED), survivor  # a launcher starts it again
+        assert time.monotonic() - killed < 2 * SILENCE + 10
+        reached = len(lines(metrics))
+
+    last = jaxkd(*train)
+    assert last.returncode == 0, last.stderr
+    assert "resuming at step" in last.stdout
+    assert_close_run(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data", "model"])
+def test_cached_teachers_and_a_measuring_rule_in_two_processes(mesh, arguments, tmp_path):
+    """Rows and what a cache adds to them by host; over `model` both hold the same rows."""
+    common = [
+        *arguments, "--config.teacher.signal=top_k", "--config.teacher.entries=8", f"--config.run.mesh.{mesh}=2",
+        f"--config.run.mesh.{'data' if mesh == 'model' else 'model'}=1", f"--config.teacher.cache={tmp_path / 'cache'}",
+        "--config.data.mixture=ddk(alpha=0.5)", "--config.run.eval_batch=6",
+    ]  # fmt: skip
+    made = jaxkd("cache", *common, devices=2)
+    assert made.returncode == 0, made.stderr
+    alone = jaxkd("train", "--workdir", str(tmp_path / "alone"), *common, devices=2)
+    assert alone.returncode == 0, alone.stderr
+    for code, _, errors in Job(2, "train", "--workdir", str(tmp_path / "pair"), *common).end():
+        assert code == 0, errors
+    assert_close_run(tmp_path / "pair", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_interrupt_of_one_stops_all(arguments, tmp_path):
+    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, "--config.run.steps=400")
+    job.wait_for(tmp_path / "w" / "evals.jsonl", 1)
+    job.started[1].send_signal(signal.SIGINT)
+    found = job.end()
+    assert [code for code, *_ in found] == [cluster.STOPPED] * 2, found
+    assert "Traceback" not in found[0][2] + found[1][2]
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_notice(arguments, tmp_path):
+    """Process 1 is stopped for so long that process 0, in a collective with it, gives up; then it hears of it."""
+    workdir = tmp_path / "w"
+    more = ["--config.run.steps=4000", "--config.run.stall_s=10.0", "--config.run.checkpoint_every=1000"]
+    job = Job(2, "train", "--workdir", str(workdir), *arguments, *more, "--no-check", silence=100)
+    job.wait_for(workdir / "metrics.jsonl", 5)
+    job.started[1].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    while not (workdir / "stalled-0.txt").exists():
+        assert time.monotonic() - stopped < 60
+        time.sleep(0.05)
+    job.started[1].send_signal(signal.SIGCONT)
+    (code, _, errors), (other, _, said) = job.end(60)
+    assert (code, other) == (cluster.UNFORESEEN, cluster.UNFORESEEN), errors + said
+    assert time.monotonic() - stopped < 60  # and not when JAX takes a silent process for dead
+    assert "has made no progress for 10 s (run.stall_s=10), so process 0 ends with code 70" in errors
+    assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: step ")
+    assert not (workdir / "stalled-1.txt").exists()  # it stood still because it could not run

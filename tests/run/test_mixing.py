@@ -1,0 +1,190 @@
+"""What a rule measures on a mesh, and the state that moves with it."""
+
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from harness import tiny_arguments, write_domain
+
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.core.sharding import batch_sharding
+from jaxkd.data import loader, mixture
+from jaxkd.evals import compare
+from jaxkd.run import job, load
+from jaxkd.run.mixing import Mixing
+
+
+class Made(NamedTuple):
+    job: job.Job
+    rows: load.Domains
+    student: dict
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """`make(rule, data, eval_batch)`: the tiny recipe on a mesh, with five and eleven held-out rows."""
+    root = tmp_path_factory.mktemp("mixing")
+    texts = {name: write_domain(root / f"{name}.jsonl", seed, 90) for seed, name in enumerate(("wide", "thin"))}
+    known: dict[tuple, Made] = {}
+
+    def made(rule: str, data: int = 1, eval_batch: int = 8) -> Made:
+        if (rule, data, eval_batch) not in known:
+            more = (
+                f"data.mixture={rule}",
+                f"run.mesh.data={data}",
+                f"run.eval_batch={eval_batch}",
+                "data.valid_rows=11",
+            )
+            arguments = tiny_arguments(texts, root / "rows", *(f"--config.{each}" for each in more))
+            built = job.build(experiment(read_config(arguments)))
+            with jax.set_mesh(built.mesh):
+                rows = load.domains(built, progress=False)
+                known[rule, data, eval_batch] = Made(built, rows, load.models(built, rows, progress=False).student)
+        return known[rule, data, eval_batch]
+
+    return made
+
+
+def evaluation(made: Made, teacher=(2.0, 3.0)):
+    """What the evaluation before the first step would have said; the teacher's figures are made up."""
+    bits = {"student_bits_per_byte": 8.2, "teacher_bits_per_byte": 3.0}
+    return [{"domain": n, "student_nats": 5.5, "teacher_nats": t} | bits for n, t in zip(made.rows.names, teacher)]
+
+
+def begun(made: Made) -> Mixing:
+    mixing = Mixing(made.job, made.rows)
+    mixing.first()
+    mixing.begin(evaluation(made))
+    return mixing
+
+
+def test_eight_devices_and_ragged_rows_score_as_one_device_row_by_row(make):
+    """Eleven rows in batches of eight over eight devices: what fills the last batch weighs nothing."""
+    single, spread = make("ddk()", 1, 1), make("ddk()", 8, 8)
+    assert len(single.rows.valid[0]) % 8
+    found = []
+    for made in (single, spread):
+        mixing = begun(made)
+        with jax.set_mesh(made.job.mesh):
+            mixing.advance(made.student)
+        assert mixing.gaps is not None
+        found.append((mixing.gaps.student_nats, mixing.mixture.sampling))
+    batch = next(iter(load.held_out(spread.job, spread.rows)["wide"]))[0]
+    assert batch.tokens.sharding.num_devices == 8
+    assert not batch.tokens.sharding.is_fully_replicated
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=2e-6)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
+    assert (found[0][0] > 5.0).all()  # an untrained student: a filling row that counted would hide nothing else
+
+
+def test_the_teacher_is_scored_once_and_shares_compile_nothing(make):
+    """Measuring needs no teacher: its losses are the first evaluation's, to the bit, also behind a checkpoint."""
+    made = make("ddk()")
+    mixing = begun(made)
+    shares = [mixing.mixture.sampling]
+    for _ in range(3):
+        again = Mixing(made.job, made.rows)
+        again.restore(json.loads(json.dumps(mixing.saved())))
+        with jax.set_mesh(made.job.mesh):
+            mixing.advance(made.student)
+            again.advance(made.student)
+        assert mixing.gaps is not None
+        assert mixing.gaps.teacher_nats.tolist() == [2.0, 3.0]
+        assert json.dumps(again.saved()) == json.dumps(mixing.saved())
+        shares.append(mixing.mixture.sampling)
+    assert mixing._scoring._cache_size() == 1
+    assert not np.array_equal(shares[1], shares[2])
+    rho = np.exp(mixing.gaps.student_nats - [2.0, 3.0])
+    first = np.exp(5.5 - np.array([2.0, 3.0]))
+    r = np.exp(first - first.max()) / np.exp(first - first.max()).sum()
+    psi = r * np.exp(rho - rho.max())
+    np.testing.assert_allclose(shares[1], 0.5 * psi / psi.sum() + 0.25, rtol=1e-9)
+
+
+def test_an_interval_says_what_it_is_drawn_from(make):
+    made = make("ddk()")
+    mixing, data = begun(made), made.job.experiment.data
+    first = mixing.line(0)
+    with jax.set_mesh(made.job.mesh):
+        seconds = mixing.advance(made.student)
+    line = mixing.line(2400, None, seconds, 0.5)
+    assert (line["step"], line["interval"], line["tokens"]) == (data.interval, 1, 2400)
+    sizes = {name: len(rows) for name, rows in zip(made.rows.names, made.rows.train)}
+    assert sum(line[f"rows/{n}"] for n in sizes) == data.interval * data.batch
+    for name, size in sizes.items():
+        assert line[f"drawn/{name}"] == first[f"rows/{name}"]
+        assert line[f"epochs/{name}"] == first[f"rows/{name}"] / size
+        assert abs(line[f"rows/{name}"] - line[f"share/{name}"] * data.interval * data.batch) <= 1
+        assert line[f"ratio/{name}"] > 1
+    assert line["rule_share"] == pytest.approx(seconds / (seconds + 0.5 * data.interval))
+    assert "rule_s" not in first
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_the_rows_that_are_named(make):
+    """DoGE's products, of eight devices, against one plain gradient per domain."""
+    made = make("doge(mu=0.001)", 8)
+    mixing = Mixing(made.job, made.rows)
+    mixing.first()
+    np.testing.assert_allclose(mixing.mixture.sampling, 0.5)
+    with jax.set_mesh(made.job.mesh):
+        found = mixing._gradients(made.student, 3)
+        mixing.advance(made.student)
+    assert mixing.mixture.rule_state["rule"]["updates"] == 1
+    assert mixing.mixture.sampling.sum() == pytest.approx(1.0)
+    assert found.lr == pytest.approx(float(made.job.lr(15)))
+
+    student = jax.tree.map(np.asarray, made.student)
+    scoring = compare.make_scoring(made.job.student.forward, made.job.tokenizer.vocab)
+    slope, gradients = jax.jit(jax.grad(lambda p, b: scoring(p, b)[0] / b.weights.sum())), []
+    for d, rows in enumerate(made.rows.train):
+        row = mixture.probe(d, len(rows), made.job.experiment.run.seed, 3, 8)
+        assert len(set(row.tolist())) == 8
+        batch = loader.place(loader.read_rows(made.rows.train, np.full(8, d), row), 8, np.arange(8), None)
+        gradients.append(np.concatenate([np.asarray(g).ravel() for g in jax.tree.leaves(slope(student, batch))]))
+    products = [[float(np.dot(a, b)) for b in gradients] for a in gradients]
+    np.testing.assert_allclose(found.products, products, rtol=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_any_number_of_hosts_reads_the_same_batches_before_and_after_a_re_weighting(make, monkeypatch, processes):
+    """Each pretended host has its share of eight devices; together they read what one host reads."""
+    made = make("ddk()", 8)
+    mixing = begun(made)
+    place, size = batch_sharding(made.job.mesh), made.job.experiment.data.batch
+    everywhere = jax.NamedSharding(made.job.mesh, jax.P(*place.spec[:1])).addressable_devices_indices_map((size,))
+    for interval in range(2):
+        order = mixture.order(mixing.mixture, [len(rows) for rows in made.rows.train], 0, 5 * size)
+        whole = [np.stack([part[step * size : (step + 1) * size] for part in order]) for step in range(5)]
+        for step in range(5):
+            pieces, places = [], []
+            for process in range(processes):
+                mine = {d: index for d, index in everywhere.items() if d.id * processes // 8 == process}
+                with monkeypatch.context() as patch:
+                    patch.setattr(jax.NamedSharding, "addressable_devices_indices_map", lambda self, shape, m=mine: m)
+                    where = loader.local_rows(size, place)
+                domain, row = (part[step * size + where] for part in order)
+                local = loader.read_rows(made.rows.train, domain, row)
+                pieces.append(np.stack([local["domain"], local["row"]], 0))
+                places.append(where)
+            assert np.concatenate(places).tolist() == list(range(size))
+            np.testing.assert_array_equal(np.concatenate(pieces, 1), whole[step])
+        with jax.set_mesh(made.job.mesh):
+            mixing.advance(made.student)
+        assert mixing.mixture.interval == interval + 1
+    assert math.isclose(mixing.mixture.sampling.sum(), 1.0)
+
+
+def test_a_proxy_is_refused_a_teacher_that_says_too_little(tmp_path):
+    arguments = tiny_arguments(
+        {"wide": write_domain(tmp_path / "wide.jsonl", 0)},
+        tmp_path / "rows",
+        "--config.data.mixture=doremi_proxy()",
+        "--config.teacher.signal=top_k",
+    )
+    with pytest.raises(ValueError, match=r"'doremi_proxy\(\)' compares .* this teacher gives 'top_k': take another"):
+        job.build(experiment(read_config(arguments)))

@@ -1,0 +1,27 @@
+"""The whole step lowers for platforms that this machine does not have."""
+
+import jax
+import pytest
+from harness import REPOSITORY
+
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.planning import plan
+from jaxkd.run import program
+from jaxkd.run import teacher as teaching
+
+TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
+
+
+@pytest.mark.parametrize("platform", ["cuda", "rocm"])
+def test_the_step_lowers_for_gpus_on_a_mesh(platform):
+    overrides = ("--config.run.mesh.data=4", "--config.run.mesh.model=2", "--config.run.dtype=bfloat16")
+    job = plan.build(experiment(read_config([TINY, *overrides])), jax.devices())
+    teacher = teaching.teach(job, plan.weights_of(job), {}).train
+    with jax.set_mesh(job.mesh):
+        step = program.jitted_step(job, teacher)
+        exported = jax.export.export(step, platforms=[platform])(job.state, teacher.state, teaching.abstract_batch(job))
+    assert exported.platforms == (platform,)
+    assert exported.nr_devices == 8
+    assert "all_reduce" in exported.mlir_module()  # the head's gradient, over the devices that share its tokens
+    assert "stablehlo.while" in exported.mlir_module()  # over chunks of tokens

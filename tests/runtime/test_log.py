@@ -1,0 +1,267 @@
+"""What a run writes down: nothing is lost, nothing out of order, and the loop does not wait for a disk."""
+
+import errno
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from harness import REPOSITORY, here, tiny_arguments
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from jaxkd.runtime import log
+
+
+def line(step: int, **more) -> dict:
+    return {"step": step, "loss": 1.0 / step, "tokens_per_s": 10.0, **more}
+
+
+class Disk:
+    """A disk that answers when the test says so, and counts what it was asked."""
+
+    def __init__(self, monkeypatch):
+        self.syncs, self.answers, sync = 0, threading.Event(), os.fsync
+        self.answers.set()
+
+        def answer(file):
+            self.syncs += 1
+            assert self.answers.wait(60)
+            sync(file)
+
+        monkeypatch.setattr(log.os, "fsync", answer)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    found = Disk(monkeypatch)
+    yield found
+    found.answers.set()
+
+
+@pytest.fixture
+def output(tmp_path):
+    found = log.TrainLog(tmp_path, 1000, 0, 0)
+    yield found
+    found.close()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left():
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name == "jaxkd_log"]
+
+
+def steps(workdir) -> list[int]:
+    return [row["step"] for row in log.read(workdir / "metrics.jsonl")]
+
+
+def waits(call) -> threading.Thread:
+    """A call in a thread of its own, which has not come back after a while."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    return thread
+
+
+def events(workdir) -> list[Event]:
+    """Of TensorBoard's files, oldest first."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])  # a length and its checksum, the event and its checksum
+            found.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_the_loop_goes_on_while_the_disk_hangs_and_waits_before_much_is_at_stake(disk, output, tmp_path):
+    disk.answers.clear()
+    output.step(line(1), write=True)
+    while not disk.syncs:  # the thread is at it
+        time.sleep(0.001)
+    for step in range(2, log._WAITING + 2):
+        output.step(line(step), write=True)
+    waiting = waits(lambda: output.step(line(log._WAITING + 2), write=True))
+    before = disk.syncs
+    disk.answers.set()
+    waiting.join(60)
+    output.flush()
+    assert steps(tmp_path) == list(range(1, log._WAITING + 3))
+    assert disk.syncs - before < 10  # many lines, one sync
+
+
+def test_a_checkpoint_finds_its_steps_on_disk(disk, output, tmp_path):
+    disk.answers.clear()
+    for step in range(1, 11):
+        output.step(line(step), write=step % 2 == 0)
+    flushing = waits(output.flush)
+    disk.answers.set()
+    flushing.join(60)
+    assert steps(tmp_path) == [2, 4, 6, 8, 10]
+    assert [event.step for event in events(tmp_path) if event.summary.value] == [2, 4, 6, 8, 10]
+
+
+def test_evaluations_and_mixtures_are_there_when_their_call_returns(disk, output, tmp_path):
+    for step in range(1, 20):
+        output.step(line(step), write=True)
+    rows = [{"step": 19, "domain": name, "kl": 0.5} for name in ("alpha", "beta", "mean")]
+    disk.answers.clear()
+    evaluating = waits(lambda: output.evaluation(rows))
+    disk.answers.set()
+    evaluating.join(60)
+    assert log.read(tmp_path / "evals.jsonl") == rows
+    output.mixture({"step": 20, "interval": 1})
+    assert log.read(tmp_path / "mixture.jsonl") == [{"step": 20, "interval": 1}]
+    output.restart_evaluation(19)
+    assert log.read(tmp_path / "evals.jsonl") == []
+
+
+def test_a_restart_drops_what_it_makes_again(tmp_path):
+    for first, last in ((0, 8), (5, 12)):
+        output = log.TrainLog(tmp_path, 12, first, 0)
+        for step in range(first + 1, last + 1):
+            output.step(line(step, attempt=first), write=True)
+        output.close()
+    assert [(row["step"], row["attempt"]) for row in log.read(tmp_path / "metrics.jsonl")] == [
+        (step, 0 if step <= 5 else 5) for step in range(1, 13)
+    ]
+
+
+def test_tensorboard_has_the_finite_numbers_of_a_line_and_forgets_what_is_made_again(output, tmp_path):
+    output.step({"step": 3, "loss": None, "tokens_per_s": 2.0, "grad_norm": float("inf"), "rows": {"a": [1]}}, True)
+    output.evaluation([{"step": 3, "domain": "alpha", "kl": 0.25}])
+    output.flush()
+    start, train, evaluation = events(tmp_path)[1:]
+    assert (start.step, start.session_log.status) == (1, SessionLog.START)
+    assert [(v.tag, v.simple_value) for v in train.summary.value] == [("train/tokens_per_s", 2.0)]
+    assert [(v.tag, v.simple_value) for v in evaluation.summary.value] == [("eval/alpha/kl", 0.25)]
+    assert abs(train.wall_time - time.time()) < 600
+
+
+def full(workdir) -> None:
+    (workdir / "metrics.jsonl").symlink_to("/dev/full")
+
+
+def gone(workdir) -> None:
+    (workdir / "tensorboard").rename(workdir.parent / "elsewhere")
+    workdir.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"), [(full, "No space left on device"), (gone, "No such file or directory")]
+)
+@pytest.mark.parametrize("call", ["step", "flush", "evaluation", "mixture", "close"])
+def test_an_error_of_the_thread_is_raised_by_the_next_call_and_once_more_by_none(break_it, reason, call, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    output = log.TrainLog(workdir, 10, 0, 0)
+    break_it(workdir)
+    output.step(line(1), write=True)
+    if call == "step":  # whether or not it is one that is written
+        output._writer._thread.join(60)
+    calls = {
+        "step": lambda: output.step(line(2), write=False),
+        "flush": output.flush,
+        "evaluation": lambda: output.evaluation([{"step": 1, "domain": "mean"}]),
+        "mixture": lambda: output.mixture({"step": 1}),
+        "close": output.close,
+    }
+    with pytest.raises(OSError, match=reason) as told:
+        calls[call]()
+    assert told.value.filename == str(workdir / "metrics.jsonl")
+    output.close()
+
+
+def test_nobody_waits_for_a_thread_that_has_failed(tmp_path):
+    output = log.TrainLog(tmp_path, 10, 0, 0)
+    full(tmp_path)
+
+    def write_much():
+        for step in range(1, 10 * log._WAITING):
+            output.step(line(step), write=True)
+
+    with pytest.raises(OSError, match="No space left"):
+        write_much()
+    output.close()
+
+
+def test_what_a_full_disk_cut_short_does_not_spoil_the_next_line(tmp_path):
+    path = tmp_path / "goodput.jsonl"
+    log.append(path, [{"step": 1}, {"step": 2}])
+    for cut in ('{"step": 3', "{"):
+        path.write_text(path.read_text() + cut)
+        log.append(path, [{"step": 4}])
+    assert [row["step"] for row in log.read(path)] == [1, 2, 4, 4]
+    path.write_text('{"st')
+    log.append(path, [{"step": 1}])
+    assert log.read(path) == [{"step": 1}]
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n\n{"step": 2{"step": 3}\n{"step": 4}\n')
+    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl is no JSON: delete that line or restore"):
+        log.read(path)
+
+
+def test_of_several_processes_the_first_alone_writes(monkeypatch, tmp_path):
+    monkeypatch.setattr(log.unison, "first", lambda: False)
+    output = log.TrainLog(tmp_path, 10, 0, 0)
+    output.step(line(1), write=True)
+    output.evaluation([{"step": 1, "domain": "mean"}])
+    output.mixture({"step": 1})
+    output.restart_evaluation(1)
+    output.flush()
+    output.close()
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import pathlib, sys
+from jaxkd.train import log
+output = log.TrainLog(pathlib.Path(sys.argv[1]), 10**9, 0, 0)
+for step in range(1, 10**9):
+    output.step({"step": step, "loss": 1.0, "tokens_per_s": 1.0}, write=True)
+    if step % 20 == 0:
+        output.flush()
+        print(step, flush=True)  # as a checkpoint that is complete
+"""
+
+
+def test_a_kill_takes_lines_from_the_end_and_none_that_a_checkpoint_knows(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPOSITORY
+    ) as process:
+        for _ in range(3):
+            saved = int(process.stdout.readline())
+        time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        saved = int(([str(saved), *process.stdout.read().split()])[-1])
+    found = steps(tmp_path)
+    assert found == list(range(1, len(found) + 1))
+    assert len(found) >= saved >= 60
+
+
+def test_a_run_whose_disk_fills_up_says_so_and_saves_nothing_that_is_not_written_down(
+    two_domains, tmp_path, monkeypatch
+):
+    sync, written = os.fsync, tmp_path / "run" / "metrics.jsonl"
+
+    def fill(file):
+        if written.exists() and os.path.samestat(os.fstat(file), written.stat()) and len(steps(tmp_path / "run")) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(log.os, "fsync", fill)
+    more = ("--config.run.steps=8", "--config.run.checkpoint_every=2", "--config.run.mesh.data=1", "--no-check")
+    result = here("train", "--workdir", str(tmp_path / "run"), *tiny_arguments(two_domains, tmp_path / "rows", *more))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"jaxkd: error: No space left on device: {written}"
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == ["2"]
