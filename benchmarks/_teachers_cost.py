@@ -17,7 +17,7 @@ from jaxkd.data import loader
 from jaxkd.data import mixture as mixtures
 from jaxkd.models import flops
 from jaxkd.run import cache_teacher, job, load
-from jaxkd.run.teacher import bytes_per_device, layouts, open_stores, teach
+from jaxkd.run.teacher import build_teacher, bytes_per_device, layouts, open_stores
 from jaxkd.teachers import codec
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
@@ -91,7 +91,7 @@ def _ready(name: str, form: Form, where: Path, count: int, both: bool, student: 
     stores = open_stores(built, rows.fingerprints)
     models = load.models(built, rows, with_student=student is None)
     student = models.student if student is None else student
-    taught = teach(built, models.teachers, stores)
+    taught = build_teacher(built, models.teachers, stores)
     if form.cached:
         facts = _facts(built, rows, stores["teacher"])
     memory = bytes_per_device(models.teachers) if form.divergence else {"teacher": 0}
@@ -99,7 +99,7 @@ def _ready(name: str, form: Form, where: Path, count: int, both: bool, student: 
     state = init_state({"student": student, "objective": {}}, built.tx)
     mixture = mixtures.init(mixtures.uniform(rows.sizes))
     place = batch_sharding(built.mesh)
-    batches = loader.batches(rows.train, mixture, 0, 4, 0, 64, 0, place, taught.train.annotate)
+    batches = loader.batches(rows.train, mixture, 0, 4, 0, 64, 0, place, taught.train.host_features)
     step = jax.jit(plain)
     batch = next(batches)
     jax.block_until_ready(step(state, taught.train.state, batch))

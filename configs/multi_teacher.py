@@ -1,7 +1,7 @@
 """Several teachers: averaged, one per domain, through an assistant, or giving way to the labels.
 
     jaxkd train --config configs/multi_teacher.py:assistant --workdir runs/assistant
-    jaxkd export --workdir runs/assistant --to models/assistant
+    jaxkd export --workdir runs/assistant --output models/assistant
     jaxkd train --config configs/multi_teacher.py:chain --workdir runs/chain       # large to middle to small
     jaxkd train --config configs/multi_teacher.py:blend --workdir runs/blend       # the default
     jaxkd train --config configs/multi_teacher.py:route --workdir runs/route

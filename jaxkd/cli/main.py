@@ -70,7 +70,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                 job.check_shares(built)
             return [changes, held.enter_context(lock(workdir))]
 
-        changes, mark = multihost.word("workdir", take)
+        changes, mark = multihost.broadcast("workdir", take)
         see(workdir, mark)
         if (kept_in := compile_cache.keep(workdir / "programs", jax.default_backend())) is not None:
             multihost.say(f"compiled programs: {kept_in}")
@@ -83,7 +83,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.say, started)))
             for change in changes:
                 multihost.say(f"changed: {change}")
-            if multihost.first():
+            if multihost.is_main():
                 adopt(workdir, e)
                 before = workdir / "run.json"
                 known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
@@ -98,14 +98,14 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                         multihost.say(f"check: {line}")
         finished = run.go(profile)
         written = lambda: str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before a step"
-        page = multihost.word("the report", written)
-    if finished and multihost.first():
+        page = multihost.broadcast("the report", written)
+    if finished and multihost.is_main():
         evaluations = log.read(workdir / "evals.jsonl")
         last = max(row["step"] for row in evaluations)
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
         if told := mixture.cost(log.read(workdir / "mixture.jsonl")):
             print(told)
-    if multihost.first():
+    if multihost.is_main():
         print(goodput.sentence(goodput.read(workdir)))
     multihost.say(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
     if not finished:
@@ -203,19 +203,19 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
         step, student, average = restore.trained(built, workdir, options.step)
         rows = load.domains(built)
         stores = teacher.open_stores(built, rows.fingerprints)
-        taught = teacher.teach(built, load.models(built, rows, with_student=False).teachers, stores)
+        taught = teacher.build_teacher(built, load.models(built, rows, with_student=False).teachers, stores)
         known = (taught.judge.state, step, average)
         comparison = jax.jit(compare.make_comparison(built.student.forward, taught.judged, built.tokenizer.vocab))
-        before = multihost.word("evaluations", lambda: log.read(workdir / "evals.jsonl"))
+        before = multihost.broadcast("evaluations", lambda: log.read(workdir / "evals.jsonl"))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         result = compare.evaluate(
             lambda batch: comparison(student, known, batch),
-            load.held_out(built, rows, taught.judge.annotate),
+            load.held_out(built, rows, taught.judge.host_features),
             step,
             {} if built.own else start,
         )
     multihost.say(compare.table(result, start))
-    if multihost.first() and not any(row["step"] == step for row in before):
+    if multihost.is_main() and not any(row["step"] == step for row in before):
         log.append(workdir / "evals.jsonl", result)
 
 
@@ -230,12 +230,12 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     multihost.join(alone=True)
     import jax
 
-    if multihost.several():
+    if multihost.is_multihost():
         raise ValueError(
             "`jaxkd export` writes one directory from one process: start it on one host, JAX_PLATFORMS=cpu"
         )
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
-    exporter.check_destination(Path(options.to).expanduser(), options.overwrite, keep_out)
+    exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
     built = job.build(job.elsewhere(e))
     with jax.set_mesh(built.mesh):
         step, student, _ = restore.trained(built, workdir, options.step)
@@ -252,7 +252,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
         "command": json.loads((workdir / "run.json").read_text())["command"],
     }
     directory = exporter.export(
-        Path(options.to),
+        Path(options.output),
         built.student.config,
         host,
         tokenizer_json=built.tokenizer.json,
@@ -279,8 +279,8 @@ def compare(options: argparse.Namespace, config: Sequence[str], command: str) ->
     from jaxkd.report import compare_page
 
     places = [Path(place) for place in options.places]
-    found = comparison.gather(places, options.against)
-    page = compare_page.write(found, Path(options.to) if options.to else places[0] / "compare.html")
+    found = comparison.gather(places, options.baseline)
+    page = compare_page.write(found, Path(options.output) if options.output else places[0] / "compare.html")
     if options.json:
         print(json.dumps(comparison.as_json(found), indent=2))
     else:
@@ -337,7 +337,7 @@ def parser() -> argparse.ArgumentParser:
         if name in ("evaluate", "export"):
             sub.add_argument("--step", help="checkpoint to take, or best (default: the newest)")
         if name == "export":
-            sub.add_argument("--to", required=True, help="directory to write")
+            sub.add_argument("--output", required=True, help="directory to write")
             sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
             sub.add_argument(
                 "--overwrite",
@@ -367,9 +367,9 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("places", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
-    sub.add_argument("--against", metavar="VARIANT", help="what the others are held against (default: the first)")
+    sub.add_argument("--baseline", metavar="VARIANT", help="what the others are held against (default: the first)")
     sub.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
-    sub.add_argument("--to", metavar="FILE", help="the page (default: compare.html in the first directory)")
+    sub.add_argument("--output", metavar="FILE", help="the page (default: compare.html in the first directory)")
 
 
 def main(arguments: Sequence[str]) -> None:

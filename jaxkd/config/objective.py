@@ -11,7 +11,7 @@ from jaxkd.core import schedules
 from jaxkd.core.types import Batch, Divergence, Head, Scalar
 from jaxkd.kernels.api import refusal, unstored
 from jaxkd.losses import divergences, features, objective
-from jaxkd.losses.feature_term import Field
+from jaxkd.losses.feature_term import FeatureTerm
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 
@@ -72,7 +72,7 @@ def call(text: str, module: ModuleType, where: str) -> Any:
         raise ValueError(f"{where}: {error}") from None
 
 
-class Told(NamedTuple):
+class SignalSpec(NamedTuple):
     """What kind of signal a teacher gives."""
 
     kind: type = Head  # Head, TopK, Sampled; Batch where it is text
@@ -81,13 +81,13 @@ class Told(NamedTuple):
     layers: bool = True  # whether it has features of every layer
 
 
-FULL = Told()
+FULL = SignalSpec()
 """A live teacher."""
 
 
 def build(
-    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], told: Told = FULL
-) -> dict[str, tuple[Scalar, objective.Vocab | Field]]:
+    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], told: SignalSpec = FULL
+) -> dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]]:
     """What `objectives.total` takes.
 
     Args:
@@ -99,7 +99,7 @@ def build(
     Raises:
         ValueError: for a term that does not fit itself or the models; the message names it.
     """
-    terms: dict[str, tuple[Scalar, objective.Vocab | Field]] = {}
+    terms: dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]] = {}
     for name, term in block.items():
         where = f"objective.{name}"
         _check(where, term)
@@ -131,7 +131,7 @@ def build(
     return terms
 
 
-def _refusal(divergence: Divergence, term: Term, told: Told) -> str | None:
+def _refusal(divergence: Divergence, term: Term, told: SignalSpec) -> str | None:
     """Why a term cannot learn from this teacher, or None when it can."""
     if told.kind is Batch:
         if divergence.uses_teacher:
@@ -170,7 +170,7 @@ def _check(where: str, term: Term) -> None:
         raise ValueError(f"{where}.temperature must be above 0, got {low['temperature']}")
 
 
-def _check_layers(where: str, field: Field, models: Mapping[str, Config]) -> None:
+def _check_layers(where: str, field: FeatureTerm, models: Mapping[str, Config]) -> None:
     for side, taps in (("student", field.student_taps), ("teacher", field.teacher_taps)):
         for tap in taps:
             try:

@@ -74,7 +74,7 @@ class Hidden(NamedTuple):
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["heads", "weights"], meta_fields=["geometric"])
 @dataclasses.dataclass(frozen=True)
-class Blend:
+class Ensemble:
     """Several teachers as one: their heads, and for every token what each of them weighs.
 
     At a temperature each head's own distribution is softened first. `geometric` averages log-probabilities (and
@@ -97,7 +97,7 @@ class Leading(NamedTuple):
 class Side(NamedTuple):
     """What a divergence may know of a vocabulary entry beside the two log-probabilities. No gradient flows here."""
 
-    hit: jax.Array  # [N, v] bool: the entry is the data's next token
+    is_target: jax.Array  # [N, v] bool: the entry is the data's next token
     head: Any = None  # [N, v] bool: it is one of the teacher's leading entries, where asked for
 
 
@@ -126,7 +126,7 @@ class Output(NamedTuple):
     taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers; see models/transformer
 
 
-Signal = Output | TopK | Sampled | Blend | Batch
+Signal = Output | TopK | Sampled | Ensemble | Batch
 """What a teacher tells about a batch; a `Batch` is text of its own, to be learned from instead."""
 
 Forward = Callable[..., Output]

@@ -107,7 +107,7 @@ def batches(
     stop_step: int,
     interval_start_step: int,
     sharding: NamedSharding | None = None,
-    annotate: Annotate = lambda rows: rows,
+    host_features: Annotate = lambda rows: rows,
 ) -> Iterator[Batch]:
     """The batches of an interval of constant mixture, from `start_step` to its end.
 
@@ -123,7 +123,7 @@ def batches(
         stop_step: the interval's end, not included. The order depends on it: to stop earlier, stop iterating.
         interval_start_step: the interval's first step.
         sharding: of the batch axis (and the length axis, if it names one).
-        annotate: a teacher's; it runs in the threads that read ahead.
+        host_features: a teacher's; it runs in the threads that read ahead.
 
     Yields:
         int32 arrays, float32 weights.
@@ -148,7 +148,7 @@ def batches(
 
     def read(step: int) -> dict[str, np.ndarray]:
         places = (step - interval_start_step) * batch + where
-        return annotate(read_rows(domains, domain[places], row[places]))
+        return host_features(read_rows(domains, domain[places], row[places]))
 
     # Checked above when called, not when first iterated: so the generator is a function of its own.
     return _ahead(read, start_step, stop_step, batch, where, sharding)
@@ -168,7 +168,7 @@ def fixed_batches(
     domain: int,
     batch: int,
     sharding: NamedSharding | None = None,
-    annotate: Annotate = lambda rows: rows,
+    host_features: Annotate = lambda rows: rows,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """All rows of a domain in their order, for evaluation.
 
@@ -179,7 +179,7 @@ def fixed_batches(
         rows: the domain's.
         domain: its number.
         batch: rows in the global batch.
-        sharding, annotate: as for `batches`.
+        sharding, host_features: as for `batches`.
 
     Yields:
         the batch, and int64 [B]: text bytes of each row's targets. Every process gets all of them.
@@ -199,7 +199,7 @@ def fixed_batches(
         values["domain"] = np.full(batch, domain, np.int32)
         values["weights"] = values["weights"] * real[:, None].astype(np.float32)
         # What a cache adds to a row is many times the row: read for those alone that this process places.
-        mine = annotate({name: value[where] for name, value in values.items()})
+        mine = host_features({name: value[where] for name, value in values.items()})
         return mine, np.where(real, values["bytes"], 0)
 
     return _fixed(read, -(-len(rows) // batch), batch, where, sharding)

@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
 
 def _teacher_next_token() -> Divergence:
-    return Divergence(lambda lp, lq, side: (jnp.where(side.hit, -lp, 0.0),))
+    return Divergence(lambda lp, lq, side: (jnp.where(side.is_target, -lp, 0.0),))
 
 
 def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], vocab: int) -> Callable[..., Sums]:
@@ -42,7 +42,7 @@ def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], v
 
     Args:
         student: forward pass.
-        teacher: `teacher(state, batch)`, an `Output` or a `Blend`.
+        teacher: `teacher(state, batch)`, an `Output` or a `Ensemble`.
         vocab: true vocabulary size.
     """
     terms = (next_token(), _teacher_next_token(), forward_kl())

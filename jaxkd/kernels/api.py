@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxkd.core.types import Blend, Divergence, Head, Sampled, Scalar, TopK
+from jaxkd.core.types import Divergence, Ensemble, Head, Sampled, Scalar, TopK
 from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
 from jaxkd.kernels.pointwise import Softening
 
@@ -101,7 +101,7 @@ def _flat(signal: Any, tokens: tuple[int, ...]) -> Any:
     """With one token axis instead of several."""
     if isinstance(signal, Head):
         return signal._replace(hidden=mesh.flatten(signal.hidden, tokens))
-    if isinstance(signal, Blend):
+    if isinstance(signal, Ensemble):
         weights = mesh.flatten(signal.weights, tokens).astype(jnp.float32)
         return dataclasses.replace(signal, heads=tuple(_flat(head, tokens) for head in signal.heads), weights=weights)
     return jax.tree.map(lambda x: mesh.flatten(jnp.asarray(x), tokens), signal)
@@ -110,7 +110,7 @@ def _flat(signal: Any, tokens: tuple[int, ...]) -> Any:
 def linear_divergence(
     terms: tuple,
     student: Head,
-    teacher: Head | Blend | TopK | Sampled | None,
+    teacher: Head | Ensemble | TopK | Sampled | None,
     targets: Int[jax.Array, "*tokens"],
     weights: Float[jax.Array, "terms *tokens"],
     temperatures: tuple[Scalar | jax.Array, ...],
@@ -173,7 +173,7 @@ def linear_divergence(
     tiled, reason, sizes = _tiled(tuple(terms), softenings, slots, vocab, flat_student, flat_teacher)
     if implementation == "pallas_tpu" and tiled is None:
         raise ValueError(reason)
-    heads = len(teacher.heads) if isinstance(teacher, Blend) else 1
+    heads = len(teacher.heads) if isinstance(teacher, Ensemble) else 1
     chunk = chunk or chunk_size(sizes.tokens, sizes.columns, sizes.student, teachers=heads)
     scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
     arrays = (flat_student, flat_teacher, flat_targets, flat_weights, scalars)
@@ -191,14 +191,14 @@ def refusal(term: Divergence, signal: type, standardized: bool = False) -> str |
 
     Args:
         term: the divergence.
-        signal: `Head`, `Blend`, `TopK` or `Sampled`.
+        signal: `Head`, `Ensemble`, `TopK` or `Sampled`.
         standardized: whether its logits are standardised.
     """
     if term.normaliser and standardized:
         return "it is about the size of logits, which standardising takes away"
     if not term.uses_teacher:
         return None
-    if signal in (Head, Blend):
+    if signal in (Head, Ensemble):
         if term.support is not None:
             return f"its '{term.support}' form is for a top-k teacher; a full distribution has no entries to leave out"
         return None
@@ -248,7 +248,7 @@ RANKED = ("student_top", "teacher_top", "agreement", "student_right", "teacher_r
 def linear_comparison(
     terms: tuple,
     student: Head,
-    teacher: Head | Blend,
+    teacher: Head | Ensemble,
     targets: Int[jax.Array, "*tokens"],
     *,
     vocab: int,
@@ -272,7 +272,7 @@ def linear_comparison(
     shape: tuple[int, ...] = targets.shape
     flat_targets = mesh.flatten(targets, shape)
     device = mesh.share(flat_targets.shape[0], student.unembed.shape[1])
-    heads = len(teacher.heads) if isinstance(teacher, Blend) else 1
+    heads = len(teacher.heads) if isinstance(teacher, Ensemble) else 1
     chunk = chunk or chunk_size(device.tokens, device.columns, student.unembed.shape[0], teachers=heads)
     plan = xla.Plan(tuple(terms), (0,) * len(terms), (Softening(0),), vocab, chunk)
     rows = xla.compare(plan, _flat(student, shape), _flat(teacher, shape), flat_targets)
@@ -290,10 +290,10 @@ def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str |
     if teacher is None and any(term.uses_teacher for term in terms):
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
     columns = student.unembed.shape[1]
-    heads = teacher.heads if isinstance(teacher, Blend) else (teacher,)
-    if isinstance(teacher, Blend) and (not heads or teacher.weights.shape[-1] != len(heads)):
+    heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,)
+    if isinstance(teacher, Ensemble) and (not heads or teacher.weights.shape[-1] != len(heads)):
         raise ValueError(f"a blend of {len(heads)} heads has weights for {teacher.weights.shape[-1]}")
-    if isinstance(teacher, Head | Blend):
+    if isinstance(teacher, Head | Ensemble):
         for head in heads:
             if head.unembed.shape[1] != columns:
                 raise ValueError(
@@ -314,7 +314,7 @@ def _check_counts(terms, student: Head, teacher: Any, targets, weights, temperat
             raise ValueError(f"{len(terms)} terms need as many {name}, got {count}")
     tokens = [("the student's hidden states", student.hidden.shape[:-1]), ("weights", weights.shape[1:])]
     signal = [teacher.hidden] if isinstance(teacher, Head) else teacher
-    if isinstance(teacher, Blend):
+    if isinstance(teacher, Ensemble):
         signal = [teacher.weights, *(head.hidden for head in teacher.heads)]
     for leaf in jax.tree.leaves(signal):
         tokens.append(("the teacher's signal", jnp.shape(leaf)[:-1]))

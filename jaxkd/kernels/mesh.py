@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxkd.core.types import Blend, Head, Sampled, TopK
+from jaxkd.core.types import Ensemble, Head, Sampled, TopK
 
 LENGTH_AXIS, ROW_AXES, VOCAB_AXIS = "context", ("replica", "data", "teacher"), "model"
 TOKEN_AXES = (LENGTH_AXIS, *ROW_AXES)
@@ -113,7 +113,7 @@ def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...])
             specs = (P(tokens, None), P(None, axis), P(axis), P(), P())
             head: Any = Head
             return head(*[None if x is None else s for x, s in zip(array, specs, strict=True)])
-        if how == "signal" and isinstance(array, Blend):
+        if how == "signal" and isinstance(array, Ensemble):
             heads = tuple(place(how, head) for head in array.heads)
             return dataclasses.replace(array, heads=heads, weights=P(tokens, None))
         if how == "signal":

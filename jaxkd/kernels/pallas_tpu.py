@@ -99,7 +99,7 @@ class _Rows(NamedTuple):
 def _contributions(plan: Plan, tile: _Tile, temperatures, rows: _Rows, z, z_teacher) -> Iterator[tuple]:
     """Per term: its log q [n v], its contributions and their slopes in log q, tuples of [n v]."""
     # Ids are exact in float32 up to 2^24.
-    side = Side(hit=rows.target.astype(jnp.int32) == tile.ids)
+    side = Side(is_target=rows.target.astype(jnp.int32) == tile.ids)
 
     def log_probs(z, slot, normalisers):
         scaled = jnp.where(tile.valid, z / temperatures[slot], -jnp.inf)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkd.core.types import LOG_FLOOR, Blend, Divergence, Head, Leading, Sampled, Side, TopK
+from jaxkd.core.types import LOG_FLOOR, Divergence, Ensemble, Head, Leading, Sampled, Side, TopK
 
 _SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
 
@@ -102,7 +102,7 @@ class Mixed(NamedTuple):
     geometric: bool
 
 
-def teacher_logits(teacher: Head | Blend) -> jax.Array | Mixed:
+def teacher_logits(teacher: Head | Ensemble) -> jax.Array | Mixed:
     """What a chunk's teacher says before it is softened; a head that weighs nothing in it costs no product."""
     if isinstance(teacher, Head):
         return logits(teacher, teacher.hidden)

@@ -8,7 +8,7 @@ leading entries come from a sort, tails from the full vector of probabilities: o
 import jax
 import jax.numpy as jnp
 
-from jaxkd.core.types import LOG_FLOOR, Blend, Divergence, Head, Sampled, Side, TopK
+from jaxkd.core.types import LOG_FLOOR, Divergence, Ensemble, Head, Sampled, Side, TopK
 
 
 def logits(head: Head) -> jax.Array:
@@ -81,7 +81,7 @@ def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, tempe
     return _field(term, lp, at_kept, hit, head, beside(counts, jnp.ones_like(counts[:, 0])))
 
 
-def _averaged(lps: list[jax.Array], teacher: Blend) -> jax.Array:
+def _averaged(lps: list[jax.Array], teacher: Ensemble) -> jax.Array:
     """Log-probabilities of several teachers as one."""
     weights = jnp.moveaxis(teacher.weights, -1, 0)[..., None]
     stacked = jnp.stack(lps)
@@ -93,7 +93,7 @@ def _averaged(lps: list[jax.Array], teacher: Blend) -> jax.Array:
 def linear_divergence(terms, vocab, student, teacher, targets, weights, temperatures, standardized, tails):
     """See `kernels.api.linear_divergence`; everything after `weights` is a sequence, one a term."""
     z = logits(student)[:, :vocab]
-    heads = teacher.heads if isinstance(teacher, Blend) else (teacher,) if isinstance(teacher, Head) else ()
+    heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,) if isinstance(teacher, Head) else ()
     z_teachers = [jax.lax.stop_gradient(logits(head)[:, :vocab]) for head in heads]
     hit = targets[:, None] == jnp.arange(vocab)
     fields = []
@@ -104,7 +104,7 @@ def linear_divergence(terms, vocab, student, teacher, targets, weights, temperat
             continue
         lq = floored(jax.nn.log_softmax(soft, -1))
         lps = [jax.nn.log_softmax(soften(each, temperature, standard), -1) for each in z_teachers]
-        lp = lq if not lps else floored(_averaged(lps, teacher) if isinstance(teacher, Blend) else lps[0])
+        lp = lq if not lps else floored(_averaged(lps, teacher) if isinstance(teacher, Ensemble) else lps[0])
         head = None if term.head is None else leading(lp, term.head)
         fields.append(_field(term, lp, lq, hit, head, normaliser=jax.nn.logsumexp(soft, -1)))
     stacked = jnp.stack(fields)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxkd.core.types import Blend, Head, Sampled, TopK
+from jaxkd.core.types import Ensemble, Head, Sampled, TopK
 from jaxkd.kernels import mesh
 from jaxkd.kernels.pointwise import (
     Columns,
@@ -44,12 +44,12 @@ class Plan(NamedTuple):
     frozen: bool = False  # the head gets no gradient, and costs no product for one
 
 
-Teacher = Head | Blend | TopK | Sampled | None
+Teacher = Head | Ensemble | TopK | Sampled | None
 
 
 def _terms(plan: Plan, temperatures, z, teacher: Teacher, target, weights, columns: Columns):
     """All terms on one chunk: fields [terms, c], and the gradient in the logits [c v]."""
-    z_teacher = teacher_logits(teacher) if isinstance(teacher, Head | Blend) else None
+    z_teacher = teacher_logits(teacher) if isinstance(teacher, Head | Ensemble) else None
     hit = target[:, None] == columns.ids
     fields: dict[int, jax.Array] = {}
     dz = None
@@ -98,14 +98,14 @@ def _fields(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, 
 
 def _per_token(teacher: Teacher) -> Any:
     """The part of a teacher's signal that has a token axis."""
-    if isinstance(teacher, Blend):
+    if isinstance(teacher, Ensemble):
         return tuple(head.hidden for head in teacher.heads), teacher.weights
     return teacher.hidden if isinstance(teacher, Head) else teacher
 
 
 def _teacher(whole: Teacher, chunk: Any) -> Any:
     """The signal for a chunk of tokens."""
-    if isinstance(whole, Blend):
+    if isinstance(whole, Ensemble):
         hidden, weights = chunk
         heads = tuple(head._replace(hidden=h) for head, h in zip(whole.heads, hidden, strict=True))
         return dataclasses.replace(whole, heads=heads, weights=weights)
@@ -150,7 +150,7 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
     return (_flat(fields, targets.shape[0]).T, dhidden, *reduced)
 
 
-def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head | Blend, targets):
+def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head | Ensemble, targets):
     """[terms + 5, N]: the terms' fields at temperature 1, then what `api.Ranked` names."""
     columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
     del tokens
@@ -212,7 +212,7 @@ def _backward(plan: Plan, residuals, cotangents):
 divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def compare(plan: Plan, student: Head, teacher: Head | Blend, targets: jax.Array) -> jax.Array:
+def compare(plan: Plan, student: Head, teacher: Head | Ensemble, targets: jax.Array) -> jax.Array:
     """See `kernels.api.linear_comparison`."""
     inputs = [("signal", student), ("signal", teacher), ("tokens", targets)]
     return mesh.run(partial(_comparison, plan), inputs, ("rows",))[0]

@@ -355,7 +355,7 @@ def decoupled_kd(target: float = 1.0, others: float = 8.0) -> Divergence:
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         p, q = jnp.exp(lp), jnp.exp(lq)
-        hit = side.hit
+        hit = side.is_target
         inside = [jnp.where(hit, x, 0.0) for x in (p, q)]
         return (*inside, *[jnp.where(hit, 0.0, x) for x in (p, q, p * (lp - lq))])
 

@@ -1,4 +1,4 @@
-"""What a term over features is made of: the `Field`, its taps, the map of layers.
+"""What a term over features is made of: the `FeatureTerm`, its taps, the map of layers.
 
 Reductions are in float32. What stands in padding, NaN included, can reach neither a value nor a gradient.
 """
@@ -20,7 +20,7 @@ LAST = -1
 """In a map of layers: what the head sees, after the final norm. Cached hidden states are of this one."""
 
 
-class Field(NamedTuple):
+class FeatureTerm(NamedTuple):
     """A term whose value is a number for every token.
 
     `init(key, student, teacher)` makes its parameters from the two sides' abstract outputs, `{}` for none.

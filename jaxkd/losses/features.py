@@ -1,7 +1,7 @@
 """Terms over features, the public ones: hidden states here, task-aware filters, and what `relations.py` has.
 
-Every public function makes a `Field`; a recipe's `objective.NAME.feature` is a call of one of them. `layers` is an
-explicit map {student layer: teacher layer}, counted from 1 as in the taps; -1 is what the head sees, after the final
+Every public function makes a `FeatureTerm`; a recipe's `objective.NAME.feature` is a call of one of them. `layers` is
+an explicit map {student layer: teacher layer}, counted from 1 as in the taps; -1 is what the head sees, after the final
 norm, the only layer that cached hidden states have. Nothing flows to the teacher.
 """
 
@@ -14,7 +14,7 @@ from jaxkd.core.types import Batch, Output, PyTree
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences
 from jaxkd.losses.feature_term import (
-    Field,
+    FeatureTerm,
     Init,
     Pairs,
     fixed,
@@ -37,7 +37,7 @@ EPS = 1e-6
 _FLAT = 1e-10  # a row whose centred features have less than this share of its square has no variance to compare
 
 
-def hidden_mse(layers: Mapping[int, int], projector: bool = False) -> Field:
+def hidden_mse(layers: Mapping[int, int], projector: bool = False) -> FeatureTerm:
     """Squared distance of hidden states, averaged over the map and the teacher's width.
 
         field[t] = mean_(s, l) mean_e (h_s[t] W_s - h_l[t])_e^2
@@ -61,7 +61,7 @@ def hidden_mse(layers: Mapping[int, int], projector: bool = False) -> Field:
     return _hidden(layers, projector, distance)
 
 
-def hidden_cosine(layers: Mapping[int, int], projector: bool = False) -> Field:
+def hidden_cosine(layers: Mapping[int, int], projector: bool = False) -> FeatureTerm:
     """One minus the cosine of hidden states, averaged over the map.
 
         field[t] = mean_(s, l) 1 - a . b / sqrt((|a|^2 + eps) (|b|^2 + eps)),   a = h_s[t] W_s,  b = h_l[t]
@@ -85,7 +85,7 @@ def hidden_cosine(layers: Mapping[int, int], projector: bool = False) -> Field:
     return _hidden(layers, projector, distance)
 
 
-def linear_cka(layers: Mapping[int, int]) -> Field:
+def linear_cka(layers: Mapping[int, int]) -> FeatureTerm:
     """One minus linear centred kernel alignment of a row's hidden states, averaged over the map.
 
         CKA = |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F)
@@ -119,10 +119,10 @@ def linear_cka(layers: Mapping[int, int]) -> Field:
             total += jnp.where(sound, 1.0 - inner(k, m) / norms, 0.0)
         return jnp.where(live, total[:, None] / len(pairs), 0.0)
 
-    return Field(nothing, per_token(field), *taps_of(pairs, ("layer",)))
+    return FeatureTerm(nothing, per_token(field), *taps_of(pairs, ("layer",)))
 
 
-def _hidden(layers: Mapping[int, int], projector: bool, distance: Callable[[Array, Array], Array]) -> Field:
+def _hidden(layers: Mapping[int, int], projector: bool, distance: Callable[[Array, Array], Array]) -> FeatureTerm:
     pairs = pairs_of(layers)
 
     def init(key: Array, student: Output, teacher: Output | None) -> PyTree:
@@ -142,7 +142,7 @@ def _hidden(layers: Mapping[int, int], projector: bool, distance: Callable[[Arra
             total += distance(h, fixed(hidden(teacher, t, live)))
         return total / len(pairs)
 
-    return Field(init, per_token(field), *taps_of(pairs, ("layer",)))
+    return FeatureTerm(init, per_token(field), *taps_of(pairs, ("layer",)))
 
 
 def _centred(x: Array, weights: Array) -> tuple[Array, Array]:
@@ -162,7 +162,7 @@ def _centred(x: Array, weights: Array) -> tuple[Array, Array]:
 # -------------------------------------------------------------------------- task-aware filters
 
 
-def ted_filters(layers: Mapping[int, int]) -> Field:
+def ted_filters(layers: Mapping[int, int]) -> FeatureTerm:
     """Stage 1 of task-aware distillation: linear filters that keep of a hidden state what the task needs.
 
         field[t] = mean_filters -log softmax(y[t] U)[target[t]],   y = |h_T| rms_norm(h F)
@@ -199,10 +199,10 @@ def ted_filters(layers: Mapping[int, int]) -> Field:
             value, total = value + part, total + fields[0]
         return value / len(params), total / len(params)
 
-    return Field(_filters(pairs), fn, *taps_of(pairs, ("layer",)))
+    return FeatureTerm(_filters(pairs), fn, *taps_of(pairs, ("layer",)))
 
 
-def ted_match(layers: Mapping[int, int]) -> Field:
+def ted_match(layers: Mapping[int, int]) -> FeatureTerm:
     """Stage 2 of task-aware distillation: the student's filtered hidden states follow the teacher's.
 
         field[t] = mean_(s, l) mean_e (h_s[t] F_s - h_l[t] F_l)_e^2
@@ -229,7 +229,7 @@ def ted_match(layers: Mapping[int, int]) -> Field:
             total += jnp.mean(jnp.square(ours - theirs), -1)
         return total / len(pairs)
 
-    return Field(_filters(pairs), per_token(field), *taps_of(pairs, ("layer",)))
+    return FeatureTerm(_filters(pairs), per_token(field), *taps_of(pairs, ("layer",)))
 
 
 def _filters(pairs: Pairs) -> Init:

@@ -23,12 +23,12 @@ def next_token(smoothing: float = 0.0) -> Divergence:
         ValueError: for any other `smoothing`.
     """
     if smoothing == 0.0:
-        return Divergence(lambda lp, lq, side: (jnp.where(side.hit, -lq, 0.0),), uses_teacher=False)
+        return Divergence(lambda lp, lq, side: (jnp.where(side.is_target, -lq, 0.0),), uses_teacher=False)
     if not 0.0 < smoothing < 1.0:
         raise ValueError(f"next_token: smoothing must be from 0 to below 1, got {smoothing}")
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        return jnp.where(side.hit, -lq, 0.0), -lq, jnp.ones_like(lq)
+        return jnp.where(side.is_target, -lq, 0.0), -lq, jnp.ones_like(lq)
 
     def combine(target: Array, every: Array, size: Array) -> Array:
         return (1 - smoothing) * target + smoothing * every / size
@@ -41,7 +41,9 @@ def excess_loss() -> Divergence:
 
     Not minimised but looked at: the score of Group DRO (DoReMi, arXiv 2305.10429, Algorithm 1), clipped per token.
     """
-    return Divergence(lambda lp, lq, side: (jnp.where(side.hit, lp - lq, 0.0),), lambda gap: jnp.maximum(gap, 0.0))
+    return Divergence(
+        lambda lp, lq, side: (jnp.where(side.is_target, lp - lq, 0.0),), lambda gap: jnp.maximum(gap, 0.0)
+    )
 
 
 def z_loss() -> Divergence:

@@ -1,8 +1,8 @@
 """Terms of an objective, and the one fold that turns them into a value and its metrics.
 
 A vocabulary term only *describes* what it wants; `total` makes all per-token weights first and calls the
-fused kernel once for all of them. A `Field` (see `features.py`) brings its own value beside its field. The value is a
-sum: the step divides it, with the gradients, once by the global token weight.
+fused kernel once for all of them. A `FeatureTerm` (see `features.py`) brings its own value beside its field. The value
+is a sum: the step divides it, with the gradients, once by the global token weight.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 
 from jaxkd.core import schedules
 from jaxkd.core.metrics import per_domain
-from jaxkd.core.types import Batch, Blend, Divergence, Head, Metrics, Output, PyTree, Scalar, Signal
+from jaxkd.core.types import Batch, Divergence, Ensemble, Head, Metrics, Output, PyTree, Scalar, Signal
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences
-from jaxkd.losses.feature_term import Field
+from jaxkd.losses.feature_term import FeatureTerm
 from jaxkd.losses.hard_targets import excess_loss
 
 __all__ = ["match", "next_token"]
@@ -45,7 +45,7 @@ class Objective(NamedTuple):
     init: Callable[..., PyTree]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     uses_teacher: bool
-    fields: Mapping[str, Field] = MappingProxyType({})  # the terms that need features
+    fields: Mapping[str, FeatureTerm] = MappingProxyType({})  # the terms that need features
     trains: tuple[str, ...] = ("student", "objective")  # what of the train state's `params` the step moves
     domains: tuple[str, ...] = ()  # the batch's, in their order
 
@@ -83,7 +83,7 @@ def next_token() -> Vocab:
 
 
 def total(
-    terms: Mapping[str, tuple[Scalar, Vocab | Field]],
+    terms: Mapping[str, tuple[Scalar, Vocab | FeatureTerm]],
     *,
     vocab: int,
     domains: tuple[str, ...],
@@ -94,7 +94,7 @@ def total(
 ) -> Objective:
     """The weighted sum of named terms, those over the vocabulary in one kernel call.
 
-        value = sum_terms weight(step) T^2 sum_tokens batch.weights D      (T = 1 for a `Field`)
+        value = sum_terms weight(step) T^2 sum_tokens batch.weights D      (T = 1 for a `FeatureTerm`)
 
     Each term reports its own un-weighted mean, over all tokens and per domain; `loss` is the weighted sum.
     A constant weight of zero removes a term, and with the last term that uses it the teacher's forward pass. A term's
@@ -119,7 +119,7 @@ def total(
         )
     weights = {name: weight for name, (weight, _) in kept.items()}
     vocabulary = {name: term for name, (_, term) in kept.items() if isinstance(term, Vocab)}
-    features = {name: term for name, (_, term) in kept.items() if isinstance(term, Field)}
+    features = {name: term for name, (_, term) in kept.items() if isinstance(term, FeatureTerm)}
     if excess:  # without a weight: in the same kernel call, and in no gradient
         weights["excess"], vocabulary["excess"] = 0.0, match(excess_loss())
 
@@ -159,7 +159,7 @@ def total(
 
 
 def _init(
-    features: Mapping[str, Field], key: jax.Array, student: Output | None = None, teacher: Output | None = None
+    features: Mapping[str, FeatureTerm], key: jax.Array, student: Output | None = None, teacher: Output | None = None
 ) -> PyTree:
     """Parameters of the terms that have any, by name."""
     params = {}
@@ -209,7 +209,7 @@ def _scaled(batch: Batch, by_domain: jax.Array) -> jax.Array:
 def _cleaned(signal: Any, batch: Batch) -> Any:
     if isinstance(signal, Output):
         return _clean(signal.head, batch)
-    if isinstance(signal, Blend):
+    if isinstance(signal, Ensemble):
         return dataclasses.replace(signal, heads=tuple(_clean(head, batch) for head in signal.heads))
     return signal
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxkd.core.sharding import constrain
 from jaxkd.core.types import Batch, Output, PyTree
-from jaxkd.losses.feature_term import Field, fixed, nothing, pairs_of, per_token, tap, taps_of
+from jaxkd.losses.feature_term import FeatureTerm, fixed, nothing, pairs_of, per_token, tap, taps_of
 
 Array = jax.Array
 
@@ -16,7 +16,7 @@ _MASKED = -1e30  # a score that no softmax sees; finite, so that it makes no NaN
 _TAP_NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
-def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("qq", "kk", "vv")) -> Field:
+def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("qq", "kk", "vv")) -> FeatureTerm:
     """KL between teacher's and student's relations among queries, keys and values.
 
         R = softmax(A B^T / sqrt(d_r)),   field[t] = mean_(layers, pairs, heads) sum_u R_T[t, u] log(R_T / R_S)[t, u]
@@ -70,10 +70,10 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
                 total += _mean_over_heads(kl, tuple(_split(x, heads) for x in parts), total.shape)
         return total / (len(mapped) * len(pairs))
 
-    return Field(init, per_token(field), *taps_of(mapped, tuple(_TAP_NAMES[letter] for letter in used)))
+    return FeatureTerm(init, per_token(field), *taps_of(mapped, tuple(_TAP_NAMES[letter] for letter in used)))
 
 
-def attention_transfer(layers: Mapping[int, int]) -> Field:
+def attention_transfer(layers: Mapping[int, int]) -> FeatureTerm:
     """Squared distance of attention maps: means over heads, each query's row of length one.
 
         field[t] = mean_(s, l) | M_s[t] / |M_s[t]| - M_l[t] / |M_l[t]| |^2,   M = mean_heads softmax(Q K^T / sqrt(d))
@@ -106,7 +106,7 @@ def attention_transfer(layers: Mapping[int, int]) -> Field:
             total += jnp.sum(jnp.square(unit(_operands(student, s, "qk", batch)) - theirs), -1)
         return total / len(pairs)
 
-    return Field(nothing, per_token(field), *taps_of(pairs, ("query", "key")))
+    return FeatureTerm(nothing, per_token(field), *taps_of(pairs, ("query", "key")))
 
 
 def _visible(batch: Batch) -> Array:

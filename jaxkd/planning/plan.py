@@ -209,7 +209,7 @@ def plan(built: Job, topology: Topology) -> Plan:
     Raises:
         Refused: for want of another memory than HBM, which is no matter of the job's size.
     """
-    teacher = teaching.teach(built, weights_of(built), {}).train
+    teacher = teaching.build_teacher(built, weights_of(built), {}).train
     batch = teaching.abstract_batch(built)
     needed = program.flops_of(built)
     limit, state = topology.chip.hbm, built.state

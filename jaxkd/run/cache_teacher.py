@@ -23,7 +23,7 @@ from jaxkd.run.job import Job, Model
 from jaxkd.run.teacher import described, layouts, reduced
 from jaxkd.runtime import multihost
 from jaxkd.teachers import codec
-from jaxkd.teachers.live import live
+from jaxkd.teachers.online import online
 from jaxkd.teachers.shards import Block
 from jaxkd.teachers.store import Store, Writer
 
@@ -49,7 +49,7 @@ def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
         params: the teacher's.
         name: of the teacher.
     """
-    teacher = live(params, job.teachers[name].forward)
+    teacher = online(params, job.teachers[name].forward)
     less = teacher if job.experiment.teacher.members else reduced(job, teacher, _SEED)
 
     def hidden(params: PyTree, batch: Batch) -> Hidden:
@@ -60,7 +60,7 @@ def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
 
     def told(params: PyTree, batch: Batch) -> Any:
         batch = batch._replace(domain=called[batch.domain])
-        given = {"step": jnp.zeros((), jnp.int32)} if "step" in less.asks else {}
+        given = {"step": jnp.zeros((), jnp.int32)} if "step" in less.requires else {}
         found = less.signal(params, batch, **given)
         return codec.Text(*[getattr(found, name) for name in codec.Text._fields]) if less.writes else found
 
@@ -119,19 +119,19 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
     manifest = described(job, rows.fingerprints)
     started, process = time.perf_counter(), jax.process_index()
     with Writer(root, manifest, sizes, block=BLOCK, leader=process == 0) as writer:
-        multihost.meet("the cache is opened")
+        multihost.barrier("the cache is opened")
         todo = writer.missing()
-        multihost.meet("the cache is counted")  # before one writes what another has not looked for yet
+        multihost.barrier("the cache is counted")  # before one writes what another has not looked for yet
         total = sum(block.stop - block.start for block in todo)
         measured: dict[str, float] = {}
         if todo:
             yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
             params = load.teacher(job, "teacher")
             measured = _fill(job, rows, maker(job, params), writer, todo, progress and process == 0)
-        multihost.meet("the cache is written")
+        multihost.barrier("the cache is written")
         if process == 0:
             writer.finish()
-        multihost.meet("the cache is finished")  # before one opens what is not marked complete yet
+        multihost.barrier("the cache is finished")  # before one opens what is not marked complete yet
     took = time.perf_counter() - started
     if todo:
         rate = total * job.experiment.data.length / took

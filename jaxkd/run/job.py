@@ -28,7 +28,7 @@ from jaxkd.losses.objective import Objective
 from jaxkd.models import quantized, transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.run import open_models
-from jaxkd.teachers import ensemble, live
+from jaxkd.teachers import ensemble, online
 from jaxkd.train import guard, optim
 from jaxkd.train.state import TRAINED, TrainState, init_state, trained
 
@@ -134,7 +134,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
             plain = dataclasses.replace(e.run, dtype=validate.STORED[block.dtype], remat="none")
             table = sharding.of_teacher(sharding.TABLES[block.sharding])
             model = _model(config, checkpoint, columns, mesh, table, block.dtype, plain)
-            forward = live.within(table, model.forward) if mesh.shape["teacher"] > 1 else model.forward
+            forward = online.within(table, model.forward) if mesh.shape["teacher"] > 1 else model.forward
             teachers[name] = model._replace(tokenizer=own.get(open_models.called(name)), forward=forward)
 
     mixing = _rule(e)  # a misspelt one is known before anything is loaded
@@ -282,11 +282,11 @@ def _outputs(e: Experiment, objective: Objective, student: Model, teachers: Mapp
     return {"student": look(student, objective.student_taps), "teacher": look(teacher, objective.teacher_taps)}
 
 
-def _told(e: Experiment) -> terms.Told:
+def _told(e: Experiment) -> terms.SignalSpec:
     """What kind of signal the objective's terms learn from."""
     t = e.teacher
     kind = {"top_k": TopK, "sampled": Sampled, "token": Batch}.get(t.signal, Head)
-    return terms.Told(kind, t.entries, t.temperatures, layers=t.signal == "head" and not t.members)
+    return terms.SignalSpec(kind, t.entries, t.temperatures, layers=t.signal == "head" and not t.members)
 
 
 def _cut(e: Experiment, config: Config) -> Config:

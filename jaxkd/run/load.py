@@ -86,12 +86,12 @@ def _prepared(job: Job, progress: bool) -> list[build.Prepared]:
 
 
 def held_out(
-    job: Job, rows: Domains, annotate: loader.Annotate = lambda rows: rows
+    job: Job, rows: Domains, host_features: loader.Annotate = lambda rows: rows
 ) -> dict[str, Iterator[tuple[Batch, np.ndarray]]]:
     """Each domain's held-out rows as batches on the devices, with the bytes of their targets; to be read once."""
     place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
     return {
-        name: loader.fixed_batches(valid, i, size, place, annotate)
+        name: loader.fixed_batches(valid, i, size, place, host_features)
         for i, (name, valid) in enumerate(zip(rows.names, rows.valid, strict=True))
     }
 
@@ -171,8 +171,10 @@ def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = 
         host = host_params(job.student, e.run.seed + 1)
     kept: tuple[int, ...] | None = e.student.layers or None
     if e.student.keep:
-        found = _by_importance(job, rows, host, progress and multihost.first())
-        kept = tuple(multihost.word("layers", lambda: list(found)))  # a near tie may fall otherwise on another host
+        found = _by_importance(job, rows, host, progress and multihost.is_main())
+        kept = tuple(
+            multihost.broadcast("layers", lambda: list(found))
+        )  # a near tie may fall otherwise on another host
     if kept:
         host = shrink.keep_layers(host, kept)
     return Models(teachers, put(host, job.student), kept)

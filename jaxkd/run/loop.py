@@ -22,7 +22,7 @@ from jaxkd.models import flops
 from jaxkd.run import load, preflight, program, restore
 from jaxkd.run.job import Job
 from jaxkd.run.mixing import Mixing
-from jaxkd.run.teacher import open_stores, teach
+from jaxkd.run.teacher import build_teacher, open_stores
 from jaxkd.runtime import log, multihost
 from jaxkd.runtime.phases import Phases
 from jaxkd.runtime.profiling import Profile
@@ -43,7 +43,7 @@ class Interrupt:
         # number before the signal, and looks for nothing but equality. Before the first question that is 1.
         self._questions += 1
         told = multihost_utils.reached_preemption_sync_point(self._questions)
-        return told or (self._asked and not multihost.several())
+        return told or (self._asked and not multihost.is_multihost())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -53,7 +53,7 @@ class Interrupt:
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
-            if multihost.several():
+            if multihost.is_multihost():
                 signal.raise_signal(signal.SIGTERM)  # which JAX tells all processes
 
         before = signal.signal(signal.SIGINT, ask)
@@ -125,7 +125,7 @@ class Run:
         found = restore.recover(job, self.workdir, self.checkpoints)
         self.resumed = found is not None
         self.models = load.models(job, rows, with_student=not self.resumed)
-        self.teaching = teach(job, self.models.teachers, self.stores)
+        self.teaching = build_teacher(job, self.models.teachers, self.stores)
         if found is None:
             self.mixing.first()
             self.state: TrainState = self._first_state()
@@ -190,19 +190,19 @@ class Run:
             self.mixing.end,
             self.mixing.start,
             batch_sharding(self.job.mesh),
-            self.teaching.train.annotate,
+            self.teaching.train.host_features,
         )
 
     def _first_evaluation(self) -> list[compare.Row]:
         """Rows of the one before the first step, where it has been made."""
-        return multihost.word(
+        return multihost.broadcast(
             "first evaluation", lambda: [row for row in log.read(self.workdir / "evals.jsonl") if row["step"] == 0]
         )
 
     def _evaluated(self, step: int) -> bool:
         """Whether the evaluation of a step is there, whole."""
         whole = lambda row: row["step"] == step and row["domain"] == "mean"
-        return multihost.word("evaluated", lambda: any(map(whole, log.read(self.workdir / "evals.jsonl"))))
+        return multihost.broadcast("evaluated", lambda: any(map(whole, log.read(self.workdir / "evals.jsonl"))))
 
     def _judge(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
         """Student beside teacher on the held-out rows; raises `_Told`."""
@@ -218,7 +218,7 @@ class Run:
 
         rows = compare.evaluate(
             compared,
-            load.held_out(self.job, self.rows, self.teaching.judge.annotate),
+            load.held_out(self.job, self.rows, self.teaching.judge.host_features),
             step,
             {} if self.job.own else self.start if step else None,  # a teacher that moves leaves no gap to close
         )

@@ -64,8 +64,8 @@ class Mixing:
 
     def _agree(self) -> None:
         """Take the mixture of process 0: rows are drawn from it, and a last bit may differ between hosts."""
-        if multihost.several():
-            self.restore(multihost.word("mixture", self.saved))
+        if multihost.is_multihost():
+            self.restore(multihost.broadcast("mixture", self.saved))
 
     @property
     def start(self) -> int:
@@ -174,7 +174,7 @@ class Mixing:
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
         told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
         target = workdir / rules.AVERAGED
-        if multihost.first():
+        if multihost.is_main():
             target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             os.replace(target.with_suffix(".tmp"), target)
         spelled = ",".join(f"{name}={weight:.4f}" for name, weight in weights.items())

@@ -46,7 +46,7 @@ def _open(path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, 
         return None, shapes[path]
     if path != "random":
         checkpoint = weights.open_checkpoint(path, length=length)
-        for note in checkpoint.notes if multihost.first() else ():
+        for note in checkpoint.notes if multihost.is_main() else ():
             print(f"jaxkd: {where} {path}: {note}", file=sys.stderr)
         return checkpoint, checkpoint.config
     if not shape:

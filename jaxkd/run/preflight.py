@@ -17,7 +17,7 @@ from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses.divergences import next_token
 from jaxkd.run import cache_teacher, load
 from jaxkd.run.job import Job, Model
-from jaxkd.run.teacher import Teaching, open_stores, teach
+from jaxkd.run.teacher import Teaching, build_teacher, open_stores
 from jaxkd.teachers.store import Store
 
 _PADDING = 8  # tokens put behind a row
@@ -50,7 +50,7 @@ def prepare(job: Job, rows: load.Domains) -> tuple[Loaded, dict[str, Store]]:
     """
     stores = open_stores(job, rows.fingerprints)
     models = load.models(job, rows)
-    taught = teach(job, models.teachers, stores)
+    taught = build_teacher(job, models.teachers, stores)
     comparison = jax.jit(compare.make_comparison(job.student.forward, taught.judged, job.tokenizer.vocab))
     return Loaded(job, rows, models.teachers, taught, models.student, models.student, comparison), stores
 
@@ -145,7 +145,7 @@ def _batch(loaded: Loaded) -> Batch:
     row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
     where = loader.local_rows(size, place)
     local = loader.read_rows(rows.valid, domain[where], row[where])
-    return loader.place(loaded.teaching.judge.annotate(local), size, where, place)
+    return loader.place(loaded.teaching.judge.host_features(local), size, where, place)
 
 
 def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:

@@ -17,7 +17,7 @@ from jaxkd.run.job import Job
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.cached import cached, recorded
-from jaxkd.teachers.live import absent, live, own
+from jaxkd.teachers.online import no_teacher, online, self_teacher
 from jaxkd.teachers.store import Store
 
 
@@ -31,10 +31,10 @@ class Teaching(NamedTuple):
         """The judge's signal, from (its state, the step, `TrainState.ema` or the student's parameters)."""
         state, step, average = known
         given = {"step": step, "own": average}
-        return self.judge.signal(state, batch, **{name: given[name] for name in self.judge.asks if name in given})
+        return self.judge.signal(state, batch, **{name: given[name] for name in self.judge.requires if name in given})
 
 
-def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -> Teaching:
+def build_teacher(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -> Teaching:
     """The job's teacher.
 
     Args:
@@ -44,10 +44,10 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
     """
     t = job.experiment.teacher
     if job.own:
-        judge = train = own(job.teacher.forward)
+        judge = train = self_teacher(job.teacher.forward)
     elif t.members:
         judge, train = (
-            ensemble.blend(
+            ensemble.ensemble(
                 [_one(job, name, params[name], stores.get(name), split) for name in job.teachers],
                 jobs.shares(job),
                 geometric=t.average == "log_probabilities",
@@ -59,7 +59,7 @@ def teach(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -
     if not any(model.cache for model in t.models.values()):
         train = reduced(job, train, job.experiment.run.seed)
     if not job.objective.uses_teacher and t.signal != "token":
-        train = absent()._replace(state=judge.state)
+        train = no_teacher()._replace(state=judge.state)
     return Teaching(train, judge)
 
 
@@ -67,7 +67,7 @@ def _one(job: Job, name: str, params: PyTree, store: Store | None, split: str) -
     """A model that teaches, live or from what is stored of it."""
     model = job.teachers[name]
     if not job.experiment.teacher.models[name].cache:
-        return live(params, model.forward)
+        return online(params, model.forward)
 
     def head(params: PyTree, hidden: jax.Array) -> Output:
         return heads.output(model.config, params, hidden.astype(model.dtype))

@@ -212,7 +212,7 @@ class TrainLog:
         self._metrics, self._evals, self._mixture = (
             workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture")
         )
-        writes = multihost.first()
+        writes = multihost.is_main()
         self._writer: _Writer | None = None
         if writes:
             for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):

@@ -60,7 +60,7 @@ def join(saves: bool = False, alone: bool = False) -> None:
         ValueError, OSError: as `processes.join`.
     """
     cluster.join(saves, alone)
-    if several() and not _watched.is_set():
+    if is_multihost() and not _watched.is_set():
         _watched.set()
         _compile_anew_on_cpus()
         done = threading.Event()
@@ -85,26 +85,26 @@ def _compile_anew_on_cpus() -> None:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
-def several() -> bool:
+def is_multihost() -> bool:
     """Whether this job has more than one process."""
     return _world().size > 1
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this process is the one that claims, writes and prints."""
     return _world().rank == 0
 
 
 def say(text: str) -> None:
     """Print, in process 0 alone."""
-    if first():
+    if is_main():
         print(text, flush=True)
 
 
 # ------------------------------------------------------------------------------------------- as one
 
 
-def word(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
+def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
     """What process 0 makes, for all. The others make nothing and wait.
 
     All processes must ask in the same order; a failure in `make` is that of process 0, which ends all.
@@ -126,7 +126,7 @@ def word(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
     return json.loads(_wait(client, key, f"process 0: {name}", patience))
 
 
-def every(name: str, value: T, patience: float = math.inf) -> list[T]:
+def all_gather(name: str, value: T, patience: float = math.inf) -> list[T]:
     """What each process says, by its number, in all of them.
 
     Args:
@@ -148,13 +148,13 @@ def every(name: str, value: T, patience: float = math.inf) -> list[T]:
     return json.loads(_wait(client, f"{key}/all", f"all processes: {name}", patience))
 
 
-def meet(name: str, patience: float = math.inf) -> None:
+def barrier(name: str, patience: float = math.inf) -> None:
     """Go on when all processes have come here.
 
     Raises:
-        Unavailable: as `every`.
+        Unavailable: as `all_gather`.
     """
-    every(name, None, patience)
+    all_gather(name, None, patience)
 
 
 def in_turn(name: str, make: Callable[[], T]) -> T:
@@ -164,10 +164,10 @@ def in_turn(name: str, make: Callable[[], T]) -> T:
         name: of what is made, for whoever waits.
         make: called once in each process.
     """
-    found = [make()] if first() else []
-    meet(name)
+    found = [make()] if is_main() else []
+    barrier(name)
     found = found or [make()]
-    meet(name)
+    barrier(name)
     return found[0]
 
 
@@ -181,7 +181,7 @@ def alike(what: str, values: dict[str, str]) -> None:
     Raises:
         ValueError: they are not those of process 0.
     """
-    expected = word(what, lambda: values)
+    expected = broadcast(what, lambda: values)
     for name, value in values.items():
         if value != expected.get(name):
             raise ValueError(
@@ -311,7 +311,7 @@ def leave(code: int, text: str) -> NoReturn:
                 _leave(code)
             _follow(told)
 
-    if several():
+    if is_multihost():
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
         teller.join(_HEAR + 5.0)
@@ -327,7 +327,7 @@ def ending() -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if several():
+        if is_multihost():
             end(error)
         raise
 

@@ -15,21 +15,22 @@ class Teacher(NamedTuple):
     """Where the teacher's signal comes from.
 
     `state` holds its arrays and is an argument of the step: not captured, not donated, not checkpointed.
-    `annotate(rows)` runs on the host, in the threads that read ahead, on the rows that a process holds: the identity,
-    or what a cache adds to them. `signal(state, batch)` runs inside the step; of `asks` it gets by keyword
+    `host_features(rows)` runs on the host, in the threads that read ahead, on the rows that a process holds: the
+    identity, or what a cache adds to them. `signal(state, batch)` runs inside the step; of `requires` it gets by
+    keyword
     "taps" (names of features, where the objective has any), "step", and "own" (`TrainState.ema`, or the student's
     parameters where there is none).
     """
 
     state: PyTree
-    annotate: Callable[[HostRows], HostRows]
+    host_features: Callable[[HostRows], HostRows]
     signal: Callable[..., Any]  # a `types.Signal`, or None where there is no teacher
-    asks: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     writes: bool = False  # whether `signal` is a `Batch` of the teacher's own text, to be learned from instead
 
 
 def untouched(rows: HostRows) -> HostRows:
-    """The `annotate` of a teacher that needs nothing from the host."""
+    """The `host_features` of a teacher that needs nothing from the host."""
     return rows
 
 

@@ -29,7 +29,7 @@ def cached(
     nothing = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
     held = store.manifest["sizes"]
 
-    def annotate(rows: HostRows) -> HostRows:
+    def host_features(rows: HostRows) -> HostRows:
         domain, row = place(rows)
         payloads = [nothing] * len(row)  # of a domain that is another teacher's
         for d in sorted({d for d in domain.tolist() if domains[d] in held}):
@@ -41,7 +41,7 @@ def cached(
             return {**rows, **{name: getattr(found, name) for name in found._fields}}
         return {**rows, "teacher": found}
 
-    return told._replace(annotate=annotate)
+    return told._replace(host_features=host_features)
 
 
 def recorded(state: PyTree = None, head: Callable[..., Output] | None = None) -> Teacher:

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.core import schedules
-from jaxkd.core.types import Batch, Blend, Output, PyTree, Scalar
+from jaxkd.core.types import Batch, Ensemble, Output, PyTree, Scalar
 from jaxkd.teachers.base import HostRows, Teacher
 
 Weigh = Callable[[Batch, Any], jax.Array]
 """`weigh(batch, step) -> [B T]`, at least 0; the teachers' shares of each row, up to a factor."""
 
 
-def blend(teachers: Sequence[Teacher], weigh: Weigh, *, geometric: bool = False) -> Teacher:
+def ensemble(teachers: Sequence[Teacher], weigh: Weigh, *, geometric: bool = False) -> Teacher:
     """The average of several teachers' distributions, weighted row by row.
 
         p = sum_t w_t p_t     or, geometric,     log p = sum_t w_t log p_t + constant
@@ -33,24 +33,24 @@ def blend(teachers: Sequence[Teacher], weigh: Weigh, *, geometric: bool = False)
     if not teachers:
         raise ValueError("a blend needs at least one teacher")
 
-    def annotate(rows: HostRows) -> HostRows:
-        found = [teacher.annotate(rows) for teacher in teachers]
+    def host_features(rows: HostRows) -> HostRows:
+        found = [teacher.host_features(rows) for teacher in teachers]
         kept = tuple(each.get("teacher") for each in found)
         return rows if all(each is None for each in kept) else {**rows, "teacher": kept}
 
-    def signal(state: Sequence[PyTree], batch: Batch, *, step: Any, **options: Any) -> Blend:
+    def signal(state: Sequence[PyTree], batch: Batch, *, step: Any, **options: Any) -> Ensemble:
         shares = weigh(batch, step)
         shares = shares / jnp.maximum(shares.sum(-1, keepdims=True), 1e-30)
         kept = batch.teacher or (None,) * len(teachers)
         heads = []
         for t, teacher in enumerate(teachers):
-            mine = {name: value for name, value in {"step": step, **options}.items() if name in teacher.asks}
+            mine = {name: value for name, value in {"step": step, **options}.items() if name in teacher.requires}
             heads.append(_head(teacher, state[t], batch._replace(teacher=kept[t]), shares[:, t], mine))
         weights = jnp.broadcast_to(shares[:, None], (*batch.tokens.shape, len(teachers)))
-        return Blend(tuple(heads), jax.lax.stop_gradient(weights), geometric)
+        return Ensemble(tuple(heads), jax.lax.stop_gradient(weights), geometric)
 
-    asks = tuple(dict.fromkeys(["step", *(a for t in teachers for a in t.asks if a != "taps")]))
-    return Teacher(tuple(t.state for t in teachers), annotate, signal, asks)
+    asks = tuple(dict.fromkeys(["step", *(a for t in teachers for a in t.requires if a != "taps")]))
+    return Teacher(tuple(t.state for t in teachers), host_features, signal, asks)
 
 
 def _head(teacher: Teacher, state: PyTree, batch: Batch, share: jax.Array, options: dict[str, Any]) -> Any:
@@ -80,7 +80,7 @@ def route(teachers: Sequence[Teacher], by: Callable[[Batch], jax.Array]) -> Teac
     Raises:
         ValueError: as `blend`.
     """
-    return blend(teachers, lambda batch, step: jax.nn.one_hot(by(batch), len(teachers)))
+    return ensemble(teachers, lambda batch, step: jax.nn.one_hot(by(batch), len(teachers)))
 
 
 def shares(weights: Sequence[Scalar], factors: Sequence[Mapping[str, float]], domains: Sequence[str]) -> Weigh:

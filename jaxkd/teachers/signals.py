@@ -29,7 +29,7 @@ def top_k(teacher: Teacher, entries: int, temperatures: tuple[float, ...], vocab
     def signal(state: PyTree, batch: Batch, **options: Any) -> TopK:
         return sparsify.top_k(_head(teacher, state, batch, options), entries, temperatures, vocab)
 
-    return Teacher(teacher.state, teacher.annotate, signal, _plain(teacher))
+    return Teacher(teacher.state, teacher.host_features, signal, _plain(teacher))
 
 
 def sampled(teacher: Teacher, draws: int, seed: int, vocab: int) -> Teacher:
@@ -45,10 +45,10 @@ def sampled(teacher: Teacher, draws: int, seed: int, vocab: int) -> Teacher:
     """
 
     def signal(state: PyTree, batch: Batch, *, step: Any, **options: Any) -> Sampled:
-        head = _head(teacher, state, batch, options | ({"step": step} if "step" in teacher.asks else {}))
+        head = _head(teacher, state, batch, options | ({"step": step} if "step" in teacher.requires else {}))
         return sparsify.draw(head, uniforms(seed, step, batch, draws), vocab)
 
-    return Teacher(teacher.state, teacher.annotate, signal, tuple(dict.fromkeys(["step", *_plain(teacher)])))
+    return Teacher(teacher.state, teacher.host_features, signal, tuple(dict.fromkeys(["step", *_plain(teacher)])))
 
 
 def uniforms(seed: int, step: Any, batch: Batch, draws: int) -> jax.Array:
@@ -121,7 +121,7 @@ def written(how: Writing, params: PyTree, batch: Batch, key: jax.Array) -> Batch
 
 
 def _plain(teacher: Teacher) -> tuple[str, ...]:
-    return tuple(name for name in teacher.asks if name != "taps")
+    return tuple(name for name in teacher.requires if name != "taps")
 
 
 def _head(teacher: Teacher, state: PyTree, batch: Batch, options: dict[str, Any]) -> Head:

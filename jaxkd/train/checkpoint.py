@@ -55,9 +55,9 @@ class Checkpoints:
         self._manager = None if read_only else self._writer(keep or Keep())
 
     def _writer(self, keep: Keep) -> Any:
-        if multihost.first():
+        if multihost.is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
-        multihost.meet("the directory of checkpoints", PATIENCE)
+        multihost.barrier("the directory of checkpoints", PATIENCE)
         self._metrics = self._measured()
         return orbax_io.manager(self.directory, keep, self._metrics)
 
@@ -85,7 +85,7 @@ class Checkpoints:
     def best(self) -> int | None:
         """That with the lowest metric, the later one of equals; None when none was saved with one."""
         lowest = lambda found: min(found, key=lambda step: (found[step], -step), default=None)
-        return multihost.word("the best of the checkpoints", lambda: lowest(self._measured()), PATIENCE)
+        return multihost.broadcast("the best of the checkpoints", lambda: lowest(self._measured()), PATIENCE)
 
     def _measured(self) -> dict[int, float]:
         found = {}
@@ -117,14 +117,14 @@ class Checkpoints:
         assert self._manager is not None, "opened to read"
         self.wait()
         mine = list(self._manager.all_steps())
-        there = multihost.word("the steps before a save", lambda: mine, PATIENCE)
+        there = multihost.broadcast("the steps before a save", lambda: mine, PATIENCE)
         if (step in there) != (step in mine):
             raise Unavailable(f"hosts see different checkpoints under {self.directory}: {there} and {mine}")
         if step in there:
             return
         if later := max((s for s in there if s > step), default=None):
             raise ValueError(f"{self.directory} already holds step {later}, so step {step} cannot follow: roll back")
-        if multihost.first():
+        if multihost.is_main():
             check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         progress = json.loads(json.dumps(progress))  # as it is now: it is written later, by a thread
         body = manifest.make(step, state, progress, metric)
@@ -192,13 +192,13 @@ class Checkpoints:
         if step not in there:
             raise ValueError(self._missing(step, there))
         names = aside(self.directory, [later for later in there if later > step])
-        multihost.meet("names for later checkpoints", PATIENCE)  # all have looked before one renames
-        if multihost.first():
+        multihost.barrier("names for later checkpoints", PATIENCE)  # all have looked before one renames
+        if multihost.is_main():
             for later in sorted(names, reverse=True):  # what a kill leaves is a rollback that went less far
                 (self.directory / str(later)).rename(self.directory / names[later])
         for later in names:
             self._metrics.pop(later, None)
-        multihost.meet("later checkpoints to be set aside", PATIENCE)
+        multihost.barrier("later checkpoints to be set aside", PATIENCE)
         self._manager.reload()
         return names
 
@@ -363,7 +363,7 @@ class Checkpoints:
                 error, cause = KINDS[kind(caught)](self._cannot(step, caught)), caught
         mine = None if error is None else [kind(error), str(error)]
         if (
-            wrong := checkpoint_errors.shared(multihost.every("a checkpoint that all read", mine, PATIENCE))
+            wrong := checkpoint_errors.shared(multihost.all_gather("a checkpoint that all read", mine, PATIENCE))
         ) is not None:
             raise wrong from cause
         return found[0]
@@ -373,9 +373,9 @@ class Checkpoints:
 
     def _missing(self, step: int, there: Sequence[int]) -> str:
         names = ", ".join(map(str, there)) or "none"
-        hint = "; all hosts must see one directory" if not multihost.first() else ""
+        hint = "; all hosts must see one directory" if not multihost.is_main() else ""
         return f"there is no checkpoint {self.directory / str(step)}; steps that are there: {names}{hint}"
 
     def _agreed(self) -> list[int]:
         """The steps as process 0 sees them: a listing may differ between hosts."""
-        return multihost.word("the list of checkpoints", self.steps, PATIENCE)
+        return multihost.broadcast("the list of checkpoints", self.steps, PATIENCE)

@@ -44,7 +44,7 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
     Raises:
         ValueError: when a term needs features that the teacher's signal does not have.
     """
-    if objective.teacher_taps and "taps" not in teacher.asks:
+    if objective.teacher_taps and "taps" not in teacher.requires:
         raise ValueError(
             f"{objective.needs_of_teacher()}, but this teacher's signal has no features: give a live teacher, or leave "
             "the term out"
@@ -55,7 +55,7 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
         signal = None
         if objective.uses_teacher or teacher.writes:
             known = _taps(objective.teacher_taps) | {"step": step, "own": params["student"] if ema is None else ema}
-            given = {name: each for name, each in known.items() if name in teacher.asks}
+            given = {name: each for name, each in known.items() if name in teacher.requires}
             signal = teacher.signal(teacher_state, batch, **given)
         if isinstance(signal, Batch):  # the teacher's own text, in the place of the data's
             batch, signal = signal, None

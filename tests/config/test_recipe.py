@@ -132,9 +132,9 @@ def test_every_recipe_builds_abstractly(recipe):
         built = job.build(e)
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    from jaxkd.teachers.live import live
+    from jaxkd.teachers.online import online
 
-    step = make_step(built.student.forward, live({}, built.teacher.forward), built.objective, built.tx)
+    step = make_step(built.student.forward, online({}, built.teacher.forward), built.objective, built.tx)
     state, metrics = jax.eval_shape(step, built.state, built.teacher.shapes, job.abstract_batch(built))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), built.state)
     assert "loss" in metrics

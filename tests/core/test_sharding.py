@@ -193,7 +193,7 @@ def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
     for sizes in ({"data": 1}, {"replica": 2, "data": 1, "context": 2, "model": 2}, {"data": 2, "teacher": 4}):
         this = built(**sizes)
         with jax.set_mesh(this.mesh):
-            teacher = teaching.teach(this, {"teacher": load.teacher(this, "teacher")}, {}).train
+            teacher = teaching.build_teacher(this, {"teacher": load.teacher(this, "teacher")}, {}).train
             student = load.put(load.host_params(this.student, 1), this.student)
             places = jax.tree.map(lambda leaf: leaf.sharding, this.state)
             first = jax.jit(

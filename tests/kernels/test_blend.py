@@ -9,7 +9,7 @@ import pytest
 from dense import FAMILY, cast, close, dense, fused, log_softmax, problem
 
 from jaxkd.core import sharding
-from jaxkd.core.types import Blend, Head
+from jaxkd.core.types import Ensemble, Head
 from jaxkd.kernels.api import linear_divergence, refusal
 from jaxkd.losses import divergences
 
@@ -24,10 +24,10 @@ def blend(geometric=False, seed=0, tokens=24):
     shares = np.random.default_rng(seed).dirichlet([1.0, 1.0], tokens)
     shares[5] = [1.0, 0.0]
     weights[:, 7], shares[7] = 0.0, 0.0
-    return student, Blend((first, second._replace(softcap=3.0)), shares, geometric), targets, weights
+    return student, Ensemble((first, second._replace(softcap=3.0)), shares, geometric), targets, weights
 
 
-def mixture(teacher: Blend, temperature: float) -> np.ndarray:
+def mixture(teacher: Ensemble, temperature: float) -> np.ndarray:
     """log p [N V] in numpy."""
     first, second = ((h.hidden @ h.unembed)[:, :VOCAB] for h in teacher.heads)
     lps = [log_softmax(z / temperature) for z in (first, 3.0 * np.tanh(second / 3.0))]
@@ -84,7 +84,7 @@ def test_a_head_without_weight_may_be_nan(geometric):
     call = lambda t: fused((divergences.reverse_kl(),), student, t, targets, weights, (1.0,), VOCAB, chunk=8)
     alone = call(teacher.heads[0])
     for some in (shares, np.where(np.arange(24)[:, None] == 7, np.nan, shares)):  # 7 has no weight in the loss
-        close(call(Blend((teacher.heads[0], nan), some, geometric)), alone, weights != 0, 1e-6)
+        close(call(Ensemble((teacher.heads[0], nan), some, geometric)), alone, weights != 0, 1e-6)
 
 
 def test_a_head_without_weight_in_a_chunk_costs_no_product():
@@ -105,4 +105,4 @@ def test_what_is_no_blend_is_refused():
         call(dataclasses.replace(teacher, heads=(narrow, teacher.heads[1])))
     with pytest.raises(ValueError, match="targets"):
         call(dataclasses.replace(teacher, weights=np.ones((23, 2))))
-    assert "top-k" in refusal(divergences.partial_kl(), Blend)
+    assert "top-k" in refusal(divergences.partial_kl(), Ensemble)

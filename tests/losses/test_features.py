@@ -64,7 +64,7 @@ def random_params(field, seed=3):
 
 
 def measure(field, params, student: dict, teacher: Output, junk=0.0, batch=BATCH):
-    """Field, value, and the value's gradient in the parameters and the student's taps."""
+    """FeatureTerm, value, and the value's gradient in the parameters and the student's taps."""
 
     def value(params, taps):
         return field.fn(params, output(taps, junk), teacher, batch, 2.0 * batch.weights, VOCAB)

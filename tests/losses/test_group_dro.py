@@ -16,7 +16,7 @@ from jaxkd.losses import objective as objectives
 from jaxkd.losses.group_dro import GroupDRO
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.teachers.live import live
+from jaxkd.teachers.online import online
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
 
@@ -89,7 +89,7 @@ def problem(micro_batches=1):
         domains=DOMAINS,
         excess=True,
     )
-    teacher, tx = live(random_params(CONFIG, 1), forward), optax.sgd(1.0)
+    teacher, tx = online(random_params(CONFIG, 1), forward), optax.sgd(1.0)
     state = init_state({"student": random_params(CONFIG, 0), "objective": {}}, tx, groups=group_dro.init(SAMPLING))
     step = jax.jit(make_step(forward, teacher, objective, tx, micro_batches, group_dro=GroupDRO(1.0, 1e-3)))
     return forward, teacher, step, state

@@ -18,7 +18,7 @@ from jaxkd.losses import objective as objectives
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.base import Teacher
-from jaxkd.teachers.live import live
+from jaxkd.teachers.online import online
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_gradient, make_step
 
@@ -47,7 +47,7 @@ BATCH = make_batch()
 @functools.lru_cache
 def models():
     student, teacher = (functools.partial(transformer.forward, c) for c in (STUDENT, TEACHER))
-    return student, random_params(STUDENT, 0), live(random_params(TEACHER, 1), teacher)
+    return student, random_params(STUDENT, 0), online(random_params(TEACHER, 1), teacher)
 
 
 def start(objective, key=0):
@@ -222,7 +222,7 @@ def test_nan_in_the_padding_of_either_model_matters_to_nothing():
 
         return spoilt
 
-    junk = live(teacher.state, dirty(functools.partial(transformer.forward, TEACHER)))
+    junk = online(teacher.state, dirty(functools.partial(transformer.forward, TEACHER)))
     gradient = jax.jit(make_gradient(dirty(student), junk, everything()))
     same(gradient(start(everything()), teacher.state, BATCH, STEP), reference())
 

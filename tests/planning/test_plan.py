@@ -100,7 +100,7 @@ def test_a_cached_teacher_is_compiled_without_its_cache(signal):
         assert type(batch.teacher) is type(rows)
         same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), batch.teacher, rows)
         assert all(jax.tree.leaves(same))
-    teacher = teaching.teach(job, plan.weights_of(job), {}).train
+    teacher = teaching.build_teacher(job, plan.weights_of(job), {}).train
     with jax.set_mesh(job.mesh):
         after, measured = jax.eval_shape(program.jitted_step(job, teacher), job.state, teacher.state, batch)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, job.state)

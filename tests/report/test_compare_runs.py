@@ -109,7 +109,7 @@ def test_errors(swept, tmp_path):
 
 
 def test_json_and_page(swept, capsys):
-    main(["compare", str(swept), "--against", "kd", "--json"])
+    main(["compare", str(swept), "--baseline", "kd", "--json"])
     found = json.loads(capsys.readouterr().out)
     [far] = [v for v in found["variants"] if v["name"] == "far"]
     assert far["domains"]["mean"]["student_nats"]["mean"] == pytest.approx(4.02)

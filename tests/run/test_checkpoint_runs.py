@@ -115,16 +115,16 @@ def test_the_best_student_is_exported(run, tmp_path):
     losses = {row["step"]: row["student_nats"] for row in lines(workdir / "evals.jsonl") if row["domain"] == "mean"}
     assert losses[12] < losses[6]
     shutil.rmtree(workdir / "checkpoints" / "12")  # so that the newest, 9, was not evaluated, and 6 is the best
-    result = here("export", "--workdir", str(workdir), "--step", "best", "--to", str(tmp_path / "best"))
+    result = here("export", "--workdir", str(workdir), "--step", "best", "--output", str(tmp_path / "best"))
     assert result.returncode == 0, result.stderr
     state, _ = final_state(workdir, 6)
     norm = load_file(tmp_path / "best" / "model.safetensors")["model.norm.weight"]
     assert norm.tobytes() in state.values()
     shutil.rmtree(workdir / "checkpoints" / "6")
-    result = here("export", "--workdir", str(workdir), "--step", "best", "--to", str(tmp_path / "none"))
+    result = here("export", "--workdir", str(workdir), "--step", "best", "--output", str(tmp_path / "none"))
     assert "has no checkpoint of a step that was evaluated" in result.stderr
     assert "--step 5x is no checkpoint: give a number of steps, or best" in here(
-        "export", "--workdir", str(workdir), "--step", "5x", "--to", str(tmp_path / "none")
+        "export", "--workdir", str(workdir), "--step", "5x", "--output", str(tmp_path / "none")
     ).stderr  # fmt: skip
 
 

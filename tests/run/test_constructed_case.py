@@ -22,7 +22,7 @@ from jaxkd.evals import compare
 from jaxkd.losses import divergences, objective
 from jaxkd.run import job, load
 from jaxkd.run.mixing import Mixing
-from jaxkd.teachers.live import live
+from jaxkd.teachers.online import online
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
 
@@ -66,7 +66,7 @@ def case(tmp_path_factory):
     for domain in rows.train:
         read = domain.read(range(len(domain)))
         np.add.at(counts, (read["tokens"], read["targets"]), read["weights"])
-    return make, rows, live(jnp.asarray(np.log(counts / counts.sum(1, keepdims=True)), jnp.float32), forward)
+    return make, rows, online(jnp.asarray(np.log(counts / counts.sum(1, keepdims=True)), jnp.float32), forward)
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_evaluation_in_two_processes_is_that_of_the_run_and_export_wants_one(pai
     assert all(f"{row['student_nats']:.3f}" in output for row in last)
     assert "alpha" not in silent
     assert lines(workdir / "evals.jsonl") == before
-    for code, _, errors in Job(2, "export", "--workdir", str(workdir), "--to", str(tmp_path / "student")).end():
+    for code, _, errors in Job(2, "export", "--workdir", str(workdir), "--output", str(tmp_path / "student")).end():
         assert code == 1
         assert "`jaxkd export` writes one directory from one process: start it on one host" in errors
     assert not (tmp_path / "student").exists()

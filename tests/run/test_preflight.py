@@ -17,7 +17,7 @@ from jaxkd.models.transformer import Config
 from jaxkd.run import preflight
 from jaxkd.run.job import Job, Model
 from jaxkd.run.teacher import Teaching
-from jaxkd.teachers.live import absent
+from jaxkd.teachers.online import no_teacher
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -47,7 +47,7 @@ def exports(place, arguments) -> dict[str, Path]:
     found = {}
     for name, step in (("early", 2), ("late", 12)):
         found[name] = place / name
-        done = jaxkd("export", "--workdir", str(place / "run"), "--to", str(place / name), "--step", str(step))
+        done = jaxkd("export", "--workdir", str(place / "run"), "--output", str(place / name), "--step", str(step))
         assert done.returncode == 0, done.stderr
     return found
 
@@ -176,7 +176,7 @@ def test_two_passes_that_differ_are_found():
     sums = lambda *_: preflight.compare.Sums(
         *[jnp.asarray(x) for x in (next(calls), *[1.0] * (len(preflight.compare.Sums._fields) - 1))]
     )
-    teaching = Teaching(absent(), absent())
+    teaching = Teaching(no_teacher(), no_teacher())
     loaded = preflight.Loaded(JOB, None, {}, teaching, {}, {}, sums)
     with pytest.raises(ValueError, match="two passes over the same rows differ"):
         list(preflight._losses(loaded, batch()))

@@ -87,7 +87,7 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
     assert f"{mean['student_nats']:.3f}" in result.stdout
     assert (undisturbed / "evals.jsonl").read_bytes() == rows  # the step is there already
 
-    result = jaxkd("export", "--workdir", str(undisturbed), "--to", str(tmp_path / "student"))
+    result = jaxkd("export", "--workdir", str(undisturbed), "--output", str(tmp_path / "student"))
     assert result.returncode == 0, result.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         p.name for p in (tmp_path / "student").iterdir()
@@ -97,7 +97,7 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_an_exported_student_continues_as_a_checkpoint(undisturbed, arguments, tmp_path):
     student = tmp_path / "student"
-    assert jaxkd("export", "--workdir", str(undisturbed), "--to", str(student)).returncode == 0
+    assert jaxkd("export", "--workdir", str(undisturbed), "--output", str(student)).returncode == 0
     more = ["--config.student.layers=()", f"--config.student.path={student}", f"--config.data.tokenizer={student}"]
     result = jaxkd("train", "--workdir", str(tmp_path / "on"), *arguments, *more, "--config.run.steps=1")
     assert result.returncode == 0, result.stderr

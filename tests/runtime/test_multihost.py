@@ -79,12 +79,12 @@ def test_one_word_for_all_and_one_end(tmp_path):
 
 
 def test_one_process_is_all(capsys):
-    assert not multihost.several()
-    assert multihost.first()
-    assert multihost.word("anything", lambda: (1, "as it is")) == (1, "as it is")
+    assert not multihost.is_multihost()
+    assert multihost.is_main()
+    assert multihost.broadcast("anything", lambda: (1, "as it is")) == (1, "as it is")
     assert multihost.in_turn("anything", lambda: 3) == 3
     start = time.monotonic()
-    multihost.meet("nobody")
+    multihost.barrier("nobody")
     multihost.alike("the same", {"a": "b"})
     assert time.monotonic() - start < 1
     multihost.say("aloud")

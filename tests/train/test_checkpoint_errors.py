@@ -188,7 +188,7 @@ def test_a_bucket_that_does_not_answer_is_not_empty(damaged):
 def test_hosts_that_see_different_steps_save_nothing(damaged, monkeypatch):
     """Where one believed that a step is there, and the other wrote it, each would wait for the other."""
     checkpoints = Checkpoints(damaged, Keep(9))
-    monkeypatch.setattr("jaxkd.runtime.multihost.word", lambda name, make, patience: [*make(), 3])
+    monkeypatch.setattr("jaxkd.runtime.multihost.broadcast", lambda name, make, patience: [*make(), 3])
     with pytest.raises(Unavailable, match=r"hosts see different checkpoints under .*: \[1, 2, 3\] and \[1, 2\]"):
         checkpoints.save(3, state_of(3), {})
     checkpoints.close()

@@ -14,7 +14,7 @@ from jaxkd.losses import divergences, group_dro
 from jaxkd.losses import objective as objectives
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.teachers.live import live
+from jaxkd.teachers.online import online
 from jaxkd.train import guard
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
@@ -37,7 +37,7 @@ def make_batch(seed: int, weight: float = 1.0) -> Batch:
 def problem(spike: float = 6.0):
     """A step that keeps all that a train state can: moments, an average, weights of domains, a window."""
     forward = functools.partial(transformer.forward, CONFIG)
-    teacher, tx = live(random_params(CONFIG, 1), forward), optax.adamw(1e-2)
+    teacher, tx = online(random_params(CONFIG, 1), forward), optax.adamw(1e-2)
     objective = objectives.total(TERMS, vocab=60, domains=("code", "law"), excess=True)
     state = init_state(
         {"student": random_params(CONFIG, 0), "objective": {}},
@@ -135,7 +135,7 @@ def test_the_guard_takes_one_copy_of_the_parameters(monkeypatch):
     state = jax.eval_shape(lambda p: init_state({"student": p, "objective": {}}, tx), params)
 
     def temporary():
-        step = jax.jit(make_step(forward, live(params, forward), objective, tx), donate_argnums=0)
+        step = jax.jit(make_step(forward, online(params, forward), objective, tx), donate_argnums=0)
         memory = step.lower(state, params, make_batch(0)).compile().memory_analysis()
         assert memory.alias_size_in_bytes > 0.9 * sum(4 * leaf.size for leaf in jax.tree.leaves(state))
         return memory.temp_size_in_bytes

@@ -19,7 +19,7 @@ from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.planning.hlo import Program
 from jaxkd.teachers.base import Teacher
-from jaxkd.teachers.live import live, within
+from jaxkd.teachers.online import online, within
 from jaxkd.train.step import make_gradient
 
 VOCAB = TEACHER.vocab
@@ -146,7 +146,7 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, s
     wide, flat = shape(jnp.int32, rows, length), shape(jnp.int32, rows)
     batch = Batch(wide, wide, shape(jnp.float32, rows, length), wide, wide, flat, flat)
     rules = sharding.of_teacher(sharding.RULES)
-    teacher = live(placed(big, rules), within(rules, functools.partial(transformer.forward, big)))
+    teacher = online(placed(big, rules), within(rules, functools.partial(transformer.forward, big)))
     gradient = make_gradient(functools.partial(transformer.forward, student), teacher, objective, micro_batches)
     places = jax.tree.map(lambda x: x.sharding, params)
     with jax.set_mesh(mesh):

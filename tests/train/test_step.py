@@ -17,7 +17,7 @@ from jaxkd.losses import divergences
 from jaxkd.losses import objective as objectives
 from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
-from jaxkd.teachers.live import absent, live, within
+from jaxkd.teachers.online import no_teacher, online, within
 from jaxkd.train import optim
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_gradient, make_step
@@ -57,7 +57,7 @@ def make_objective(**options):
 @functools.lru_cache
 def problem():
     student = functools.partial(transformer.forward, CONFIG)
-    teacher = live(random_params(TEACHER, 1), functools.partial(transformer.forward, TEACHER))
+    teacher = online(random_params(TEACHER, 1), functools.partial(transformer.forward, TEACHER))
     params = {"student": random_params(CONFIG, 0), "objective": {}}
     return student, teacher, params
 
@@ -68,7 +68,7 @@ def program(micro_batches, table=None):
     student, teacher, _ = problem()
     if table:
         rules = sharding.of_teacher(sharding.TABLES[table])
-        teacher = live(teacher.state, within(rules, functools.partial(transformer.forward, TEACHER)))
+        teacher = online(teacher.state, within(rules, functools.partial(transformer.forward, TEACHER)))
     return jax.jit(make_gradient(student, teacher, make_objective(), micro_batches))
 
 
@@ -192,7 +192,7 @@ def test_a_weight_of_zero_drops_the_teacher():
     objective = objectives.total(terms, vocab=250, domains=DOMAINS)
     assert not objective.uses_teacher
     student, _, params = problem()
-    gradient = jax.jit(make_gradient(student, absent(), objective))
+    gradient = jax.jit(make_gradient(student, no_teacher(), objective))
     _, metrics = gradient(params, {}, make_batch(), jnp.zeros((), jnp.int32))
     assert "kd" not in metrics
     with pytest.raises(ValueError, match="no term"):
@@ -219,7 +219,7 @@ def test_no_buffer_of_the_step_is_near_tokens_times_vocabulary():
     config = Config(vocab=vocab, embed=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=128)
     student = teacher_forward = functools.partial(transformer.forward, config)
     params = transformer.abstract(config)[0]
-    teacher = live(params, teacher_forward)
+    teacher = online(params, teacher_forward)
     terms = {"kd": (1.0, objectives.match(divergences.forward_kl())), "ce": (1.0, objectives.next_token())}
     objective = objectives.total(terms, vocab=vocab, domains=("all",), chunk=rows * length // 8)
     tx = optax.adamw(1e-3)

@@ -22,7 +22,7 @@ from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.run import job
 from jaxkd.teachers import ensemble, signals
-from jaxkd.teachers.live import live, own
+from jaxkd.teachers.online import online, self_teacher
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_gradient, make_step
 
@@ -48,7 +48,7 @@ def gradient(teacher, terms=KD, batch=None, step=STEP, micro_batches=1, **option
 
 @functools.lru_cache
 def other():
-    return live(random_params(OTHER, 5), functools.partial(transformer.forward, OTHER))
+    return online(random_params(OTHER, 5), functools.partial(transformer.forward, OTHER))
 
 
 def distance(a, b):
@@ -57,7 +57,7 @@ def distance(a, b):
 
 
 def both(weigh, **options):
-    return ensemble.blend([problem()[1], other()], weigh, **options)
+    return ensemble.ensemble([problem()[1], other()], weigh, **options)
 
 
 # ------------------------------------------------------------------------------------- less than a head
@@ -114,7 +114,7 @@ def test_a_rows_draws_are_its_own():
 def test_equal_teachers_are_one():
     teacher = problem()[1]
     for geometric in (False, True):
-        blend = ensemble.blend([teacher, teacher], lambda batch, step: jnp.ones((8, 2)), geometric=geometric)
+        blend = ensemble.ensemble([teacher, teacher], lambda batch, step: jnp.ones((8, 2)), geometric=geometric)
         assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
 
 
@@ -197,7 +197,7 @@ def test_a_teacher_without_weight_is_not_run():
     """Its parameters may be NaN, and the compiled program runs it under a condition."""
     broken = other()._replace(state=jax.tree.map(lambda x: x * jnp.nan, other().state))
     teacher = problem()[1]
-    blend = ensemble.blend([teacher, broken], lambda batch, step: jnp.tile(jnp.asarray([1.0, 0.0]), (8, 1)))
+    blend = ensemble.ensemble([teacher, broken], lambda batch, step: jnp.tile(jnp.asarray([1.0, 0.0]), (8, 1)))
     assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
 
 
@@ -205,9 +205,9 @@ def test_only_heads_blend():
     teacher = problem()[1]
     sparse = signals.top_k(teacher, 4, (1.0,), VOCAB)
     with pytest.raises(ValueError, match="TopK"):
-        gradient(ensemble.blend([teacher, sparse], lambda batch, step: jnp.ones((8, 2))))
+        gradient(ensemble.ensemble([teacher, sparse], lambda batch, step: jnp.ones((8, 2))))
     with pytest.raises(ValueError, match="at least one"):
-        ensemble.blend([], lambda batch, step: jnp.ones((8, 0)))
+        ensemble.ensemble([], lambda batch, step: jnp.ones((8, 0)))
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def own_run(decay, steps=3):
     student, _, params = problem()
     terms = {"ce": (1.0, objectives.next_token()), "kd": (1.0, objectives.match(divergences.reverse_kl()))}
     objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
-    teacher, tx = own(student), optax.sgd(0.5)
+    teacher, tx = self_teacher(student), optax.sgd(0.5)
     step = jax.jit(make_step(student, teacher, objective, tx, decay=decay))
     states, metrics = [init_state(params, tx, averaged=True)], []
     for _ in range(steps):

@@ -14,7 +14,7 @@ _READ = ("tokens", "segments", "positions")
 _TAPS = {"layer": (None,), "query": ("heads", None), "key": ("kv_heads", None), "value": ("kv_heads", None)}
 
 
-def live(params: PyTree, forward: Forward) -> Teacher:
+def online(params: PyTree, forward: Forward) -> Teacher:
     """The teacher's forward pass on every batch: exact, over the full vocabulary.
 
     Args:
@@ -52,7 +52,7 @@ def within(rules: Rules, forward: Forward) -> Forward:
     return moved
 
 
-def own(forward: Forward) -> Teacher:
+def self_teacher(forward: Forward) -> Teacher:
     """The student as its own teacher: the running average of its parameters that the train state keeps.
 
     Mean teacher (Tarvainen and Valpola 2017, arXiv 1703.01780): ema <- d ema + (1 - d) params after every step. With
@@ -69,6 +69,6 @@ def own(forward: Forward) -> Teacher:
     return Teacher({}, untouched, signal, ("taps", "own"))
 
 
-def absent() -> Teacher:
+def no_teacher() -> Teacher:
     """No teacher: for objectives that learn from the data alone."""
     return Teacher({}, untouched, lambda state, batch: None)
