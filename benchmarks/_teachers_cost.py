@@ -120,7 +120,7 @@ def _facts(built: job.Job, rows: load.Domains, store: Any) -> dict[str, Any]:
     total, live = 0.0, 0.0
     for d, name in enumerate(rows.names):
         local = loader.read_rows(rows.train, jnp.full(4, d), jnp.arange(4))
-        batch = loader.place(local, 4, jnp.arange(4), batch_sharding(built.mesh))
+        batch = loader.to_devices(local, 4, jnp.arange(4), batch_sharding(built.mesh))
         stored: Any = codec.decode_rows(layouts(built)["train"], store.read(name, "train", range(4)))
         kl = made.loss(made.params, batch, jax.tree.map(jnp.asarray, stored))
         total += float(jnp.where(batch.weights != 0, kl, 0.0).sum())

@@ -1,9 +1,8 @@
-"""From a source of text to packed rows on disk: one TFDS dataset per domain and fingerprint.
+"""Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint.
 
-The fingerprint covers the text, the tokenizer and every choice made here, and it is part of the directory's
-name. A domain that is there is therefore the right one and is not built again, and a changed one goes beside
-the old. TFDS writes into a directory of another name and renames it when all is done, so nothing half-made is
-ever in place.
+The fingerprint covers the text, the tokenizer and every setting, and names the directory: an existing directory is
+reused, a changed domain is written beside the old one. TFDS writes into a temporary directory and renames it at the
+end, so an interrupted build leaves no dataset behind.
 """
 
 import contextlib
@@ -34,11 +33,11 @@ from jaxkd.data.tokenize import Tokenizer
 from jaxkd.runtime import locks
 
 FORMAT = 2
-"""Version of rows, splits and order: raise it when one changes, or old datasets pass for new."""
+"""Version of rows, splits and order: raise it when one of them changes, so that old datasets are not reused."""
 
-_VERSION = "1.0.0"  # of the TFDS dataset; the fingerprint says the rest
-_BATCH_CHARACTERS = 1 << 18  # text tokenised at once: enough for the threads, little beyond a cap
-_SPREAD = 16  # a limited number of rows comes from about so many documents or more
+_VERSION = "1.0.0"  # of the TFDS dataset; the fingerprint covers what changes
+_BATCH_CHARACTERS = 1 << 18  # text tokenised at once: enough for all threads, little read beyond a row limit
+_SPREAD = 16  # a limited number of rows comes from at least about so many documents
 
 
 class Prepared(NamedTuple):
@@ -51,33 +50,33 @@ class Prepared(NamedTuple):
     valid_rows: int
     documents: int  # distinct documents of the source
     duplicates: int  # documents left out because the same text came before
-    tokens: int  # tokens in the rows, padding left out
+    tokens: int  # tokens in the rows, without padding
     bytes: int  # text bytes of the rows' targets
-    whole_rows: int  # that the whole training text would give: an estimate where `train_rows` is a limit that was met
-    built: bool  # by this call; otherwise it was there
+    whole_rows: int  # of the whole training text: an estimate where `train_rows` reached its limit
+    built: bool  # by this call, not reused
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Tokens of documents, some documents at a time, so that a caller who has enough can stop."""
-    held: list[str] = []
+    """Tokens of documents, some documents at a time, so that a caller with a row limit can stop early."""
+    pending: list[str] = []
     characters = 0
     for text in texts:
-        held.append(text)
+        pending.append(text)
         characters += len(text)
         if characters >= _BATCH_CHARACTERS:
-            yield from tokenizer.documents(held)
-            held, characters = [], 0
-    if held:
-        yield from tokenizer.documents(held)
+            yield from tokenizer.documents(pending)
+            pending, characters = [], 0
+    if pending:
+        yield from tokenizer.documents(pending)
 
 
 def _spread(
     documents: Iterable[tuple[np.ndarray, np.ndarray]], length: int, most: int, seed: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A window of at most `most` pieces from each document, at random; the rest of the documents after that.
+    """A random window of at most `most` pieces from each document first, then the rest of the documents.
 
-    Long documents would otherwise fill a small limit alone: 24 rows of source code are one file. Windows overlap by
-    one token, as pieces do, so every token is still a target once.
+    Otherwise one long document would fill a small row limit. Windows overlap their neighbours by one token, as pieces
+    do, so every token is still a target once.
     """
     step, rest = length - 1, []
     for number, (ids, sizes) in enumerate(documents):
@@ -114,7 +113,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         progress: bool,
         **kwargs: Any,
     ) -> None:
-        """Args: tokens in a row; split -> its rows; split -> their limit; what to store; TFDS's."""
+        """Args: tokens in a row; split -> its rows; split -> their limit; metadata to store; TFDS's own."""
         self._length, self._sides, self._caps, self._progress = length, sides, caps, progress
         self._facts = tfds.core.MetadataDict(facts)
         super().__init__(**kwargs)
@@ -126,7 +125,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Packed rows of tokens for language-model distillation.",
             features=tfds.features.FeaturesDict({"tokens": row, "segments": row, "positions": row, "bytes": number}),
-            metadata=self._facts,  # written last, so that counting while the rows pass is in time
+            metadata=self._facts,  # written after the rows, which update its counts
             disable_shuffling=True,  # documents are in pseudo-random order already
         )
 
@@ -210,25 +209,22 @@ def prepare(
     seed: int = 0,
     progress: bool = True,
 ) -> Prepared:
-    """Make a domain's rows, or find them made. Another process that wants the same ones waits for them.
+    """Build a domain's rows, or reuse them. Concurrent calls for the same rows build them once.
 
     Args:
-        name: the domain's.
+        name: of the domain.
         source: its text.
-        tokenizer: what makes tokens of it.
+        tokenizer: encodes it.
         length: tokens in a row.
-        train_rows, valid_rows: at most so many rows, of documents taken at random; 0 is no limit.
-        directory: where datasets go.
+        train_rows, valid_rows: limits, filled from random documents; 0 is no limit.
+        directory: parent of all datasets.
         valid_share: share of the text that goes to validation, in whole groups of documents.
-        seed: of the documents' order and division.
+        seed: of the documents' order and split.
         progress: show it on stderr.
 
-    Returns:
-        where the rows are and how many.
-
     Raises:
-        ValueError: a bad argument, too little text, or a damaged dataset in the place.
-        OSError: nothing can be written; a full disk leaves nothing half-made.
+        ValueError: an argument outside its range, too little text, or a damaged dataset directory.
+        OSError: the directory cannot be written; a full disk leaves no partial dataset.
     """
     _check(name, length, (train_rows, valid_rows), valid_share)
     caps = {"train": train_rows, "valid": valid_rows}
@@ -237,17 +233,17 @@ def prepare(
     root = epath.Path(directory).expanduser()
     config = tfds.core.BuilderConfig(name=f"{name}-{fingerprint[:12]}")
     path = root / PackedRows.name / config.name / _VERSION
-    alone = functools.partial(_alone, root / f".{config.name}.lock")
+    locked = functools.partial(_locked, root / f".{config.name}.lock")
     if path.exists():
         found = _read_prepared(name, path, fingerprint, built=False)
         if not found.whole_rows:
             print(f"{name}: rows of an older jaxkd, reading the text once more for its whole size", file=sys.stderr)
-            with alone(), _spool(path.parent) as file:
+            with locked(), _spool(path.parent) as file:
                 corpus = collect(source, file, seed, name, progress)
                 _amend(path / "metadata.json", train_bytes=corpus.size(divide(corpus, valid_share)[0]))
             found = _read_prepared(name, path, fingerprint, built=False)
         return found
-    with _full_disk(name, root), alone(), _spool(path.parent) as file:
+    with _full_disk(name, root), locked(), _spool(path.parent) as file:
         if path.exists():  # by another process, while this one waited
             return _read_prepared(name, path, fingerprint, built=False)
         corpus = collect(source, file, seed, name, progress)
@@ -278,20 +274,20 @@ def prepare(
 
 
 def _write(builder: PackedRows, path: epath.Path) -> bool:
-    """Whether the rows that are now in place are those of this builder."""
+    """Write the rows; False if another host finished the same ones first."""
     with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
         try:
             builder.download_and_prepare(download_dir=downloads)
         except Exception:
             if not path.exists():
                 raise
-            return False  # another host was faster, on a disk whose lock does not reach it: what is in place is whole
+            return False  # on a file system whose locks do not reach the other host
     return True
 
 
 @contextlib.contextmanager
-def _alone(lock: epath.Path) -> Iterator[None]:
-    """Let other processes that want the same rows wait until they are there."""
+def _locked(lock: epath.Path) -> Iterator[None]:
+    """Hold a file lock, so that other processes that build the same rows wait."""
     if "://" in str(lock):
         yield
         return
@@ -302,12 +298,12 @@ def _alone(lock: epath.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _spool(place: epath.Path) -> Iterator[BinaryIO]:
-    """A nameless file where the rows will be, and nothing there of a build that was killed."""
-    place.mkdir(parents=True, exist_ok=True)
-    for left_over in place.glob("incomplete.*"):  # TFDS names its unfinished directories so
-        left_over.rmtree(missing_ok=True)
-    with tempfile.TemporaryFile(dir=None if "://" in str(place) else place) as file:
+def _spool(parent: epath.Path) -> Iterator[BinaryIO]:
+    """A temporary file beside the rows; removes what a killed build left there."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in parent.glob("incomplete.*"):  # TFDS's name for them
+        unfinished.rmtree(missing_ok=True)
+    with tempfile.TemporaryFile(dir=None if "://" in str(parent) else parent) as file:
         yield cast(BinaryIO, file)
 
 
@@ -328,7 +324,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_disk(name: str, root: epath.Path) -> Iterator[None]:
-    """Say in one line that the disk is full, whichever library met it."""
+    """Turn any library's error on a full disk into one OSError that names the domain."""
     try:
         yield
     except Exception as error:

@@ -1,8 +1,7 @@
 """Six text domains that need no download: read from the interpreter and from small packages on PyPI.
 
-Packages are found by their place on disk and their files parsed; importing one could run anything or need
-more packages. Two exceptions: `pydoc_data.topics`, which is a dictionary, and mathgenerator, which is a
-program that writes exercises.
+A package's files are located and parsed without importing it, since an import could run anything or need more
+packages. Two exceptions: `pydoc_data.topics`, a dictionary, and mathgenerator, a program that writes exercises.
 """
 
 import ast
@@ -21,16 +20,16 @@ from typing import Any, NamedTuple
 
 
 class Document(NamedTuple):
-    """A text, and the group whose documents must not be split between training and validation."""
+    """A text. All documents of a group go to the same split."""
 
     group: str
     text: str
 
 
 class Builtin(NamedTuple):
-    """A domain: the version of what it is read from, and how."""
+    """A text domain."""
 
-    version: Callable[[], str]
+    version: Callable[[], str]  # of what it is read from
     documents: Callable[[], Iterator[Document]]
 
 
@@ -38,7 +37,7 @@ class _Package(NamedTuple):
     module: str
     name: str
     version: str
-    extra: str = ""  # what else to install
+    extra: str = ""  # a further command for what it needs
 
 
 _LEGAL = _Package("licensedcode", "licensedcode-data", "32.1.0")
@@ -56,7 +55,7 @@ def _missing(package: _Package, why: str) -> FileNotFoundError:
 
 
 def _folder(package: _Package) -> Path:
-    """Where a package lies, without importing it."""
+    """A package's directory, without importing it."""
     spec = importlib.util.find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(package, "is not installed")
@@ -90,7 +89,7 @@ def _standard_library() -> Iterator[tuple[Path, Path]]:
 
 
 def _source_text(path: Path) -> str | None:
-    """A Python file in the encoding that it declares, or nothing where it declares a wrong one."""
+    """A Python file in the encoding that it declares; None if that is not its encoding."""
     try:
         with tokenize.open(path) as file:
             return file.read()
@@ -138,7 +137,7 @@ def _legal() -> Iterator[Document]:
 
 
 def _bible_parts(path: Path) -> tuple[str, list[tuple[int, int, int]]]:
-    """The text, and (verse number BBCCCVVV, start, stop) per verse, from the call that makes the book."""
+    """The text, and (verse number BBCCCVVV, start, stop) per verse: literals of the call that makes the book."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     text: str | None = None
     tables: list[dict[int, int]] = []
@@ -147,7 +146,7 @@ def _bible_parts(path: Path) -> tuple[str, list[tuple[int, int, int]]]:
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str) and text is None:
                 text = argument.value
             elif isinstance(argument, ast.Dict):
-                with contextlib.suppress(ValueError):  # other tables have keys that are no literals
+                with contextlib.suppress(ValueError):  # other tables' keys are not literals
                     tables.append(ast.literal_eval(argument))
     if text is None or len(tables) < 2:
         raise _missing(_SCRIPTURE, "has another layout in this version")
@@ -184,13 +183,13 @@ def _dialogue() -> Iterator[Document]:
             turns = [" ".join(turn.split()) for turn in conversation if isinstance(turn, str)]
             turns = [turn for turn in turns if turn]
             if turns:
-                # The same opening comes with several answers: they stay on one side.
+                # One question has several answers: they belong to one split.
                 yield Document(turns[0].casefold(), "\n".join(turns) + "\n")
 
 
 @contextlib.contextmanager
 def _random_state() -> Iterator[None]:
-    """Leave the global generator as it was: mathgenerator draws from it."""
+    """Restore the global random generator, from which mathgenerator draws."""
     state = random.getstate()
     try:
         yield
@@ -202,11 +201,11 @@ def _exercise(generator: Any, seed: int) -> tuple[str, str] | None:
     with _random_state():
         random.seed(seed)
         try:
-            drawn = generator()
-        except Exception:  # a few generators trip over some of their own draws
+            exercise = generator()
+        except Exception:  # a few generators fail on some of their own draws
             return None
-    if isinstance(drawn, tuple) and len(drawn) == 2 and all(isinstance(part, str) for part in drawn):
-        return drawn
+    if isinstance(exercise, tuple) and len(exercise) == 2 and all(isinstance(part, str) for part in exercise):
+        return exercise
     return None
 
 
@@ -219,9 +218,9 @@ def _math() -> Iterator[Document]:
     generators = [(number, function) for number, _, function, *_ in package.getGenList()]
     for turn in range(_MATH_ROUNDS):
         for number, function in generators:
-            drawn = _exercise(function, _MATH_SEED * turn + number)
-            if drawn is not None:
-                problem, answer = (" ".join(part.split()) for part in drawn)
+            exercise = _exercise(function, _MATH_SEED * turn + number)
+            if exercise is not None:
+                problem, answer = (" ".join(part.split()) for part in exercise)
                 yield Document(f"{number}.{turn}", f"Problem: {problem}\nAnswer: {answer}\n")
 
 

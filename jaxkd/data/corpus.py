@@ -1,4 +1,4 @@
-"""The distinct documents of a source, spooled to disk, and their division into training and validation."""
+"""The distinct documents of a source, spooled to disk, and their split into training and validation."""
 
 import array
 import hashlib
@@ -12,7 +12,7 @@ from jaxkd.data.sources import Source
 
 
 class Corpus(NamedTuple):
-    """Distinct documents, spooled to a nameless file; small arrays say what is where."""
+    """Distinct documents, spooled to a temporary file and indexed by small arrays."""
 
     file: BinaryIO
     offsets: np.ndarray  # int64 [documents + 1]
@@ -21,12 +21,12 @@ class Corpus(NamedTuple):
     duplicates: int
 
     def require_two_groups(self, what: str) -> None:
-        """Raises: ValueError when there is not one group to train and another one to validate on."""
+        """Raises ValueError when there are fewer than two groups, one to train and one to validate on."""
         groups = len(np.unique(self.group))
         if groups < 2:
             raise ValueError(
-                f"{what} has {len(self.order)} distinct documents in {groups} groups, 2 are needed: one to train and "
-                "one to validate on. Split the text into more documents (files, or lines of JSONL)"
+                f"{what} has {len(self.order)} distinct documents in {groups} groups; 2 groups are needed, one to "
+                "train and one to validate on: split the text into more documents (files, or lines of JSONL)"
             )
 
     def size(self, chosen: np.ndarray) -> int:
@@ -46,12 +46,14 @@ def _keyed(text: bytes, seed: int) -> int:
 
 
 def collect(source: Source, file: BinaryIO, seed: int, name: str, progress: bool) -> Corpus:
-    """Read all documents once: drop duplicates and empty ones, keep the text on disk.
+    """Read all documents once, drop duplicates and empty ones, and write the others to `file`.
+
+    Two documents are duplicates when they agree in all but case and white space.
 
     Args:
         source: of the text.
-        file: what is kept of it.
-        seed: of the documents' order and division.
+        file: receives the text.
+        seed: of the documents' order and split.
         name: the domain's, for the progress bar.
         progress: show it on stderr.
     """
@@ -77,11 +79,10 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, progress: bool
 
 
 def divide(corpus: Corpus, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and of the validation documents, in order of use; whole groups go to one side.
+    """Indices of the training and of the validation documents, in order of use; a group's documents stay together.
 
-    Groups are taken for validation in the order of their hash while they fit into the share of the text; if
-    none fits, the smallest is taken. So one huge group does not swallow the training text, and no side is
-    empty.
+    Groups go to validation in the order of their hash while they fit into the share of the text; if none fits, the
+    smallest does. So one huge group cannot take the training text, and neither split is empty.
     """
     groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
     size = np.bincount(member, weights=np.diff(corpus.offsets)).astype(np.int64)

@@ -1,8 +1,7 @@
 """Which rows an interval trains on: how many of each domain, which ones, and in what order.
 
-`Mixture` is half of what a checkpoint holds. Everything here is a pure function of it, the seed and the
-domain sizes, in numpy on the host, so that any number of processes agree and a resumed run reads the same
-rows.
+`Mixture` is checkpointed. Everything here is a pure function of it, the seed and the domain sizes, in numpy on the
+host, so that all processes agree and a resumed run reads the same rows.
 """
 
 from collections.abc import Sequence
@@ -12,16 +11,16 @@ import numpy as np
 
 from jaxkd.data.permute import permute
 
-# Tags keep the uses of a seed apart: rows within a domain, the shuffle of an interval, rows that a rule looks at.
+# Tags that keep the uses of a seed apart: the order within a domain, an interval's shuffle, rows that a rule measures.
 _ROWS, _SHUFFLE, _PROBE = 1, 2, 3
 
 
 class Mixture(NamedTuple):
-    """What decides the rows of an interval."""
+    """State that determines the rows of an interval."""
 
-    sampling: np.ndarray  # float64 [domains], sums to 1: the shares that rows are drawn with
-    rule_state: dict[str, Any]  # what a re-weighting rule keeps between intervals
-    drawn: np.ndarray  # int64 [domains], rows drawn from each domain before this interval
+    sampling: np.ndarray  # float64 [domains], sums to 1: shares of the rows
+    rule_state: dict[str, Any]  # the re-weighting rule's own
+    drawn: np.ndarray  # int64 [domains], rows drawn before this interval
     interval: int
 
 
@@ -33,28 +32,20 @@ def _checked_sizes(sizes: Sequence[int]) -> np.ndarray:
 
 
 def natural(sizes: Sequence[int]) -> np.ndarray:
-    """Shares in proportion to the domains' sizes: `size / sum(sizes)`, [domains].
-
-    Raises:
-        ValueError: there are no rows at all.
-    """
+    """`size / sum(sizes)`, [domains]. Raises ValueError when there are no rows at all."""
     return fixed([float(size) for size in _checked_sizes(sizes)], sizes)
 
 
 def uniform(sizes: Sequence[int]) -> np.ndarray:
-    """The same share for every domain: `1 / domains`, [domains].
-
-    Raises:
-        ValueError: a domain has no rows.
-    """
+    """`1 / domains`, [domains]. Raises ValueError when a domain has no rows."""
     return fixed([1.0] * len(sizes), sizes)
 
 
 def fixed(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
-    """Shares in proportion to given weights: `weight / sum(weights)`, [domains].
+    """`weight / sum(weights)`, [domains].
 
     Args:
-        weights: one number per domain, at least 0; a domain of weight 0 is never drawn.
+        weights: one per domain, at least 0; a domain of weight 0 is never drawn.
         sizes: rows in each domain.
 
     Raises:
@@ -75,14 +66,7 @@ def fixed(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
 
 
 def init(sampling: np.ndarray) -> Mixture:
-    """The mixture of the first interval.
-
-    Args:
-        sampling: float [domains], not negative, sums to 1.
-
-    Raises:
-        ValueError: it is not such a vector.
-    """
+    """The first interval's mixture. Raises ValueError unless `sampling` [domains] is non-negative and sums to 1."""
     return Mixture(_checked_sampling(sampling), {}, np.zeros(len(sampling), np.int64), 0)
 
 
@@ -94,14 +78,11 @@ def _checked_sampling(sampling: np.ndarray) -> np.ndarray:
 
 
 def counts(sampling: np.ndarray, rows: int) -> np.ndarray:
-    """Rows per domain by the largest remainder: they sum to `rows`, each within 1 of `sampling * rows`.
+    """Rows per domain int64 [domains], by the largest remainder: their sum is `rows`, each is within 1 of its share.
 
     Args:
-        sampling: float [domains], sums to 1.
-        rows: rows to share out.
-
-    Returns:
-        int64 [domains]; 0 where the share is 0.
+        sampling: float [domains], sums to 1; a share of 0 gives 0 rows.
+        rows: in all domains together.
     """
     if rows < 0:
         raise ValueError(f"the number of rows must not be negative, got {rows}")
@@ -123,7 +104,7 @@ def order(mixture: Mixture, sizes: Sequence[int], seed: int, rows: int) -> tuple
         mixture: the interval's mixture.
         sizes: rows in each domain.
         seed: the run's seed.
-        rows: rows in the whole interval. Another number gives another order, so pass the interval's, always.
+        rows: in the whole interval. The order depends on it: a resumed run passes the same number.
 
     Returns:
         domain int64 [rows], row int64 [rows] (an index in that domain).
@@ -147,13 +128,13 @@ def order(mixture: Mixture, sizes: Sequence[int], seed: int, rows: int) -> tuple
 
 
 def probe(domain: int, size: int, seed: int, interval: int, rows: int) -> np.ndarray:
-    """Rows of a domain that a rule looks at before an interval, [rows]: others each time until all were seen.
+    """Indices [rows] of training rows that a rule measures before an interval; no row repeats until all were used.
 
     Args:
-        domain: its number.
-        size: its rows.
-        seed: the run's.
-        interval: that they are looked at for.
+        domain: the domain's index.
+        size: rows in the domain.
+        seed: the run's seed.
+        interval: index of the interval.
         rows: how many.
     """
     n = interval * rows + np.arange(rows, dtype=np.int64)
@@ -165,7 +146,7 @@ def advance(mixture: Mixture, rows: int, sampling: np.ndarray | None = None) -> 
 
     Args:
         mixture: the finished interval's.
-        rows: rows the finished interval had.
+        rows: of the finished interval.
         sampling: new shares [domains]; `None` keeps the present ones.
 
     Raises:

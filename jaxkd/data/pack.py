@@ -1,8 +1,7 @@
-"""From documents' tokens to rows of one length, with nothing lost and no padding that could be avoided.
+"""Packs documents' tokens into rows of one length, best fit, without losing a token.
 
-A document longer than a row is cut so that neighbouring pieces share one token: that token is the last of one
-piece, where it is a target, and the first of the next, where it is only context. Every token but a document's
-first is then a target exactly once, and so is every byte of text that it stands for.
+A document longer than a row is cut into pieces that overlap by one token: a target at the end of one piece, context
+at the start of the next. Every token but a document's first is then a target exactly once, and so are its bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,24 +12,16 @@ Row = dict[str, np.ndarray]
 
 
 def pieces(ids: np.ndarray, length: int) -> list[slice]:
-    """Cut a document into pieces of at most `length` tokens, each sharing one token with the piece before.
+    """Slices of a document's tokens [n], each of 2 to `length` tokens and overlapping the one before by one.
 
-    Args:
-        ids: a document's tokens [n], with its start and end tokens.
-        length: tokens in a row, at least 2.
-
-    Returns:
-        slices of `ids`, each of 2 to `length` tokens; none for a document of fewer than 2 tokens.
-
-    Raises:
-        ValueError: `length` is below 2, so that no row could hold a target.
+    A document of fewer than 2 tokens has none. Raises ValueError when `length` is below 2.
     """
     if length < 2:
         raise ValueError(f"a row needs at least 2 tokens to have a target, got length={length}")
     return [slice(start, min(start + length, len(ids))) for start in range(0, len(ids) - 1, length - 1)]
 
 
-class _Open:
+class _OpenRow:
     """A row that is being filled."""
 
     def __init__(self, length: int) -> None:
@@ -40,12 +31,12 @@ class _Open:
         self.pieces = 0
 
     def add(self, ids: np.ndarray, sizes: np.ndarray) -> None:
-        where = slice(self.used, self.used + len(ids))
+        span = slice(self.used, self.used + len(ids))
         self.used += len(ids)
         self.pieces += 1
-        self.row["tokens"][where] = ids
-        self.row["segments"][where] = self.pieces
-        self.row["positions"][where] = np.arange(len(ids))
+        self.row["tokens"][span] = ids
+        self.row["segments"][span] = self.pieces
+        self.row["positions"][span] = np.arange(len(ids))
         self.row["bytes"] += sizes[1:].sum()  # a piece's first token is not a target in this row
 
 
@@ -55,23 +46,23 @@ def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], length: int, open_r
     Args:
         documents: (token ids [n], bytes of text each token stands for [n]) per document.
         length: tokens in a row, at least 2.
-        open_rows: rows kept open; beyond that the fullest is given out.
+        open_rows: rows that are filled at a time; beyond that the fullest is yielded.
 
     Yields:
         `tokens`, `segments` (1, 2, ... per piece; 0 is padding), `positions` (from 0 in each segment), int32
-        [length]; `bytes`, int64 []: text bytes of the targets that the row scores.
+        [length]; `bytes`, int64 []: text bytes of the row's targets.
 
     Raises:
         ValueError: `length` is below 2 or `open_rows` below 1.
     """
     if open_rows < 1:
         raise ValueError(f"at least one row must be open to pack into, got open_rows={open_rows}")
-    waiting: list[_Open] = []
+    waiting: list[_OpenRow] = []
     for ids, sizes in documents:
         for piece in pieces(ids, length):
             size = piece.stop - piece.start
             fitting = [row for row in waiting if row.used + size <= length]
-            target = max(fitting, key=lambda row: row.used) if fitting else _Open(length)
+            target = max(fitting, key=lambda row: row.used) if fitting else _OpenRow(length)
             if not fitting:
                 waiting.append(target)
             target.add(ids[piece], sizes[piece])
@@ -82,5 +73,5 @@ def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], length: int, open_r
                 fullest = max(waiting, key=lambda row: row.used)
                 waiting.remove(fullest)
                 yield fullest.row
-    for rest in waiting:
-        yield rest.row
+    for unfinished in waiting:
+        yield unfinished.row

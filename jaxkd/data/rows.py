@@ -16,7 +16,7 @@ class Rows:
     """A prepared domain's rows in one split."""
 
     def __init__(self, path: epath.PathLike, split: str) -> None:
-        """Open the rows and read the first and the last, so that a damaged file is known before training.
+        """Open the rows and read the first and the last, so that a damaged file is found before training.
 
         Args:
             path: directory of the prepared dataset, as `prepare` returns it.
@@ -31,7 +31,7 @@ class Rows:
             raise FileNotFoundError(f"{self.path} holds no prepared rows: prepare the domain first")
         try:
             builder = tfds.builder_from_directory(self.path)
-        except Exception as error:  # broken JSON, missing features, another format: the same to a user
+        except Exception as error:  # TFDS raises many types: broken JSON, missing features, another format
             raise self._damaged(error) from None
         if split not in builder.info.splits:
             raise ValueError(f"{self.path} has no split {split!r}, it has {sorted(builder.info.splits)}")
@@ -43,7 +43,7 @@ class Rows:
         except Exception as error:
             raise self._damaged(error) from None
         if stored != self._size:
-            raise self._damaged(f"{stored} of {self._size} rows are there")
+            raise self._damaged(f"it has {stored} of {self._size} rows")
         self.length = int(ends[0]["tokens"].shape[0])
 
     def _damaged(self, why: object) -> ValueError:
@@ -72,13 +72,15 @@ class Rows:
             IndexError: an index is outside the range.
             ValueError: the files are damaged.
         """
-        wanted = [int(index) for index in indices]
-        if not wanted:
+        indices = [int(index) for index in indices]
+        if not indices:
             return self._derive([])
-        if min(wanted) < 0 or max(wanted) >= self._size:
-            raise IndexError(f"rows {min(wanted)} to {max(wanted)} were asked for, {self.path} has {self._size}")
+        if min(indices) < 0 or max(indices) >= self._size:
+            raise IndexError(
+                f"row index {min(indices)} or {max(indices)} is outside the {self._size} rows of {self.path}"
+            )
         try:
-            return self._derive(self._data.__getitems__(wanted))
+            return self._derive(self._data.__getitems__(indices))
         except Exception as error:
             raise self._damaged(error) from None
 

@@ -1,7 +1,7 @@
-"""How the mixture of domains follows from what was measured: rules as pairs of pure functions.
+"""Rules that re-weight the mixture of domains from measurements, as pairs of pure functions.
 
-Plain numpy in float64 on the host, the same on every process; states are JSON values, and JSON keeps every bit of a
-float. A recipe's `data.mixture` is a call of one of these functions.
+Numpy float64 on the host, identical on every process; states are JSON values (JSON round-trips float64 exactly). A
+recipe's `data.mixture` is a call of one of these functions.
 """
 
 import json
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 State = dict[str, Any]
-"""What a rule keeps between intervals, as JSON values."""
+"""A rule's state between intervals: JSON values."""
 
 
 class Gaps(NamedTuple):
-    """What was measured on each domain's fixed held-out rows, float64 [domains]."""
+    """Measured on each domain's fixed held-out rows, float64 [domains]."""
 
     student_nats: np.ndarray  # per token
     teacher_nats: np.ndarray
@@ -41,20 +41,20 @@ class Gaps(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """How the domains' gradients agree: of the student's loss on training rows of each, at an interval's beginning."""
+    """Inner products of the domains' gradients: of the student's loss on training rows, at an interval's beginning."""
 
     products: np.ndarray  # float64 [domains, domains], g_i . g_j
     lr: float  # of the next step
 
 
 class Rule(NamedTuple):
-    """How the shares of the domains change from interval to interval.
+    """The domains' shares from interval to interval.
 
-    `init(sizes, start) -> (sampling, state)` gives the first interval's shares, from the rows per domain and what was
-    measured before the first step. `update(state, measured, interval) -> (sampling, state)` gives those of `interval`,
-    from what was measured at its beginning. `measures` names what that is: `Gaps`, which `init` gets too; `Gradients`,
-    which `update` alone gets; None is passed for what is not measured. An "average" in the state, [domains], is stored
-    when the run is over, for `doremi` to draw from. `group_dro` moves weights of the domains in the loss besides.
+    `init(sizes, measured) -> (sampling, state)` gives the first interval's shares, from the rows per domain and a
+    measurement before the first step. `update(state, measured, interval) -> (sampling, state)` gives those of
+    `interval`, from a measurement at its beginning. `measures` is the measurement's type: `Gaps` (for `init` too),
+    `Gradients` (for `update` only, `init` gets None), or None for no measurement. "average" in the state, [domains], is
+    stored at the run's end, for `doremi`. `group_dro` re-weights the domains in the loss as well.
     """
 
     init: Callable[[Sequence[int], Any], tuple[np.ndarray, State]]
@@ -64,7 +64,7 @@ class Rule(NamedTuple):
 
 
 ByName = Callable[[tuple[str, ...]], Rule]
-"""A rule that knows domains by name: a function of the names of all domains, in their order."""
+"""A rule whose arguments name domains: a function of the names of all domains, in order."""
 
 
 def _constant(shares: Callable[[Sequence[int]], np.ndarray]) -> Rule:
@@ -76,25 +76,19 @@ def _constant(shares: Callable[[Sequence[int]], np.ndarray]) -> Rule:
 
 
 def natural() -> Rule:
-    """In proportion to the domains' rows, always: w_i = n_i / sum n."""
+    """Constant shares in proportion to the domains' rows: w_i = n_i / sum n."""
     return _constant(mixtures.natural)
 
 
 def uniform() -> Rule:
-    """The same share for every domain, always: w_i = 1 / N."""
+    """Constant equal shares: w_i = 1 / N."""
     return _constant(mixtures.uniform)
 
 
 def temperature(t: float) -> Rule:
-    """Flattened sizes: w_i ~ n_i^(1/t); 1 is natural, and large t comes to uniform.
+    """Constant flattened sizes: w_i ~ n_i^(1/t), t >= 1; 1 is natural, and the limit of large t is uniform.
 
-    Args:
-        t: at least 1.
-
-    Raises:
-        ValueError: for a smaller one.
-
-    Source: the practice of multilingual models, t from 3 to 5; recalled.
+    Source: common practice for multilingual models, with t from 3 to 5.
     """
     if not t >= 1:
         raise ValueError(f"temperature must be at least 1, got {t}")
@@ -102,11 +96,7 @@ def temperature(t: float) -> Rule:
 
 
 def fixed(weights: Sequence[float]) -> Rule:
-    """Given shares, always.
-
-    Args:
-        weights: one per domain, at least 0, in the domains' order; normalised.
-    """
+    """Constant shares from weights >= 0, one per domain in the domains' order; normalised."""
     return _constant(lambda sizes: mixtures.fixed(list(weights), sizes))
 
 
@@ -114,10 +104,7 @@ def staged(stages: Mapping[int, Sequence[float]]) -> Rule:
     """Given shares that change at given intervals.
 
     Args:
-        stages: {first interval: weights, one per domain}; one begins at 0.
-
-    Raises:
-        ValueError: when no stage begins at interval 0.
+        stages: {first interval: weights, one per domain}; one stage begins at interval 0.
     """
     if not isinstance(stages, Mapping) or 0 not in stages or any(type(n) is not int or n < 0 for n in stages):
         raise ValueError(f"stages must map intervals to weights, and one begins at 0, got {stages!r}")
@@ -145,23 +132,22 @@ def ddk(
         r_0 = softmax(rho)                                                       (Eq. 1)
         psi_i = r_t(i) exp(rho_i),   r_{t+1} = alpha psi / sum psi + (1 - alpha) / N    (Eq. 2)
 
-    r_{t+1} are interval t+1's shares. The first interval is drawn from the whole pool, as in Algorithm 1, and r_0 is
-    only where the recursion begins. Gaps are of cross-entropies with the text: which way the distilling KL points, on
-    which the paper is ambiguous, is the objective's business. Computed in log space, so that a ratio of thousands is no
-    overflow. No share is ever below (1 - alpha) / N or above alpha + (1 - alpha) / N. With constant gaps the fixed
-    point is
+    r_{t+1} are interval t+1's shares. The first interval is drawn from the whole pool, as in Algorithm 1, and r_0 only
+    starts the recursion. Gaps are between cross-entropies with the text; the direction of the distillation KL, on which
+    the paper is ambiguous, belongs to the objective. Computed in log space, so ratios of thousands do not overflow.
+    Shares lie between (1 - alpha) / N and alpha + (1 - alpha) / N. With constant gaps the fixed point is
     r_i = ((1 - alpha) / N) / (1 - alpha exp(rho_i) / Z).
 
     Args:
-        alpha: how much of a share follows the gaps; 0 is uniform.
+        alpha: weight of the gaps in a share; 0 is uniform.
         score: rho: "perplexity_ratio" as in the paper; "excess_loss", nats_S - nats_T, which an untrained student
-            does not saturate; "bits_per_byte", exp of the difference per byte, for unlike tokenizers.
+            does not saturate; "bits_per_byte", exp of the difference per byte, for different tokenizers.
         clip: largest rho, 0 for none.
         smooth: False is the paper's ablation: the shares of an interval are Eq. 1 at its beginning.
         first: the first interval's shares: "natural" (the pool as it is) or "uniform".
 
     Raises:
-        ValueError: for values that these cannot be; when a gap is not finite.
+        ValueError: an argument outside its range, or, from `init` and `update`, a gap that is not finite.
 
     Source: DDK (arXiv 2407.16154), Eq. 1, Eq. 2, Algorithm 1; alpha 0.5, an interval of 1,000 steps.
     """
@@ -177,35 +163,34 @@ def ddk(
     def rho(gaps: Gaps | None) -> np.ndarray:
         assert gaps is not None
         if score == "bits_per_byte":
-            found = np.exp(np.log(2) * (gaps.student_bits_per_byte - gaps.teacher_bits_per_byte))
+            values = np.exp(np.log(2) * (gaps.student_bits_per_byte - gaps.teacher_bits_per_byte))
         else:
-            found = np.asarray(gaps.student_nats - gaps.teacher_nats, np.float64)
-            found = np.exp(found) if score == "perplexity_ratio" else found
-        _require_finite(found, score)
-        return np.minimum(found, clip) if clip else found
+            values = np.asarray(gaps.student_nats - gaps.teacher_nats, np.float64)
+            values = np.exp(values) if score == "perplexity_ratio" else values
+        _require_finite(values, score)
+        return np.minimum(values, clip) if clip else values
 
     def init(sizes: Sequence[int], start: Gaps | None) -> tuple[np.ndarray, State]:
         begin = mixtures.natural(sizes) if first == "natural" else mixtures.uniform(sizes)
-        found = rho(start)
-        return begin, {"log_r": _log_softmax(found).tolist(), "rho": found.tolist()}
+        values = rho(start)
+        return begin, {"log_r": _log_softmax(values).tolist(), "rho": values.tolist()}
 
     def update(state: State, gaps: Gaps | None, interval: int) -> tuple[np.ndarray, State]:
-        found = rho(gaps)
-        count = len(found)
+        values = rho(gaps)
         if smooth:
-            share = np.exp(_log_softmax(np.asarray(state["log_r"]) + found))
-            sampling = alpha * share + (1 - alpha) / count
+            share = np.exp(_log_softmax(np.asarray(state["log_r"]) + values))
+            sampling = alpha * share + (1 - alpha) / len(values)
         else:
-            sampling = np.exp(_log_softmax(found))
+            sampling = np.exp(_log_softmax(values))
         with np.errstate(divide="ignore"):
             log_r = np.maximum(np.log(sampling), -1e6)  # finite, so that JSON can hold it
-        return sampling / sampling.sum(), {"log_r": log_r.tolist(), "rho": found.tolist()}
+        return sampling / sampling.sum(), {"log_r": log_r.tolist(), "rho": values.tolist()}
 
     return Rule(init, update, Gaps)
 
 
 def sheared_llama(floor: float = 1e-4) -> Rule:
-    """Domains weighted by how far the student is above the teacher, without forgetting: dynamic batch loading.
+    """Dynamic batch loading: exponentiated-gradient weights by how far the student's loss exceeds the teacher's.
 
         delta_i = max(nats_S(i) - nats_T(i), 0),   w_i <- w_i exp(delta_i) / sum,   w_i <- (1 - c) w_i + c / N
 
@@ -215,7 +200,7 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
         floor: c, as in the authors' code; the paper has none.
 
     Raises:
-        ValueError: for a floor outside [0, 1); when a gap is not finite.
+        ValueError: a floor outside [0, 1), or, from `update`, a gap that is not finite.
 
     Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; the code's step size 1 and floor 1e-4; it clamps nothing.
     """
@@ -237,25 +222,21 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
 
 
 def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") -> Rule:
-    """Constant shares, and weights in the loss that rise where the student is behind: DoReMi's proxy run.
+    """DoReMi's proxy run: constant shares, and weights in the loss that rise where the student is behind.
 
         lambda_i = mean over the batch's tokens of domain i of max(loss - teacher's loss, 0)
         log w <- log w + eta lambda,   w <- (1 - c) w / sum w + c / N,   the loss of domain i counts w_i / share_i
 
-    at every step, inside it (`jaxkd/losses/group_dro.py`). The teacher stands for the paper's reference model. The
-    mean of w over
-    all steps is stored at the end, as `domain_weights.json`; a second run draws rows by it: `doremi("runs/proxy")`.
+    inside every step (`jaxkd/losses/group_dro.py`). The teacher is the paper's reference model. The mean of w over all
+    steps is stored at the end, in `domain_weights.json`; a second run draws rows by it: `doremi("runs/proxy")`.
 
     Args:
-        eta: how fast the weights move.
-        floor: c, of which no weight falls below c / N; 1e-3 in the paper (recalled), 1e-4 in the code.
+        eta: step size of log w.
+        floor: c; no weight is below c / N. 1e-3 in the paper, 1e-4 in the code.
         first: the shares: "uniform" as in the paper, or "natural".
 
-    Raises:
-        ValueError: for values that these cannot be.
-
     Source: DoReMi (arXiv 2305.10429), Algorithm 1 and the authors' code. One difference: a step's weights follow from
-    the losses up to the step before.
+    the losses up to the previous step.
     """
     if not eta >= 0:
         raise ValueError(f"eta must be at least 0, got {eta}")
@@ -266,67 +247,67 @@ def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") 
 
 
 def doremi(proxy: str) -> ByName:
-    """The shares that another run arrived at, always: the second run of DoReMi, and of DoGE.
+    """Constant shares, the average weights of another run: the second run of DoReMi and of DoGE.
 
     Args:
         proxy: workdir of a finished run under `doremi_proxy` or `doge`, over the same domains.
 
     Raises:
-        FileNotFoundError, ValueError: from `init`, when there is no such run, it is not finished, or of other domains.
+        FileNotFoundError, ValueError: from `init`, when there is no such run, it is not finished, or has other domains.
     """
-    return lambda domains: _constant(lambda sizes: mixtures.fixed(_averaged(proxy, domains), sizes))
+    return lambda domains: _constant(lambda sizes: mixtures.fixed(_stored_weights(proxy, domains), sizes))
 
 
-AVERAGED = "domain_weights.json"
-"""What a run leaves whose weights are to be drawn by: {"mixture": its rule, "steps": ..., "weights": {domain: w}}."""
+DOMAIN_WEIGHTS = "domain_weights.json"
+"""Written by a finished `doremi_proxy` or `doge` run: {"mixture": its rule, "steps": ..., "weights": {domain: w}}."""
 
 
-def _averaged(run: str, domains: tuple[str, ...]) -> list[float]:
+def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
     """Weights that a finished run stored, in the domains' order."""
-    where = Path(run).expanduser()
-    if not where.is_dir():
+    workdir = Path(run).expanduser()
+    if not workdir.is_dir():
         raise FileNotFoundError(
             f"data.mixture: there is no run at {run}: train it first, with data.mixture 'doremi_proxy()'"
         )
     try:
-        weights = json.loads((where / AVERAGED).read_text(encoding="utf-8"))["weights"]
+        weights = json.loads((workdir / DOMAIN_WEIGHTS).read_text(encoding="utf-8"))["weights"]
     except FileNotFoundError:
         raise ValueError(
-            f"data.mixture: the run at {run} has no {AVERAGED}: it is not finished, or its data.mixture is neither "
-            "'doremi_proxy()' nor 'doge()'; its own command goes on with it"
+            f"data.mixture: the run at {run} has no {DOMAIN_WEIGHTS}: it is not finished (its own command resumes it), "
+            "or its data.mixture is neither 'doremi_proxy()' nor 'doge()'"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"data.mixture: {where / AVERAGED} is damaged: run that run's command again") from None
+        raise ValueError(f"data.mixture: {workdir / DOMAIN_WEIGHTS} is damaged: run that run's command again") from None
     if set(weights) != set(domains):
         raise ValueError(
-            f"data.mixture: the run at {run} has the domains {', '.join(weights)}, and this one {', '.join(domains)}: "
-            "its weights are for those; train a proxy on the same domains"
+            f"data.mixture: the run at {run} has the domains {', '.join(weights)}, this one {', '.join(domains)}: "
+            "train a proxy on the same domains"
         )
     return [weights[name] for name in domains]
 
 
 def doge(mu: float = 0.05, targets: Sequence[str] = (), norm: float = 1.0, limit: float = 5.0) -> ByName:
-    """Domains weighted by how much a step on each of them helps the others, or some targets: DoGE.
+    """DoGE: domains weighted by how much a gradient step on each of them helps the others, or given targets.
 
-        score_i = lr <g_i, sum_{j != i} g_j> / mean_j |g_j|,  cut to [0, limit lr]         (universal)
-        score_i = lr <g_i, sum_{j in targets} g_j> / mean_j |g_j|, cut likewise            (out of domain)
+        score_i = lr <g_i, sum_{j != i} g_j> / mean_j |g_j|,  clipped to [0, limit lr]     (universal)
+        score_i = lr <g_i, sum_{j in targets} g_j> / mean_j |g_j|, clipped likewise        (out of domain)
         log w_i <- log w_i + score_i / mu,   w <- w / sum w
 
     g_i is the gradient of the student's own loss on training rows of domain i, at each interval's beginning. The paper
-    moves w at every step of a proxy that sees all domains alike and weighs their losses; here rows are drawn by w,
-    which is the same in expectation, once an interval: for the paper's pace divide mu by the interval's steps. The
-    mean of w is stored at the end, and a second run draws by it: `doremi("runs/proxy")`.
+    updates w at every step of a proxy that samples uniformly and weighs the losses; here rows are drawn by w, which is
+    the same in expectation, and w is updated once an interval: for the paper's pace divide mu by the interval's steps.
+    The mean of w is stored at the end, and a second run draws by it: `doremi("runs/proxy")`.
 
     Args:
-        mu: the smaller, the faster w moves.
-        targets: names of domains that are looked at and never drawn; none for universal.
-        norm: each gradient is cut to this norm first, 0 for none.
+        mu: inverse step size of log w.
+        targets: names of domains that are measured and never drawn; none for universal.
+        norm: each gradient is clipped to this norm first, 0 for none.
         limit: largest score, in learning rates.
 
     Raises:
-        ValueError: for values that these cannot be; when a product is not finite.
+        ValueError: an argument outside its range, or, from `update`, a product that is not finite.
 
-    Source: DoGE (arXiv 2310.15393), Algorithm 1; mu, the mean norm and both cuts as in the authors' code.
+    Source: DoGE (arXiv 2310.15393), Algorithm 1; mu, the mean norm and both clips as in the authors' code.
     """
     if not mu > 0 or not norm >= 0 or not limit > 0:
         raise ValueError(f"doge needs mu > 0, norm >= 0 and limit > 0, got {mu}, {norm} and {limit}")
@@ -338,14 +319,14 @@ def doge(mu: float = 0.05, targets: Sequence[str] = (), norm: float = 1.0, limit
             raise ValueError(f"doge: targets name no domain '{unknown[0]}': known: {', '.join(domains)}")
         trained = np.asarray([name not in targets for name in domains])
         if not trained.any():
-            raise ValueError("doge: all domains are targets, and none is left to train on: leave targets out")
+            raise ValueError("doge: targets names all domains, so none is left to train on")
         return _doge(trained, mu, norm, limit)
 
     return named
 
 
 def _doge(trained: np.ndarray, mu: float, norm: float, limit: float) -> Rule:
-    """The rule, once it is known which domains are drawn; the others are the targets."""
+    """DoGE's rule; `trained` [domains] bool is False for targets."""
     universal = bool(trained.all())
 
     def init(sizes: Sequence[int], start: Any) -> tuple[np.ndarray, State]:
@@ -355,10 +336,10 @@ def _doge(trained: np.ndarray, mu: float, norm: float, limit: float) -> Rule:
     def update(state: State, measured: Any, interval: int) -> tuple[np.ndarray, State]:
         _require_finite(measured.products.sum(1), "gradient")
         lengths = np.sqrt(np.diag(measured.products))
-        cut = np.minimum(1.0, norm / (lengths + 1e-6)) if norm else np.ones_like(lengths)
-        products = (measured.products * np.outer(cut, cut))[trained]
+        scale = np.minimum(1.0, norm / (lengths + 1e-6)) if norm else np.ones_like(lengths)
+        products = (measured.products * np.outer(scale, scale))[trained]
         helped = products.sum(1) - np.diag(products) if universal else products[:, ~trained].sum(1)
-        score = measured.lr * helped / ((lengths * cut)[trained].mean() + 1e-6)
+        score = measured.lr * helped / ((lengths * scale)[trained].mean() + 1e-6)
         score = np.clip(score, 0.0, limit * measured.lr)
         log_w = _log_softmax(np.asarray(state["log_w"]) + score / mu)
         sampling = np.zeros(len(trained))
@@ -382,6 +363,4 @@ def _require_floor(floor: float) -> None:
 
 def _require_finite(values: np.ndarray, what: str) -> None:
     if not np.isfinite(values).all():
-        raise ValueError(
-            f"the {what} of domain {int(np.argmin(np.isfinite(values)))} is {values.tolist()}: no finite gap"
-        )
+        raise ValueError(f"the {what} of domain {int(np.argmin(np.isfinite(values)))} is not finite: {values.tolist()}")

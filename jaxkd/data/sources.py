@@ -1,4 +1,4 @@
-"""Where text comes from: one string names a source, whatever its kind.
+"""Sources of text, each named by one string.
 
     builtin:NAME          a text domain that needs no download
     tfds:NAME[:SPLIT]     any TFDS dataset in ArrayRecord form, by name or by directory
@@ -44,7 +44,7 @@ SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
 
 @dataclass(frozen=True)
 class Source:
-    """Text to be read."""
+    """Text that can be read, once or more."""
 
     spec: str
     fingerprint: str  # sha256; another text has another one
@@ -52,15 +52,15 @@ class Source:
 
 
 def open_source(spec: str, text_key: str = "text") -> Source:
-    """Find a source; its text is read when `documents` is called.
+    """Open a source; its text is read when `documents` is called.
 
     Args:
         spec: `builtin:NAME`, `tfds:NAME[:SPLIT]`, or a file, folder or glob.
         text_key: the field that holds the text, in JSONL, Parquet and TFDS.
 
     Raises:
-        FileNotFoundError: there is nothing at the path, or a package or dataset is not there.
-        ValueError: an unknown name, or an unsupported kind of file.
+        FileNotFoundError: no such path, package or dataset.
+        ValueError: an unknown name, or an unsupported file type.
     """
     if spec.startswith("builtin:"):
         return _open_builtin(spec)
@@ -85,7 +85,7 @@ def _open_builtin(spec: str) -> Source:
 
 
 def _find_files(spec: str) -> list[tuple[str, Path]]:
-    """(name relative to what was asked for, path) of the files of a path or glob, sorted."""
+    """(relative name, path) of the files of a path or glob, sorted."""
     path = Path(spec).expanduser()
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:

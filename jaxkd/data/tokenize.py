@@ -1,8 +1,7 @@
-"""Tokenizers as the files of a model define them, reduced to what building rows needs.
+"""Tokenizers from a model's files, on the `tokenizers` library, so that ids equal those of `transformers`.
 
-Everything goes through the `tokenizers` library, so that ids equal those of `transformers`. Text is encoded
-as text: strings that look like control tokens do not become control tokens, and documents get their start and
-end token from here alone.
+Text is encoded as text: a string that spells a control token does not become one. Documents get their start and end
+token here and nowhere else.
 """
 
 import hashlib
@@ -29,12 +28,12 @@ _BYTE_LEVEL_SPLIT = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and the facts about it that data and models share."""
+    """A tokenizer with its special ids, definition and fingerprint."""
 
     tokenizer: tokenizers.Tokenizer = field(repr=False)
     vocab: int  # ids are below this; added tokens count
-    start: int | None  # put before each document
-    end: int | None  # put after each document
+    start: int | None  # id before each document
+    end: int | None  # id after each document
     fingerprint: str  # sha256 of the definition
     chat_template: str | None = field(repr=False)
     json: str = field(repr=False)  # the definition, as the `tokenizers` library writes it
@@ -42,10 +41,10 @@ class Tokenizer:
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids of each text and the bytes of text each token stands for.
 
-        A token stands for the bytes up to its end that no token before it stands for; the sum is
-        `len(text.encode())`. A byte-level token that holds part of a character counts its own bytes of it, so that
-        a row that is cut there counts its targets' bytes exactly; only a character that a normaliser replaced
-        and that several tokens share counts for the first of them.
+        A token stands for the bytes up to its end that no earlier token stands for; the sum is
+        `len(text.encode())`. A byte-level token that holds part of a character counts its own bytes, so that a row that
+        ends there counts its targets' bytes exactly. A character that a normaliser replaced and that several tokens
+        share counts for the first of them.
 
         Args:
             texts: any text without lone surrogates.
@@ -74,7 +73,7 @@ class Tokenizer:
 
 
 def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
-    """Bytes per token from character offsets; tokens that share characters divide them by their own bytes."""
+    """Bytes per token, from character offsets; tokens that share a character get the bytes that each holds."""
     if not encoding.offsets:
         return np.zeros(0, np.int64)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -82,9 +81,9 @@ def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
     before = np.concatenate([[0], np.cumsum(width)])
     starts, ends = np.asarray(encoding.offsets, np.int64).T
     ends = np.maximum.accumulate(ends)
-    ends[-1] = len(points)  # what a normaliser dropped at the end belongs to the last token
+    ends[-1] = len(points)  # characters that a normaliser dropped at the end count for the last token
     sizes = np.diff(before[ends], prepend=0)
-    joined = np.concatenate([[False], starts[1:] < ends[:-1]])  # by a character, with the token before
+    joined = np.concatenate([[False], starts[1:] < ends[:-1]])  # shares a character with the previous token
     if not joined.any():
         return sizes
     group, own, words = np.cumsum(~joined) - 1, sizes.copy(), encoding.tokens
@@ -95,7 +94,7 @@ def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
 
 
 def _own_bytes(word: str) -> int:
-    """Bytes of a token that may hold part of a character: byte-level words have one character a byte."""
+    """Bytes of a token that may hold part of a character: a byte-level word has one character per byte."""
     return 1 if _BYTE_WORD.fullmatch(word) else len(word)
 
 
@@ -106,12 +105,11 @@ def _finish(
     tokenizer.no_padding()
     definition = tokenizer.to_str()
     canonical = json.dumps(json.loads(definition), sort_keys=True, ensure_ascii=True)
-    # Not part of the definition: text that spells a control token is text.
+    # Set after the definition was taken: the library's flag to encode control tokens in text as text.
     tokenizer.encode_special_tokens = True
     whole_text = tokenizer.token_to_id(_END_OF_TEXT)
     if whole_text is not None:
-        # Chat models name their turn markers as bos and eos; this token is what separated documents in
-        # pre-training.
+        # Chat models name their turn markers as bos and eos; in pre-training this token separated documents.
         start = end = whole_text
     return Tokenizer(
         tokenizer=tokenizer,
@@ -143,10 +141,7 @@ def _byte_level(kind: str) -> tuple[Any, Any, bool]:
 
 
 def from_gguf(fields: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer inside a GGUF file.
-
-    Args:
-        fields: the file's metadata, "tokenizer.ggml.model" and so on, as Python values.
+    """The byte-level BPE tokenizer of a GGUF file's metadata ("tokenizer.ggml.model" and so on).
 
     Raises:
         ValueError: a field is missing, or the tokenizer is of another kind.
@@ -179,9 +174,9 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
 
 
 def of_size(vocab: int) -> Tokenizer:
-    """A tokenizer of which the number of ids is known and nothing else: to plan with, not to encode."""
-    nothing = tokenizers.Tokenizer(models.BPE())
-    return Tokenizer(nothing, vocab, None, None, hashlib.sha256(b"").hexdigest(), None, nothing.to_str())
+    """A placeholder with a number of ids and nothing else, for planning; it cannot encode."""
+    empty = tokenizers.Tokenizer(models.BPE())
+    return Tokenizer(empty, vocab, None, None, hashlib.sha256(b"").hexdigest(), None, empty.to_str())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -194,7 +189,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _marker(tokenizer: tokenizers.Tokenizer, files: list[dict[str, Any]], side: str) -> int | None:
-    """Id of the first `bos` or `eos` that the files name, as a word or as an id."""
+    """Id of the first `{side}_token` or `{side}_token_id` in the files; `side` is "bos" or "eos"."""
     for content in files:
         word = content.get(f"{side}_token")
         word = word.get("content") if isinstance(word, dict) else word
@@ -208,10 +203,7 @@ def _marker(tokenizer: tokenizers.Tokenizer, files: list[dict[str, Any]], side: 
 
 
 def from_directory(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: `tokenizer.json` and the small files beside it.
-
-    Args:
-        path: the directory.
+    """The tokenizer of a model directory: `tokenizer.json` and the config files beside it.
 
     Raises:
         FileNotFoundError: it holds no `tokenizer.json`.
@@ -240,9 +232,9 @@ def from_directory(path: str | Path) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, id = byte, and `<|endoftext|>` as id 256: needs no file and has no unknown text."""
-    # Byte-level tokenizers write a byte as a visible character: itself where it is printable, the next free
-    # one from code point 256 on where it is not.
+    """One token per byte, id = byte, and `<|endoftext|>` as id 256; it encodes any text and needs no file."""
+    # Byte-level tokenizers write a byte as a visible character: itself if printable, else the next free code point from
+    # 256 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     vocab = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(hidden)}

@@ -166,7 +166,7 @@ def _fill(
             wanted = np.minimum(block.start + start + np.arange(len(where)), block.stop - 1)
             sources = rows.train if block.split == "train" else rows.valid
             local = loader.read_rows(sources, np.full(len(where), domain), wanted)
-            placed = loader.place(local, batch, where, place)
+            placed = loader.to_devices(local, batch, where, place)
             found = made.make[block.split](made.params, placed)
             payloads += _encoded(layouts(job)[block.split], found, local["weights"])
             if block.split == "train" and block.domain not in kls and hosts.groups == 1:
@@ -266,14 +266,14 @@ def _again(
     layout, place = store.layout("train"), batch_sharding(job.mesh)
     mine = loader.local_rows(len(row), place)
     local = loader.read_rows(rows.train, domain[mine], row[mine])
-    batch = loader.place(local, len(row), mine, place)
+    batch = loader.to_devices(local, len(row), mine, place)
     kept = [store.read(rows.names[d], "train", [r])[0] for d, r in zip(domain[mine], row[mine], strict=True)]
     fresh = _encoded(layout, made.make["train"](made.params, batch), local["weights"])
     stored, now = (codec.decode_rows(layout, payloads) for payloads in (kept, fresh))
     if isinstance(stored, codec.Text) and isinstance(now, codec.Text):
         same = np.asarray(stored.targets == now.targets)[np.asarray(stored.weights) != 0]
         return float(same.mean()) if same.size else 1.0, 1.0
-    placed = (loader.place({**local, "teacher": x}, len(row), mine, place).teacher for x in (stored, now))
+    placed = (loader.to_devices({**local, "teacher": x}, len(row), mine, place).teacher for x in (stored, now))
     then, again = (_distance(made, batch, x) for x in placed)
     return then, again
 

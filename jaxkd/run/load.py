@@ -86,7 +86,7 @@ def _prepared(job: Job, progress: bool) -> list[build.Prepared]:
 
 
 def held_out(
-    job: Job, rows: Domains, host_features: loader.Annotate = lambda rows: rows
+    job: Job, rows: Domains, host_features: loader.HostFeatures = lambda rows: rows
 ) -> dict[str, Iterator[tuple[Batch, np.ndarray]]]:
     """Each domain's held-out rows as batches on the devices, with the bytes of their targets; to be read once."""
     place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch

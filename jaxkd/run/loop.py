@@ -359,7 +359,7 @@ class Run:
         e, mixing = self.job.experiment, self.mixing
         sizes = [len(rows) for rows in self.rows.train]
         interval = step - 1, mixing.end, mixing.start
-        domain, row = loader.drawn(sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
+        domain, row = loader.step_rows(sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
         found = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
         return {name: rows for name, rows in found.items() if rows}
 

@@ -144,7 +144,7 @@ class Mixing:
         for d, rows in enumerate(self._rows.train):
             row = mixture.probe(d, len(rows), job.experiment.run.seed, interval, size)[where]
             local = loader.read_rows(self._rows.train, np.full(len(row), d), row)
-            found.append(self._slope(params, loader.place(local, size, where, place)))
+            found.append(self._slope(params, loader.to_devices(local, size, where, place)))
         pairs = [(i, j) for i in range(count) for j in range(i + 1)]
         products = np.zeros((count, count))
         for (i, j), value in zip(pairs, jax.device_get([self._product(found[i], found[j]) for i, j in pairs])):
@@ -173,7 +173,7 @@ class Mixing:
             return ""
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
         told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
-        target = workdir / rules.AVERAGED
+        target = workdir / rules.DOMAIN_WEIGHTS
         if multihost.is_main():
             target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             os.replace(target.with_suffix(".tmp"), target)

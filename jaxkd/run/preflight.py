@@ -145,7 +145,7 @@ def _batch(loaded: Loaded) -> Batch:
     row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
     where = loader.local_rows(size, place)
     local = loader.read_rows(rows.valid, domain[where], row[where])
-    return loader.place(loaded.teaching.judge.host_features(local), size, where, place)
+    return loader.to_devices(loaded.teaching.judge.host_features(local), size, where, place)
 
 
 def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:

@@ -86,17 +86,17 @@ def test_advance():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mixtures.fixed([1], [1, 1]), "1 domain weights were given for 2 domains"),
-        (lambda: mixtures.fixed([1, -1], [1, 1]), "not negative"),
-        (lambda: mixtures.fixed([1, float("nan")], [1, 1]), "finite"),
-        (lambda: mixtures.fixed([0, 0], [1, 1]), "all domain weights are zero"),
-        (lambda: mixtures.fixed([1, 1], [1, 0]), "domain 1 has a positive weight but no rows"),
-        (lambda: mixtures.uniform([]), "list of row counts"),
-        (lambda: mixtures.init(np.array([0.5, 0.6])), "sum to 1"),
-        (lambda: mixtures.order(mixtures.init(np.array([1.0])), [1, 2], 0, 4), "1 domains, but 2 sizes"),
-        (lambda: mixtures.order(mixtures.init(np.array([1.0])), [0], 0, 4), "drawn from but has no rows"),
-        (lambda: mixtures.advance(mixtures.init(np.array([1.0])), 4, np.array([0.5, 0.5])), "new sampling"),
-        (lambda: mixtures.counts(np.array([1.0]), -1), "must not be negative"),
+        (lambda: mixtures.fixed([1], [1, 1]), "domain weights"),
+        (lambda: mixtures.fixed([1, -1], [1, 1]), "domain weights"),
+        (lambda: mixtures.fixed([1, float("nan")], [1, 1]), "domain weights"),
+        (lambda: mixtures.fixed([0, 0], [1, 1]), "domain weights"),
+        (lambda: mixtures.fixed([1, 1], [1, 0]), "domain 1"),
+        (lambda: mixtures.uniform([]), "domain sizes"),
+        (lambda: mixtures.init(np.array([0.5, 0.6])), "sampling"),
+        (lambda: mixtures.order(mixtures.init(np.array([1.0])), [1, 2], 0, 4), "2 sizes"),
+        (lambda: mixtures.order(mixtures.init(np.array([1.0])), [0], 0, 4), "domain 0"),
+        (lambda: mixtures.advance(mixtures.init(np.array([1.0])), 4, np.array([0.5, 0.5])), "sampling"),
+        (lambda: mixtures.counts(np.array([1.0]), -1), "rows"),
     ],
 )
 def test_errors(call, message):

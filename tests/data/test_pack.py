@@ -73,7 +73,7 @@ def test_rows_come_while_documents_are_read():
     assert len(read) < 20
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((1, 64), "at least 2 tokens"), ((8, 0), "one row must be open")])
+@pytest.mark.parametrize(("arguments", "message"), [((1, 64), "length=1"), ((8, 0), "open_rows=0")])
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         list(pack(corpus([5]), *arguments))

@@ -59,5 +59,5 @@ def test_positions_are_uniform():
 
 @pytest.mark.parametrize(("index", "size"), [([0], 0), ([3], 3), ([-1], 3)])
 def test_bad_input(index, size):
-    with pytest.raises(ValueError, match=r"at least 1|must be in"):
+    with pytest.raises(ValueError, match=r"range|indices"):
         permute(np.array(index), size, 0)

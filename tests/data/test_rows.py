@@ -38,11 +38,11 @@ def test_targets_and_weights(domains):
 def test_bad_requests(domains, tmp_path):
     rows = Rows(domains[0].path, "valid")
     for wanted in ([len(rows)], [-1]):
-        with pytest.raises(IndexError, match="were asked for"):
+        with pytest.raises(IndexError, match="row index"):
             rows.read(wanted)
-    with pytest.raises(ValueError, match=r"no split 'dev', it has \['train', 'valid'\]"):
+    with pytest.raises(ValueError, match="'dev'"):
         Rows(domains[0].path, "dev")
-    with pytest.raises(FileNotFoundError, match="holds no prepared rows"):
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
         Rows(tmp_path, "train")
 
 
@@ -59,7 +59,7 @@ def test_damage(domains, tmp_path, damage):
         file.unlink()
     else:
         (copy / "features.json").write_text("{")
-    with pytest.raises(ValueError, match=r"damaged: .* Delete that directory and prepare it again"):
+    with pytest.raises(ValueError, match="damaged"):
         Rows(copy, "train")
 
 

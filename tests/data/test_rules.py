@@ -183,7 +183,7 @@ def test_doge_keeps_the_average_of_its_shares():
 
 def write_weights(path, weights, mixture="doremi_proxy()"):
     path.mkdir(exist_ok=True)
-    (path / rules.AVERAGED).write_text(json.dumps({"mixture": mixture, "steps": 10, "weights": weights}))
+    (path / rules.DOMAIN_WEIGHTS).write_text(json.dumps({"mixture": mixture, "steps": 10, "weights": weights}))
     return str(path)
 
 
@@ -195,15 +195,15 @@ def test_doremi_draws_by_the_names_of_another_run(tmp_path):
 
 def test_doremi_says_what_is_wrong_with_its_proxy(tmp_path):
     begin = lambda where: rules.doremi(str(where))(NAMES).init(SIZES, None)
-    with pytest.raises(FileNotFoundError, match=r"there is no run at .*none: train it first, with .*doremi_proxy"):
+    with pytest.raises(FileNotFoundError, match=r"data\.mixture.*none"):
         begin(tmp_path / "none")
     (tmp_path / "unfinished").mkdir()
-    with pytest.raises(ValueError, match=r"unfinished has no domain_weights\.json: it is not finished, or"):
+    with pytest.raises(ValueError, match=r"data\.mixture.*unfinished"):
         begin(tmp_path / "unfinished")
-    with pytest.raises(ValueError, match="has the domains a, x, and this one a, b, c, d"):
+    with pytest.raises(ValueError, match=r"data\.mixture.*other"):
         begin(write_weights(tmp_path / "other", {"a": 0.5, "x": 0.5}))
-    (tmp_path / "other" / rules.AVERAGED).write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    (tmp_path / "other" / rules.DOMAIN_WEIGHTS).write_text("{")
+    with pytest.raises(ValueError, match=r"data\.mixture.*domain_weights\.json"):
         begin(tmp_path / "other")
 
 
@@ -223,25 +223,25 @@ def test_rules_that_measure_nothing():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: rules.ddk(1.5), "alpha must be from 0 to 1"),
-        (lambda: rules.ddk(score="ratio"), "unknown score 'ratio': known: perplexity_ratio"),
-        (lambda: rules.ddk(clip=-1.0), "clip must be at least 0"),
-        (lambda: rules.ddk(first="none"), "first must be natural or uniform"),
-        (lambda: rules.temperature(0.5), "at least 1"),
-        (lambda: rules.staged({1: [1.0]}), "one begins at 0"),
-        (lambda: rules.sheared_llama(1.0), "floor must be"),
-        (lambda: rules.doremi_proxy(floor=-0.1), "floor must be"),
-        (lambda: rules.doremi_proxy(eta=-1.0), "eta must be at least 0"),
-        (lambda: rules.doremi_proxy(first="none"), "first must be natural or uniform"),
-        (lambda: rules.doge(mu=0.0), "doge needs mu > 0"),
-        (lambda: rules.doge(targets=("x",))(NAMES), "no domain 'x': known: a, b, c, d"),
-        (lambda: rules.doge(targets=NAMES)(NAMES), "none is left to train on"),
+        (lambda: rules.ddk(1.5), "alpha"),
+        (lambda: rules.ddk(score="ratio"), "score"),
+        (lambda: rules.ddk(clip=-1.0), "clip"),
+        (lambda: rules.ddk(first="none"), "first"),
+        (lambda: rules.temperature(0.5), "temperature"),
+        (lambda: rules.staged({1: [1.0]}), "stages"),
+        (lambda: rules.sheared_llama(1.0), "floor"),
+        (lambda: rules.doremi_proxy(floor=-0.1), "floor"),
+        (lambda: rules.doremi_proxy(eta=-1.0), "eta"),
+        (lambda: rules.doremi_proxy(first="none"), "first"),
+        (lambda: rules.doge(mu=0.0), "mu"),
+        (lambda: rules.doge(targets=("x",))(NAMES), "targets.*'x'"),
+        (lambda: rules.doge(targets=NAMES)(NAMES), "targets"),
         (
             lambda: run(rules.doge()(NAMES), [None, Gradients(np.full((4, 4), np.nan), 0.1)]),
-            "the gradient of domain 0 is",
+            "gradient of domain 0",
         ),
-        (lambda: run(rules.ddk(), [gaps([0.1, np.nan, 0.1, 0.1])]), "of domain 1 is .* no finite gap"),
-        (lambda: run(rules.sheared_llama(), [gaps([0.1] * 4), gaps([np.inf, 0, 0, 0])]), "of domain 0 is"),
+        (lambda: run(rules.ddk(), [gaps([0.1, np.nan, 0.1, 0.1])]), "domain 1"),
+        (lambda: run(rules.sheared_llama(), [gaps([0.1] * 4), gaps([np.inf, 0, 0, 0])]), "domain 0"),
     ],
 )
 def test_what_cannot_be_is_said(make, message):

@@ -156,9 +156,9 @@ def test_gguf_pre_tokenizers(pre, digits):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (gguf_fields("tekken"), "pre-tokenizer 'tekken' is not supported"),
-        (gguf_fields(model="llama"), "tokenizer model is 'llama'"),
-        (gguf_fields(merges=None), "no field 'tokenizer.ggml.merges'"),
+        (gguf_fields("tekken"), "'tekken'"),
+        (gguf_fields(model="llama"), "'llama'"),
+        (gguf_fields(merges=None), "tokenizer.ggml.merges"),
     ],
 )
 def test_gguf_errors(fields, message):
@@ -204,12 +204,12 @@ def test_directory_saved_from_gguf(tmp_path, smollm2):
 
 
 def test_directory_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
         from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         from_directory(tmp_path)
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config.json"):
         from_directory(tmp_path)

@@ -144,7 +144,7 @@ def test_gradients_are_those_of_the_rows_that_are_named(make):
     for d, rows in enumerate(made.rows.train):
         row = mixture.probe(d, len(rows), made.job.experiment.run.seed, 3, 8)
         assert len(set(row.tolist())) == 8
-        batch = loader.place(loader.read_rows(made.rows.train, np.full(8, d), row), 8, np.arange(8), None)
+        batch = loader.to_devices(loader.read_rows(made.rows.train, np.full(8, d), row), 8, np.arange(8), None)
         gradients.append(np.concatenate([np.asarray(g).ravel() for g in jax.tree.leaves(slope(student, batch))]))
     products = [[float(np.dot(a, b)) for b in gradients] for a in gradients]
     np.testing.assert_allclose(found.products, products, rtol=1e-4)

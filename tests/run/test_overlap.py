@@ -23,7 +23,7 @@ def events(two_domains, tmp_path_factory):
         loop.Run._steps,
         program.jitted_step,
         metrics.read,
-        loader.place,
+        loader.to_devices,
         Checkpoints.save,
     )
 
@@ -59,7 +59,7 @@ def events(two_domains, tmp_path_factory):
         patch.setattr(metrics, "read", noting("read", read))
         # A batch is asked for; Orbax copies as it likes, while nothing trains.
         allowed = lambda: jax.transfer_guard("allow")
-        patch.setattr(loader, "place", noting("place", put, allowed))
+        patch.setattr(loader, "to_devices", noting("place", put, allowed))
         patch.setattr(Checkpoints, "save", noting("save", save, allowed))
         result = here("train", "--workdir", str(place / "run"), *tiny_arguments(two_domains, place / "rows", *MORE))
     assert result.returncode == 0, result.stderr
