@@ -57,12 +57,12 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.run import job, load, loop, metadata, preflight, teacher
     from jaxkd.runtime import compile_cache, log, profiling
 
-    profile = profiling.asked(options.profile)
-    multihost.join(saves=True)
+    profile = profiling.parse_steps(options.profile)
+    multihost.join(handles_sigterm=True)
     import jax
 
     built = job.build(e)
-    with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, multihost.ending():
+    with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, multihost.abort_on_error():
 
         def take() -> list[Any]:
             changes = claim(workdir, e, options.accept_changes)
@@ -72,17 +72,17 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
         changes, mark = multihost.broadcast("workdir", take)
         see(workdir, mark)
-        if (kept_in := compile_cache.keep(workdir / "programs", jax.default_backend())) is not None:
-            multihost.say(f"compiled programs: {kept_in}")
+        if (kept_in := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
+            multihost.print_main(f"compiled programs: {kept_in}")
         for note in built.notes:
-            multihost.say(f"mesh: {note}")
+            multihost.print_main(f"mesh: {note}")
         rows = load.domains(built)
-        with multihost.stoppable(
+        with multihost.interruptible(
             "stopped by a signal before a step was made: the same command begins where this one did"
         ):
-            run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.say, started)))
+            run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.print_main, started)))
             for change in changes:
-                multihost.say(f"changed: {change}")
+                multihost.print_main(f"changed: {change}")
             if multihost.is_main():
                 adopt(workdir, e)
                 before = workdir / "run.json"
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             if not run.resumed and not options.no_check:
                 with run.phases.during("check"):
                     for line in preflight.run(run.loaded(), run.stores):
-                        multihost.say(f"check: {line}")
+                        multihost.print_main(f"check: {line}")
         finished = run.go(profile)
         written = lambda: str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before a step"
         page = multihost.broadcast("the report", written)
@@ -107,9 +107,11 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             print(told)
     if multihost.is_main():
         print(goodput.sentence(goodput.read(workdir)))
-    multihost.say(f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)")
+    multihost.print_main(
+        f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
+    )
     if not finished:
-        raise SystemExit(cluster.STOPPED)
+        raise SystemExit(cluster.EXIT_STOPPED)
 
 
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -140,9 +142,9 @@ def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     import jax
 
     built = job.build(e)
-    with jax.set_mesh(built.mesh), multihost.ending():
+    with jax.set_mesh(built.mesh), multihost.abort_on_error():
         for line in cache_teacher.write(built, load.domains(built)):
-            multihost.say(line)
+            multihost.print_main(line)
 
 
 def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -155,14 +157,14 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
     built = job.build(job.elsewhere(e))
     job.check_shares(built)
-    with jax.set_mesh(built.mesh), multihost.ending():
+    with jax.set_mesh(built.mesh), multihost.abort_on_error():
         rows = load.domains(built)
         loaded, stores = preflight.prepare(built, rows)
-        multihost.say("check: the tokenizers and vocabularies of all models agree")
+        multihost.print_main("check: the tokenizers and vocabularies of all models agree")
         for line in preflight.run(loaded, stores):
-            multihost.say(f"check: {line}")
+            multihost.print_main(f"check: {line}")
         for line in cache_teacher.costs(built, rows, stores):
-            multihost.say(line)
+            multihost.print_main(line)
 
 
 def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -195,11 +197,11 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
     from jaxkd.run import job, load, restore, teacher
     from jaxkd.runtime import log
 
-    multihost.join(alone=True)
+    multihost.join(single_ok=True)
     import jax
 
     built = job.build(job.elsewhere(e))
-    with jax.set_mesh(built.mesh), multihost.ending():
+    with jax.set_mesh(built.mesh), multihost.abort_on_error():
         step, student, average = restore.trained(built, workdir, options.step)
         rows = load.domains(built)
         stores = teacher.open_stores(built, rows.fingerprints)
@@ -214,7 +216,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
             step,
             {} if built.own else start,
         )
-    multihost.say(compare.table(result, start))
+    multihost.print_main(compare.table(result, start))
     if multihost.is_main() and not any(row["step"] == step for row in before):
         log.append(workdir / "evals.jsonl", result)
 
@@ -227,7 +229,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     from jaxkd.run import job, restore
     from jaxkd.runtime import log
 
-    multihost.join(alone=True)
+    multihost.join(single_ok=True)
     import jax
 
     if multihost.is_multihost():
@@ -395,7 +397,7 @@ def console(arguments: Sequence[str] | None = None) -> None:
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except (Exception, KeyboardInterrupt) as error:
-        raise SystemExit(multihost.end(error)) from None
+        raise SystemExit(multihost.fail(error)) from None
 
 
 if __name__ == "__main__":

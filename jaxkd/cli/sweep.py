@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jaxkd.config.recipe import read_config
 from jaxkd.config.schema import Experiment, experiment
 from jaxkd.run.workdir import saved_experiment
-from jaxkd.runtime.cluster import STOPPED
+from jaxkd.runtime.cluster import EXIT_STOPPED
 
 _COMMITTED = "commit_success.txt"  # Orbax writes it last
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
@@ -242,7 +242,7 @@ def go(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -
             took = f"{time.monotonic() - started:,.0f} s"
             if child.stopped:
                 say(f"{name}: stopped; the same command goes on from here")
-                return STOPPED if child.stopped == signal.SIGTERM else 128 + child.stopped
+                return EXIT_STOPPED if child.stopped == signal.SIGTERM else 128 + child.stopped
             found = result(command.run) if command.run else {}
             if code or found is None:
                 failed[name] = _last_line(command.log) or f"exit code {code}"

@@ -293,7 +293,7 @@ def _locked(lock: epath.Path) -> Iterator[None]:
         return
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
-        locks.take(file, lock, wait=True)
+        locks.acquire(file, lock, wait=True)
         yield
 
 

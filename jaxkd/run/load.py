@@ -59,9 +59,9 @@ def domains(job: Job, progress: bool = True) -> Domains:
         ValueError, FileNotFoundError, OSError: with one line on what is wrong with which domain.
     """
     kept = "stopped by a signal while rows were built: domains that are done are kept, and the same command goes on"
-    with multihost.stoppable(kept):
-        prepared = multihost.in_turn("rows", lambda: _prepared(job, progress))
-    multihost.alike("the rows of the domains", {p.name: p.fingerprint for p in prepared})
+    with multihost.interruptible(kept):
+        prepared = multihost.main_first("rows", lambda: _prepared(job, progress))
+    multihost.assert_equal("the rows of the domains", {p.name: p.fingerprint for p in prepared})
     train = tuple(Rows(p.path, "train") for p in prepared)
     valid = tuple(Rows(p.path, "valid") for p in prepared)
     return Domains(job.domains, tuple(prepared), train, valid)

@@ -31,7 +31,7 @@ def go(workdir: Path, step: str) -> list[str]:
         OSError: it cannot be read just now.
     """
     e = saved_experiment(workdir)
-    if cluster.place(os.environ, "cpu", alone=True).size > 1:
+    if cluster.detect(os.environ, "cpu", single_ok=True).size > 1:
         raise ValueError("`jaxkd rollback` renames directories from one process: start it on one host, by itself")
     jax.config.update("jax_platforms", "cpu")  # it needs no device, and a TPU's other hosts are not there
     with _alone(workdir):
@@ -57,7 +57,7 @@ def go(workdir: Path, step: str) -> list[str]:
 def _alone(workdir: Path) -> Iterator[None]:
     """Keep `train` out of a workdir, in which none is going on: neither on this host nor on another."""
     how = "Stop it first: SIGTERM saves and ends it"
-    beat = watchdog.beating(workdir)
+    beat = watchdog.live_heartbeat(workdir)
     try:
         host = (workdir / ".lock").read_text(encoding="utf-8").split()[0]
     except (OSError, IndexError):
@@ -65,7 +65,7 @@ def _alone(workdir: Path) -> Iterator[None]:
     if beat is not None and host != platform.node():  # of a run on this host the lock itself tells
         raise ValueError(
             f"a run is going on in {workdir}: {host} wrote heartbeat.json {time.time() - beat['time']:.0f} s ago, in "
-            f"the phase '{beat['phase']}'. {how}; one that was killed counts as over after {watchdog.SILENT:g} s"
+            f"the phase '{beat['phase']}'. {how}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
         )
     with contextlib.ExitStack() as held:
         try:

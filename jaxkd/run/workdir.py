@@ -98,7 +98,7 @@ def lock(workdir: Path) -> Iterator[str]:
         ValueError: another one is training in it.
     """
     with (workdir / ".lock").open("a+") as file:
-        if not locks.take(file, workdir / ".lock"):
+        if not locks.acquire(file, workdir / ".lock"):
             raise ValueError(f"another process is training in {workdir}: wait for it or use a new --workdir")
         mark = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
         file.truncate(0)

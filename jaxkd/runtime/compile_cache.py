@@ -1,4 +1,4 @@
-"""Compiled programs: how many a process makes, how many it finds, and where they are kept for the next one."""
+"""JAX's persistent compilation cache: where it is, and how many programs were compiled or read from it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,45 +7,41 @@ import jax
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # of those from the cache, the time that reading takes
-_FOUND = "/jax/compilation_cache/cache_hits"
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # for a program from the cache, the time to read it
+_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
-def keep(directory: Path, platform: str) -> Path | None:
-    """Where compiled programs are kept: as JAX is set (JAX_COMPILATION_CACHE_DIR), or else `directory`.
+def configure(directory: Path, platform: str) -> Path | None:
+    """Cache compiled programs in `directory`, unless JAX_COMPILATION_CACHE_DIR is set; returns the directory in use.
 
-    On a CPU only as JAX is set: its programs are of one processor model, and another one that shared the directory
-    could stumble over them.
-
-    Args:
-        directory: where a process that is started again would look.
-        platform: of the devices.
+    On a CPU only where that variable is set: CPU programs are specific to a processor model, and another machine that
+    shares the directory could crash on them.
     """
-    known = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if known is not None or platform == "cpu":
-        return None if known is None else Path(known)
+    configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if configured is not None or platform == "cpu":
+        return None if configured is None else Path(configured)
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    compilation_cache.reset_cache()  # it looks at the setting once, at the first program
+    compilation_cache.reset_cache()  # it reads the setting only once, at the first program
     return directory
 
 
-class Tally:
-    """Counts this process's programs from now on."""
+class CompileCounter:
+    """Counts this process's compiled programs, those that came from the cache, and the seconds of both."""
 
     def __init__(self) -> None:
-        """Begin to listen."""
+        """Start counting."""
         self.programs, self.cached, self.seconds = 0, 0, 0.0
         monitoring.register_event_listener(self._event)
         monitoring.register_event_duration_secs_listener(self._duration)
 
     def _event(self, event: str, **more: Any) -> None:
-        self.cached += event == _FOUND
+        self.cached += event == _HIT_EVENT
 
     def _duration(self, event: str, duration_secs: float, **more: str | int) -> None:
-        if event == _COMPILED:
+        if event == _COMPILE_EVENT:
             self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop counting."""
         monitoring.unregister_event_listener(self._event)
         monitoring.unregister_event_duration_listener(self._duration)

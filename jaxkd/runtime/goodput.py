@@ -1,4 +1,4 @@
-"""Records what a run's wall clock goes into, a line for each phase of a process."""
+"""goodput.jsonl: one line per phase of a process, from which the report sums up a run's wall clock."""
 
 import time
 from pathlib import Path
@@ -13,24 +13,18 @@ Row = dict[str, Any]
 
 
 class Recorder:
-    """Appends a line for every phase that ends, and for the steps so far every few seconds."""
+    """Appends a line when a phase ends, and every `every` seconds within the phase `steps`."""
 
     def __init__(self, workdir: Path, writes: bool = True, every: float = 10.0):
-        """Nothing is written yet.
-
-        Args:
-            workdir: of the run.
-            writes: whether this process does; one of a job.
-            every: seconds between two lines of one phase.
-        """
+        """`writes` is true on one process of a job."""
         self._path, self._writes, self._every = workdir / FILE, writes, every
 
     def due(self, began: float) -> bool:
-        """Whether a phase has lasted long enough for a line of its own, lest a kill take its time along."""
+        """Whether a phase needs a line before it ends, so that a kill loses at most `every` seconds of it."""
         return time.time() - began >= self._every
 
     def add(self, phase: str, began: float, first: int, step: int, **more: Any) -> float:
-        """Write that `phase` went from `began` until now, and from step `first` to `step`; returns now."""
+        """Write that `phase` lasted from `began` until now and went from step `first` to `step`; returns now."""
         now = time.time()
         if self._writes and (now - began >= 1e-3 or step > first or phase == END):
             row = {"time": now, "seconds": now - began, "phase": phase, "first": first, "step": step}

@@ -1,4 +1,4 @@
-"""What a run writes while it runs: JSON lines, TensorBoard, a progress bar."""
+"""What a training run writes: JSON lines, TensorBoard, a progress bar."""
 
 import contextlib
 import json
@@ -18,18 +18,18 @@ from tqdm import tqdm
 
 from jaxkd.runtime import multihost
 
-_WAITING = 64  # lines that may wait for the disk before the loop waits for it, too
-_FLUSH = 30.0  # seconds that TensorBoard's events may wait for the disk
+_QUEUE = 64  # rows that may wait for the disk before the training loop blocks
+_FLUSH = 30.0  # seconds between two flushes of TensorBoard's events
 _REDRAW = 0.5  # seconds between two drawings of the bar
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add JSON lines and force them to disk, all with one sync; an end that was cut short before goes first."""
+    """Append JSON lines with one fsync; a torn last line is removed first."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with _named(path), path.open("a+b") as file:
         if end := file.seek(0, os.SEEK_END):
             file.seek(end - 1)
-            if file.read(1) != b"\n":  # of a disk that was full: what is written behind it would be lost with it
+            if file.read(1) != b"\n":  # left by a full disk or a kill
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
         file.write(text)
@@ -39,7 +39,7 @@ def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Let an error of a write, which does not know of what, say it: which disk is full."""
+    """Add the file's name to an OSError that has none, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -48,7 +48,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line that a kill cut short is passed over."""
+    """All complete lines; a torn last line is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -57,25 +57,25 @@ def read(path: Path) -> list[dict[str, Any]]:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                raise ValueError(f"line {number} of {path} is no JSON: delete that line or restore the file") from None
+                raise ValueError(f"line {number} of {path} is not JSON: delete that line or restore the file") from None
     return rows
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the lines of later steps, which the run is about to write again."""
+    """Drop the rows after `step`, which the resumed run writes again."""
     if not path.exists():
         return
-    kept = [row for row in read(path) if row["step"] <= step]
+    rows = [row for row in read(path) if row["step"] <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     os.replace(temporary, path)
 
 
 class _Board:
-    """TensorBoard's file of events: one for each line, with all of its numbers."""
+    """TensorBoard's event file: one event per row, with all of its numbers."""
 
     def __init__(self, directory: Path, step: int):
-        """A new file, in whose favour TensorBoard forgets the events of other files from `step` on."""
+        """Open a new file; TensorBoard discards events of other files from `step` on."""
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._flushed = directory, 0.0
         self._events = EventsWriter(str(directory / "events"))
@@ -83,25 +83,25 @@ class _Board:
         self._events.write_event(Event(step=step, wall_time=time.time(), session_log=start))
 
     def add(self, prefix: str, row: dict[str, Any], when: float) -> None:
-        """The finite numbers of a line, as `prefix/name`."""
+        """Add the finite numbers of a row as `prefix/name`."""
         numbers = {name: x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
         values = [Summary.Value(tag=f"{prefix}/{n}", simple_value=x) for n, x in numbers.items() if math.isfinite(x)]
         self._events.write_event(Event(step=row["step"], wall_time=when, summary=Summary(value=values)))
 
     def flush(self, wait: float = 0.0) -> None:
-        """To disk, unless that was done within the last `wait` seconds."""
+        """Flush to disk, unless that was done within the last `wait` seconds."""
         if time.monotonic() - self._flushed >= wait:
             with _named(self._directory):
                 self._events.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flush, and let go of the file."""
+        """Flush and close the file."""
         with _named(self._directory):
             self._events.close()
 
 
-class _Line(NamedTuple):
+class _Row(NamedTuple):
     path: Path
     prefix: str  # of its names in TensorBoard
     row: dict[str, Any]
@@ -109,17 +109,16 @@ class _Line(NamedTuple):
 
 
 class _Writer:
-    """One thread that writes all lines, in their order, so that whoever has one need not wait for a disk.
+    """One thread that writes all rows in order, so that the training loop does not wait for the disk.
 
-    What waits is written together: one sync a file, then TensorBoard's events. Nothing is left out: where too much
-    waits, `put` waits. The first error ends the thread, and is raised by every call but `close`, which raises it where
-    no other has.
+    Queued rows are written together: one fsync per file, then TensorBoard's events. `put` blocks while the queue is
+    full. The first error ends the thread; every later call raises it, `close` only if no other call did.
     """
 
     def __init__(self, board: _Board):
-        """Nothing waits."""
-        self._board, self._lines = board, list[_Line]()
-        self._busy = self._asked = self._closing = self._told = False
+        """Start the thread."""
+        self._board, self._queue = board, list[_Row]()
+        self._busy = self._flush_board = self._closing = self._raised = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, daemon=True, name="jaxkd_log")
@@ -127,87 +126,84 @@ class _Writer:
 
     def _check(self) -> None:
         if self._error is not None:
-            self._told = True
+            self._raised = True
             raise self._error
 
-    def put(self, lines: list[_Line]) -> None:
-        """Hand over lines, which are not to be changed any more; none at all asks for errors alone."""
+    def put(self, rows: list[_Row]) -> None:
+        """Queue rows, which the caller must not change afterwards; an empty list only checks for errors."""
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or len(self._lines) < _WAITING)
+            self._changed.wait_for(lambda: self._error is not None or len(self._queue) < _QUEUE)
             self._check()
-            self._lines += lines
+            self._queue += rows
             self._changed.notify_all()
 
     def settle(self, board: bool = False) -> None:
-        """Come back when all lines are on disk, and TensorBoard's events where `board` says so."""
+        """Return when all rows are on disk, and with `board` TensorBoard's events too."""
         with self._changed:
-            self._asked |= board
+            self._flush_board |= board
             self._changed.notify_all()
-            at_rest = lambda: not (self._lines or self._busy or self._asked)
-            self._changed.wait_for(lambda: self._error is not None or at_rest())
+            idle = lambda: not (self._queue or self._busy or self._flush_board)
+            self._changed.wait_for(lambda: self._error is not None or idle())
             self._check()
 
     def close(self) -> None:
-        """Write what waits, and end the thread."""
+        """Write the queue and end the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        if not self._told:
+        if not self._raised:
             self._check()
 
     def _run(self) -> None:
         error: BaseException | None = None
         while error is None:
             with self._changed:
-                self._changed.wait_for(lambda: self._lines or self._asked or self._closing)
-                lines, asked, closing = self._lines, self._asked, self._closing
-                self._lines, self._busy = [], True
+                self._changed.wait_for(lambda: self._queue or self._flush_board or self._closing)
+                rows, flush, closing = self._queue, self._flush_board, self._closing
+                self._queue, self._busy = [], True
                 self._changed.notify_all()
             try:
-                self._write(lines, asked)
+                self._write(rows, flush)
                 if closing:
                     self._board.close()
                     return
-            except BaseException as raised:  # for the thread that hands over lines
+            except BaseException as raised:  # re-raised in the thread that calls `put`, `settle` or `close`
                 error = raised
                 with contextlib.suppress(OSError):
                     self._board.close()
             with self._changed:
-                self._error, self._busy, self._asked = error, False, self._asked and not asked
+                self._error, self._busy, self._flush_board = error, False, self._flush_board and not flush
                 self._changed.notify_all()
 
-    def _write(self, lines: list[_Line], asked: bool) -> None:
+    def _write(self, rows: list[_Row], flush: bool) -> None:
         files: dict[Path, list[dict[str, Any]]] = {}
-        for line in lines:
-            files.setdefault(line.path, []).append(line.row)
-        for path, rows in files.items():
-            append(path, rows)
-        for line in lines:
-            self._board.add(line.prefix, line.row, line.when)
-        self._board.flush(0.0 if asked else _FLUSH)
+        for row in rows:
+            files.setdefault(row.path, []).append(row.row)
+        for path, together in files.items():
+            append(path, together)
+        for row in rows:
+            self._board.add(row.prefix, row.row, row.when)
+        self._board.flush(0.0 if flush else _FLUSH)
 
 
 class TrainLog:
-    """The three outputs of a training run, side by side. Of several processes the first writes.
+    """JSON lines, TensorBoard and the progress bar of a training run; only process 0 writes.
 
-    Files are written by a thread (`_Writer`): the loop hands over its lines and goes on. A step's line is on disk some
-    milliseconds later. What decides anything is there before it is looked for: evaluations and mixtures when their call
-    returns, and all steps up to a checkpoint's before it is begun, after `flush`. A kill may therefore lose the last
-    steps' lines, and never one in the middle; those are of steps after the newest checkpoint, from which the next
-    process goes on: it drops what there is of them and makes them again, bit for bit.
-
-    An error of the thread, such as a full disk, is raised by the next call.
+    A thread (`_Writer`) writes the files. A step's row reaches the disk some milliseconds after `step`; `evaluation`
+    and `mixture` return when their rows are on disk, and `flush`, called before each checkpoint, when all are. So a
+    kill loses only the last rows, all later than the newest checkpoint; a resumed run drops what is left of them and
+    writes them again, bit for bit. Errors of the thread, such as a full disk, are raised by the next call.
     """
 
     def __init__(self, workdir: Path, steps: int, step: int, interval: int):
-        """Go on after `step`: later lines of an earlier process are dropped.
+        """Open the files, and drop rows that an earlier process wrote after `step`.
 
         Args:
             workdir: gets `metrics.jsonl`, `evals.jsonl`, `mixture.jsonl` and `tensorboard/`.
             steps: of the whole run.
             step: where this process starts.
-            interval: the first step of the interval that `step` is in, or that ends with it.
+            interval: first step of the mixture interval that contains `step` or ends with it.
         """
         self._metrics, self._evals, self._mixture = (
             workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture")
@@ -218,7 +214,7 @@ class TrainLog:
             for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
                 truncate(path, last)
             self._writer = _Writer(_Board(workdir / "tensorboard", step + 1))
-        # The last, so that what goes wrong above is not said on the bar's line.
+        # Created last, so that errors above are not printed on the bar's line.
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -232,17 +228,17 @@ class TrainLog:
 
     def _put(self, path: Path, prefixes: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
         if self._writer is not None:
-            self._writer.put([_Line(path, prefix, row, time.time()) for prefix, row in zip(prefixes, rows)])
+            self._writer.put([_Row(path, prefix, row, time.time()) for prefix, row in zip(prefixes, rows)])
 
     def _settle(self, board: bool = False) -> None:
         if self._writer is not None:
             self._writer.settle(board)
 
     def step(self, row: dict[str, Any], write: bool) -> None:
-        """One step's numbers: always to the bar, and to the files when `write`.
+        """Show a step's row on the bar, and write it to the files if `write`.
 
         Raises:
-            OSError: a line before this one could not be written.
+            OSError: an earlier row could not be written.
         """
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.3f}"
         self._bar.set_postfix_str(f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
@@ -250,40 +246,40 @@ class TrainLog:
         self._put(self._metrics, ["train"], [row] if write else [])
 
     def restart_evaluation(self, step: int) -> None:
-        """Forget an evaluation that a kill cut short."""
+        """Drop the rows of an evaluation that was interrupted at `step`."""
         if self._writer is not None:
             self._settle()
             truncate(self._evals, step - 1)
 
     def flush(self) -> None:
-        """Wait until all that was logged is on disk.
+        """Wait until all rows are on disk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: a row could not be written.
         """
         self._settle(board=True)
 
     def evaluation(self, rows: list[dict[str, Any]]) -> None:
-        """One evaluation's rows, a domain each, to the files; they are on disk afterwards."""
+        """Write an evaluation's rows, one per domain, and wait until they are on disk."""
         self._put(self._evals, [f"eval/{row['domain']}" for row in rows], rows)
         self._settle()
 
     def mixture(self, row: dict[str, Any]) -> None:
-        """What an interval is drawn from, to the files, before its first step; it is on disk afterwards."""
+        """Write the mixture of an interval before its first step, and wait until it is on disk."""
         self._put(self._mixture, ["mixture"], [row])
         self._settle()
 
     def say(self, text: str) -> None:
-        """Print without breaking the bar."""
+        """Print a line above the bar."""
         self._bar.clear()
-        multihost.say(text)
+        multihost.print_main(text)
         self._bar.refresh()
 
     def close(self) -> None:
-        """Write what waits, and end the thread that does.
+        """Write the queue and end the writer's thread.
 
         Raises:
-            OSError: it could not be written, and nobody has been told.
+            OSError: a row could not be written, and no call has raised it yet.
         """
         self._bar.close()
         if self._writer is not None:

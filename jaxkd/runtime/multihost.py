@@ -1,7 +1,7 @@
-"""What the processes of a job do as one: the word of process 0 goes for all, and the failure of one ends all.
+"""Multi-host helpers: broadcast from process 0, barriers, abort on any failure.
 
-Nothing here is a collective on devices: a host may prepare rows for hours while the others wait. It goes through the
-key-value store of JAX's coordination service, whose heartbeats tell of a process that died without a word.
+They use the key-value store of JAX's coordination service and not device collectives: a host may build rows for hours
+while the others wait. The service's heartbeats detect processes that died.
 """
 
 import atexit
@@ -23,16 +23,15 @@ from jaxkd.runtime import cluster
 
 T = TypeVar("T")
 
-_FAILED, _HEARD = "jaxkd/failed", "jaxkd/heard"
-_NOTICE = "RECEIVED_PREEMPTION_NOTICE"  # where JAX tells all processes that one got SIGTERM
-_LOOK = 1.0  # seconds between two looks at whether a process failed, or was told to stop
-_AGAIN = 5.0  # seconds after which a thread that was told to stop is told again: Python can lose an exception
-_HEAR = 10.0  # seconds that process 0, which holds the store, leaves the others to hear of a failure
-_LOST = re.compile(
-    "closed by peer|reset by peer|remote process exited|unhealthy|heartbeat", re.IGNORECASE
-)  # Gloo, NCCL
-_numbers = itertools.count()  # of what is told: the same in all processes, which ask in the same order
-_ending = threading.Lock()  # held by whoever ends this process: it says one sentence
+_FAILURE_KEY, _ACK_KEY = "jaxkd/failed", "jaxkd/heard"
+_PREEMPTION_KEY = "RECEIVED_PREEMPTION_NOTICE"  # JAX sets it for all processes when one receives SIGTERM
+_POLL = 1.0  # seconds between two polls for a failure or a preemption notice
+_RESEND = 5.0  # seconds after which SIGINT is sent again: Python can lose an exception
+_ACK_TIMEOUT = 10.0  # seconds that process 0, which hosts the store, waits for the others to read a failure
+# Messages of Gloo and NCCL when a peer is gone.
+_PEER_LOST = re.compile("closed by peer|reset by peer|remote process exited|unhealthy|heartbeat", re.IGNORECASE)
+_call_ids = itertools.count()  # of the calls below; equal on all processes, because they make the same calls in order
+_exit_lock = threading.Lock()  # one thread prints the reason and exits
 
 
 class _World(NamedTuple):
@@ -42,10 +41,10 @@ class _World(NamedTuple):
 
 
 def _world() -> _World:
-    """Where this process stands, without a question to the devices: an error may come before there are any."""
+    """Rank and size without initialising JAX's backends: errors may occur before there are any."""
     if "jax" not in sys.modules:
         return _World(None, 0, 1)
-    # JAX has no public way to the store; Orbax goes this one too.
+    # JAX has no public API for the store; Orbax uses this one too.
     from jax._src.distributed import global_state
 
     if global_state.client is None:
@@ -53,32 +52,32 @@ def _world() -> _World:
     return _World(global_state.client, global_state.process_id, global_state.num_processes or 1)
 
 
-def join(saves: bool = False, alone: bool = False) -> None:
-    """`processes.join`, and from then on the failure of any process ends this one, wherever it stands.
+def join(handles_sigterm: bool = False, single_ok: bool = False) -> None:
+    """`cluster.join`, and a thread that ends this process when any other fails.
 
     Raises:
-        ValueError, OSError: as `processes.join`.
+        ValueError, OSError: as `cluster.join`.
     """
-    cluster.join(saves, alone)
-    if is_multihost() and not _watched.is_set():
-        _watched.set()
-        _compile_anew_on_cpus()
+    cluster.join(handles_sigterm, single_ok)
+    if is_multihost() and not _watching.is_set():
+        _watching.set()
+        _disable_cpu_compilation_cache()
         done = threading.Event()
-        watch = threading.Thread(target=_watch, args=(done,), daemon=True)
-        watch.start()
+        thread = threading.Thread(target=_watch_for_failure, args=(done,), daemon=True)
+        thread.start()
 
-        def leave() -> None:  # before JAX lets go of the client, which it does at exit too
+        def stop() -> None:  # registered after JAX's own exit handler, which closes the client: runs before it
             done.set()
-            watch.join(10)
+            thread.join(10)
 
-        atexit.register(leave)
-
-
-_watched = threading.Event()
+        atexit.register(stop)
 
 
-def _compile_anew_on_cpus() -> None:
-    """Out of JAX's cache, a CPU's program no longer keeps its collectives in order, and two processes wait for ever."""
+_watching = threading.Event()
+
+
+def _disable_cpu_compilation_cache() -> None:
+    """A CPU program from JAX's cache loses the order of its collectives, and two processes deadlock."""
     import jax
 
     if jax.default_backend() == "cpu":
@@ -91,308 +90,284 @@ def is_multihost() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that claims, writes and prints."""
+    """Whether this is process 0, which alone locks, writes and prints."""
     return _world().rank == 0
 
 
-def say(text: str) -> None:
-    """Print, in process 0 alone."""
+def print_main(text: str) -> None:
+    """Print on process 0 only."""
     if is_main():
         print(text, flush=True)
 
 
-# ------------------------------------------------------------------------------------------- as one
+# ------------------------------------------------------------------------------- broadcast, barrier
 
 
 def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
-    """What process 0 makes, for all. The others make nothing and wait.
+    """Run `make` on process 0 and return its result on all processes.
 
-    All processes must ask in the same order; a failure in `make` is that of process 0, which ends all.
+    All processes must call it in the same order. An error in `make` ends all of them.
 
     Args:
-        name: of what is made, for whoever waits.
-        make: gives JSON values: lists where there might be tuples, text for keys.
-        patience: seconds to wait for it.
+        name: shown while the others wait.
+        make: returns JSON values (lists, not tuples; text as keys).
+        patience: timeout in seconds.
 
     Raises:
-        Unavailable: it took longer.
+        Unavailable: timeout.
     """
     client, rank, size = _world()
     if size == 1:
         return make()
-    key = f"jaxkd/word/{next(_numbers)}/{name}"
+    key = f"jaxkd/broadcast/{next(_call_ids)}/{name}"
     if rank == 0:
         client.key_value_set(key, json.dumps(make()))
     return json.loads(_wait(client, key, f"process 0: {name}", patience))
 
 
 def all_gather(name: str, value: T, patience: float = math.inf) -> list[T]:
-    """What each process says, by its number, in all of them.
-
-    Args:
-        name: of what is said, for whoever waits.
-        value: this process's, of JSON values.
-        patience: seconds to wait for the others.
+    """Return the JSON `value` of every process, by rank, on all processes.
 
     Raises:
-        Unavailable: it took longer; the sentence names a process that has not come.
+        Unavailable: timeout after `patience` seconds; names a process that is missing.
     """
     client, rank, size = _world()
     if size == 1:
         return [value]
-    key = f"jaxkd/every/{next(_numbers)}/{name}"
+    key = f"jaxkd/all_gather/{next(_call_ids)}/{name}"
     client.key_value_set(f"{key}/{rank}", json.dumps(value))
-    if rank == 0:  # reads each and tells all, so that a thousand hosts ask for a thousand values and not a million
-        said = [json.loads(_wait(client, f"{key}/{i}", f"process {i}: {name}", patience)) for i in range(size)]
-        client.key_value_set(f"{key}/all", json.dumps(said))
+    if rank == 0:  # collects for all: 1,000 hosts make 1,000 requests and not 1,000,000
+        values = [json.loads(_wait(client, f"{key}/{i}", f"process {i}: {name}", patience)) for i in range(size)]
+        client.key_value_set(f"{key}/all", json.dumps(values))
     return json.loads(_wait(client, f"{key}/all", f"all processes: {name}", patience))
 
 
 def barrier(name: str, patience: float = math.inf) -> None:
-    """Go on when all processes have come here.
-
-    Raises:
-        Unavailable: as `all_gather`.
-    """
+    """Wait for all processes; raises as `all_gather`."""
     all_gather(name, None, patience)
 
 
-def in_turn(name: str, make: Callable[[], T]) -> T:
-    """Make something on disk: process 0 first, then the others, who find it where the disk is shared.
-
-    Args:
-        name: of what is made, for whoever waits.
-        make: called once in each process.
-    """
-    found = [make()] if is_main() else []
+def main_first(name: str, make: Callable[[], T]) -> T:
+    """Call `make` on process 0, then on the others, which find its files where the disk is shared."""
+    result = [make()] if is_main() else []
     barrier(name)
-    found = found or [make()]
+    result = result or [make()]
     barrier(name)
-    return found[0]
+    return result[0]
 
 
-def alike(what: str, values: dict[str, str]) -> None:
-    """See that all processes have the same.
-
-    Args:
-        what: they are, as a sentence begins.
-        values: of this process, by name.
+def assert_equal(what: str, values: dict[str, str]) -> None:
+    """Check that `values` are the same on all processes.
 
     Raises:
-        ValueError: they are not those of process 0.
+        ValueError: a value differs from that of process 0; `what` (a plural) begins the message.
     """
     expected = broadcast(what, lambda: values)
     for name, value in values.items():
         if value != expected.get(name):
             raise ValueError(
-                f"{what} differ between hosts: of '{name}' process 0 has {expected.get(name)}, and process "
-                f"{_world().rank} has {value}"
+                f"{what} differ between hosts: '{name}' is {expected.get(name)} on process 0 and {value} on process "
+                f"{_world().rank}"
             )
 
 
 def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
-    """A value that another process sets; says after half a minute for what it waits."""
-    start, said = time.monotonic(), False
+    """A value that another process sets; after 30 seconds prints what it waits for."""
+    start, reported = time.monotonic(), False
     while True:
         try:
-            return client.blocking_key_value_get(key, 2000)  # short: between two, Python can be interrupted
+            return client.blocking_key_value_get(key, 2000)  # ms; Python handles signals only between two calls
         except RuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         if (waited := time.monotonic() - start) > patience:
             raise cluster.Unavailable(f"gave up after {patience:g} s of waiting for {who}")
-        if not said and waited > 30:
-            said = True
+        if not reported and waited > 30:
+            reported = True
             print(f"jaxkd: waiting for {who}", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------------- how it ends
+# ------------------------------------------------------------------------------- signals and failures
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal came where there is nothing to save."""
+    """A signal arrived where there is nothing to save."""
 
-    def __init__(self, said: str, code: int):
-        """With the sentence for the user, and the code to exit with."""
-        super().__init__(said)
+    def __init__(self, message: str, code: int):
+        """`code` is the exit code."""
+        super().__init__(message)
         self.code = code
 
 
 @contextlib.contextmanager
-def stoppable(said: str) -> Iterator[None]:
-    """Work of any length without anything to save, which SIGTERM and Ctrl-C end within seconds, in all processes.
+def interruptible(message: str) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C end work that has nothing to save, within seconds and on all processes.
 
-    JAX's handler takes SIGTERM, and the training loop asks for it between two steps. Here a thread does, and hands
-    it on as Ctrl-C, which reaches the main thread in its waits too.
-
-    Args:
-        said: to the user when it comes to that.
+    JAX's handler receives SIGTERM, and the training loop polls it between steps. Here a thread polls it and sends
+    SIGINT to the main thread, which also interrupts blocking calls.
 
     Raises:
-        Stopped: one of the processes got a signal.
+        Stopped: with `message`, when any process received a signal.
     """
-    client, main, done, told = _world().client, threading.get_ident(), threading.Event(), threading.Event()
+    client, main, done, preempted = _world().client, threading.get_ident(), threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def look() -> None:
-        wait = _LOOK
+    def poll() -> None:
+        wait = _POLL
         while not done.wait(wait):
-            with contextlib.suppress(RuntimeError):  # nobody was told
-                client.key_value_try_get(_NOTICE)
-                told.set()
+            with contextlib.suppress(RuntimeError):  # the key is not set
+                client.key_value_try_get(_PREEMPTION_KEY)
+                preempted.set()
                 signal.pthread_kill(main, signal.SIGINT)
-                wait = _AGAIN
+                wait = _RESEND
 
-    def ask(number: int, frame: Any) -> None:
-        # Where Ctrl-C was to be ignored, too, as shells have it of what they start with &: the loop hears it as well.
-        raise Stopped(said, cluster.STOPPED if told.is_set() else cluster.INTERRUPTED)
+    def handle(number: int, frame: Any) -> None:
+        raise Stopped(message, cluster.EXIT_STOPPED if preempted.is_set() else cluster.EXIT_INTERRUPTED)
 
-    before = signal.signal(signal.SIGINT, ask)
-    looking = threading.Thread(target=look, daemon=True, name="jaxkd_notice")
-    if client is not None:  # nobody has taken SIGTERM, which ends the process
-        looking.start()
+    # Also where SIGINT was ignored, as it is for a shell's background jobs.
+    before = signal.signal(signal.SIGINT, handle)
+    poller = threading.Thread(target=poll, daemon=True, name="jaxkd_notice")
+    if client is not None:  # without one SIGTERM has its default action, which ends the process
+        poller.start()
     try:
         yield
     finally:
         done.set()
         try:
-            if looking.is_alive():
-                looking.join()
+            if poller.is_alive():
+                poller.join()
         finally:
             signal.signal(signal.SIGINT, before)
 
 
-def end(error: BaseException) -> int:
-    """Say why the command ends, in one line where a user can mend it.
+def fail(error: BaseException) -> int:
+    """Print why the command ends: one line for errors that a user can correct, else the traceback.
 
-    Of several processes the first to fail tells the others, and all end: this does not return then, nor for `Stopped`.
+    On several processes the first to fail publishes its reason and all exit: this does not return, nor for `Stopped`.
 
     Returns:
         the exit code.
     """
-    code, text = _verdict(error)
+    code, text = _describe(error)
     _, rank, size = _world()
     if size == 1:
         print(text, file=sys.stderr)
         if isinstance(error, Stopped):
-            _leave(code)  # Python's own end was seen to take two minutes where a file of rows was cut short
+            _exit(code)  # the interpreter's own shutdown took two minutes where writing rows was interrupted
         return code
-    if _LOST.search(f"{error} {error.__cause__}"):  # an OSError of a checkpoint that waited for it, too
-        code = cluster.UNFORESEEN
+    if _PEER_LOST.search(f"{error} {error.__cause__}"):  # also an OSError of a checkpoint that waited for the peer
+        code = cluster.EXIT_INTERNAL
         reason = str(error).splitlines()[0][:300]
-        text = (
-            f"jaxkd: error: a process of this job is gone ({reason}); the same command goes on from the last checkpoint"
-        )
-    with _ending:
+        text = f"jaxkd: error: lost a process of this job ({reason}); the same command resumes from the last checkpoint"
+    with _exit_lock:
         short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
-        told = _told(code, short.removeprefix("jaxkd: "))
-        if told["process"] == rank:
+        failure = _publish_failure(code, short.removeprefix("jaxkd: "))
+        if failure["process"] == rank:
             print(text, file=sys.stderr)
-            _leave(code)
-        _follow(told)
+            _exit(code)
+        _exit_because_of(failure)
 
 
-def leave(code: int, text: str) -> NoReturn:
-    """End this process from any of its threads, and the others with it: for one whose main thread stands still.
+def abort(code: int, text: str) -> NoReturn:
+    """Exit from any thread, and end the other processes too; for a process whose main thread hangs.
 
-    Whoever holds the store may stand still, too: what takes longer than some seconds to tell is not told.
+    Publishing is limited to seconds, because process 0, which hosts the store, may hang as well.
 
     Args:
-        code: to exit with, in the others too, unless another failed before.
-        text: why, in a sentence for the others; what this process has to say it has said.
+        code: exit code, of the others too unless another process failed first.
+        text: the reason that the others print.
     """
 
-    def tell() -> None:
-        with _ending:
-            told = _told(code, text)
-            if told["process"] == _world().rank:
-                _leave(code)
-            _follow(told)
+    def publish() -> None:
+        with _exit_lock:
+            failure = _publish_failure(code, text)
+            if failure["process"] == _world().rank:
+                _exit(code)
+            _exit_because_of(failure)
 
     if is_multihost():
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        teller.join(_HEAR + 5.0)
+        publisher = threading.Thread(target=publish, daemon=True)
+        publisher.start()
+        publisher.join(_ACK_TIMEOUT + 5.0)
     os._exit(code)
 
 
 @contextlib.contextmanager
-def ending() -> Iterator[None]:
-    """Where there are several processes, end all of them at an error, before anything is closed.
+def abort_on_error() -> Iterator[None]:
+    """On several processes, end all of them at an error before any `finally` or `with` block outside runs.
 
-    What would be closed waits for processes that wait for this one. In one process nothing changes.
+    Closing resources could block on processes that in turn wait for this one. No effect on a single process.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         if is_multihost():
-            end(error)
+            fail(error)
         raise
 
 
-def _verdict(error: BaseException) -> tuple[int, str]:
-    """Exit code, and what is printed."""
+def _describe(error: BaseException) -> tuple[int, str]:
+    """Exit code and message."""
     if isinstance(error, Stopped):
         return error.code, f"jaxkd: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return cluster.INTERRUPTED, "jaxkd: interrupted"
-    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):  # now and at every start
+        return cluster.EXIT_INTERRUPTED, "jaxkd: interrupted"
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):  # a restart does not help
         error = ValueError(
-            f"a device has too little memory: {str(error).splitlines()[0][:200]}. More optim.micro_batches, "
-            "run.remat=layer or more devices take less of each; `jaxkd plan` says what a step takes"
+            f"a device is out of memory: {str(error).splitlines()[0][:200]}. More optim.micro_batches, "
+            "run.remat=layer or more devices reduce what each needs; `jaxkd plan` reports what a step needs"
         )
-    known = isinstance(error, ValueError | OSError | FloatingPointError)
-    if not known or os.environ.get("JAXKD_TRACEBACK"):
-        return 1 if known else cluster.UNFORESEEN, "".join(traceback.format_exception(error)).rstrip()
+    expected = isinstance(error, ValueError | OSError | FloatingPointError)
+    if not expected or os.environ.get("JAXKD_TRACEBACK"):
+        return 1 if expected else cluster.EXIT_INTERNAL, "".join(traceback.format_exception(error)).rstrip()
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    code = cluster.ABSENT if isinstance(error, cluster.Unavailable) else 1
+    code = cluster.EXIT_UNAVAILABLE if isinstance(error, cluster.Unavailable) else 1
     return code, f"jaxkd: error: {' '.join(text.split())}"
 
 
-def _told(code: int, text: str) -> dict[str, Any]:
-    """What all end with: this process's code and sentence, or those of one that was first."""
+def _publish_failure(code: int, text: str) -> dict[str, Any]:
+    """Publish this process's failure; returns the one that was published first."""
     client, rank, _ = _world()
-    told = {"process": rank, "code": code, "text": text}
-    with contextlib.suppress(RuntimeError):  # another was first, or the store is gone with process 0
-        client.key_value_set(_FAILED, json.dumps(told))
+    failure = {"process": rank, "code": code, "text": text}
+    with contextlib.suppress(RuntimeError):  # another process was first, or the store is gone with process 0
+        client.key_value_set(_FAILURE_KEY, json.dumps(failure))
     with contextlib.suppress(RuntimeError):
-        told = json.loads(client.key_value_try_get(_FAILED))
-    return told
+        failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
+    return failure
 
 
-def _watch(done: threading.Event) -> None:
-    """Look whether a process has failed; the main thread may be inside a collective that never ends."""
+def _watch_for_failure(done: threading.Event) -> None:
+    """Exit when another process has failed; the main thread may be blocked in a collective."""
     client = _world().client
-    while not done.wait(_LOOK):
+    while not done.wait(_POLL):
         try:
-            told = json.loads(client.key_value_try_get(_FAILED))
-        except RuntimeError:  # no: or the store is gone, on which JAX ends the process
+            failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
+        except RuntimeError:  # none so far; or the store is gone, on which JAX ends the process
             continue
-        with _ending:
-            _follow(told)
+        with _exit_lock:
+            _exit_because_of(failure)
 
 
-def _follow(told: dict[str, Any]) -> NoReturn:
-    """End because another process has failed."""
-    how = "" if told["code"] in (cluster.STOPPED, cluster.INTERRUPTED) else "failed: "
-    print(f"jaxkd: process {told['process']} {how}{told['text']}", file=sys.stderr)
-    _leave(told["code"])
+def _exit_because_of(failure: dict[str, Any]) -> NoReturn:
+    verb = "" if failure["code"] in (cluster.EXIT_STOPPED, cluster.EXIT_INTERRUPTED) else "failed: "
+    print(f"jaxkd: process {failure['process']} {verb}{failure['text']}", file=sys.stderr)
+    _exit(failure["code"])
 
 
-def _leave(code: int) -> NoReturn:
-    """Exit at once. Process 0 goes last: with it goes the store, and JAX would abort who has not heard."""
+def _exit(code: int) -> NoReturn:
+    """Exit at once. Process 0 hosts the store, without which JAX aborts the others: it waits for their acks."""
     client, rank, size = _world()
     with contextlib.suppress(RuntimeError):
         if client is not None:
-            client.key_value_set(f"{_HEARD}/{rank}", "yes")
-        until = time.monotonic() + _HEAR
-        while rank == 0 < size - 1 and time.monotonic() < until and len(client.key_value_dir_get(_HEARD)) < size:
+            client.key_value_set(f"{_ACK_KEY}/{rank}", "yes")
+        deadline = time.monotonic() + _ACK_TIMEOUT
+        while rank == 0 < size - 1 and time.monotonic() < deadline and len(client.key_value_dir_get(_ACK_KEY)) < size:
             time.sleep(0.1)
-        time.sleep(0.3 if rank == 0 else 0.0)  # the others have heard, and are about to leave
+        time.sleep(0.3 if rank == 0 else 0.0)  # the others exit right after their ack
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # what Python would close now waits for processes that are gone
+    os._exit(code)  # Python's own shutdown would wait for processes that are gone

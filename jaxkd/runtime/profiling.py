@@ -1,4 +1,4 @@
-"""A profiler trace of some steps, for the asking."""
+"""Profiler traces of a range of steps (`--profile`)."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 
-def asked(text: str) -> tuple[int, int]:
-    """First step and number of steps of "START:COUNT"; 0 and 0 of nothing.
+def parse_steps(text: str) -> tuple[int, int]:
+    """First step and number of steps in "START:COUNT"; (0, 0) for "".
 
     Raises:
-        ValueError: when it is anything else.
+        ValueError: any other text.
     """
     if not text:
         return 0, 0
@@ -22,27 +22,21 @@ def asked(text: str) -> tuple[int, int]:
 
 
 class Profile:
-    """Traces `count` steps from `first` on; a run that begins after `first` traces nothing."""
+    """Traces `count` steps from step `first` (counted from 1; 0: none); a run that starts later traces nothing."""
 
     def __init__(self, directory: Path, first: int = 0, count: int = 0):
-        """Nothing is traced yet.
-
-        Args:
-            directory: of the traces.
-            first: step, counted from 1; 0 for none.
-            count: of steps.
-        """
+        """Traces are written to `directory`."""
         self._directory, self._first, self._last, self._tracing = directory, first, first + count - 1, False
 
     def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """A context for what a step does on the host; any profiler that listens learns the step's number."""
+        """Context for the host's part of a step; gives its number to any profiler that is attached."""
         if number == self._first:
             jax.profiler.start_trace(self._directory)
             self._tracing = True
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def dispatched(self, number: int, result: Any) -> bool:
-        """Whether the trace is now written: after its last step, which is waited for."""
+        """Write the trace after its last step, once `result` is computed; returns whether it was written."""
         if not self._tracing or number < self._last:
             return False
         jax.block_until_ready(result)
@@ -50,7 +44,7 @@ class Profile:
         return True
 
     def close(self) -> None:
-        """Write what was traced, if the steps ended too early."""
+        """Write the trace if the run ended within it."""
         if self._tracing:
             self._tracing = False
             jax.profiler.stop_trace()

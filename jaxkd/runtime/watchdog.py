@@ -1,4 +1,4 @@
-"""Threads that look at a run from outside: one says that it lives, one ends it when nothing moves any more."""
+"""The heartbeat thread, and the watchdog thread that ends a process whose main thread hangs."""
 
 import contextlib
 import faulthandler
@@ -13,132 +13,132 @@ from pathlib import Path
 from typing import Any
 
 from jaxkd.runtime import multihost
-from jaxkd.runtime.cluster import UNFORESEEN
+from jaxkd.runtime.cluster import EXIT_INTERNAL
 
 STEPS = "steps"
-LONG = ("load", "check", "compile", "evaluation", "checkpoint", "mixture")
-"""Phases that may take `_LONGER` times what a step may; all others, such as the building of rows, are not timed."""
-_LONGER, _MEDIANS = 6.0, 10.0
+LONG_PHASES = ("load", "check", "compile", "evaluation", "checkpoint", "mixture")
+"""Phases that may take `_LONG_FACTOR` times what a step may; others, such as building rows, have no limit."""
+_LONG_FACTOR, _MEDIAN_FACTOR = 6.0, 10.0
 _BEAT = 5.0  # seconds between two writes of heartbeat.json
-SILENT = 60.0
-"""Seconds after which a run without a heartbeat is over: network file systems show a file late."""
-_GRACE = 10.0  # seconds that a file system gets to take the stacks
+HEARTBEAT_TTL_S = 60.0
+"""Age at which a heartbeat no longer counts as a live run; network file systems show a file late."""
+_WRITE_TIMEOUT = 10.0  # seconds for the file system to take the stack traces
 
 
-def limit(phase: str, patience: float, median: float | None) -> float | None:
-    """Seconds that may pass without progress, None for any number.
+def timeout(phase: str, stall_s: float, median: float | None) -> float | None:
+    """Seconds that may pass without progress; None for no limit.
 
     Args:
-        phase: what the process is doing.
-        patience: what a step may take, at least; 0 for no limit to anything.
-        median: seconds of the steps so far; before the second one, nothing is known of them.
+        phase: current phase.
+        stall_s: the least limit for a step; 0 switches all limits off.
+        median: of the steps' seconds so far; None before the second step.
     """
-    if not patience or phase not in (STEPS, *LONG):
+    if not stall_s or phase not in (STEPS, *LONG_PHASES):
         return None
     if phase == STEPS and median is not None:
-        return max(patience, _MEDIANS * median)
-    return _LONGER * patience
+        return max(stall_s, _MEDIAN_FACTOR * median)
+    return _LONG_FACTOR * stall_s
 
 
-def beating(workdir: Path) -> dict[str, Any] | None:
-    """The last heartbeat of a run that goes on, as far as a file can tell; None where there is none."""
+def live_heartbeat(workdir: Path) -> dict[str, Any] | None:
+    """The heartbeat of a run that is still going, judged by heartbeat.json alone; else None."""
     try:
         beat = json.loads((workdir / "heartbeat.json").read_text(encoding="utf-8"))
-        over = beat["phase"] == "end" or time.time() - beat["time"] > SILENT
+        over = beat["phase"] == "end" or time.time() - beat["time"] > HEARTBEAT_TTL_S
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None if over else beat
 
 
 class Watchdog:
-    """`WORKDIR/heartbeat.json`, and exit code 70 with the stacks of all threads when nothing moves, in all processes.
+    """Writes `WORKDIR/heartbeat.json`; on a stall writes all stacks and ends all processes with exit code 70.
 
-    Only time in which the process could run is counted: one that was stopped (Ctrl-Z, a suspended laptop) is not late.
+    Only time in which this process could run counts: after Ctrl-Z or a suspend it is not late.
     """
 
-    def __init__(self, workdir: Path, patience: float, process: int = 0):
-        """Begin to watch.
+    def __init__(self, workdir: Path, stall_s: float, process: int = 0):
+        """Start watching.
 
         Args:
-            workdir: gets heartbeat.json from process 0, and `stalled-PROCESS.txt` when it comes to that.
-            patience: as `limit`.
-            process: number of this one.
+            workdir: gets heartbeat.json from process 0, and `stalled-PROCESS.txt` on a stall.
+            stall_s: as in `timeout`.
+            process: rank.
         """
-        self._workdir, self._patience, self._process = workdir, patience, process
+        self._workdir, self._stall_s, self._process = workdir, stall_s, process
         self._phase, self._step, self._since = "start", 0, time.time()
         self._waited = 0.0
         self._durations: deque[float] = deque(maxlen=64)
         self._done = threading.Event()
-        self._moving, self._beating = threading.Lock(), threading.Lock()
-        # Apart from each other, since a write to storage that hangs must not keep the other from looking.
-        threads = [self._watch] if patience else []
-        threads += [self._beat] if process == 0 else []
-        self._threads = [threading.Thread(target=run, daemon=True, name="jaxkd" + run.__name__) for run in threads]
+        self._progress_lock, self._beat_lock = threading.Lock(), threading.Lock()
+        # Two threads: a write to storage that hangs must not stop the watchdog.
+        loops = [self._watch] if stall_s else []
+        loops += [self._beat] if process == 0 else []
+        self._threads = [threading.Thread(target=loop, daemon=True, name="jaxkd" + loop.__name__) for loop in loops]
         for thread in self._threads:
             thread.start()
 
     def phase(self, name: str, step: int) -> None:
-        """Something else has begun."""
-        with self._moving:
+        """Begin a phase."""
+        with self._progress_lock:
             self._phase, self._step, self._since, self._waited = name, step, time.time(), 0.0
 
     def alive(self) -> None:
-        """There was progress within the phase."""
-        with self._moving:
+        """Report progress within the phase."""
+        with self._progress_lock:
             self._since, self._waited = time.time(), 0.0
 
     def stepped(self, step: int, seconds: float) -> None:
-        """A step is done."""
-        with self._moving:
+        """Report a completed step."""
+        with self._progress_lock:
             self._step = step
             self._durations.append(seconds)
         self.alive()
 
     def close(self) -> None:
-        """Stop watching; the last heartbeat has the phase `end`."""
+        """Stop; the last heartbeat has the phase `end`."""
         self.phase("end", self._step)
         self._done.set()
         for thread in self._threads:
-            thread.join(_GRACE)
+            thread.join(_WRITE_TIMEOUT)
 
     def _watch(self) -> None:
-        tick = min(1.0, self._patience / 10)
+        tick = min(1.0, self._stall_s / 10)
         before = time.monotonic()
         while not self._done.wait(tick):
             now = time.monotonic()
-            with self._moving:
-                # A thread that wakes late was not running, and neither was what it watches.
+            with self._progress_lock:
+                # This thread waking late means that the whole process was not running.
                 self._waited += min(now - before, 2 * tick)
                 before = now
                 median = statistics.median(self._durations) if len(self._durations) > 1 else None
-                most = limit(self._phase, self._patience, median)
-                late = most if most is not None and self._waited > most else None
-            if late is not None:
-                self._end(late)
+                limit = timeout(self._phase, self._stall_s, median)
+                waited = self._waited
+            if limit is not None and waited > limit:
+                self._end(limit)
 
-    def _end(self, most: float) -> None:
+    def _end(self, limit: float) -> None:
         what = f"step {self._step + 1}" if self._phase == STEPS else f"the phase '{self._phase}'"
         path = self._workdir / f"stalled-{self._process}.txt"
-        why = f"error: {what} has made no progress for {round(most, 1):g} s (run.stall_s={self._patience:g})"
-        said = (
-            f"jaxkd: {why}, so process {self._process} ends with code {UNFORESEEN}; the same command goes on from the "
-            f"last checkpoint. What each thread was doing is below and in {path}:"
+        why = f"error: {what} has made no progress for {round(limit, 1):g} s (run.stall_s={self._stall_s:g})"
+        message = (
+            f"jaxkd: {why}, so process {self._process} exits with code {EXIT_INTERNAL}; the same command continues "
+            f"from the last checkpoint. The stacks of all threads are below and in {path}:"
         )
-        print(said, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(2)
 
         def write() -> None:
             with contextlib.suppress(OSError), path.open("w", encoding="utf-8") as file:
-                print(said, file=file, flush=True)
+                print(message, file=file, flush=True)
                 faulthandler.dump_traceback(file)
             if self._process == 0:
-                self._write_beat()  # the last one may be of the phase before
+                self._write_beat()  # the last one may be from an earlier phase
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
-        writer.join(_GRACE)
-        # The main thread is where no exception reaches. The others would wait for it, as long as their own patience.
-        multihost.leave(UNFORESEEN, f"{why}; what it was doing is in {path}")
+        writer.join(_WRITE_TIMEOUT)
+        # No exception reaches the main thread, and the other processes would wait until their own limit.
+        multihost.abort(EXIT_INTERNAL, f"{why}; the stacks of its threads are in {path}")
 
     def _beat(self) -> None:
         while True:
@@ -151,7 +151,7 @@ class Watchdog:
     def _write_beat(self) -> None:
         path = self._workdir / "heartbeat.json"
         partial = path.with_suffix(".tmp")
-        with self._beating, contextlib.suppress(OSError):  # a full disk is told of by what cannot do without it
+        with self._beat_lock, contextlib.suppress(OSError):  # writers that need the disk report that it is full
             now = {"time": time.time(), "phase": self._phase, "step": self._step, "since": self._since}
             partial.write_text(json.dumps(now | {"pid": os.getpid()}) + "\n", encoding="utf-8")
             os.replace(partial, path)

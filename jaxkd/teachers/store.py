@@ -92,7 +92,7 @@ class Writer:
             raise ValueError(f"{self.root} holds {min(others)} and no cache: name a new or an empty directory")
         lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         stack.callback(os.close, lock)
-        if not locks.take(lock, self.root / _LOCK):
+        if not locks.acquire(lock, self.root / _LOCK):
             raise ValueError(f"another process is writing the cache {self.root}: let it end, or stop it")
         if not (self.root / MANIFEST).exists():
             self._write_manifest(complete=False)

@@ -117,9 +117,9 @@ def test_programs_are_kept_in_the_workdir_of_a_run_on_an_accelerator(tmp_path, m
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert compile_cache.keep(tmp_path / "programs", "cpu") is None
-        assert compile_cache.keep(tmp_path / "programs", "tpu") == tmp_path / "programs"
-        assert compile_cache.keep(tmp_path / "others", "tpu") == tmp_path / "programs"  # as JAX is set
+        assert compile_cache.configure(tmp_path / "programs", "cpu") is None
+        assert compile_cache.configure(tmp_path / "programs", "tpu") == tmp_path / "programs"
+        assert compile_cache.configure(tmp_path / "others", "tpu") == tmp_path / "programs"  # as JAX is set
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compile_cache.compilation_cache.reset_cache()

@@ -133,8 +133,8 @@ def test_rows_that_differ_between_hosts_are_found_by_the_other_and_end_both(argu
     job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, last=(f"--config.data.domains.beta={other}",))
     (code, _, errors), (other_code, _, said) = job.end(120)
     assert (code, other_code) == (1, 1), errors + said
-    assert "jaxkd: error: the rows of the domains differ between hosts: of 'beta' process 0 has " in said
-    assert "jaxkd: process 1 failed: error: the rows of the domains differ between hosts: of 'beta'" in errors
+    assert "jaxkd: error: the rows of the domains differ between hosts: 'beta' is " in said
+    assert "jaxkd: process 1 failed: error: the rows of the domains differ between hosts: 'beta'" in errors
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_a_run_that_loses_processes_goes_on_with_any_number(undisturbed, argumen
     job.wait_for(evals, 1)  # while the step compiles: JAX looks for SIGTERM about once a second
     job.started[2].send_signal(signal.SIGTERM)
     found = job.end()
-    assert [code for code, *_ in found] == [cluster.STOPPED] * 4, found
+    assert [code for code, *_ in found] == [cluster.EXIT_STOPPED] * 4, found
     assert "the same command goes on from it" in found[0][1]
     reached = len(lines(metrics))
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [reached]
@@ -199,7 +199,7 @@ def test_a_run_that_loses_processes_goes_on_with_any_number(undisturbed, argumen
         killed = time.monotonic()
         found = job.end()
         survivor = found[1 - victim]
-        assert survivor[0] not in (0, 1, 2, cluster.STOPPED), survivor  # a launcher starts it again
+        assert survivor[0] not in (0, 1, 2, cluster.EXIT_STOPPED), survivor  # a launcher starts it again
         assert time.monotonic() - killed < 2 * SILENCE + 10
         reached = len(lines(metrics))
 
@@ -233,7 +233,7 @@ def test_interrupt_of_one_stops_all(arguments, tmp_path):
     job.wait_for(tmp_path / "w" / "evals.jsonl", 1)
     job.started[1].send_signal(signal.SIGINT)
     found = job.end()
-    assert [code for code, *_ in found] == [cluster.STOPPED] * 2, found
+    assert [code for code, *_ in found] == [cluster.EXIT_STOPPED] * 2, found
     assert "Traceback" not in found[0][2] + found[1][2]
 
 
@@ -251,7 +251,7 @@ def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_
         time.sleep(0.05)
     job.started[1].send_signal(signal.SIGCONT)
     (code, _, errors), (other, _, said) = job.end(60)
-    assert (code, other) == (cluster.UNFORESEEN, cluster.UNFORESEEN), errors + said
+    assert (code, other) == (cluster.EXIT_INTERNAL, cluster.EXIT_INTERNAL), errors + said
     assert time.monotonic() - stopped < 60  # and not when JAX takes a silent process for dead
     assert "has made no progress for 10 s (run.stall_s=10), so process 0 ends with code 70" in errors
     assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: step ")

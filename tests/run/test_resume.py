@@ -40,7 +40,7 @@ def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_pat
     run.process.send_signal(number)
     output = run.finish()
     if number != signal.SIGKILL:
-        assert run.process.returncode == cluster.STOPPED, output  # saved, and to be started again
+        assert run.process.returncode == cluster.EXIT_STOPPED, output  # saved, and to be started again
         assert "Traceback" not in output
         if "the same command goes on" not in output:
             pytest.fail(f"the run ended before the signal was noticed: {output[-500:]}")
@@ -64,7 +64,7 @@ def test_a_resumed_run_hears_of_sigterm_before_its_first_step(undisturbed, argum
     second.wait_for_step(phases + 2, "goodput.jsonl")  # it has started and loaded, and is about to compile its step
     second.process.send_signal(signal.SIGTERM)
     output = second.finish()
-    assert second.process.returncode == cluster.STOPPED, output
+    assert second.process.returncode == cluster.EXIT_STOPPED, output
     [resumed] = re.findall(r"resuming at step (\d+) of 12", output)
     assert f"stopped by a signal: step {int(resumed) + 1} of 12 is saved" in output
     result = jaxkd("train", "--workdir", str(workdir), *arguments)
@@ -107,7 +107,7 @@ def test_sigterm_does_not_wait_for_an_evaluation(arguments, tmp_path, evaluation
             break
     run.send_signal(signal.SIGTERM)
     output, _ = run.communicate(timeout=300)
-    assert run.returncode == cluster.STOPPED, output
+    assert run.returncode == cluster.EXIT_STOPPED, output
     assert output.count("judging") < 12  # of the sixteen rows that are held out
     evaluations = workdir / "evals.jsonl"
     judged = {row["step"] for row in lines(evaluations)} if evaluations.exists() else set()

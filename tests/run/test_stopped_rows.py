@@ -85,7 +85,7 @@ def assert_goes_on(arguments, rows) -> None:
 def test_sigterm_ends_the_building_of_rows(two_domains, tmp_path):
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     run = Building(["train", "--workdir", str(tmp_path / "run"), *arguments])
-    assert run.stop(0) == [(cluster.STOPPED, f"jaxkd: {SAID}")]
+    assert run.stop(0) == [(cluster.EXIT_STOPPED, f"jaxkd: {SAID}")]
     assert_goes_on(arguments, tmp_path / "rows")
 
 
@@ -94,7 +94,7 @@ def test_sigterm_ends_the_building_of_rows(two_domains, tmp_path):
 def test_ctrl_c_ends_the_building_of_rows(two_domains, tmp_path, verb):
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     run = Building([verb, *(["--workdir", str(tmp_path / "run")] if verb == "train" else []), *arguments])
-    assert run.stop(0, signal.SIGINT) == [(cluster.INTERRUPTED, f"jaxkd: {SAID}")]
+    assert run.stop(0, signal.SIGINT) == [(cluster.EXIT_INTERRUPTED, f"jaxkd: {SAID}")]
     assert_goes_on(arguments, tmp_path / "rows")
 
 
@@ -103,13 +103,15 @@ def test_sigterm_to_one_that_waits_for_rows_ends_all(two_domains, tmp_path):
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     run = Building(["train", "--workdir", str(tmp_path / "run"), *arguments], count=2)
     found = run.stop(1)
-    assert [code for code, _ in found] == [cluster.STOPPED] * 2, found
+    assert [code for code, _ in found] == [cluster.EXIT_STOPPED] * 2, found
     assert all(said.startswith("jaxkd: ") and said.endswith(SAID) for _, said in found), found
     assert_goes_on(arguments, tmp_path / "rows")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, cluster.STOPPED), (signal.SIGINT, cluster.INTERRUPTED)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, cluster.EXIT_STOPPED), (signal.SIGINT, cluster.EXIT_INTERRUPTED)]
+)
 def test_a_signal_while_weights_are_loaded_ends_the_process(two_domains, tmp_path, number, code):
     """Which of a pod takes minutes, when thirty seconds are all that it has."""
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
