@@ -16,14 +16,35 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 _END_OF_TEXT = "<|endoftext|>"
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF token types
+_FILLED = re.compile(r"\[PAD\d+\]")  # what llama.cpp's converter calls a row of the embedding that no token has
+_OTHERWISE = "a Hugging Face directory of the same model, with its tokenizer.json, is read: give that instead"
 
 _BYTE_WORD = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece models write a byte
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_BYTE_LEVEL_SPLIT = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _words(digits: str) -> str:
+    return _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _SPACES
+
+
+# GGUF pre-tokenizer name -> pattern, whether the model composes characters first, whether whole words skip the merges.
+_SPLITS = {
+    "qwen2": (_words(r"\p{N}"), True, False),
+    "deepseek-r1-qwen": (_words(r"\p{N}"), True, False),
+    "llama-bpe": (_words(r"\p{N}{1,3}"), False, True),
+    "llama3": (_words(r"\p{N}{1,3}"), False, True),
+    "llama-v3": (_words(r"\p{N}{1,3}"), False, True),
+    "smaug-bpe": (_words(r"\p{N}{1,3}"), False, False),
+    "tekken": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES,
+        False,
+        True,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -130,14 +151,14 @@ def _byte_level(kind: str) -> tuple[Any, Any, bool]:
         return None, gpt2, False
     if kind == "smollm":
         return None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]), False
-    if kind in ("qwen2", "llama-bpe"):
-        pattern = _BYTE_LEVEL_SPLIT.replace("DIGITS", "" if kind == "qwen2" else "{1,3}")
-        split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
-        return (normalizers.NFC() if kind == "qwen2" else None), split, kind == "llama-bpe"
-    raise ValueError(
-        f"the GGUF file's pre-tokenizer {kind!r} is not supported (gpt-2, llama-bpe, qwen2, smollm are): "
-        "use the model's tokenizer.json through a directory instead"
-    )
+    if kind not in _SPLITS:
+        known = ", ".join(sorted(["gpt-2", "smollm", *_SPLITS]))
+        raise ValueError(
+            f"the GGUF file's tokenizer.ggml.pre is {kind!r}, which is not read ({known} are): {_OTHERWISE}"
+        )
+    pattern, composed, ignore_merges = _SPLITS[kind]
+    split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
+    return normalizers.NFC() if composed else None, split, ignore_merges
 
 
 def from_gguf(fields: dict[str, Any]) -> Tokenizer:
@@ -149,17 +170,22 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise ValueError(
-            f"the GGUF file's tokenizer model is {model!r}, only 'gpt2' (byte-level BPE) can be read: "
-            "use the model's tokenizer.json through a directory instead"
+            f"the GGUF file's tokenizer.ggml.model is {model!r}, and only 'gpt2' (byte-level BPE) is read: {_OTHERWISE}"
         )
     for key in ("tokens", "merges", "token_type"):
         if f"tokenizer.ggml.{key}" not in fields:
-            raise ValueError(f"the GGUF file has no field 'tokenizer.ggml.{key}': it holds no complete tokenizer")
+            raise ValueError(
+                f"the GGUF file has no field 'tokenizer.ggml.{key}', and so no complete tokenizer: {_OTHERWISE}"
+            )
     words = list(fields["tokenizer.ggml.tokens"])
     kinds = list(fields["tokenizer.ggml.token_type"])
     normalizer, splitter, ignore_merges = _byte_level(fields.get("tokenizer.ggml.pre", "gpt-2"))
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocab = {word: number for number, word in enumerate(words)}
+    vocab = {
+        word: number
+        for number, (word, kind) in enumerate(zip(words, kinds))
+        if kind != _UNUSED or not _FILLED.fullmatch(word)
+    }
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     if normalizer is not None:
         tokenizer.normalizer = normalizer

@@ -143,7 +143,20 @@ def gguf_fields(pre="gpt-2", **changes):
     return {key: value for key, value in fields.items() if value is not None}
 
 
-@pytest.mark.parametrize(("pre", "digits"), [("gpt-2", 1), ("llama-bpe", 1), ("smollm", 2), ("qwen2", 2)])
+@pytest.mark.parametrize(
+    ("pre", "digits"),
+    [
+        ("gpt-2", 1),
+        ("llama-bpe", 1),
+        ("llama3", 1),
+        ("llama-v3", 1),
+        ("smaug-bpe", 1),
+        ("smollm", 2),
+        ("qwen2", 2),
+        ("deepseek-r1-qwen", 2),
+        ("tekken", 2),
+    ],
+)
 def test_gguf_pre_tokenizers(pre, digits):
     tokenizer = from_gguf(gguf_fields(pre))
     assert len(tokenizer.encode(["12"])[0][0]) == digits
@@ -156,14 +169,49 @@ def test_gguf_pre_tokenizers(pre, digits):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (gguf_fields("tekken"), "'tekken'"),
-        (gguf_fields(model="llama"), "'llama'"),
+        (gguf_fields("deepseek-llm"), "tokenizer.ggml.pre .*'deepseek-llm'.* Hugging Face directory"),
+        (gguf_fields("default"), "tokenizer.ggml.pre .*'default'"),
+        (gguf_fields(model="llama"), "tokenizer.ggml.model .*'llama'.* Hugging Face directory"),
         (gguf_fields(merges=None), "tokenizer.ggml.merges"),
     ],
 )
 def test_gguf_errors(fields, message):
     with pytest.raises(ValueError, match=message):
         from_gguf(fields)
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("tekken", ["Mixed", "Case", " a", "//\n/", "b", " ", "1", "2"]),
+        ("qwen2", ["MixedCase", " a", "//\n", "/b", " ", "1", "2"]),
+        ("llama-bpe", ["MixedCase", " a", "//\n", "/b", " ", "12"]),
+    ],
+)
+def test_gguf_splits(pre, words):
+    text = "MixedCase a//\n/b 12"
+    assert "".join(words) == text
+    split = from_gguf(gguf_fields(pre)).tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[start:stop] for _, (start, stop) in split] == words
+
+
+def test_gguf_whole_words_skip_the_merges_where_the_model_does_so():
+    """ "hex" is a word of the vocabulary that no merge makes."""
+    words = gguf_fields()["tokenizer.ggml.tokens"]
+    fields = {"tokens": [*words, "hex"], "token_type": [1] * 258 + [3, 4, 1]}
+    whole = {pre: len(from_gguf(gguf_fields(pre, **fields)).encode(["hex"])[0][0]) for pre in ("llama3", "smaug-bpe")}
+    assert whole == {"llama3": 1, "smaug-bpe": 2}
+
+
+def test_gguf_fill_up_tokens_are_no_vocabulary():
+    """Rows of the embedding beyond the tokenizer: the same tokenizer without them is the same one."""
+    plain = gguf_fields("qwen2")
+    words, kinds = plain["tokenizer.ggml.tokens"], plain["tokenizer.ggml.token_type"]
+    filled = gguf_fields("qwen2", tokens=[*words, "[PAD260]", "[PAD261]"], token_type=[*kinds, 5, 5])
+    tokenizer = from_gguf(filled)
+    assert (tokenizer.vocab, tokenizer.fingerprint) == (260, from_gguf(plain).fingerprint)
+    spelled = gguf_fields("qwen2", tokens=[*words, "[PAD260]"], token_type=[*kinds, 4])
+    assert from_gguf(spelled).vocab == 261  # a token of that name which text can have
 
 
 def save_tokenizer(folder, **config):
