@@ -420,8 +420,8 @@ def _stretched_hf(rope: Mapping[str, Any], theta: float, whole: Any, where: str)
         limit = None if short == long else _Limit(original, f"the long_factor of rope_type {kind!r}")
         return plain._replace(factors=short if set(short) != {1.0} else ()), limit
     raise ValueError(
-        f"{where}: rope_type {kind!r} with factor {factor} is not supported; supported: default, llama3, dynamic, "
-        "linear and yarn of factor 1, and longrope without an attention_factor"
+        f"{where}: rope_type {kind!r} with factor {factor} is not supported (default, llama3, dynamic, linear and yarn "
+        "of factor 1, and longrope without an attention_factor are); if the weights were trained without it, remove it"
     )
 
 

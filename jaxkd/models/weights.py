@@ -45,6 +45,7 @@ _VALUE_HEADS = ("v_head.", "value_head.")
 _IGNORED = {
     "buffers that follow from the config": r"(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
     r"|(^|\.)position_ids|self_attn\.(bias|masked_bias|causal_mask))$",
+    "scales of an 8-bit cache": r"self_attn\.[kv]_scale$",
     "a value head": "^(" + "|".join(map(re.escape, _VALUE_HEADS)) + ")",
 }
 

@@ -305,7 +305,12 @@ BUFFERS = {
 VALUE_HEAD = {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
 
 
-@pytest.mark.parametrize(("extra", "named"), [(BUFFERS, "and 2 more"), (VALUE_HEAD, "v_head.summary.weight")])
+SCALES = {"model.layers.0.self_attn.k_scale": np.ones((), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"), [(BUFFERS, "and 2 more"), (VALUE_HEAD, "v_head.summary.weight"), (SCALES, "k_scale")]
+)
 def test_buffers_and_value_heads_are_ignored_with_a_note(tmp_path, extra, named):
     tensors = stored(TINY)
     checkpoint = weights.open_checkpoint(write(tmp_path / "m", TINY, tensors | extra))
