@@ -30,12 +30,13 @@ class Batch(NamedTuple):
 
     tokens: Int[jax.Array, "B L"]
     targets: Int[jax.Array, "B L"]
-    weights: Float[jax.Array, "B L"]  # 0 on padding, on prompts and at a segment's end
+    weights: Float[jax.Array, "B L"]  # loss mask and only normaliser: 0 on padding, prompts and a segment's end
     segments: Int[jax.Array, "B L"]  # 1, 2, ... per document in the row; 0 is padding
     positions: Int[jax.Array, "B L"]  # restart at 0 in each segment
     row: Int[jax.Array, " B"]  # index in the row's own domain
     domain: Int[jax.Array, " B"]
     teacher: Any = None  # what a cache holds of these rows: Hidden, TopK, Sampled, or a tuple of those
+    aux: dict[str, Any] = {}  # noqa: RUF012 - further arrays [B ...] by name, such as advantages; never mutated
 
 
 class Head(NamedTuple):

@@ -26,16 +26,16 @@ from etils import epath
 from tqdm import tqdm
 
 from jaxkd.data.corpus import Corpus, collect, divide
-from jaxkd.data.pack import Row, pack
+from jaxkd.data.pack import Row, Tokens, pack
 from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
 from jaxkd.runtime import locks
 
-FORMAT = 2
+FORMAT = 3
 """Version of rows, splits and order: raise it when one of them changes, so that old datasets are not reused."""
 
-_VERSION = "1.0.0"  # of the TFDS dataset; the fingerprint covers what changes
+_VERSION = "2.0.0"  # of the TFDS dataset; the fingerprint covers what changes
 _BATCH_CHARACTERS = 1 << 18  # text tokenised at once: enough for all threads, little read beyond a row limit
 _SPREAD = 16  # a limited number of rows comes from at least about so many documents
 
@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     built: bool  # by this call, not reused
 
 
-def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Tokens of documents, some documents at a time, so that a caller with a row limit can stop early."""
     pending: list[str] = []
     characters = 0
@@ -64,27 +64,25 @@ def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[tuple[np.
         pending.append(text)
         characters += len(text)
         if characters >= _BATCH_CHARACTERS:
-            yield from tokenizer.documents(pending)
+            yield from itertools.starmap(Tokens, tokenizer.documents(pending))
             pending, characters = [], 0
     if pending:
-        yield from tokenizer.documents(pending)
+        yield from itertools.starmap(Tokens, tokenizer.documents(pending))
 
 
-def _spread(
-    documents: Iterable[tuple[np.ndarray, np.ndarray]], length: int, most: int, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _spread(documents: Iterable[Tokens], length: int, most: int, seed: int) -> Iterator[Tokens]:
     """A random window of at most `most` pieces from each document first, then the rest of the documents.
 
     Otherwise one long document would fill a small row limit. Windows overlap their neighbours by one token, as pieces
     do, so every token is still a target once.
     """
     step, rest = length - 1, []
-    for number, (ids, sizes) in enumerate(documents):
-        spare = max(-(-(len(ids) - 1) // step) - most, 0)  # pieces beyond the window
+    for number, document in enumerate(documents):
+        spare = max(-(-(len(document.ids) - 1) // step) - most, 0)  # pieces beyond the window
         start = int(hash_key((seed, number))[0]) % (spare + 1) * step
         stop = start + most * step + 1
-        yield ids[start:stop], sizes[start:stop]
-        rest += [(ids[cut], sizes[cut]) for cut in (slice(0, start + 1), slice(stop - 1, None))]
+        yield document.cut(slice(start, stop))
+        rest += [document.cut(span) for span in (slice(0, start + 1), slice(stop - 1, None))]
     yield from rest
 
 
@@ -111,20 +109,26 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         caps: Mapping[str, int],
         facts: dict[str, Any],
         progress: bool,
+        extra: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Args: tokens in a row; split -> its rows; split -> their limit; metadata to store; TFDS's own."""
+        """Args: tokens in a row; split -> its rows; split -> their limit; metadata to store.
+
+        `extra`: TFDS features of rows that have more than `pack` gives, "targets" (int32 [length]) and "aux" (a dict).
+        """
         self._length, self._sides, self._caps, self._progress = length, sides, caps, progress
+        self._extra = dict(extra or {})
         self._facts = tfds.core.MetadataDict(facts)
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        row = tfds.features.Tensor(shape=(self._length,), dtype=np.int32, encoding="bytes")
-        number = tfds.features.Scalar(np.int64)
+        row = lambda dtype: tfds.features.Tensor(shape=(self._length,), dtype=dtype, encoding="bytes")
+        features = {name: row(np.int32) for name in ("tokens", "segments", "positions")}
+        features |= {"weights": row(np.float32), "bytes": tfds.features.Scalar(np.int64)}
         return tfds.core.DatasetInfo(
             builder=self,
             description="Packed rows of tokens for language-model distillation.",
-            features=tfds.features.FeaturesDict({"tokens": row, "segments": row, "positions": row, "bytes": number}),
+            features=tfds.features.FeaturesDict(features | self._extra),
             metadata=self._facts,  # written after the rows, which update its counts
             disable_shuffling=True,  # documents are in pseudo-random order already
         )

@@ -58,7 +58,7 @@ def to_devices(local: dict[str, Any], batch: int, indices: np.ndarray, sharding:
     fields = {name: local[name] for name in Batch._fields if name in local}
     if sharding is None:
         return Batch(**jax.tree.map(jax.device_put, fields))
-    by_row = _by_row(sharding)
+    by_row, length = _by_row(sharding), local["tokens"].shape[1]
 
     def array(values: np.ndarray) -> jax.Array:
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -66,21 +66,29 @@ def to_devices(local: dict[str, Any], batch: int, indices: np.ndarray, sharding:
             held = np.searchsorted(indices, np.arange(batch)[index[0]])
             return values[held][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback((batch, *values.shape[1:]), sharding if values.ndim > 1 else by_row, shard)
+        per_token = values.shape[1:2] == (length,)
+        return jax.make_array_from_callback((batch, *values.shape[1:]), sharding if per_token else by_row, shard)
 
     return Batch(**jax.tree.map(array, fields))
 
 
-def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of several domains in the given order: domain and row [n] -> arrays [n, ...] by field."""
-    result: dict[str, np.ndarray] = {}
+def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> dict[str, Any]:
+    """Rows of several domains in the given order: domain and row [n] -> arrays [n, ...] by field.
+
+    `aux` has the arrays of all domains, so that every batch has the same: zeros for rows of a domain without one.
+    """
+    result: dict[str, Any] = {}
+    aux = {name: np.zeros((len(row), *shape), dtype) for rows in domains for name, (shape, dtype) in rows.aux.items()}
     for d in np.unique(domain):
         chosen = domain == d
-        for name, values in domains[d].read(row[chosen]).items():
+        values = domains[d].read(row[chosen])
+        for name, array in values.pop("aux").items():
+            aux[name][chosen] = array
+        for name, array in values.items():
             if name not in result:
-                result[name] = np.zeros((len(row), *values.shape[1:]), values.dtype)
-            result[name][chosen] = values
-    return {**result, "row": row.astype(np.int32), "domain": domain.astype(np.int32)}
+                result[name] = np.zeros((len(row), *array.shape[1:]), array.dtype)
+            result[name][chosen] = array
+    return {**result, "aux": aux, "row": row.astype(np.int32), "domain": domain.astype(np.int32)}
 
 
 def step_rows(
@@ -143,7 +151,7 @@ def batches(
     sizes = [len(rows) for rows in domains]
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
 
-    def read(step: int) -> dict[str, np.ndarray]:
+    def read(step: int) -> dict[str, Any]:
         at = (step - interval_start_step) * batch + indices
         return host_features(read_rows(domains, domain[at], row[at]))
 
@@ -196,7 +204,7 @@ def fixed_batches(
         values["domain"] = np.full(batch, domain, np.int32)
         values["weights"] = values["weights"] * real[:, None].astype(np.float32)
         # A cache adds many times a row's own size: read it only for the rows of this process.
-        mine = host_features({name: value[indices] for name, value in values.items()})
+        mine = host_features(jax.tree.map(lambda value: value[indices], values))
         return mine, np.where(real, values["bytes"], 0)
 
     return _fixed(read, -(-len(rows) // batch), batch, indices, sharding)

@@ -5,10 +5,23 @@ at the start of the next. Every token but a document's first is then a target ex
 """
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 Row = dict[str, np.ndarray]
+
+
+class Tokens(NamedTuple):
+    """A document's tokens, with its start and end token."""
+
+    ids: np.ndarray  # int32 [n]
+    sizes: np.ndarray  # int64 [n], bytes of text that each token stands for
+    weights: np.ndarray | None = None  # float32 [n], in the loss, of each token as a target; None is 1 for all
+
+    def cut(self, span: slice) -> "Tokens":
+        """A part of it."""
+        return Tokens(self.ids[span], self.sizes[span], None if self.weights is None else self.weights[span])
 
 
 def pieces(ids: np.ndarray, length: int) -> list[slice]:
@@ -26,31 +39,35 @@ class _OpenRow:
 
     def __init__(self, length: int) -> None:
         self.row: Row = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "positions")}
+        self.row["weights"] = np.zeros(length, np.float32)
         self.row["bytes"] = np.zeros((), np.int64)
         self.used = 0
         self.pieces = 0
 
-    def add(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, sizes: np.ndarray, weights: np.ndarray | None) -> None:
         span = slice(self.used, self.used + len(ids))
+        targets = np.ones(len(ids) - 1, np.float32) if weights is None else weights[1:]
         self.used += len(ids)
         self.pieces += 1
         self.row["tokens"][span] = ids
         self.row["segments"][span] = self.pieces
         self.row["positions"][span] = np.arange(len(ids))
-        self.row["bytes"] += sizes[1:].sum()  # a piece's first token is not a target in this row
+        # A piece's first token is not a target in this row, and its last one has none.
+        self.row["weights"][span.start : span.stop - 1] = targets
+        self.row["bytes"] += sizes[1:][targets != 0].sum()
 
 
-def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], length: int, open_rows: int = 64) -> Iterator[Row]:
+def pack(documents: Iterable[Tokens], length: int, open_rows: int = 64) -> Iterator[Row]:
     """Pack documents into rows by best fit among a bounded number of open rows.
 
     Args:
-        documents: (token ids [n], bytes of text each token stands for [n]) per document.
         length: tokens in a row, at least 2.
         open_rows: rows that are filled at a time; beyond that the fullest is yielded.
 
     Yields:
-        `tokens`, `segments` (1, 2, ... per piece; 0 is padding), `positions` (from 0 in each segment), int32
-        [length]; `bytes`, int64 []: text bytes of the row's targets.
+        `tokens`, `segments` (1, 2, ... per piece; 0 is padding), `positions` (from 0 in each segment), int32 [length];
+        `weights`, float32 [length], of the target after each token; `bytes`, int64 []: text bytes of the targets that
+        have a weight.
 
     Raises:
         ValueError: `length` is below 2 or `open_rows` below 1.
@@ -58,14 +75,14 @@ def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], length: int, open_r
     if open_rows < 1:
         raise ValueError(f"at least one row must be open to pack into, got open_rows={open_rows}")
     waiting: list[_OpenRow] = []
-    for ids, sizes in documents:
-        for piece in pieces(ids, length):
+    for document in documents:
+        for piece in pieces(document.ids, length):
             size = piece.stop - piece.start
             fitting = [row for row in waiting if row.used + size <= length]
             target = max(fitting, key=lambda row: row.used) if fitting else _OpenRow(length)
             if not fitting:
                 waiting.append(target)
-            target.add(ids[piece], sizes[piece])
+            target.add(*document.cut(piece))
             if target.used > length - 2:  # no piece is that short
                 waiting.remove(target)
                 yield target.row

@@ -1,7 +1,7 @@
 """Packed rows of one domain and split, read back in any order.
 
-A stored row holds tokens, segments and positions; targets and weights follow from them here, so that they
-cannot disagree.
+A row stores tokens, segments, positions and weights; targets only where they are not the next tokens of the segment;
+and further arrays by name (`Batch.aux`).
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,11 @@ class Rows:
             raise self._damaged(error) from None
         if stored != self._size:
             raise self._damaged(f"it has {stored} of {self._size} rows")
+        if "weights" not in ends[0]:
+            raise ValueError(f"the rows in {self.path} are of an older format: delete that directory, prepare it again")
         self.length = int(ends[0]["tokens"].shape[0])
+        self.aux = {name: (np.shape(value), np.asarray(value).dtype) for name, value in ends[0].get("aux", {}).items()}
+        """Shape and dtype of each of a row's further arrays."""
 
     def _damaged(self, why: object) -> ValueError:
         reason = (str(why).strip() or type(why).__name__).splitlines()[0]
@@ -55,49 +59,50 @@ class Rows:
     def __len__(self) -> int:
         return self._size
 
-    def read(self, indices: Sequence[int | np.integer] | np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: Sequence[int | np.integer] | np.ndarray) -> dict[str, Any]:
         """Rows by index.
 
-        `targets[t] = tokens[t + 1]` and `weights[t] = 1` where both belong to one segment; elsewhere both are
-        0.
+        Where targets are not stored, `targets[t] = tokens[t + 1]` within a segment and 0 at its end.
 
         Args:
             indices: integers [n] in `[0, len)`, in any order, repeats allowed.
 
         Returns:
-            tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64
-            [n], of the text that a row's scored targets stand for.
+            tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64 [n], of the
+            text of a row's weighted targets; aux, a dict of arrays [n, ...].
 
         Raises:
             IndexError: an index is outside the range.
             ValueError: the files are damaged.
         """
         indices = [int(index) for index in indices]
-        if not indices:
-            return self._derive([])
-        if min(indices) < 0 or max(indices) >= self._size:
+        if indices and (min(indices) < 0 or max(indices) >= self._size):
             raise IndexError(
                 f"row index {min(indices)} or {max(indices)} is outside the {self._size} rows of {self.path}"
             )
         try:
-            return self._derive(self._data.__getitems__(indices))
+            return self._stacked(self._data.__getitems__(indices) if indices else [])
         except Exception as error:
             raise self._damaged(error) from None
 
-    def _derive(self, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        shape = (len(rows), self.length)
-        stored = {
-            name: np.array([row[name] for row in rows], np.int32).reshape(shape)
-            for name in ("tokens", "segments", "positions")
-        }
-        same = np.zeros(shape, bool)
-        here, after = stored["segments"][:, :-1], stored["segments"][:, 1:]
-        same[:, :-1] = (here == after) & (here > 0)
-        targets = np.zeros(shape, np.int32)
-        targets[:, :-1] = stored["tokens"][:, 1:]
+    def _stacked(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        def stack(name: str, dtype: type) -> np.ndarray:
+            return np.array([row[name] for row in rows], dtype).reshape(len(rows), self.length)
+
+        stored = {name: stack(name, np.int32) for name in ("tokens", "segments", "positions")}
+        if rows and "targets" in rows[0]:
+            targets = stack("targets", np.int32)
+        else:
+            here, after = stored["segments"][:, :-1], stored["segments"][:, 1:]
+            targets = np.zeros_like(stored["tokens"])
+            targets[:, :-1] = np.where((here == after) & (here > 0), stored["tokens"][:, 1:], 0)
         return {
             **stored,
-            "targets": np.where(same, targets, 0).astype(np.int32),
-            "weights": same.astype(np.float32),
+            "targets": targets,
+            "weights": stack("weights", np.float32),
             "bytes": np.array([row["bytes"] for row in rows], np.int64),
+            "aux": {
+                name: np.array([row["aux"][name] for row in rows], dtype).reshape(len(rows), *shape)
+                for name, (shape, dtype) in self.aux.items()
+            },
         }

@@ -193,7 +193,7 @@ def _forward(side: str, model: Model, params: PyTree, batch: Batch, job: Job) ->
             return jnp.sum(jnp.where(live, found, 0.0)) / jnp.sum(live)
 
         length = batch.tokens.shape[1]
-        longer = {name: jnp.pad(getattr(batch, name), ((0, 0), (0, _PADDING))) for name in _WIDE}
+        longer: dict[str, Any] = {name: jnp.pad(getattr(batch, name), ((0, 0), (0, _PADDING))) for name in _WIDE}
         wide = partial(model.forward, dtype=jnp.float32)
         return nats(model.forward, batch), nats(model.forward, batch._replace(**longer)), nats(wide, batch)
 

@@ -38,7 +38,7 @@ def within(rules: Rules, forward: Forward) -> Forward:
 
     def moved(params: PyTree, batch: Batch, **options: Any) -> Output:
         with table(rules):
-            wide = {name: constrain(getattr(batch, name), "batch", None) for name in _READ}
+            wide: dict[str, Any] = {name: constrain(getattr(batch, name), "batch", None) for name in _READ}
             # Pinned here too: else the compiler carries the rows below back into the loop over the layers.
             output = lie(forward(params, batch._replace(**wide), **options))
         # Tokens over all the mesh's rows again, before the loss splits a vocabulary that `teacher` has no part of.

@@ -6,7 +6,7 @@ from corpus import quick
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxkd.data.pack import pack, pieces
+from jaxkd.data.pack import Tokens, pack, pieces
 
 lengths = st.lists(st.integers(0, 70), max_size=40)
 
@@ -14,7 +14,7 @@ lengths = st.lists(st.integers(0, 70), max_size=40)
 def corpus(sizes):
     """Documents whose tokens are all different, and as many bytes per token as its number modulo 5."""
     starts = np.cumsum([0, *sizes])
-    return [(np.arange(a, a + n), np.arange(a, a + n) % 5) for a, n in zip(starts, sizes)]
+    return [Tokens(np.arange(a, a + n), np.arange(a, a + n) % 5) for a, n in zip(starts, sizes)]
 
 
 @quick
@@ -37,6 +37,8 @@ def test_every_token_is_a_target_once(sizes, length, open_rows):
         assert tokens.dtype == segments.dtype == positions.dtype == np.int32
         assert row["bytes"].dtype == np.int64
         scored = (segments[1:] == segments[:-1]) & (segments[1:] > 0)
+        assert row["weights"].dtype == np.float32
+        np.testing.assert_array_equal(row["weights"], np.append(scored, False))
         new = tokens[1:][scored]
         np.testing.assert_array_equal(new, tokens[:-1][scored] + 1)  # the token after it, of the same document
         assert row["bytes"] == (new % 5).sum()
@@ -49,9 +51,19 @@ def test_every_token_is_a_target_once(sizes, length, open_rows):
             np.testing.assert_array_equal(positions[inside], np.arange(len(inside)))
         assert (segments[np.count_nonzero(segments) :] == 0).all()
         assert (tokens[segments == 0] == 0).all()
-    expected = [token for ids, _ in documents for token in ids[1:]]
+    expected = [token for document in documents for token in document.ids[1:]]
     assert sorted(targets) == expected
-    assert scored_bytes == sum(size[1:].sum() for _, size in documents)
+    assert scored_bytes == sum(document.sizes[1:].sum() for document in documents)
+
+
+def test_weights_follow_their_targets_over_a_cut():
+    """Such as a prompt's: its tokens are context, and their bytes are not counted."""
+    weights = np.asarray([9, 0, 0, 1, 0.5, 0, 1], np.float32)
+    document = Tokens(np.arange(7), np.full(7, 10), weights)
+    first, second = sorted(pack([document], 4), key=lambda row: int(row["tokens"][0]))
+    assert (first["tokens"].tolist(), first["weights"].tolist()) == ([0, 1, 2, 3], [0, 0, 1, 0])
+    assert (second["tokens"].tolist(), second["weights"].tolist()) == ([3, 4, 5, 6], [0.5, 0, 1, 0])
+    assert (first["bytes"], second["bytes"]) == (10, 20)
 
 
 def test_rows_are_well_filled():
@@ -67,7 +79,7 @@ def test_rows_come_while_documents_are_read():
     def documents():
         for i in range(1000):
             read.append(i)
-            yield np.arange(10), np.ones(10, np.int64)
+            yield Tokens(np.arange(10), np.ones(10, np.int64))
 
     next(pack(documents(), 20, open_rows=4))
     assert len(read) < 20

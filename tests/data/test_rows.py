@@ -1,10 +1,14 @@
 """Rows come back as they were stored, and damage is noticed."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
+from jaxkd.data import build, loader
+from jaxkd.data.pack import Tokens, pack
 from jaxkd.data.rows import Rows
 
 
@@ -13,6 +17,7 @@ def test_read(domains):
     assert len(rows) == domains[0].train_rows
     assert rows.length == 32
     batch = rows.read([3, 0, 3])
+    assert batch.pop("aux") == {}
     kinds = {name: (values.shape, str(values.dtype)) for name, values in batch.items()}
     wide = ((3, 32), "int32")
     assert kinds == {
@@ -33,6 +38,66 @@ def test_targets_and_weights(domains):
             scored = t + 1 < 32 and segments[t] > 0 and segments[t] == segments[t + 1]
             assert weights[t] == scored
             assert targets[t] == (tokens[t + 1] if scored else 0)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Rows whose targets are not the next tokens, with a weight of a half and two further arrays."""
+    documents = [Tokens(np.arange(n), np.ones(n, np.int64), np.full(n, 0.5, np.float32)) for n in (9, 12, 32)]
+
+    def examples():
+        for number, row in enumerate(pack(documents, 32)):
+            aux = {"label": np.int64(number - 1), "advantage": np.linspace(0, number, 32, dtype=np.float32)}
+            yield {**row, "targets": (row["tokens"] + 100).astype(np.int32), "aux": aux}
+
+    token = tfds.features.Tensor(shape=(32,), dtype=np.int32)
+    aux = {"label": tfds.features.Scalar(np.int64), "advantage": tfds.features.Tensor(shape=(32,), dtype=np.float32)}
+    builder = build.PackedRows(
+        length=32,
+        sides={"train": examples},
+        caps={"train": 0},
+        facts={"name": "labelled", "spec": "made up", "tokens": 0, "bytes": 0},
+        progress=False,
+        extra={"targets": token, "aux": aux},
+        data_dir=str(tmp_path_factory.mktemp("labelled")),
+        config=tfds.core.BuilderConfig(name="labelled"),
+        file_format="array_record",
+    )
+    builder.download_and_prepare(download_dir=str(tmp_path_factory.mktemp("downloads")))
+    return Rows(builder.data_path, "train")
+
+
+def test_what_a_row_stores_beside_its_tokens_comes_back(labelled):
+    stored = labelled.read([1, 0])
+    np.testing.assert_array_equal(stored["targets"], stored["tokens"] + 100)
+    inside = stored["segments"][:, 1:] == stored["segments"][:, :-1]
+    np.testing.assert_array_equal(stored["weights"][:, :-1], 0.5 * (inside & (stored["segments"][:, 1:] > 0)))
+    assert stored["aux"]["label"].tolist() == [0, -1]
+    np.testing.assert_allclose(stored["aux"]["advantage"][0], np.linspace(0, 1, 32), rtol=1e-6)
+    assert labelled.read([])["aux"]["advantage"].shape == (0, 32)
+
+
+def test_batches_carry_aux_of_every_domain(labelled, domains):
+    """A domain without an array has zeros of it, so that all batches have one structure."""
+    both = [Rows(domains[0].path, "train"), labelled]
+    local = loader.read_rows(both, np.array([1, 0, 1]), np.array([1, 5, 0]))
+    batch = loader.to_devices(local, 3, np.arange(3), None)
+    assert batch.aux["label"].tolist() == [0, 0, -1]
+    assert batch.aux["advantage"].shape == (3, 32)
+    only = loader.read_rows(both, np.array([0]), np.array([5]))
+    assert {name: values.tolist() for name, values in only["aux"].items() if name == "label"} == {"label": [0]}
+    whole, _ = next(loader.fixed_batches(labelled, 1, 4))
+    assert whole.aux["label"].tolist() == [-1, 0, 0, 0]
+    assert whole.weights[2:].sum() == 0
+
+
+def test_rows_of_an_older_format_are_refused(domains, tmp_path):
+    copy = shutil.copytree(domains[0].path, tmp_path / "1.0.0")
+    features = json.loads((copy / "features.json").read_text())
+    del features["featuresDict"]["features"]["weights"]
+    (copy / "features.json").write_text(json.dumps(features))
+    with pytest.raises(ValueError, match="older format"):
+        Rows(copy, "train")
 
 
 def test_bad_requests(domains, tmp_path):
