@@ -17,18 +17,18 @@ from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, see, version
 from jaxkd.runtime import cluster, multihost
 
 _CONFIG_HELP = """\
-The recipe is a Python file with get_config(argument); any of its values can be set on the command line:
+The recipe is a Python file with get_config(argument); any key of docs/config.md can be set on the command line:
 
   --config=configs/quickstart.py              the recipe (or --config FILE:ARGUMENT)
-  --config.optim.lr.peak=1e-4                 one value; an unknown key names the nearest known ones
+  --config.optim.lr.peak=1e-4                 a value; an unknown key names the nearest known ones
   --config.teacher.path=models/Llama-3.2-1B   a local Hugging Face directory or GGUF file
 """
 _SOURCES_HELP = """
 A domain's source (--config.data.domains.NAME=SOURCE) is one of
   builtin:code, builtin:manual, builtin:legal, builtin:scripture, builtin:dialogue, builtin:math
-  a .jsonl, .parquet or text file, a folder of them, or a glob (the text is in the field data.text_key)
-  tfds:NAME or tfds:NAME:SPLIT, any TFDS dataset that is on this machine, or its directory
-  nothing (--config.data.domains.NAME=), which leaves out a domain that the recipe has
+  a .jsonl, .parquet or text file, a folder of them, or a glob (text in the field data.text_key)
+  tfds:NAME or tfds:NAME:SPLIT, a TFDS dataset on this machine, or its directory
+  empty (--config.data.domains.NAME=), which removes a domain of the recipe
 """
 
 
@@ -36,14 +36,14 @@ A domain's source (--config.data.domains.NAME=SOURCE) is one of
 
 
 def prepare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Build the rows of every domain, as `train` would."""
+    """Build the packed rows of every domain, as `train` would."""
     from jaxkd.run import job, load
 
     rows = load.domains(job.build(job.elsewhere(experiment(read_config(config)))))
     for p in rows.prepared:
-        made = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
+        training = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
         print(
-            f"{p.name}: {made} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
+            f"{p.name}: {training} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
             f"({p.duplicates:,} duplicates dropped), {'built in' if p.built else 'already in'} {p.path}"
         )
 
@@ -77,9 +77,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         for note in built.notes:
             multihost.print_main(f"mesh: {note}")
         rows = load.domains(built)
-        with multihost.interruptible(
-            "stopped by a signal before a step was made: the same command begins where this one did"
-        ):
+        with multihost.interruptible("stopped by a signal before the first step: the same command starts over"):
             run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.print_main, started)))
             for change in changes:
                 multihost.print_main(f"changed: {change}")
@@ -97,14 +95,16 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                     for line in preflight.run(run.loaded(), run.stores):
                         multihost.print_main(f"check: {line}")
         finished = run.go(profile)
-        written = lambda: str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before a step"
+        written = lambda: (
+            str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before the first step"
+        )
         page = multihost.broadcast("the report", written)
     if finished and multihost.is_main():
         evaluations = log.read(workdir / "evals.jsonl")
         last = max(row["step"] for row in evaluations)
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
-        if told := mixture.cost(log.read(workdir / "mixture.jsonl")):
-            print(told)
+        if cost := mixture.cost(log.read(workdir / "mixture.jsonl")):
+            print(cost)
     if multihost.is_main():
         print(goodput.sentence(goodput.read(workdir)))
     multihost.print_main(
@@ -115,7 +115,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
 
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Compile a run's step for TPUs that are not here: memory, exchanges, time, and settings that fit."""
+    """Compile a run's step for TPUs that are not attached: memory, communication, time, settings that fit."""
     e = experiment(read_config(config))
     from jaxkd.planning import advice, search
     from jaxkd.planning import plan as planning
@@ -132,10 +132,10 @@ def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> No
 
 
 def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Store what the teacher says of every row, to train from without it. The same command resumes."""
+    """Store the teacher's signal for every row, to train from it without the teacher. The same command resumes."""
     e = experiment(read_config(config))
     if not e.teacher.cache:
-        raise ValueError("teacher.cache names no directory: set --config.teacher.cache=DIRECTORY and a teacher.signal")
+        raise ValueError("teacher.cache is empty: set --config.teacher.cache=DIRECTORY and teacher.signal")
     from jaxkd.run import cache_teacher, job, load
 
     multihost.join()
@@ -148,7 +148,7 @@ def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
 
 def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Look at everything that a run depends on, before one is paid for."""
+    """Check everything that a run depends on, before it takes an accelerator."""
     e = experiment(read_config(config))
     from jaxkd.run import cache_teacher, job, load, preflight
 
@@ -160,7 +160,7 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
         rows = load.domains(built)
         loaded, stores = preflight.prepare(built, rows)
-        multihost.print_main("check: the tokenizers and vocabularies of all models agree")
+        multihost.print_main("check: the models' tokenizers and vocabularies agree")
         for line in preflight.run(loaded, stores):
             multihost.print_main(f"check: {line}")
         for line in cache_teacher.costs(built, rows, stores):
@@ -168,7 +168,7 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
 
 def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Train variants of a recipe times seeds, one after another. The same command skips what is done and resumes."""
+    """Train variants of a recipe times seeds, one after another. The same command skips finished runs and resumes."""
     from jaxkd.cli import sweep as sweeps
 
     workdir = Path(options.workdir)
@@ -177,12 +177,12 @@ def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     if options.print:
         for line in sweeps.printed(runs, workdir):
             print(line)
-    elif code := sweeps.go(runs, workdir, lambda line: print(line, flush=True)):
+    elif code := sweeps.run_all(runs, workdir, lambda line: print(line, flush=True)):
         raise SystemExit(code)
 
 
 def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Go back to a checkpoint: set later ones aside, so that `train` goes on from it."""
+    """Go back to a checkpoint: move later ones aside, so that `train` resumes from it."""
     from jaxkd.run import rollback as rollbacks
 
     for line in rollbacks.go(Path(options.workdir), options.step):
@@ -190,7 +190,7 @@ def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -
 
 
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Score a run's student beside its teacher on the held-out rows."""
+    """Evaluate a run's student against its teacher on the held-out rows."""
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
     from jaxkd.evals import compare
@@ -233,9 +233,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     import jax
 
     if multihost.is_multihost():
-        raise ValueError(
-            "`jaxkd export` writes one directory from one process: start it on one host, JAX_PLATFORMS=cpu"
-        )
+        raise ValueError("`jaxkd export` is one process's work: start it on one host with JAX_PLATFORMS=cpu")
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
     exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
     built = job.build(job.elsewhere(e))
@@ -269,24 +267,24 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
 
 
 def report(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Write report.html for a run, finished or not."""
+    """Write report.html of a run, finished or not."""
     from jaxkd.report import run as reporter
 
     print(f"report: {reporter.write(Path(options.workdir))}")
 
 
 def compare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Put finished runs side by side: mean and spread over seeds, per domain, and a page of curves."""
+    """Compare finished runs: mean and spread over seeds, per domain, and a page of curves."""
     from jaxkd.report import compare as comparison
     from jaxkd.report import compare_page
 
-    places = [Path(place) for place in options.places]
-    found = comparison.gather(places, options.baseline)
-    page = compare_page.write(found, Path(options.output) if options.output else places[0] / "compare.html")
+    directories = [Path(name) for name in options.directories]
+    variants = comparison.gather(directories, options.baseline)
+    page = compare_page.write(variants, Path(options.output) if options.output else directories[0] / "compare.html")
     if options.json:
-        print(json.dumps(comparison.as_json(found), indent=2))
+        print(json.dumps(comparison.as_json(variants), indent=2))
     else:
-        print(f"{comparison.text(found)}\n\npage: {page}")
+        print(f"{comparison.text(variants)}\n\npage: {page}")
 
 
 VERBS = {
@@ -305,7 +303,7 @@ VERBS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's grammar; `--config...` arguments are read by `read_config`."""
+    """The command line's parser; `--config...` arguments go to `read_config`."""
     root = argparse.ArgumentParser("jaxkd", description="Distil large language models with JAX.")
     root.add_argument("--version", action="version", version=f"jaxkd {__version__}")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -329,71 +327,71 @@ def parser() -> argparse.ArgumentParser:
         elif not takes_config or name in ("train", "sweep"):
             sub.add_argument("--workdir", required=True, help="directory of the run")
         if name == "train":
-            sub.add_argument("--profile", metavar="START:COUNT", default="", help="steps to trace, to WORKDIR/profile")
-            sub.add_argument("--no-check", action="store_true", help="train even if `jaxkd check` would refuse")
-            sub.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
+            sub.add_argument(
+                "--profile", metavar="START:COUNT", default="", help="steps to trace, into WORKDIR/profile"
+            )
+            sub.add_argument("--no-check", action="store_true", help="do not run `jaxkd check` first")
+            sub.add_argument("--accept-changes", action="store_true", help="resume with a changed config")
         if name == "sweep":
             _sweep_arguments(sub)
         if name == "rollback":
-            sub.add_argument("--step", required=True, metavar="N", help="checkpoint to go back to, or best")
+            sub.add_argument("--step", required=True, metavar="N", help="step of the checkpoint, or best")
         if name in ("evaluate", "export"):
-            sub.add_argument("--step", help="checkpoint to take, or best (default: the newest)")
+            sub.add_argument("--step", help="step of the checkpoint, or best (default: the latest)")
         if name == "export":
             sub.add_argument("--output", required=True, help="directory to write")
             sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
             sub.add_argument(
                 "--overwrite",
                 action="store_true",
-                help="write beside files of others too; only an earlier export's own files are replaced",
+                help="write into a directory that is not empty; only files of an earlier export are replaced",
             )
     return root
 
 
 def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--variants", nargs="+", default=[], metavar="ARGUMENT", help="recipe arguments, a variant each")
-    one = '"NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"'
-    sub.add_argument("--run", action="append", default=[], metavar="LINE", help=f"a variant, {one}")
+    sub.add_argument("--variants", nargs="+", default=[], metavar="ARGUMENT", help="recipe arguments, one variant each")
+    line = '"NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"'
+    sub.add_argument("--run", action="append", default=[], metavar="LINE", help=f"a variant: {line}")
     sub.add_argument("--runs", metavar="FILE", help="a file of such lines")
     sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="values of run.seed (default: 0)")
-    sub.add_argument("--print", action="store_true", help="print the commands that are left, for a launcher")
+    sub.add_argument("--print", action="store_true", help="print the remaining commands, for a launcher")
 
 
 def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     topology = "such as v5litepod-16, v5p-128, v6e-64, or a grid: v5e:4x4"
     sub.add_argument("--topology", required=True, metavar="NAME", help=topology)
-    sub.add_argument("--slices", type=int, default=1, help="how many of them, joined by the network")
+    sub.add_argument("--slices", type=int, default=1, help="number of slices, joined by the network")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.add_argument("--suggest", action="store_true", help="look for the fastest mesh, remat and micro-batches")
-    sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="to compile suggestions in")
+    sub.add_argument("--suggest", action="store_true", help="search for the fastest mesh, remat and micro-batches")
+    sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="limit of the search")
 
 
 def _compare_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("places", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
-    sub.add_argument("--baseline", metavar="VARIANT", help="what the others are held against (default: the first)")
-    sub.add_argument("--json", action="store_true", help="print every figure as JSON instead of tables")
-    sub.add_argument("--output", metavar="FILE", help="the page (default: compare.html in the first directory)")
+    sub.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
+    sub.add_argument("--baseline", metavar="VARIANT", help="the variant to compare with (default: the first)")
+    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sub.add_argument("--output", metavar="FILE", help="page to write (default: compare.html in the first directory)")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run one verb.
 
     Raises:
-        ValueError, OSError, FloatingPointError: with one clear line.
+        ValueError, OSError, FloatingPointError: with a message of one line.
     """
     rest, overrides = split(arguments)
     options = parser().parse_args(rest)
     recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
     if overrides and not recipe:
-        raise ValueError(f"`jaxkd {options.verb}` takes its config from the workdir, not {overrides[0]}")
-    if "://" in (place := str(getattr(options, "workdir", ""))):
-        raise ValueError(
-            f"--workdir {place} must be a directory, of a mounted bucket too; run.checkpoints may be gs://"
-        )
+        raise ValueError(f"`jaxkd {options.verb}` takes no recipe: {overrides[0]} has no effect")
+    if "://" in (workdir := str(getattr(options, "workdir", ""))):
+        raise ValueError(f"--workdir {workdir} must be a directory (or a mounted bucket); run.checkpoints may be gs://")
     VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *arguments]))
 
 
 def console(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors that a user can mend are one line, and the exit code is not 0."""
+    """Entry point: prints an error as one line and exits with its code."""
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except (Exception, KeyboardInterrupt) as error:

@@ -1,6 +1,6 @@
-"""Variants of a recipe times seeds, each a `jaxkd train` of its own, one after another: `jaxkd sweep`.
+"""`jaxkd sweep`: variants of a recipe times seeds, one `jaxkd train` process after another.
 
-JAX is never started here: the accelerator belongs to the run that is training.
+This process never initialises JAX: the accelerator belongs to the run that is training.
 """
 
 import json
@@ -45,40 +45,40 @@ def plan(
     runs: Sequence[str],
     seeds: Sequence[int],
 ) -> list[Run]:
-    """The runs of a sweep, seed by seed, so that a sweep that is cut has compared like with like.
+    """The runs of a sweep, seed by seed: an interrupted sweep has about as many seeds of each variant.
 
     Args:
         recipe: FILE or FILE:ARGUMENT.
         overrides: `--config.KEY=VALUE`, for all.
-        workdir: of the sweep; a run gets VARIANT/seed-N in it.
-        variants: recipe arguments, each put behind the recipe's own: `small` and `kd` make `small,kd`.
+        workdir: of the sweep; a run's is VARIANT/seed-N in it.
+        variants: recipe arguments, each appended to the recipe's own: `small` and `kd` give `small,kd`.
         runs: "NAME: [:ARGUMENT] [--config.KEY=VALUE ...]".
         seeds: values of `run.seed`.
 
     Raises:
-        ValueError: when a variant cannot be read, two have one name, or a config is wrong; nothing has been run then.
+        ValueError: a line cannot be parsed, two variants share a name, or a config is wrong.
     """
-    given = [(name, name, ()) for name in variants] + [_parse(line) for line in runs]
-    if not given:
-        given = [(recipe.partition(":")[2] or Path(recipe).stem, "", ())]
-    names = [name for name, _, _ in given]
+    lines = [(name, name, ()) for name in variants] + [_parse(line) for line in runs]
+    if not lines:
+        lines = [(recipe.partition(":")[2] or Path(recipe).stem, "", ())]
+    names = [name for name, _, _ in lines]
     for name in names:
         if not re.fullmatch(r"[^\s./\\][^\s/\\]*", name):
-            raise ValueError(f"'{name}' cannot be a variant's name: it becomes a directory; write NAME: :ARGUMENT")
+            raise ValueError(f"'{name}' cannot be a variant's name: it names a directory; write NAME: :ARGUMENT")
         if names.count(name) > 1:
-            raise ValueError(f"two variants are called '{name}': give each a name of its own")
+            raise ValueError(f"two variants are named '{name}'")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"a seed is given twice: {' '.join(map(str, seeds))}")
-    found = []
+        raise ValueError(f"--seeds repeats a seed: {' '.join(map(str, seeds))}")
+    planned = []
     for seed in seeds:
-        for name, argument, more in given:
+        for name, argument, more in lines:
             config = (f"--config={_with(recipe, argument)}", *overrides, *more, f"--config.run.seed={seed}")
             try:
                 e = experiment(read_config(config))
             except ValueError as error:
                 raise ValueError(f"variant '{name}': {error}") from None
-            found.append(Run(name, seed, workdir / name / f"seed-{seed}", config, e))
-    return found
+            planned.append(Run(name, seed, workdir / name / f"seed-{seed}", config, e))
+    return planned
 
 
 def _with(recipe: str, argument: str) -> str:
@@ -96,23 +96,23 @@ def _parse(line: str) -> tuple[str, str, tuple[str, ...]]:
     wrong = [word for word in overrides if not (word.startswith("--config.") and "=" in word)]
     if not colon or wrong or len(arguments) > 1:
         what = f"'{wrong[0]}' in '{line}'" if wrong else f"'{line}'"
-        raise ValueError(f'{what} describes no run: write "NAME: :ARGUMENT --config.KEY=VALUE ...", or less of it')
+        raise ValueError(f'--run {what} is not of the form "NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"')
     return name.strip(), "".join(arguments), overrides
 
 
 def read_runs(file: Path) -> list[str]:
-    """The runs of a file, one a line; empty lines and those that begin with # are left out."""
+    """The `--run` lines of a file, without empty lines and comments (#)."""
     lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
-# ------------------------------------------------------------------------------------ what is there
+# ----------------------------------------------------------------------------------- finished runs
 
 
 def result(run: Run) -> dict[str, Any] | None:
-    """The last evaluation's mean of a run that is finished, None of any other.
+    """The mean row of a finished run's last evaluation, or None.
 
-    It is finished when its workdir holds this experiment, the checkpoint of its last step and the evaluation of that.
+    Finished: the workdir holds the same experiment, and the checkpoint and the evaluation of its last step.
     """
     steps = run.experiment.run.steps
     try:
@@ -127,7 +127,7 @@ def result(run: Run) -> dict[str, Any] | None:
 
 
 def _cached(e: Experiment) -> bool:
-    """Whether nothing is left to store of the teacher's signal."""
+    """Whether the experiment needs no cache, or has a complete one."""
     if not e.teacher.cache:
         return True
     try:
@@ -141,36 +141,36 @@ def _cached(e: Experiment) -> bool:
 
 
 class Command(NamedTuple):
-    """Something to be run in a process of its own, and whose output goes to a file."""
+    """A `jaxkd` process to run."""
 
-    words: tuple[str, ...]  # without the program
-    log: Path
-    run: Run | None  # None for the cache that runs share
+    words: tuple[str, ...]  # its arguments
+    log: Path  # its output
+    run: Run | None  # None for `jaxkd cache`, which runs share
 
 
 def commands(runs: Sequence[Run], workdir: Path) -> Iterator[Command]:
-    """What is left to do, in its order; looked at anew before each one."""
-    asked = set()
+    """The remaining commands in order; the disk is read again before each."""
+    caches = set()
     for run in runs:
         if result(run) is not None:
             continue
         where = run.experiment.teacher.cache
-        if where not in asked and not _cached(run.experiment):
-            asked.add(where)
-            yield Command(("cache", *run.config), workdir / f"cache-{len(asked)}.log", None)
-        # Only the seed is another: what has been looked at for a finished run holds.
-        known = any(other.variant == run.variant and result(other) is not None for other in runs)
-        words = ("train", "--workdir", str(run.workdir), *run.config, *(["--no-check"] if known else []))
+        if where not in caches and not _cached(run.experiment):
+            caches.add(where)
+            yield Command(("cache", *run.config), workdir / f"cache-{len(caches)}.log", None)
+        # A finished run that differs only in its seed has passed the same checks.
+        checked = any(other.variant == run.variant and result(other) is not None for other in runs)
+        words = ("train", "--workdir", str(run.workdir), *run.config, *(["--no-check"] if checked else []))
         yield Command(words, run.workdir.with_suffix(".log"), run)
 
 
 def environment(workdir: Path) -> dict[str, str]:
-    """What the runs share beside rows and caches: compiled programs."""
+    """Environment variables of the runs: they share compiled programs."""
     return {} if _COMPILED in os.environ else {_COMPILED: str((workdir / "compiled").absolute())}
 
 
 def printed(runs: Sequence[Run], workdir: Path) -> Iterator[str]:
-    """The commands for a launcher, a line each, those of a cache first."""
+    """Shell commands for a launcher, those that write caches first."""
     setting = [f"{name}={shlex.quote(value)}" for name, value in environment(workdir).items()]
     for command in sorted(commands(runs, workdir), key=lambda c: c.run is not None):
         yield " ".join([*setting, shlex.join(["jaxkd", *command.words])])
@@ -180,36 +180,36 @@ def printed(runs: Sequence[Run], workdir: Path) -> Iterator[str]:
 
 
 class Child:
-    """The process that is running, and the signals that are passed on to it."""
+    """The running process; SIGINT and SIGTERM are forwarded to it."""
 
     def __init__(self) -> None:
         """None yet."""
         self.stopped = 0
-        self._told = False
+        self._forwarded = False
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> "Child":
-        self._before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {n: signal.signal(n, self._forward) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _pass_on(self, number: int, frame: Any) -> None:
+    def _forward(self, number: int, frame: Any) -> None:
         self.stopped = number
         if self._process is not None and self._process.poll() is None:
-            self._told = True
+            self._forwarded = True
             self._process.send_signal(number)
 
     def wait(self, command: Command, more: Mapping[str, str]) -> int:
-        """Run a command to its end; its exit code."""
+        """Run a command with more environment variables; returns its exit code."""
         if self.stopped:  # between two runs
             return 128 + self.stopped
         command.log.parent.mkdir(parents=True, exist_ok=True)
-        self._told = False
+        self._forwarded = False
         with command.log.open("a") as log:
-            # In a session of its own, a terminal's Ctrl-C comes once, from here; twice would interrupt the saving.
+            # A session of its own: Ctrl-C then reaches it once, from `_forward`; a second would interrupt saving.
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jaxkd", *command.words],
                 stdin=subprocess.DEVNULL,
@@ -218,20 +218,20 @@ class Child:
                 env={**os.environ, **more},
                 start_new_session=True,
             )
-            if self.stopped and not self._told:  # while it was being started
+            if self.stopped and not self._forwarded:  # during Popen
                 self._process.send_signal(self.stopped)
             return self._process.wait()
 
 
-def go(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -> int:
-    """Run what is left, and go on behind a run that fails.
+def run_all(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -> int:
+    """Run the remaining commands; a failed one does not stop the others.
 
     Returns:
-        The exit code: 0 when all runs are done, 1 when some are not, after SIGTERM the one on which launchers start the
-        same command again, after Ctrl-C 130.
+        The exit code: 0 when all runs are finished, 1 when some are not, 130 after Ctrl-C, and after SIGTERM
+        `cluster.EXIT_STOPPED`, on which launchers restart the command.
     """
     done = [run for run in runs if result(run) is not None]
-    say(f"{len(runs)} runs in {workdir}: {len(done)} are done, {len(runs) - len(done)} to go")
+    say(f"{len(runs)} runs in {workdir}: {len(done)} finished, {len(runs) - len(done)} to go")
     failed: dict[str, str] = {}
     with Child() as child:
         for command in commands(runs, workdir):
@@ -239,21 +239,21 @@ def go(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -
             say(f"{name}: output in {command.log}")
             started = time.monotonic()
             code = child.wait(command, environment(workdir))
-            took = f"{time.monotonic() - started:,.0f} s"
+            seconds = f"{time.monotonic() - started:,.0f} s"
             if child.stopped:
-                say(f"{name}: stopped; the same command goes on from here")
+                say(f"{name}: stopped; the same command resumes")
                 return EXIT_STOPPED if child.stopped == signal.SIGTERM else 128 + child.stopped
-            found = result(command.run) if command.run else {}
-            if code or found is None:
+            row = result(command.run) if command.run else {}
+            if code or row is None:
                 failed[name] = _last_line(command.log) or f"exit code {code}"
-                say(f"{name}: failed after {took}: {failed[name]}")
-            elif found:
+                say(f"{name}: failed after {seconds}: {failed[name]}")
+            elif row:
                 say(
-                    f"{name}: done in {took}: {found['student_nats']:.3f} nats/token (teacher "
-                    f"{found['teacher_nats']:.3f}), KL {found['kl']:.3f}, agreement {found['agreement']:.1%}"
+                    f"{name}: done in {seconds}: {row['student_nats']:.3f} nats/token (teacher "
+                    f"{row['teacher_nats']:.3f}), KL {row['kl']:.3f}, agreement {row['agreement']:.1%}"
                 )
     left = [run for run in runs if result(run) is None]
-    say(f"{len(runs) - len(left)} of {len(runs)} runs are done: jaxkd compare {workdir}")
+    say(f"{len(runs) - len(left)} of {len(runs)} runs are finished: jaxkd compare {workdir}")
     for name, why in failed.items():
         say(f"failed: {name}: {why}")
     return 1 if left else 0

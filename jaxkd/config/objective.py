@@ -1,4 +1,4 @@
-"""A recipe's objective block made into terms: what its strings and schedules mean."""
+"""From strings and schedules of a recipe to functions: divergences, features, rules, and the objective's terms."""
 
 import ast
 import math
@@ -32,10 +32,10 @@ _RESERVED = (
 
 
 def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
-    """A number as it is, a `Schedule` as a function of the step.
+    """A function of the step for a `Schedule`, a number unchanged; `where` is the key, for messages.
 
     Raises:
-        ValueError: for a schedule that `jaxkd/core/schedules.py` does not have.
+        ValueError: `jaxkd/core/schedules.py` has no such schedule.
     """
     if not isinstance(spec, Schedule):
         return spec
@@ -45,15 +45,15 @@ def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
 
 
 def call(text: str, module: ModuleType, where: str) -> Any:
-    """What a name or a call spells, such as "reverse_kl" or "hidden_mse(layers={2: 4})".
+    """The result of a call written as text, such as "reverse_kl" or "hidden_mse(layers={2: 4})".
 
     Args:
-        text: the name of a public function of `module`, with literals as arguments.
-        module: with `__all__`.
-        where: the config's key, for messages.
+        text: name of a public function of `module`, with literals as arguments; never evaluated.
+        module: where to look, in its `__all__`.
+        where: the config key, for messages.
 
     Raises:
-        ValueError: for another name, arguments that are not literals, or that the function does not take.
+        ValueError: naming the key, for an unknown function or arguments that it does not take.
     """
     try:
         node = ast.parse(text, mode="eval").body
@@ -73,32 +73,29 @@ def call(text: str, module: ModuleType, where: str) -> Any:
 
 
 class SignalSpec(NamedTuple):
-    """What kind of signal a teacher gives."""
+    """What a teacher's signal holds; the default is a single online teacher."""
 
-    kind: type = Head  # Head, TopK, Sampled; Batch where it is text
-    entries: int = 0
-    tails: tuple[float, ...] = (1.0,)
-    layers: bool = True  # whether it has features of every layer
-
-
-FULL = SignalSpec()
-"""A live teacher."""
+    kind: type = Head  # or TopK, Sampled; Batch for text
+    entries: int = 0  # K or draws per token
+    tails: tuple[float, ...] = (1.0,)  # temperatures with a stored tail
+    layers: bool = True  # whether hidden states of every layer are available
 
 
 def build(
-    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], told: SignalSpec = FULL
+    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], signal: SignalSpec | None = None
 ) -> dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]]:
-    """What `objectives.total` takes.
+    """Terms for `losses.objective.total` from the recipe's block.
 
     Args:
-        block: the recipe's terms by name.
+        block: terms by name.
         steps: of the run, for schedules.
-        models: "student" and "teacher", whose layers features must name.
-        told: what the teacher tells.
+        models: "student" and "teacher", to check the layers that features name.
+        signal: what the terms can learn from.
 
     Raises:
-        ValueError: for a term that does not fit itself or the models; the message names it.
+        ValueError: naming the key of a term that is inconsistent, or that this signal or these models cannot serve.
     """
+    signal = signal or SignalSpec()
     terms: dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]] = {}
     for name, term in block.items():
         where = f"objective.{name}"
@@ -107,71 +104,73 @@ def build(
         if term.divergence:
             divergence = call(term.divergence, divergences, f"{where}.divergence")
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
-            if (reason := _refusal(divergence, term, told)) is not None:
+            if (reason := _refusal(divergence, term, signal)) is not None:
                 raise ValueError(
                     f"{where}.divergence: '{term.divergence}' cannot be learned from this teacher: {reason}"
                 )
             if divergence.normaliser and temperature != 1:
-                raise ValueError(f"{where}.temperature must be 1: '{term.divergence}' is about the logits as they are")
+                raise ValueError(
+                    f"{where}.temperature must be 1: '{term.divergence}' is defined on the untempered logits"
+                )
             terms[name] = (weight, objective.match(divergence, temperature, term.standardize))
         else:
-            field = call(term.feature, features, f"{where}.feature")
-            _check_layers(where, field, models)
-            if field.uses_teacher and told.kind is not Head:
+            feature = call(term.feature, features, f"{where}.feature")
+            _check_layers(where, feature, models)
+            if feature.uses_teacher and signal.kind is not Head:
                 raise ValueError(
                     f"{where}.feature: '{term.feature}' needs hidden states, and this teacher's signal has none: "
                     "take teacher.signal 'head' or 'hidden'"
                 )
-            if field.teacher_taps and not told.layers:
+            if feature.teacher_taps and not signal.layers:
                 raise ValueError(
-                    f"{where}.feature needs the teacher's {', '.join(field.teacher_taps)}, and this teacher has "
-                    "its last hidden states alone: take a live teacher, or -1 for its layer"
+                    f"{where}.feature needs the teacher's {', '.join(feature.teacher_taps)}, and this one has only "
+                    "its last hidden states: take a single online teacher, or -1 for its layer"
                 )
-            terms[name] = (weight, field)
+            terms[name] = (weight, feature)
     return terms
 
 
-def _refusal(divergence: Divergence, term: Term, told: SignalSpec) -> str | None:
-    """Why a term cannot learn from this teacher, or None when it can."""
-    if told.kind is Batch:
+def _refusal(divergence: Divergence, term: Term, signal: SignalSpec) -> str | None:
+    """Why a term cannot learn from this signal, or None."""
+    if signal.kind is Batch:
         if divergence.uses_teacher:
-            return "the teacher's own text has no distribution to match; use next_token()"
+            return "text has no distribution to match; use next_token()"
         return refusal(divergence, Head, term.standardize)
-    if (reason := refusal(divergence, told.kind, term.standardize)) is not None:
+    if (reason := refusal(divergence, signal.kind, term.standardize)) is not None:
         return reason
-    if not divergence.uses_teacher or told.kind is Head:
+    if not divergence.uses_teacher or signal.kind is Head:
         return None
     temperature = None if isinstance(term.temperature, Schedule) else term.temperature
-    return unstored(divergence, told.kind, temperature, told.entries, told.tails)
+    return unstored(divergence, signal.kind, temperature, signal.entries, signal.tails)
 
 
 def _check(where: str, term: Term) -> None:
     if "/" in where:
-        raise ValueError(f"{where} cannot have a / in its name: metrics of a domain are called so; take another name")
+        raise ValueError(f"{where} cannot contain /, which separates metric and domain: choose another name")
     if where.removeprefix("objective.") in _RESERVED:
-        raise ValueError(f"{where} cannot be called so: metrics of that name exist; take another name")
+        raise ValueError(f"{where} is the name of a metric: choose another name")
     if bool(term.divergence) == bool(term.feature):
         given = f"both '{term.divergence}' and '{term.feature}'" if term.divergence else "neither"
-        raise ValueError(f"{where} must have either a divergence or a feature, got {given}")
+        raise ValueError(f"{where} must have a divergence or a feature, got {given}")
     if term.feature and term.temperature != 1:
-        raise ValueError(f"{where}.temperature is for divergences: leave it out of the feature '{term.feature}'")
+        raise ValueError(f"{where}.temperature is for divergences, not for the feature '{term.feature}'")
     if term.feature and term.standardize:
-        raise ValueError(f"{where}.standardize is for divergences: leave it out of the feature '{term.feature}'")
-    low = {
+        raise ValueError(f"{where}.standardize is for divergences, not for the feature '{term.feature}'")
+    lowest = {
         key: min(v.peak, v.end) if isinstance(v, Schedule) else v
         for key, v in (("weight", term.weight), ("temperature", term.temperature))
     }
-    for key, value in low.items():
+    for key, value in lowest.items():
         if not math.isfinite(value):
             raise ValueError(f"{where}.{key} must be a finite number, got {value}")
-    if low["weight"] < 0:
-        raise ValueError(f"{where}.weight must not be negative, got {low['weight']}")
-    if low["temperature"] <= 0:
-        raise ValueError(f"{where}.temperature must be above 0, got {low['temperature']}")
+    if lowest["weight"] < 0:
+        raise ValueError(f"{where}.weight must not be negative, got {lowest['weight']}")
+    if lowest["temperature"] <= 0:
+        raise ValueError(f"{where}.temperature must be above 0, got {lowest['temperature']}")
 
 
-def _check_layers(where: str, field: FeatureTerm, models: Mapping[str, Config]) -> None:
-    for side, taps in (("student", field.student_taps), ("teacher", field.teacher_taps)):
+def _check_layers(where: str, feature: FeatureTerm, models: Mapping[str, Config]) -> None:
+    for side, taps in (("student", feature.student_taps), ("teacher", feature.teacher_taps)):
         for tap in taps:
             try:
                 transformer.tap_layer(tap, models[side].layers)

@@ -1,6 +1,7 @@
-"""An experiment's six blocks as frozen dataclasses, strict about every key and type.
+"""The six blocks of an experiment as frozen dataclasses: every key's type, default and meaning.
 
-This is the config once it has passed the door: nothing further in sees `ml_collections`.
+`docs/config.md` is rendered from this file. Inside the package an experiment is these dataclasses, never an
+`ml_collections` object.
 """
 
 import dataclasses
@@ -9,60 +10,78 @@ import json
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 SELF = "self"
-"""The `path` of a teacher that is the student itself."""
+"""`teacher.path` when the teacher is a running average of the student."""
+
+Path = Annotated[str, "a known name, a GGUF file, a Hugging Face directory, or `random` with `shape`"]
+Shape = Annotated[Mapping[str, Any], "sizes of a `random` model: fields of `jaxkd.models.transformer.Config`"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A scalar over the run's steps: `schedule` names a function of `jaxkd/core/schedules.py`."""
+    """A scalar that depends on the step."""
 
-    schedule: str
-    peak: float
-    warmup: int = 0
-    end: float = 0.0
+    schedule: Annotated[str, "a function of `jaxkd/core/schedules.py`: `constant`, `cosine` or `linear`"]
+    peak: Annotated[float, "the value after warm-up"]
+    warmup: Annotated[int, "steps of a linear rise from 0 to `peak`"] = 0
+    end: Annotated[float, "the value at the last step (not of `constant`)"] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One of several teachers: a model as the teacher's own block names it, and what it weighs."""
+    """One of several teachers."""
 
-    path: str
-    dtype: str = "float32"  # as the only teacher's
-    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    weight: float | Schedule = 1.0
-    domains: Mapping[str, float] = dataclasses.field(default_factory=dict)  # factor per domain, 0 for those not named
-    sharding: str = "fsdp"  # as the only teacher's
-    cache: str = ""  # its hidden states, as `jaxkd cache` wrote them; empty when it is live
+    path: Path
+    dtype: Annotated[str, "as `teacher.dtype`"] = "float32"
+    shape: Shape = dataclasses.field(default_factory=dict)
+    weight: Annotated[float | Schedule, "of its distribution in the average, relative to the other members'"] = 1.0
+    domains: Annotated[
+        Mapping[str, float], "factor on `weight` per domain; 0 for domains not listed, unless none is"
+    ] = dataclasses.field(default_factory=dict)
+    sharding: Annotated[str, "as `teacher.sharding`"] = "fsdp"
+    cache: Annotated[str, "directory of its hidden states, written by `jaxkd cache`; empty: computed online"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherBlock:
-    """Who teaches, and how much of it reaches the student.
+    """The teacher, and which signal the student gets from it."""
 
-    `path`: a known name, a GGUF file, a Hugging Face directory, "random" with `shape`, or "self" for a running average
-    of the student; empty where `members` are several of them. `signal` is a name of `jaxkd/teachers/signals.py`.
-    """
-
-    path: str = ""
-    dtype: str = "float32"  # or "bfloat16", of weights and activations; "int8": the layers' matrices, beside bfloat16
-    sharding: str = "fsdp"  # its parameters split over the mesh's `data` too, or "replicated" over it: never gathered
-    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    decay: float = 0.999  # of a "self" teacher: 1 is the student as it began, 0 the student as it is
-    members: Mapping[str, Member] = dataclasses.field(default_factory=dict)
-    average: str = "probabilities"  # of members, or "log_probabilities"
-    signal: str = "head"  # or "hidden", "top_k", "sampled", "token"
-    entries: int = 64  # a top-k teacher's, or the draws of a sampled one
-    temperatures: tuple[float, ...] = (1.0,)  # at which a top-k teacher's tail is known
-    cache: str = ""  # a directory that `jaxkd cache` wrote; empty when the teacher is live
-    stored: str = ""  # dtype of what is cached; empty for the signal's own
-    prompt: int = 32  # tokens of a row that the teacher's own text (signal "token") goes on from
+    path: Annotated[str, "as a member's, or `self`: a running average of the student; empty with `members`"] = ""
+    dtype: Annotated[
+        str,
+        "of weights and activations: `float32` or `bfloat16`; `int8` stores the layers' matrices quantized and "
+        "computes in bfloat16",
+    ] = "float32"
+    sharding: Annotated[
+        str,
+        "of its parameters: `fsdp` splits them over the mesh's `data` and `model` axes, `replicated` over `model` only",
+    ] = "fsdp"
+    shape: Shape = dataclasses.field(default_factory=dict)
+    decay: Annotated[float, "of a `self` teacher's average, per step: 1 keeps the initial student, 0 the current"] = (
+        0.999
+    )
+    members: Annotated[Mapping[str, Member], "several teachers by name, instead of `path`"] = dataclasses.field(
+        default_factory=dict
+    )
+    average: Annotated[str, "of members: of their `probabilities` or `log_probabilities`"] = "probabilities"
+    signal: Annotated[
+        str,
+        "`head` (the whole distribution), `hidden` (the same from cached hidden states), `top_k`, `sampled`, or "
+        "`token` (text written by the teacher)",
+    ] = "head"
+    entries: Annotated[int, "K of a `top_k` signal, or draws per token of a `sampled` one"] = 64
+    temperatures: Annotated[
+        tuple[float, ...], "at which a `top_k` signal stores the tail's mass, or at which `token` text is drawn"
+    ] = (1.0,)
+    cache: Annotated[str, "directory written by `jaxkd cache`; empty: computed online"] = ""
+    stored: Annotated[str, "dtype in the cache; empty: the signal's default"] = ""
+    prompt: Annotated[int, "tokens of a row that `token` text continues"] = 32
 
     @property
     def models(self) -> Mapping[str, Any]:
-        """The models that teach, by name: "teacher", its members, or none where the student is its own."""
+        """The teacher models by name: "teacher", the members, or none for a `self` teacher."""
         if self.path == SELF:
             return {}
         return self.members or {"teacher": self}
@@ -70,107 +89,106 @@ class TeacherBlock:
 
 @dataclasses.dataclass(frozen=True)
 class StudentBlock:
-    """`path`: "teacher", a checkpoint as the teacher's, or "random" with `shape`.
+    """The student: cut from the teacher, read from a checkpoint, or random."""
 
-    Of a teacher or checkpoint, `layers` are kept, or the `keep` whose loss is largest when each is left out.
-    """
-
-    path: str = "teacher"
-    layers: tuple[int, ...] = ()
-    keep: int = 0
-    shape: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    sharding: str = "fsdp"  # as a teacher's; its moments are split over all that holds the same of them, either way
-    frozen: bool = False  # it stands still, and only what the objective itself learns is trained
-    objective_from: str = ""  # a run whose last `params["objective"]` this one's terms of the same name begin with
+    path: Annotated[str, "`teacher`, or as a teacher's"] = "teacher"
+    layers: Annotated[tuple[int, ...], "layers to keep of the model at `path`, from 0; empty: all"] = ()
+    keep: Annotated[int, "how many to keep instead: those whose removal raises the loss most; 0: all"] = 0
+    shape: Shape = dataclasses.field(default_factory=dict)
+    sharding: Annotated[str, "as `teacher.sharding`; optimiser moments are split over all axes either way"] = "fsdp"
+    frozen: Annotated[bool, "train only the objective's own parameters"] = False
+    objective_from: Annotated[str, "a run whose last objective parameters initialise the terms of the same name"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A term of the objective, one of two kinds.
+    """A term of the objective: either a divergence or a feature loss."""
 
-    `divergence` is a call of `jaxkd/losses/divergences.py`, such as "forward_kl"; `feature` one of
-    `jaxkd/losses/features.py`, such
-    as "hidden_mse(layers={2: 4})". `standardize` divides logits by their standard deviation over the vocabulary first.
-    """
-
-    weight: float | Schedule
-    divergence: str = ""
-    feature: str = ""
-    temperature: float | Schedule = 1.0
-    standardize: bool = False
+    weight: Annotated[float | Schedule, "factor on the term's value"]
+    divergence: Annotated[str, "a call of `jaxkd/losses/divergences.py`, such as `generalized_jsd(beta=0.1)`"] = ""
+    feature: Annotated[str, "a call of `jaxkd/losses/features.py`, such as `hidden_mse(layers={2: 4})`"] = ""
+    temperature: Annotated[float | Schedule, "T of a divergence; its value is multiplied by T^2"] = 1.0
+    standardize: Annotated[bool, "divide logits by their standard deviation over the vocabulary first"] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DataBlock:
-    """Domains by name, each a source that `jaxkd prepare --help` lists."""
+    """Text, rows and the mixture of domains."""
 
-    domains: Mapping[str, str]
-    batch: int  # rows in a global batch
-    length: int  # tokens in a row
-    directory: str = "rows"
-    tokenizer: str = "teacher"  # or "bytes", or a directory with tokenizer.json
-    text_key: str = "text"
-    mixture: str = "natural"  # a call of jaxkd/data/rules.py, such as "ddk(alpha=0.5)", or weights: "code=2,math=1"
-    interval: int = 100  # steps in which the counts of the domains match their weights
-    train_rows: int = 0  # a domain's limit, 0 for none
-    valid_rows: int = 0
-    valid_share: float = 0.05
+    domains: Annotated[Mapping[str, str], "source of text per domain: see `jaxkd prepare --help`"]
+    batch: Annotated[int, "rows in a global batch"]
+    length: Annotated[int, "tokens in a row"]
+    directory: Annotated[str, "where prepared rows are kept"] = "rows"
+    tokenizer: Annotated[str, "`teacher`, `bytes`, or a directory with tokenizer.json"] = "teacher"
+    text_key: Annotated[str, "field of a record that holds the text"] = "text"
+    mixture: Annotated[
+        str, "a call of `jaxkd/data/rules.py`, such as `ddk(alpha=0.5)`, or shares such as `code=2,math=1`"
+    ] = "natural"
+    interval: Annotated[int, "steps in which the domains' row counts match their shares"] = 100
+    train_rows: Annotated[int, "limit of training rows per domain; 0: none"] = 0
+    valid_rows: Annotated[int, "limit of held-out rows per domain; 0: none"] = 0
+    valid_share: Annotated[float, "share of the text that is held out"] = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimBlock:
-    """AdamW, its learning rate, clipping and gradient accumulation, and which steps are left out.
+    """AdamW, gradient clipping and accumulation, and which steps are skipped."""
 
-    `skip_limit`: steps whose loss or gradient is not finite are left out, and one more than so many stops the run; a
-    hundred good steps make up for one. `spike`: a step is left out too whose loss or gradient norm is so many standard
-    deviations above the mean of the last 128; 0 for none.
-    """
-
-    lr: Schedule
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    micro_batches: int = 1
-    skip_limit: int = 3
-    spike: float = 0.0
+    lr: Annotated[Schedule, "learning rate"]
+    b1: Annotated[float, "decay of the first moment"] = 0.9
+    b2: Annotated[float, "decay of the second moment"] = 0.95
+    eps: Annotated[float, "added to the root of the second moment"] = 1e-8
+    weight_decay: Annotated[float, "of matrices; norms, biases and the objective's parameters do not decay"] = 0.1
+    clip: Annotated[float, "limit of the gradient's global norm"] = 1.0
+    micro_batches: Annotated[int, "parts of a batch whose gradients are accumulated"] = 1
+    skip_limit: Annotated[
+        int, "steps with a non-finite loss or gradient that may be skipped; 100 good steps cancel one"
+    ] = 3
+    spike: Annotated[
+        float,
+        "also skip steps whose loss or gradient norm is so many standard deviations above the mean of the last 128; "
+        "0: never",
+    ] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshBlock:
     """Devices along each mesh axis."""
 
-    data: int = -1  # rows, and the parameters of what is sharded "fsdp"; -1 takes what the others leave
-    model: int = 1  # heads, MLP and vocabulary
-    replica: int = -1  # rows again: the only axis that goes across slices; -1 is one a slice
-    context: int = 1  # tokens of a row
-    teacher: int = 1  # rows of the student; to the teacher's layers it is more of `model`
+    data: Annotated[int, "rows, and parameters sharded `fsdp`; -1: all devices that the other axes leave"] = -1
+    model: Annotated[int, "heads, MLP and vocabulary"] = 1
+    replica: Annotated[int, "rows, across slices; -1: one per slice"] = -1
+    context: Annotated[int, "tokens of a row"] = 1
+    teacher: Annotated[int, "rows of the student; the teacher's layers use it as part of `model`"] = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class RunBlock:
-    """How long, how precise, and how often what is written."""
+    """Steps, precision, devices, and how often evaluations, checkpoints and logs are written."""
 
-    steps: int
-    seed: int = 0
-    dtype: str = "float32"
-    remat: str = "none"
+    steps: Annotated[int, "optimiser steps"]
+    seed: Annotated[int, "of random weights, row order, splits and sampling"] = 0
+    dtype: Annotated[str, "of the student's activations, `float32` or `bfloat16`; its parameters are float32"] = (
+        "float32"
+    )
+    remat: Annotated[str, "what the backward pass recomputes: `none` or `layer`"] = "none"
     mesh: MeshBlock = MeshBlock()
-    eval_every: int = 0  # 0: only before and after
-    eval_batch: int = 8
-    checkpoints: str = ""  # where they are, such as gs://BUCKET/PATH; empty for the workdir
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2  # of the latest
-    keep_every: int = 0  # and those of every so many steps, for good
-    keep_best: int = 1  # and those with the lowest held-out loss, of the ones that were evaluated
-    log_every: int = 1
-    stall_s: float = 600.0  # a step that takes longer, and ten times the median, ends the process; 0 for never
+    eval_every: Annotated[int, "steps between evaluations; 0: only before and after training"] = 0
+    eval_batch: Annotated[int, "rows in an evaluation batch"] = 8
+    checkpoints: Annotated[str, "absolute path or gs://BUCKET/PATH; empty: in the workdir"] = ""
+    checkpoint_every: Annotated[int, "steps between checkpoints"] = 100
+    keep_checkpoints: Annotated[int, "latest checkpoints to keep"] = 2
+    keep_every: Annotated[int, "also keep those of every so many steps; 0: none"] = 0
+    keep_best: Annotated[int, "also keep so many with the lowest held-out loss, of those evaluated"] = 1
+    log_every: Annotated[int, "steps between logged metrics"] = 1
+    stall_s: Annotated[
+        float, "seconds after which a step that also takes 10 times the median ends the process; 0: never"
+    ] = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The six blocks of every recipe."""
+    """The six blocks of a recipe."""
 
     student: StudentBlock
     teacher: TeacherBlock
@@ -181,48 +199,39 @@ class Experiment:
 
 
 def plain(e: Experiment) -> dict[str, Any]:
-    """The experiment as JSON has it."""
+    """The experiment as JSON values, every key resolved."""
     return json.loads(json.dumps(dataclasses.asdict(e)))
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested mappings by their dotted keys."""
-    found: dict[str, Any] = {}
+    """Leaf values of nested mappings, by dotted key."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= leaves(value, name + ".")
-        else:
-            found[name] = value
-    return found
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 # ------------------------------------------------------------------------------- from plain values
 
 
 def experiment(values: Mapping[str, Any]) -> Experiment:
-    """The blocks as dataclasses.
+    """Dataclasses of a recipe's values.
 
     Raises:
-        ValueError: an unknown key (with the nearest known ones), a missing one, or a value of another type.
+        ValueError: naming the key: unknown (with the nearest known ones), missing, or of another type.
     """
     return from_mapping(Experiment, values, "config")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest known ones, or all."""
-    known = list(dict.fromkeys(known))
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest of the choices, or all."""
+    choices = list(dict.fromkeys(choices))
+    close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(choices))}"
 
 
 def from_mapping(kind: Any, values: Any, where: str) -> Any:
-    """A frozen dataclass from a mapping.
-
-    Args:
-        kind: the dataclass.
-        values: its fields.
-        where: the block's name, for messages.
+    """An instance of the dataclass `kind`; `where` is its dotted key, for messages.
 
     Raises:
         ValueError: as `experiment`.
@@ -234,8 +243,8 @@ def from_mapping(kind: Any, values: Any, where: str) -> Any:
         if key not in hints:
             raise ValueError(f"unknown key {where}.{key}: {nearest(key, hints)}")
     for field in dataclasses.fields(kind):
-        default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if default and field.name not in values:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
             raise ValueError(f"missing key {where}.{field.name}")
     return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 

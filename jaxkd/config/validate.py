@@ -1,4 +1,4 @@
-"""Whether the values of an experiment fit together, as far as that shows before a file is opened."""
+"""Checks of an experiment's values that need no file."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from jaxkd.teachers.signals import SIGNALS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
-"""What a teacher's weights may be stored in, and what its activations are in then."""
+"""Dtypes of a teacher's weights, and the dtype that its activations have then."""
 AVERAGES = ("probabilities", "log_probabilities")
 
 
@@ -27,39 +27,41 @@ def _check_teacher(t: TeacherBlock) -> None:
     if t.average not in AVERAGES:
         raise ValueError(f"unknown teacher.average '{t.average}': {nearest(t.average, AVERAGES)}")
     if t.signal == "hidden" and not t.cache:
-        raise ValueError("teacher.signal 'hidden' is a cached one: give teacher.cache a directory, or take 'head'")
+        raise ValueError("teacher.signal 'hidden' is read from a cache: set teacher.cache, or take 'head'")
     if t.signal == "head" and t.cache:
         raise ValueError(
-            "a head cannot be cached: take teacher.signal 'hidden', which is as exact, or leave out the cache"
+            "teacher.signal 'head' cannot be cached: take 'hidden', which is exact too, or no teacher.cache"
         )
     if t.members and t.signal != "head":
-        raise ValueError(f"several teachers give one signal, 'head', not '{t.signal}': cache each of them by itself")
+        raise ValueError(
+            f"teacher.signal must be 'head' with teacher.members, got '{t.signal}': set the members' own cache instead"
+        )
     if t.path == SELF and (t.cache or t.signal == "token"):
-        raise ValueError("a teacher that is the student itself changes with it: it has no cache and no text of its own")
+        raise ValueError(
+            "teacher.path 'self' changes at every step: it takes no teacher.cache and no teacher.signal 'token'"
+        )
     if t.path == SELF and t.dtype not in DTYPES:
-        raise ValueError(f"teacher.dtype is '{t.dtype}', but a teacher that is the student itself is stored as it is")
+        raise ValueError(
+            f"teacher.dtype '{t.dtype}' is not for teacher.path 'self': its average has the student's dtype"
+        )
     if not 0 <= t.decay <= 1:
         raise ValueError(f"teacher.decay must be from 0 to 1, got {t.decay}")
     if t.entries < 1:
         raise ValueError(f"teacher.entries must be at least 1, got {t.entries}")
-    # The teacher's own text may be the most probable one.
+    # Temperature 0 takes the most probable token; it defines no tail.
     low = {"token": lambda x: x >= 0}.get(t.signal, lambda x: x > 0)
     if not t.temperatures or not all(math.isfinite(x) and low(x) for x in t.temperatures):
         raise ValueError(f"teacher.temperatures must be finite and above 0 (or 0 for text), got {t.temperatures}")
     if t.signal == "token" and len(t.temperatures) > 1:
-        raise ValueError(f"signal 'token' is text drawn at one temperature, got teacher.temperatures {t.temperatures}")
-    known = codec.DTYPES.get(t.signal, ())
-    if t.stored and t.stored not in known:
-        choices = ", ".join(filter(None, known)) or "leave it out"
-        raise ValueError(f"teacher.stored '{t.stored}' is not for signal '{t.signal}': {choices}")
+        raise ValueError(f"teacher.signal 'token' draws at one temperature, got teacher.temperatures {t.temperatures}")
+    stored = codec.DTYPES.get(t.signal, ())
+    if t.stored and t.stored not in stored:
+        choices = ", ".join(filter(None, stored)) or "leave it out"
+        raise ValueError(f"teacher.stored '{t.stored}' is not for teacher.signal '{t.signal}': {choices}")
 
 
 def check(e: Experiment, mesh: Mapping[str, int]) -> None:
-    """See that values which one can judge without opening anything fit together.
-
-    Args:
-        e: the experiment.
-        mesh: devices along each of its axes.
+    """Check values that can be judged without opening a file; `mesh` is the number of devices per axis.
 
     Raises:
         ValueError: naming the key, and what it may be.
@@ -69,8 +71,8 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         "teacher" if name == "teacher" else f"teacher.members.{name}": m.dtype for name, m in e.teacher.models.items()
     }
     if e.run.dtype not in DTYPES:
-        why = "a student learns, and int8 is for a teacher's weights alone (teacher.dtype)"
-        hint = why if e.run.dtype in STORED else nearest(e.run.dtype, DTYPES)
+        int8 = "int8 is for a teacher's weights only (teacher.dtype)"
+        hint = int8 if e.run.dtype in STORED else nearest(e.run.dtype, DTYPES)
         raise ValueError(f"unknown run.dtype '{e.run.dtype}': {hint}")
     for where, name in dtypes.items():
         if name not in STORED:
@@ -84,11 +86,11 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     if not e.data.domains:
         raise ValueError("data.domains is empty: name at least one domain and its source")
     if "mean" in e.data.domains:
-        raise ValueError("a domain cannot be called 'mean': that is the row of the mean over domains")
+        raise ValueError("data.domains.mean: the name is taken by the mean over domains; choose another")
     if e.student.layers and e.student.keep:
         raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
     if e.student.path == "random" and (e.student.layers or e.student.keep):
-        raise ValueError("a random student is not cut: set its depth in student.shape.layers")
+        raise ValueError("student.path is 'random': set its depth by student.shape.layers, not student.layers or keep")
     limits = {"optim.skip_limit": e.optim.skip_limit, "optim.spike": e.optim.spike, "run.stall_s": e.run.stall_s}
     for where, value in limits.items():
         if not (math.isfinite(value) and value >= 0):
@@ -107,21 +109,23 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         if number < 1:
             raise ValueError(f"{where} must be at least 1, got {number}")
     if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):
-        raise ValueError(f"run.checkpoints={at} must be absolute, or gs://BUCKET/PATH: runs are resumed from anywhere")
+        raise ValueError(
+            f"run.checkpoints={at} must be absolute or gs://BUCKET/PATH: a run may be resumed from another directory"
+        )
     for where, number in {"run.keep_every": e.run.keep_every, "run.keep_best": e.run.keep_best}.items():
         if number < 0:
             raise ValueError(f"{where} must be at least 0, got {number}")
     rows, parts, devices = e.data.batch, e.optim.micro_batches, math.prod(mesh[name] for name in ROWS)
     used = [name for name in ROWS if name == "data" or mesh[name] > 1]
-    lies = f"the {' and '.join(used)} {'axis' if len(used) == 1 else 'axes'}"
+    axes = f"the {' and '.join(used)} {'axis' if len(used) == 1 else 'axes'}"
     if rows % (parts * devices):
         raise ValueError(
-            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on {lies}"
+            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on {axes}"
         )
     if e.run.eval_batch % devices:
-        raise ValueError(f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on {lies}")
+        raise ValueError(f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on {axes}")
     if e.data.length % mesh["context"]:
         raise ValueError(
-            f"data.length={e.data.length} must be a multiple of the run.mesh.context={mesh['context']} devices that "
-            "share a row's tokens"
+            f"data.length={e.data.length} must be a multiple of run.mesh.context={mesh['context']}, the devices that "
+            "split a row's tokens"
         )

@@ -1,6 +1,7 @@
-"""Sweeps: nothing is run twice, what was cut goes on, a failure stops nothing, and a stop stops the run inside."""
+"""Sweeps: finished runs are skipped, interrupted ones resume, a failed one stops no other, signals reach the child."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,16 +20,15 @@ def plan(workdir=Path("runs"), recipe=TINY, overrides=(), variants=(), runs=(), 
     return sweep.plan(recipe, overrides, workdir, variants, runs, seeds)
 
 
-def test_seeds_go_round_the_variants():
-    """A sweep that is cut has as many seeds of one variant as of another."""
-    found = plan(runs=["low: --config.optim.lr.peak=1e-4", "high: --config.optim.lr.peak=1e-2"], seeds=(0, 7))
-    assert [str(run) for run in found] == ["low, seed 0", "high, seed 0", "low, seed 7", "high, seed 7"]
-    assert [run.experiment.optim.lr.peak for run in found] == [1e-4, 1e-2, 1e-4, 1e-2]
-    assert [run.experiment.run.seed for run in found] == [0, 0, 7, 7]
-    assert str(found[3].workdir) == "runs/high/seed-7"
+def test_order_is_seed_by_seed():
+    planned = plan(runs=["low: --config.optim.lr.peak=1e-4", "high: --config.optim.lr.peak=1e-2"], seeds=(0, 7))
+    assert [str(run) for run in planned] == ["low, seed 0", "high, seed 0", "low, seed 7", "high, seed 7"]
+    assert [run.experiment.optim.lr.peak for run in planned] == [1e-4, 1e-2, 1e-4, 1e-2]
+    assert [run.experiment.run.seed for run in planned] == [0, 0, 7, 7]
+    assert str(planned[3].workdir) == "runs/high/seed-7"
 
 
-def test_a_variant_goes_behind_the_recipes_argument():
+def test_a_variant_is_appended_to_the_recipes_argument():
     [run] = plan(recipe=str(REPOSITORY / "configs/ddk.py") + ":small", variants=["uniform"])
     assert run.experiment.data.mixture == "uniform"
     assert set(run.experiment.data.domains) == {"code", "manual", "legal", "scripture", "dialogue", "math"}
@@ -49,16 +49,16 @@ def test_runs_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"runs": ["a: --config.optim.lr.peek=1"]}, r"variant 'a': unknown key --config.optim.lr.peek: did you mean"),
-        ({"variants": ["x"]}, "variant 'x': configs?.*takes no argument, got 'x'"),
-        ({"runs": ["a: steps=3"]}, r"'steps=3' in 'a: steps=3' describes no run: write"),
-        ({"runs": ["--config.run.steps=3"]}, r"'--config.run.steps=3' describes no run: write"),
-        ({"runs": ["a:", "a: --config.run.steps=3"]}, "two variants are called 'a'"),
-        ({"runs": ["../a:"]}, r"'\.\./a' cannot be a variant's name"),
-        ({"seeds": (1, 1)}, "a seed is given twice: 1 1"),
+        ({"runs": ["a: --config.optim.lr.peek=1"]}, r"'a'.*optim\.lr\.peek"),
+        ({"variants": ["x"]}, "tiny.py.*'x'"),
+        ({"runs": ["a: steps=3"]}, r"--run .*steps=3"),
+        ({"runs": ["--config.run.steps=3"]}, r"--run .*--config.run.steps=3"),
+        ({"runs": ["a:", "a: --config.run.steps=3"]}, "'a'"),
+        ({"runs": ["../a:"]}, r"'\.\./a'"),
+        ({"seeds": (1, 1)}, "--seeds.*1 1"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_runs(given, message):
+def test_errors_come_before_anything_runs(given, message):
     with pytest.raises(ValueError, match=message):
         plan(**given)
 
@@ -94,14 +94,14 @@ class Sweep:
 
 @pytest.fixture(scope="module")
 def given(arguments) -> list[str]:
-    """`good` is the suite's undisturbed run, `bad` finds no text, `short` takes two steps."""
+    """`good` is the suite's undisturbed run, `bad` has no text, `short` takes two steps."""
     missing = "--config.data.domains.alpha=no/such/file.jsonl"
     return [*arguments, "--run", "good:", "--run", f"bad: {missing}", "--run", "short: --config.run.steps=2"]
 
 
 @pytest.fixture(scope="module")
 def swept(given, tmp_path_factory):
-    """A sweep stopped by Ctrl-C, killed together with its child, and run to its end: where, and what it said."""
+    """A sweep stopped by Ctrl-C, then killed with its child, then run to its end: workdir, outputs and exit codes."""
     workdir = tmp_path_factory.mktemp("sweep") / "runs"
     run = workdir / "good" / "seed-0"
     first = Sweep(workdir, given)
@@ -129,33 +129,33 @@ def wait_until_dead(process: int) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_saves_the_run_and_ends_the_sweep(swept):
-    workdir, (said, code), _ = swept
+    workdir, (output, code), _ = swept
     assert code == 130
-    assert "good, seed 0: stopped; the same command goes on from here" in said
-    assert "bad" not in said
+    assert "good, seed 0: stopped" in output
+    assert "bad" not in output
     assert "stopped by a signal: step" in (workdir / "good" / "seed-0.log").read_text()
 
 
 @pytest.mark.slow
-def test_what_was_killed_goes_on_and_equals_an_undisturbed_run(swept, undisturbed):
-    workdir, _, (said, _) = swept
-    assert "good, seed 0: done in" in said
+def test_a_killed_run_resumes_and_equals_an_undisturbed_one(swept, undisturbed):
+    workdir, _, (output, _) = swept
+    assert "good, seed 0: done in" in output
     assert (workdir / "good" / "seed-0.log").read_text().count("resuming at step") == 2
     assert_same_run(workdir / "good" / "seed-0", undisturbed)
 
 
 @pytest.mark.slow
-def test_a_failure_is_named_and_the_rest_is_run(swept):
-    workdir, _, (said, code) = swept
+def test_a_failure_is_named_and_the_others_run(swept):
+    workdir, _, (output, code) = swept
     assert code == 1
-    assert "2 of 3 runs are done" in said
-    assert "failed: bad, seed 0: jaxkd: error: no/such/file.jsonl does not exist" in said
+    assert "2 of 3 runs" in output
+    assert re.search("failed: bad, seed 0: .*no/such/file.jsonl", output)
     assert lines(workdir / "short" / "seed-0" / "evals.jsonl")[-1]["step"] == 2
 
 
 @pytest.mark.slow
-def test_what_is_done_is_left_alone(swept, given):
-    """By what it left: a run whose last checkpoint is gone is not done, whatever else is there."""
+def test_finished_runs_are_skipped(swept, given):
+    """A run without its last checkpoint is not finished, whatever else is there."""
     workdir, _, _ = swept
     files = lambda: {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
     before = files()
@@ -163,7 +163,7 @@ def test_what_is_done_is_left_alone(swept, given):
     del good[good.index("--run", good.index("good:") + 1)]  # that of bad
     done = jaxkd("sweep", "--workdir", str(workdir), *good)
     assert (done.returncode, files()) == (0, before), done.stdout
-    assert "2 are done, 0 to go" in done.stdout
+    assert "2 finished, 0 to go" in done.stdout
     left = jaxkd("sweep", "--workdir", str(workdir), *given, "--print")
     [command] = left.stdout.splitlines()
     assert "jaxkd train --workdir" in command
@@ -174,17 +174,17 @@ def test_what_is_done_is_left_alone(swept, given):
     marker.with_suffix(".away").rename(marker)
     assert "short/seed-0" in left.stdout
     other = jaxkd("sweep", "--workdir", str(workdir), *good, "--config.optim.clip=2.0", "--print")
-    assert other.stdout.count("jaxkd train") == 2  # another experiment is not done by what this one left
+    assert other.stdout.count("jaxkd train") == 2  # runs of another experiment are not those
 
 
 def test_a_cache_comes_first(two_domains, tmp_path):
     cached = ["--config.teacher.signal=hidden", f"--config.teacher.cache={tmp_path / 'cache'}"]
-    found = plan(tmp_path, overrides=cached, runs=["a:", "b: --config.run.steps=2"])
-    verbs = [line.split("jaxkd ")[1].split()[0] for line in sweep.printed(found, tmp_path)]
+    planned = plan(tmp_path, overrides=cached, runs=["a:", "b: --config.run.steps=2"])
+    verbs = [line.split("jaxkd ")[1].split()[0] for line in sweep.printed(planned, tmp_path)]
     assert verbs == ["cache", "train", "train"]
     manifest = tmp_path / "cache" / "manifest.json"
     manifest.parent.mkdir()
     manifest.write_text('{"complete": false}')
-    assert [command.words[0] for command in sweep.commands(found, tmp_path)] == ["cache", "train", "train"]
+    assert [command.words[0] for command in sweep.commands(planned, tmp_path)] == ["cache", "train", "train"]
     manifest.write_text('{"complete": true}')
-    assert [command.words[0] for command in sweep.commands(found, tmp_path)] == ["train", "train"]
+    assert [command.words[0] for command in sweep.commands(planned, tmp_path)] == ["train", "train"]

@@ -1,4 +1,4 @@
-"""The door: recipes, overrides and blocks; every wrong input is one line that says what to do."""
+"""Recipes, overrides and blocks: what they resolve to, and the key that an error names."""
 
 import dataclasses
 import errno
@@ -28,11 +28,11 @@ def resolved(*overrides: str):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.optim.lr.paek=1", r"unknown key --config.optim.lr.paek: did you mean optim.lr.peak"),
-        ("--config.run.mesh.contxt=2", r"did you mean run.mesh.context or run.mesh.data or run.mesh.model"),
-        ("--config.optim.lr=1", r"it is a block; set one of optim.lr.end, optim.lr.peak"),
-        ("--config.run.steps=many", r"--config.run.steps must be int, got 'many'"),
-        ("--config.nothing=1", r"unknown key --config.nothing"),
+        ("--config.optim.lr.paek=1", r"optim\.lr\.paek.*optim\.lr\.peak"),
+        ("--config.run.mesh.contxt=2", r"run\.mesh\.contxt.*run\.mesh\.context"),
+        ("--config.optim.lr=1", r"optim\.lr.*optim\.lr\.peak"),
+        ("--config.run.steps=many", r"run\.steps.*many"),
+        ("--config.nothing=1", r"nothing"),
     ],
 )
 def test_wrong_overrides(override, message):
@@ -49,9 +49,9 @@ def test_overrides_reach_the_blocks():
 
 
 def test_recipe_must_exist():
-    with pytest.raises(FileNotFoundError, match=r"no config file configs/nope\.py"):
+    with pytest.raises(FileNotFoundError, match=r"configs/nope\.py"):
         config.read_config(["--config=configs/nope.py"])
-    with pytest.raises(ValueError, match="give one recipe"):
+    with pytest.raises(ValueError, match="--config"):
         config.read_config([])
 
 
@@ -63,11 +63,11 @@ def test_recipe_argument_reaches_get_config():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"run": {"setps": 3}}, r"unknown key config.run.setps: did you mean steps"),
-        ({"run": {}}, r"missing key config.run.steps"),
-        ({"run": {"steps": "3"}}, r"config.run.steps must be int, got '3'"),
-        ({"student": {"layers": 3}}, r"config.student.layers must be a sequence"),
-        ({"objective": {"kd": 1.0}}, r"config.objective.kd must be a block"),
+        ({"run": {"setps": 3}}, r"run\.setps.*steps"),
+        ({"run": {}}, r"run\.steps"),
+        ({"run": {"steps": "3"}}, r"run\.steps"),
+        ({"student": {"layers": 3}}, r"student\.layers"),
+        ({"objective": {"kd": 1.0}}, r"objective\.kd"),
     ],
 )
 def test_blocks_are_strict(change, message):
@@ -79,32 +79,29 @@ def test_blocks_are_strict(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "objective.kd.divergence=forward_lk",
-            r"unknown .* 'forward_lk': did you mean forward_kl",
-        ),
-        ("objective.kd.divergence=generalized_jsd(gamma=1)", r"objective.kd.divergence.*gamma"),
-        ("objective.kd.divergence=generalized_jsd(beta=1.0)", r"0 < beta < 1"),
-        ("objective.kd.divergence=__import__('os')", r"objective.kd.divergence"),
-        ("optim.lr.schedule=cosin", r"unknown optim.lr.schedule 'cosin': did you mean cosine"),
-        ("run.dtype=float16", r"unknown run.dtype 'float16': did you mean"),
-        ("run.remat=all", r"unknown run.remat 'all'"),
+        ("objective.kd.divergence=forward_lk", r"objective\.kd\.divergence.*forward_kl"),
+        ("objective.kd.divergence=generalized_jsd(gamma=1)", r"objective\.kd\.divergence.*gamma"),
+        ("objective.kd.divergence=generalized_jsd(beta=1.0)", r"objective\.kd\.divergence.*beta"),
+        ("objective.kd.divergence=__import__('os')", r"objective\.kd\.divergence"),
+        ("optim.lr.schedule=cosin", r"optim\.lr\.schedule.*cosine"),
+        ("run.dtype=float16", r"run\.dtype.*bfloat16"),
+        ("run.remat=all", r"run\.remat"),
         ("run.mesh.model=3", r"there are 8"),
-        ("data.batch=12", r"data.batch=12 must be a multiple"),
-        ("optim.micro_batches=0", r"optim.micro_batches must be at least 1"),
-        ("optim.spike=-1.0", r"optim.spike must be finite and at least 0, got -1.0"),
-        ("student.keep=2", r"exclude each other"),
-        ("student.path=nowhere", r"nowhere: no such file or directory"),
-        ("teacher.path=meta-llama/Llama-3.2-1B", r"nothing is downloaded at run time"),
-        ("data.tokenizer=teacher", r"a random model has none"),
-        ("data.length=4096", r"beyond the teacher's context of 2048"),
-        ("data.domains.mean=builtin:code", r"cannot be called 'mean'"),
-        ("objective.kd.temperature=0.0", r"temperature must be above 0"),
-        ("objective.ce.weight=-1.0", r"weight must not be negative"),
-        ("student.layers=(0,9)", r"from 0 to 3"),
-        ("student.layers=(2,1)", r"different and rising"),
-        ("teacher.shape.kv_heads=3", r"not a multiple of kv_heads=3"),
-        ("teacher.shape.widht=3", r"unknown key teacher.shape.widht"),
+        ("data.batch=12", r"data\.batch=12"),
+        ("optim.micro_batches=0", r"optim\.micro_batches"),
+        ("optim.spike=-1.0", r"optim\.spike"),
+        ("student.keep=2", r"student\.layers and student\.keep"),
+        ("student.path=nowhere", "nowhere"),
+        ("teacher.path=meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+        ("data.tokenizer=teacher", r"data\.tokenizer"),
+        ("data.length=4096", r"data\.length=4096"),
+        ("data.domains.mean=builtin:code", r"data\.domains\.mean"),
+        ("objective.kd.temperature=0.0", r"objective\.kd\.temperature"),
+        ("objective.ce.weight=-1.0", r"objective\.ce\.weight"),
+        ("student.layers=(0,9)", r"student\.layers"),
+        ("student.layers=(2,1)", r"student\.layers"),
+        ("teacher.shape.kv_heads=3", r"teacher\.shape"),
+        ("teacher.shape.widht=3", r"teacher\.shape\.widht"),
     ],
 )
 def test_values_that_do_not_fit(change, message):
@@ -115,7 +112,7 @@ def test_values_that_do_not_fit(change, message):
 def test_tokenizer_that_does_not_match_the_weights():
     values = config.read_config([TINY])
     shape = {**values["teacher"]["shape"], "vocab": 128}
-    with pytest.raises(ValueError, match="the tokenizer has 257 ids but the teacher's weights have 128"):
+    with pytest.raises(ValueError, match=r"257 .* 128"):
         job.build(experiment({**values, "teacher": {**values["teacher"], "shape": shape}}))
 
 
@@ -146,10 +143,10 @@ def test_mixture_by_name():
     assert job.rule(job.build(resolved())).init([10, 30], None)[0].tolist() == [0.25, 0.75]
     assert job.rule(job.build(resolved("--config.data.mixture=ddk(alpha=0.3)"))).measures
     for name, message in (
-        ("cod=1", "no domain 'cod': did you mean code"),
-        ("unifrom", "unknown data.mixture 'unifrom': did you mean uniform"),
-        ("ddk(alpha=2.0)", "data.mixture: alpha must be from 0 to 1, got 2.0"),
-        ("code=much", "must be a rule, such as ddk"),
+        ("cod=1", "data.mixture.*cod"),
+        ("unifrom", "data.mixture.*uniform"),
+        ("ddk(alpha=2.0)", "data.mixture.*alpha"),
+        ("code=much", "data.mixture.*code=much"),
     ):
         with pytest.raises(ValueError, match=message):
             job.build(resolved(f"--config.data.mixture={name}"))
@@ -162,7 +159,7 @@ def test_random_weights_follow_the_seed():
     assert (first["embed"] != other["embed"]).any()
 
 
-# ------------------------------------------------------------------------------ as a user sees it
+# ------------------------------------------------------------------------------- on the command line
 
 
 def fails(*arguments: str, **options) -> str:
@@ -176,32 +173,32 @@ def fails(*arguments: str, **options) -> str:
 
 
 def test_a_model_that_one_device_does_not_hold_is_not_tried_there():
-    """student.keep would end in a device's own words, on every start, whatever the size of the mesh."""
+    """Otherwise student.keep would end in XLA's out-of-memory error at every start, whatever the mesh."""
     model = {"embedding": jax.ShapeDtypeStruct((2**17, 4096), "bfloat16")}
-    device = lambda known: SimpleNamespace(memory_stats=lambda: known)
+    device = lambda stats: SimpleNamespace(memory_stats=lambda: stats)
     for enough in (None, {}, {"bytes_limit": 3 * 2**30}):
         check_one_device(model, device(enough))
-    with pytest.raises(ValueError, match=r"student.keep tries .* its 2.0 GiB in float32 do not fit: name the layers"):
+    with pytest.raises(ValueError, match=r"student\.keep .* 2\.0 GiB"):
         check_one_device(model, device({"bytes_limit": 2 * 2**30}))
 
 
 def test_errors_are_one_line(tmp_path, two_domains):
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     workdir = ["--workdir", str(tmp_path / "run")]
-    assert "did you mean run.steps" in fails("train", *workdir, *arguments, "--config.run.step=1")
-    assert "no such file" in fails("train", *workdir, *arguments, "--config.teacher.path=nowhere")
+    assert "run.steps" in fails("train", *workdir, *arguments, "--config.run.step=1")
+    assert "nowhere" in fails("train", *workdir, *arguments, "--config.teacher.path=nowhere")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(b"GGUF\x03\0\0\0" + bytes(4))
     assert "cut.gguf" in fails("train", *workdir, *arguments, f"--config.teacher.path={cut}")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    assert "0 distinct documents" in fails("prepare", *arguments, f"--config.data.domains.empty={empty}")
+    assert "empty" in fails("prepare", *arguments, f"--config.data.domains.empty={empty}")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
-    assert "holds no jaxkd run" in fails("train", "--workdir", str(foreign), *arguments)
+    assert str(foreign) in fails("train", "--workdir", str(foreign), *arguments)
     assert (foreign / "thesis.tex").read_text() == "mine"
-    assert "holds no run" in fails("evaluate", "--workdir", str(tmp_path / "nothing"))
+    assert "nothing" in fails("evaluate", "--workdir", str(tmp_path / "nothing"))
 
 
 def test_a_corrected_command_may_reuse_a_workdir_in_which_nothing_was_trained(tmp_path, two_domains):
@@ -213,10 +210,10 @@ def test_a_corrected_command_may_reuse_a_workdir_in_which_nothing_was_trained(tm
     assert workdirs.claim(workdir, other, False) == []
     assert not (workdir / "evals.jsonl").exists()
     (workdir / "checkpoints" / "3").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run\.seed decides which rows a step sees"):
+    with pytest.raises(ValueError, match=r"run\.seed"):
         workdirs.claim(workdir, e, True)
     longer = dataclasses.replace(other, run=dataclasses.replace(other.run, steps=99))
-    with pytest.raises(ValueError, match=r"another experiment: run\.steps: 20 -> 99\. Use a new --workdir"):
+    with pytest.raises(ValueError, match=r"run\.steps: 20 -> 99"):
         workdirs.claim(workdir, longer, False)
     assert workdirs.claim(workdir, longer, True) == ["run.steps: 20 -> 99"]
     assert workdirs.saved_experiment(workdir) == other  # until `adopt`, which follows a successful start
@@ -233,7 +230,7 @@ def test_logged_steps_are_kept_when_checkpoints_are_gone(tmp_path):
 
 
 def test_checkpoints_that_lie_where_marks_would_are_kept(tmp_path):
-    """A run whose checkpoints were moved to another place has whole ones and marks side by side."""
+    """Marks of checkpoints that were moved elsewhere may lie beside whole checkpoints."""
     e, elsewhere = resolved(), tmp_path / "elsewhere"
     e = dataclasses.replace(e, run=dataclasses.replace(e.run, checkpoints=str(elsewhere)))
     (elsewhere / "20").mkdir(parents=True)
@@ -251,7 +248,7 @@ def test_checkpoints_that_lie_where_marks_would_are_kept(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     with (
         workdirs.lock(tmp_path),
-        pytest.raises(ValueError, match="another process is training"),
+        pytest.raises(ValueError, match=str(tmp_path)),
         workdirs.lock(tmp_path),
     ):
         pass
@@ -260,13 +257,12 @@ def test_one_process_at_a_time(tmp_path):
 
 
 def test_file_systems_without_locks(tmp_path, monkeypatch, capsys):
-    """Lustre without flock and NFS without its lock server: a run is told, and goes on."""
+    """Lustre without flock and NFS without a lock server: a warning, and the run goes on."""
     for number in (errno.ENOSYS, errno.ENOLCK):
         monkeypatch.setattr("fcntl.flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
         with workdirs.lock(tmp_path):
             pass
-        said = f"jaxkd: {tmp_path / '.lock'} is on a file system without locks: see to it that no other"
-        assert capsys.readouterr().err.startswith(said)
+        assert str(tmp_path / ".lock") in capsys.readouterr().err
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error") as raised, workdirs.lock(tmp_path):
         pass
@@ -275,7 +271,7 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, capsys):
 
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"data": ')
-    with pytest.raises(ValueError, match=r"config\.json is no JSON: put it back, or begin anew in another --workdir"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         workdirs.saved_experiment(tmp_path)
 
 
@@ -305,23 +301,23 @@ def test_rows_that_changed_under_a_run_are_noticed(tmp_path):
     workdir = ["--workdir", str(tmp_path / "run")]
     assert jaxkd("train", *workdir, *arguments).returncode == 0
     write_domain(text, 4)
-    assert "the rows of a are not those" in fails("train", *workdir, *arguments)
+    assert "rows of a " in fails("train", *workdir, *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system of its own")
-def test_a_full_disk_is_said_plainly(tmp_path, two_domains):
-    place = tmp_path / "small"
-    place.mkdir()
+def test_a_full_disk_is_one_line(tmp_path, two_domains):
+    volume = tmp_path / "small"
+    volume.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(volume)], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         more = ["--config.run.steps=4", "--config.run.checkpoint_every=1", "--config.run.keep_checkpoints=9"]
         arguments = tiny_arguments(two_domains, tmp_path / "rows", *more)
-        complaint = fails("train", "--workdir", str(place / "run"), *arguments)
-        assert "the disk is full: a checkpoint takes" in complaint
+        complaint = fails("train", "--workdir", str(volume / "run"), *arguments)
+        assert "the disk is full" in complaint
     finally:
-        subprocess.run(["umount", "-l", str(place)], check=False)
+        subprocess.run(["umount", "-l", str(volume)], check=False)

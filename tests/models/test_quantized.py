@@ -122,9 +122,9 @@ def test_a_job_holds_its_teacher_as_int8_and_cuts_its_student_from_the_weights()
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["run.dtype=int8"], r"unknown run.dtype 'int8': a student learns, and int8 is for a teacher's weights alone"),
-        (["teacher.dtype=int4"], r"unknown teacher.dtype 'int4': did you mean int8"),
-        (["teacher.path=self", "teacher.dtype=int8", "student.path=random"], r"that is the student itself is stored"),
+        (["run.dtype=int8"], r"run\.dtype .*teacher\.dtype"),
+        (["teacher.dtype=int4"], r"teacher\.dtype .*int8"),
+        (["teacher.path=self", "teacher.dtype=int8", "student.path=random"], r"teacher\.dtype"),
     ],
 )
 def test_what_cannot_be_int8_is_named(overrides, message):
