@@ -62,9 +62,25 @@ METHODS = {
     "ted": "natural",
 }
 
+# What `small` changes. `natural` shares follow the whole text, whatever the limit of rows that are cached.
+SMALL = {
+    "teacher": {"dtype": "float32"},
+    "student": {"layers": (0, 1, 2, 6, 8, 9, 10, 11, 20, 21, 23, 24, 27, 28, 29)},
+    "data": {"interval": 8, "batch": 2, "length": 128, "train_rows": 80, "valid_rows": 6},
+    "optim": {"lr": {"peak": 8e-4, "warmup": 4, "end": 4e-5}},
+    "run": {
+        "steps": 48,
+        "dtype": "float32",
+        "remat": "none",
+        "eval_every": 0,
+        "eval_batch": 6,
+        "checkpoint_every": 48,
+    },
+}
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The recipe; the argument is a pair of models, a method, or both with a comma between."""
+    """The keys that differ from the defaults (docs/config.md)."""
     words = [word for word in arg.split(",") if word]
     unknown = [word for word in words if word not in {**PAIRS, **METHODS}]
     pairs, methods = [w for w in words if w in PAIRS], [w for w in words if w in METHODS]
@@ -72,71 +88,48 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"configs/ddk.py takes one of {', '.join(PAIRS)} and one of {', '.join(METHODS)}, got '{arg}'")
     pair, method = (pairs or ["qwen"])[0], (methods or ["ddk"])[0]
     teacher, student, domains, layers = PAIRS[pair]
-    small = pair == "small"
-    return ConfigDict(
+    config = ConfigDict(
         {
-            "teacher": {"path": teacher, "dtype": "float32" if small else "bfloat16"}
-            | (
-                {"signal": "top_k", "entries": 64, "temperatures": (1.0,), "cache": "cache/ddk-small"}
-                # TED's filters look into the teacher, and DoReMi's proxy asks it for every token's probability.
-                if small and "ted" not in method and method != "doremi_proxy"
-                else {}
-            ),
-            "student": {
-                "path": student,
-                "layers": (0, 1, 2, 6, 8, 9, 10, 11, 20, 21, 23, 24, 27, 28, 29) if small else (),
-                "keep": 0,
-                "frozen": method == "ted_filters",
-                "objective_from": "runs/ddk/ted_filters/seed-0" if method == "ted" else "",
-            },
+            "teacher": {"path": teacher, "dtype": "bfloat16"},
+            "student": {"path": student},
             "objective": objective(method, layers),
             "data": {
-                "domains": {name: f"builtin:{name}" if small else f"data/{name}" for name in domains},
-                "directory": "rows",
-                "tokenizer": "teacher",
-                "text_key": "text",
+                "domains": {name: f"data/{name}" for name in domains},
                 "mixture": METHODS[method],
-                "interval": 8 if small else 1000,
-                "batch": 2 if small else 256,
-                "length": 128 if small else 2048,
-                "train_rows": 80 if small else 0,  # that are cached; "natural" is of the whole text all the same
-                "valid_rows": 6 if small else 500,
-                "valid_share": 0.05,
+                "interval": 1000,
+                "batch": 256,
+                "length": 2048,
+                "valid_rows": 500,
             },
-            "optim": {
-                "lr": {
-                    "schedule": "cosine",
-                    "peak": 8e-4 if small else 3e-5,
-                    "warmup": 4 if small else 1000,
-                    "end": 4e-5 if small else 3e-6,
-                },
-                "b1": 0.9,
-                "b2": 0.95,
-                "eps": 1e-8,
-                "weight_decay": 0.1,
-                "clip": 1.0,
-                "micro_batches": 1,
-            },
+            "optim": {"lr": {"schedule": "cosine", "peak": 3e-5, "warmup": 1000, "end": 3e-6}},
             "run": {
-                "steps": 48 if small else 30_000,
-                "seed": 0,
-                "dtype": "float32" if small else "bfloat16",
-                "remat": "none" if small else "layer",
-                "mesh": {"data": -1, "model": 1},
-                "eval_every": 0 if small else 5000,
-                "eval_batch": 6 if small else 256,
-                "checkpoint_every": 48 if small else 500,
+                "steps": 30_000,
+                "dtype": "bfloat16",
+                "remat": "layer",
+                "eval_every": 5000,
+                "eval_batch": 256,
+                "checkpoint_every": 500,
                 "keep_checkpoints": 1,
-                "log_every": 1,
             },
         }
     )
+    if method == "ted_filters":
+        config.student.frozen = True
+    if method == "ted":
+        config.student.objective_from = "runs/ddk/ted_filters/seed-0"
+    if pair == "small":
+        config.update(SMALL)
+        config.data.domains = {name: f"builtin:{name}" for name in domains}
+        # TED's filters read the teacher's layers, and DoReMi's proxy its probability of every token: not cached.
+        if "ted" not in method and method != "doremi_proxy":
+            config.teacher.update({"signal": "top_k", "cache": "cache/ddk-small"})
+    return config
 
 
 def objective(method: str, layers: dict[int, int]) -> dict:
     """The loss of a method: DDK's Eq. 3 but where the method is another one."""
     ce = {"divergence": "next_token", "weight": 1.0}
-    kd = {"divergence": "forward_kl", "weight": 0.2, "temperature": 1.0}
+    kd = {"divergence": "forward_kl", "weight": 0.2}
     if method == "ted_filters":
         return {"ted": {"feature": f"ted_filters(layers={layers})", "weight": 1.0}}
     if method in ("cpt", "doremi_proxy", "doremi"):

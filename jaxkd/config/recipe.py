@@ -1,119 +1,239 @@
-"""The door: recipes and overrides become plain values.
+"""Recipes and `--config...` arguments as plain values.
 
-The only module beside `configs/` that knows absl and ml_collections.
+A recipe is a Python file with `get_config()` or `get_config(argument)`. It returns an `ml_collections.ConfigDict`, or a
+dict, of the keys that differ from the schema's defaults. `--config.KEY=VALUE` sets any key of the schema:
+
+- true, false; numbers; text as it is, without quotes
+- sequences as (1, 2), [1, 2], 1,2 or a single 1
+- blocks as {'schedule': 'linear', 'peak': 1.0}, or key by key
+- None: the default again; None or nothing after = removes a domain, a term or another named entry
 """
 
 import ast
+import contextlib
+import copy
 import dataclasses
-import re
+import inspect
+import traceback
+import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from jaxkd.config.schema import Experiment, Member, MeshBlock, Term, leaves, nearest
+from jaxkd.config.schema import Experiment, nearest, typed
+
+_WORDS = {"true": True, "false": False, "none": None}
 
 
 def read_config(arguments: Sequence[str]) -> dict[str, Any]:
-    """The config of `--config...` arguments as nested dicts.
+    """The values that `--config=FILE[:ARGUMENT]` and `--config.KEY=VALUE` arguments state, as nested dicts.
 
     Raises:
-        ValueError: an unknown key, a value of another type, or no `--config`.
+        ValueError: an unknown key, a value of another type, a recipe that fails, or not exactly one recipe.
         FileNotFoundError: no such file.
     """
-    recipe = [a for a in arguments if a.startswith("--config=")]
-    if len(recipe) != 1:
+    recipes = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    if len(recipes) != 1:
         raise ValueError("give one recipe: --config=configs/quickstart.py")
-    path = recipe[0].removeprefix("--config=").split(":")[0]
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file {path}")
-    config = _parse(recipe)
-    known, free, overrides = leaves(config.to_dict()), {}, []
-    optional = _optional(known)
-    for argument in (a for a in arguments if a not in recipe):
-        key, _, value = argument.removeprefix("--config.").partition("=")
-        if key in known:
-            overrides.append(argument)
-        elif _in_free_block(key) or key in optional:
-            free[key] = value
-        else:
-            inner = [k for k in known if k.startswith(key + ".")]
-            hint = f"it is a block; set one of {', '.join(inner[:8])}" if inner else nearest(key, [*known, *optional])
-            raise ValueError(f"unknown key --config.{key}: {hint}")
-    result = _parse([*recipe, *overrides], known).to_dict()
-    for key, value in free.items():
-        *blocks, name = key.split(".")
-        place = result
-        for block in blocks:
-            place = place.setdefault(block, {})
-        place[name] = value if blocks[0] == "data" or isinstance(optional.get(key), str) else _literal(value)
-    if "domains" in result.get("data", {}):
-        result["data"]["domains"] = {k: v for k, v in result["data"]["domains"].items() if v}
-    return result
+    values = _load(recipes[0])
+    for argument in arguments:
+        if argument.startswith("--config."):
+            key, _, text = argument.removeprefix("--config.").partition("=")
+            _override(values, key, text)
+    return values
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`--config.a.b value` and `--config.a.b=value`, joined and set apart from what argparse reads."""
-    rest, overrides, waiting = [], [], None
-    for argument in arguments:
-        if waiting is not None:
-            overrides.append(f"{waiting}={argument}")
-            waiting = None
-        elif argument.startswith("--config."):
-            if "=" in argument:
-                overrides.append(argument)
-            else:
-                waiting = argument
-        else:
+    """Other arguments, and `--config.KEY=VALUE` ones, also of `--config.KEY VALUE` and of boolean `--config.KEY`.
+
+    Raises:
+        ValueError: an unknown key, or one that needs a value and has none.
+    """
+    rest, overrides, queue = [], [], list(arguments)
+    while queue:
+        argument = queue.pop(0)
+        if not argument.startswith("--config."):
             rest.append(argument)
-    if waiting is not None:
-        raise ValueError(f"{waiting} needs a value")
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            target = _target({}, argument.removeprefix("--config."))
+            following = queue[0] if queue and not queue[0].startswith("--") else None
+            if target.kind is bool and (following or "").lower() not in ("true", "false"):
+                overrides.append(f"{argument}=true")
+            elif following is None:
+                raise ValueError(f"{argument} needs a value: write {argument}=VALUE")
+            else:
+                overrides.append(f"{argument}={queue.pop(0)}")
     return rest, overrides
 
 
-def _optional(known: Iterable[str]) -> dict[str, Any]:
-    """Keys that a recipe with these may leave out, with what they then are."""
-    blocks = {name: kind for name, kind in typing.get_type_hints(Experiment).items() if dataclasses.is_dataclass(kind)}
-    blocks["run.mesh"] = MeshBlock
-    for key in known:
-        if named := re.match(r"(objective|teacher\.members)\.[^.]+", key):
-            blocks[named[0]] = Term if named[1] == "objective" else Member
-    return {
-        f"{block}.{field.name}": field.default
-        for block, kind in blocks.items()
-        for field in dataclasses.fields(kind)
-        if field.default is not dataclasses.MISSING and not dataclasses.is_dataclass(field.default)
-    }
+# ------------------------------------------------------------------------------------------- the file
 
 
-def _in_free_block(key: str) -> bool:
-    """Blocks whose keys a recipe need not have: names of domains, and the sizes of a random model."""
-    return bool(re.fullmatch(r"data\.domains\.[^.]+|(teacher|student)\.shape\.[^.]+", key))
-
-
-def _literal(value: str) -> Any:
+def _load(recipe: str) -> dict[str, Any]:
+    name, _, argument = recipe.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {name}")
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
     try:
-        return ast.literal_eval(value)
+        # Not imported: a file that changes twice in a second would be read from __pycache__.
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+        get_config = module.get_config
+        if argument and not inspect.signature(get_config).parameters:
+            raise ValueError(f"{name} takes no argument, got '{argument}'")
+        config = get_config(argument) if argument else get_config()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name not in str(error) else str(error)) from None
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        at = f" (line {lines[-1]})" if lines else ""
+        raise ValueError(f"the recipe {name} cannot be read: {type(error).__name__}: {error}{at}") from None
+    if isinstance(config, ConfigDict):
+        return config.copy_and_resolve_references().to_dict()
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{name}: get_config must return a ConfigDict, got {type(config).__name__}")
+    return copy.deepcopy(dict(config))
+
+
+# ------------------------------------------------------------------------------------------ overrides
+
+
+class _Target(NamedTuple):
+    """Where an override goes."""
+
+    path: tuple[str, ...]  # keys of nested dicts
+    kind: Any  # the schema's type there
+    removable: bool  # an entry of a mapping, such as a domain
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    target = _target(values, key)
+    *blocks, name = target.path
+    kind: Any = Experiment
+    for inner in blocks:
+        kind = typing.get_type_hints(_block(kind))[inner] if _block(kind) else _entry(kind)
+        if not isinstance(values.get(inner), dict):
+            values[inner] = _as_block(kind, values.get(inner))
+        values = values[inner]
+    if target.removable and text.lower() in ("", "none"):
+        if values.pop(name, None) is None:
+            raise ValueError(f"--config.{key} removes nothing: {nearest(name, values)}")
+    elif text.lower() == "none":
+        values.pop(name, None)
+    else:
+        values[name] = _parse(target.kind, text, f"--config.{key}")
+
+
+def _as_block(kind: Any, scalar: Any) -> dict[str, Any]:
+    """A block in a scalar's place: the scalar is its first key where the types agree, else dropped."""
+    name, first = next(iter(typing.get_type_hints(_block(kind)).items())) if _block(kind) else ("", None)
+    return {name: scalar} if type(scalar) is first else {}
+
+
+def _target(values: Mapping[str, Any], key: str) -> _Target:
+    if (target := _resolve(Experiment, key.split("."), values)) is None:
+        keys = list(_keys(Experiment, values))
+        same = [k for k in keys if key.rpartition(".")[2] in k.split(".")]
+        hint = nearest(key, keys, f"did you mean {' or '.join(same[:3])}?" if same else "docs/config.md lists all keys")
+        raise ValueError(f"unknown key --config.{key}: {hint}")
+    return target
+
+
+def _resolve(kind: Any, parts: Sequence[str], values: Any) -> _Target | None:
+    """What dotted `parts` spell in a value of type `kind`, or None.
+
+    Names of domains may have dots: those in `values` are tried first, then the shortest.
+    """
+    if not parts:
+        return _Target((), kind, False)
+    values = values if isinstance(values, Mapping) else {}
+    block, entry = _block(kind), _entry(kind)
+    longest = len(parts) if entry and not dataclasses.is_dataclass(entry) else 1 if block or entry else 0
+    names = [".".join(parts[:n]) for n in range(1, longest + 1)]
+    for name in sorted(names, key=lambda name: name not in values):
+        inner, rest = typing.get_type_hints(block).get(name) if block else entry, parts[name.count(".") + 1 :]
+        if name and inner and (found := _resolve(inner, rest, values.get(name))) is not None:
+            return _Target((name, *found.path), found.kind, found.removable or not (rest or block))
+    return None
+
+
+def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of the schema, with the named entries of `values`."""
+    values = values if isinstance(values, Mapping) else {}
+    block, entry = _block(kind) if values or not _scalars(kind) else None, _entry(kind)
+    inner = typing.get_type_hints(block) if block else dict.fromkeys(values, entry) if entry else {}
+    if kind is not block and not inner:
+        yield prefix
+    for name, kind in inner.items():
+        yield from _keys(kind, values.get(name), f"{prefix}.{name}" if prefix else name)
+
+
+def _scalars(kind: Any) -> tuple[Any, ...]:
+    """The choices of a union that are no block; of any other type nothing."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return tuple(k for k in typing.get_args(kind) if not dataclasses.is_dataclass(k)) if union else ()
+
+
+def _block(kind: Any) -> Any:
+    """The dataclass that a type is or may be, or None."""
+    choices = typing.get_args(kind) if _scalars(kind) else (kind,)
+    return next((k for k in choices if dataclasses.is_dataclass(k)), None)
+
+
+def _entry(kind: Any) -> Any:
+    """The type of a mapping's values, or None for other types."""
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is Mapping else None
+
+
+# --------------------------------------------------------------------------------------------- values
+
+
+def _parse(kind: Any, text: str, key: str) -> Any:
+    """The value of type `kind` that an override's text spells; blocks are checked later, when they are complete."""
+    if _block(kind) or _entry(kind):
+        if text.startswith("{") and isinstance(value := _literal(text), dict):
+            return value
+        if not _scalars(kind):
+            raise ValueError(f"{key} is a block: write {key}.{_fitting(kind, text)}={text}, or {key}={{...}}")
+        (kind,) = _scalars(kind)
+    if kind is str:
+        return text
+    if kind is float:
+        with contextlib.suppress(ValueError):
+            return float(text)
+    value = _literal(text)
+    if typing.get_origin(kind) is tuple and not isinstance(value, list | tuple):
+        value = (value,) if text else ()
+    return value if kind is Any else typed(kind, value, key)
+
+
+def _fitting(kind: Any, text: str) -> str:
+    """A key of a block that takes this text, numbers before text."""
+    if entry := _entry(kind):
+        return "NAME" if entry is Any or not dataclasses.is_dataclass(entry) else f"NAME.{_fitting(entry, text)}"
+    hints = typing.get_type_hints(_block(kind))
+    for name, inner in sorted(hints.items(), key=lambda item: item[1] is str):
+        with contextlib.suppress(ValueError):
+            _parse(inner, text, name)
+            return name
+    return next(iter(hints))
+
+
+class _Words(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        word = node.id.lower()
+        return ast.Constant(_WORDS[word]) if word in _WORDS else node
+
+
+def _literal(text: str) -> Any:
+    """A Python literal, with true, false and none in any case; any other text as it is."""
+    try:
+        return ast.literal_eval(_Words().visit(ast.parse(text.strip(), mode="eval")))
     except (SyntaxError, ValueError):
-        return value
-
-
-def _parse(arguments: Sequence[str], known: Mapping[str, Any] | None = None) -> ConfigDict:
-    values, line = flags.FlagValues(), ["jaxkd", *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True, sys_argv=line)
-    try:
-        values(line)
-        return values.config
-    except (flags.Error, TypeError, ValueError) as error:
-        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
-        if wrong and known and wrong[1] in known:
-            kind = type(known[wrong[1]]).__name__
-            raise ValueError(f"--config.{wrong[1]} must be {kind}, got '{wrong[2]}'") from None
-        lines = str(error).strip().splitlines()
-        # What a recipe itself raises comes inside a traceback, whose last line it is.
-        raise ValueError(lines[-1].removeprefix("ValueError: ") if "Traceback" in str(error) else lines[0]) from None
-    except (SyntaxError, AttributeError, ImportError, NameError, KeyError) as error:
-        raise ValueError(f"the recipe {arguments[0]} cannot be read: {type(error).__name__}: {error}") from None
+        return text

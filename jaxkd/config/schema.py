@@ -214,6 +214,9 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------- from plain values
 
 
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
 def experiment(values: Mapping[str, Any]) -> Experiment:
     """Dataclasses of a recipe's values.
 
@@ -223,11 +226,11 @@ def experiment(values: Mapping[str, Any]) -> Experiment:
     return from_mapping(Experiment, values, "config")
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest of the choices, or all."""
+def nearest(name: str, choices: Iterable[str], otherwise: str = "") -> str:
+    """A hint for a misspelt name: the nearest of the choices; where none is near, `otherwise` or all of them."""
     choices = list(dict.fromkeys(choices))
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(sorted(choices))}"
+    return f"did you mean {' or '.join(close)}?" if close else otherwise or f"known: {', '.join(sorted(choices))}"
 
 
 def from_mapping(kind: Any, values: Any, where: str) -> Any:
@@ -246,27 +249,32 @@ def from_mapping(kind: Any, values: Any, where: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
             raise ValueError(f"missing key {where}.{field.name}")
-    return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    return kind(**{key: typed(hints[key], value, f"{where}.{key}") for key, value in values.items()})
 
 
-def _value(kind: Any, value: Any, where: str) -> Any:
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """A value of the schema's type `kind`: an int becomes a float, a list a tuple, a mapping a dataclass.
+
+    Raises:
+        ValueError: as `experiment`.
+    """
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
         return from_mapping(kind, value, where)
     if origin in (typing.Union, types.UnionType):
         block, number = (a for a in sorted(typing.get_args(kind), key=lambda a: not dataclasses.is_dataclass(a)))
-        return _value(block if isinstance(value, Mapping) else number, value, where)
+        return typed(block if isinstance(value, Mapping) else number, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a sequence, got {value!r}")
-        return tuple(_value(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(typed(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a block of keys, got {value!r}")
         inner = typing.get_args(kind)[1]
-        return {k: v if inner is Any else _value(inner, v, f"{where}.{k}") for k, v in value.items()}
+        return {k: v if inner is Any else typed(inner, v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where} must be {kind.__name__}, got {value!r}")
+        raise ValueError(f"{where} must be {_NAMES.get(kind, kind.__name__)}, got {value!r}")
     return value

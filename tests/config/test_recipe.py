@@ -2,8 +2,10 @@
 
 import dataclasses
 import errno
+import json
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +13,7 @@ import pytest
 from harness import REPOSITORY, jaxkd, tiny_arguments, write_domain
 
 from jaxkd.config import recipe as config
-from jaxkd.config.schema import experiment
+from jaxkd.config.schema import Schedule, Term, experiment, plain
 from jaxkd.run import job, restore
 from jaxkd.run import workdir as workdirs
 from jaxkd.run.load import check_one_device, host_params
@@ -26,26 +28,76 @@ def resolved(*overrides: str):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        (["student.frozen=true"], "student.frozen", True),
+        (["student.frozen=False"], "student.frozen", False),
+        (["run.seed=3"], "run.seed", 3),
+        (["optim.lr.peak=1e-4"], "optim.lr.peak", 1e-4),
+        (["optim.clip=inf"], "optim.clip", float("inf")),
+        (["optim.clip=2", "optim.clip=None"], "optim.clip", 1.0),
+        (["student.layers=(1,2)"], "student.layers", (1, 2)),
+        (["student.layers=2"], "student.layers", (2,)),
+        (["student.layers=None"], "student.layers", ()),
+        (["teacher.temperatures=(2.0)"], "teacher.temperatures", (2.0,)),
+        (["teacher.temperatures=1,2"], "teacher.temperatures", (1.0, 2.0)),
+        (["teacher.cache=a b=c"], "teacher.cache", "a b=c"),
+        (["teacher.cache=x", "teacher.cache="], "teacher.cache", ""),
+        (["teacher.shape.tied=true"], "teacher.shape.tied", True),
+        (["teacher.members.a.path=x", "teacher.members.a.domains.code=1"], "teacher.members.a.domains", {"code": 1.0}),
+        (["objective.kd.weight={'schedule': 'linear', 'peak': 1}"], "objective.kd.weight", Schedule("linear", 1.0)),
+        (["objective.kd.weight.schedule=linear", "objective.kd.weight.peak=1"], "objective.kd.weight.peak", 1.0),
+        (["objective.new={'feature': 'f()', 'weight': 1, 'standardize': true}"], "objective.new.standardize", True),
+        (["objective.new.feature=f()", "objective.new.weight=0.1"], "objective.new.feature", "f()"),
+        (["objective.ce=None"], "objective", {"kd": Term(0.5, "forward_kl")}),
+        (
+            ["data.domains.code=", "data.domains.en.wiki=x"],
+            "data.domains",
+            {"manual": "builtin:manual", "en.wiki": "x"},
+        ),
+        (["data.domains={'a': 'x'}", "data.domains.b={c,d}.txt"], "data.domains", {"a": "x", "b": "{c,d}.txt"}),
+    ],
+)
+def test_overrides(overrides, key, value):
+    """Of keys that the recipe states and of others."""
+    found = resolved(*[f"--config.{override}" for override in overrides])
+    for name in key.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.optim.lr.paek=1", r"optim\.lr\.paek.*optim\.lr\.peak"),
-        ("--config.run.mesh.contxt=2", r"run\.mesh\.contxt.*run\.mesh\.context"),
-        ("--config.optim.lr=1", r"optim\.lr.*optim\.lr\.peak"),
-        ("--config.run.steps=many", r"run\.steps.*many"),
-        ("--config.nothing=1", r"nothing"),
+        ("optim.lr.paek=1", r"optim\.lr\.paek.*optim\.lr\.peak"),
+        ("run.mesh.contxt=2", r"run\.mesh\.contxt.*run\.mesh\.context"),
+        ("objective.kd.wieght=1", r"objective\.kd\.wieght.*objective\.kd\.weight"),
+        ("peak=1", r"optim\.lr\.peak"),
+        ("nothing=1", r"nothing.*docs/config\.md"),
+        ("optim.lr=1", r"write --config\.optim\.lr\.peak=1"),
+        ("objective=forward_kl", r"write --config\.objective\.NAME\.divergence=forward_kl"),
+        ("data.domains=x", r"write --config\.data\.domains\.NAME=x"),
+        ("data.domains.cod=", r"data\.domains\.cod.*code"),
+        ("run.steps=many", r"run\.steps.*many"),
+        ("student.frozen=1", r"student\.frozen.*1"),
+        ("objective.new.feature=f()", r"objective\.new\.weight"),
     ],
 )
 def test_wrong_overrides(override, message):
     with pytest.raises(ValueError, match=message):
-        config.read_config([TINY, override])
+        resolved(f"--config.{override}")
 
 
-def test_overrides_reach_the_blocks():
-    e = resolved("--config.optim.lr.peak=1e-4", "--config.student.layers=(1,2)", "--config.data.domains.mine=/x")
-    assert e.optim.lr.peak == 1e-4
-    assert e.student.layers == (1, 2)
-    assert e.data.domains["mine"] == "/x"
-    assert "code" not in resolved("--config.data.domains.code=").data.domains
+def test_a_flag_takes_no_other_flag():
+    frozen, seed, workdir = "--config.student.frozen", "--config.run.seed", ["--workdir", "W"]
+    assert config.split([frozen, *workdir]) == (workdir, [f"{frozen}=true"])
+    assert config.split([frozen, "false", *workdir, seed, "-1"]) == (workdir, [f"{frozen}=false", f"{seed}=-1"])
+    for rest in (workdir, []):
+        with pytest.raises(ValueError, match=r"run\.seed"):
+            config.split([seed, *rest])
+    with pytest.raises(ValueError, match=r"student\.frozen"):
+        config.split(["--config.student.frozn", *workdir])
 
 
 def test_recipe_must_exist():
@@ -58,6 +110,36 @@ def test_recipe_must_exist():
 def test_recipe_argument_reaches_get_config():
     values = config.read_config([f"--config={REPOSITORY / 'configs' / 'logit_kd.py'}:generalized_jsd(beta=0.3)"])
     assert values["objective"]["kd"]["divergence"] == "generalized_jsd(beta=0.3)"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", r"recipe\.py.*SyntaxError"),
+        ("x = 1", r"recipe\.py.*get_config"),
+        ("def get_config():\n    return {}['x']", r"recipe\.py.*KeyError.*line 2"),
+        ("def get_config():\n    return 1", r"recipe\.py.*ConfigDict"),
+    ],
+)
+def test_recipes_that_cannot_be_read(tmp_path, text, message):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        config.read_config([f"--config={recipe}"])
+
+
+def test_a_recipe_may_be_a_dict_with_dots_in_names(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("def get_config():\n    return {'data': {'domains': {'en.wiki': 'x'}}}")
+    override = "--config.data.domains.en.wiki=y"
+    assert config.read_config([f"--config={recipe}", override]) == {"data": {"domains": {"en.wiki": "y"}}}
+
+
+def test_what_a_recipe_resolves_to():
+    """Every key of a run that states few: a changed default changes old recipes."""
+    e = plain(resolved())
+    golden = json.loads((Path(__file__).parent / "tiny.json").read_text())
+    assert e == golden
 
 
 @pytest.mark.parametrize(
@@ -278,13 +360,6 @@ def test_a_damaged_config_is_named(tmp_path):
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert workdirs.commit() is None
-
-
-def test_recipes_that_cannot_be_read(tmp_path):
-    for text, message in (("def get_config(:", "SyntaxError"), ("x = 1", "get_config")):
-        recipe = tmp_path / f"broken{len(text)}.py"
-        recipe.write_text(text)
-        assert message in fails("prepare", f"--config={recipe}")
 
 
 def test_help_names_every_verb():
