@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from jaxkd.config.schema import Experiment, nearest, typed
+from jaxkd.config.schema import Experiment, block_of, entry_of, nearest, scalars_of, typed
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -117,7 +117,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
     *blocks, name = target.path
     kind: Any = Experiment
     for inner in blocks:
-        kind = typing.get_type_hints(_block(kind))[inner] if _block(kind) else _entry(kind)
+        kind = typing.get_type_hints(block_of(kind))[inner] if block_of(kind) else entry_of(kind)
         if not isinstance(values.get(inner), dict):
             values[inner] = _as_block(kind, values.get(inner))
         values = values[inner]
@@ -132,7 +132,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 
 def _as_block(kind: Any, scalar: Any) -> dict[str, Any]:
     """A block in a scalar's place: the scalar is its first key where the types agree, else dropped."""
-    name, first = next(iter(typing.get_type_hints(_block(kind)).items())) if _block(kind) else ("", None)
+    name, first = next(iter(typing.get_type_hints(block_of(kind)).items())) if block_of(kind) else ("", None)
     return {name: scalar} if type(scalar) is first else {}
 
 
@@ -153,7 +153,7 @@ def _resolve(kind: Any, parts: Sequence[str], values: Any) -> _Target | None:
     if not parts:
         return _Target((), kind, False)
     values = values if isinstance(values, Mapping) else {}
-    block, entry = _block(kind), _entry(kind)
+    block, entry = block_of(kind), entry_of(kind)
     longest = len(parts) if entry and not dataclasses.is_dataclass(entry) else 1 if block or entry else 0
     names = [".".join(parts[:n]) for n in range(1, longest + 1)]
     for name in sorted(names, key=lambda name: name not in values):
@@ -166,7 +166,7 @@ def _resolve(kind: Any, parts: Sequence[str], values: Any) -> _Target | None:
 def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
     """The dotted keys of the schema, with the named entries of `values`."""
     values = values if isinstance(values, Mapping) else {}
-    block, entry = _block(kind) if values or not _scalars(kind) else None, _entry(kind)
+    block, entry = block_of(kind) if values or not scalars_of(kind) else None, entry_of(kind)
     inner = typing.get_type_hints(block) if block else dict.fromkeys(values, entry) if entry else {}
     if kind is not block and not inner:
         yield prefix
@@ -174,34 +174,17 @@ def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
         yield from _keys(kind, values.get(name), f"{prefix}.{name}" if prefix else name)
 
 
-def _scalars(kind: Any) -> tuple[Any, ...]:
-    """The choices of a union that are no block; of any other type nothing."""
-    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return tuple(k for k in typing.get_args(kind) if not dataclasses.is_dataclass(k)) if union else ()
-
-
-def _block(kind: Any) -> Any:
-    """The dataclass that a type is or may be, or None."""
-    choices = typing.get_args(kind) if _scalars(kind) else (kind,)
-    return next((k for k in choices if dataclasses.is_dataclass(k)), None)
-
-
-def _entry(kind: Any) -> Any:
-    """The type of a mapping's values, or None for other types."""
-    return typing.get_args(kind)[1] if typing.get_origin(kind) is Mapping else None
-
-
 # --------------------------------------------------------------------------------------------- values
 
 
 def _parse(kind: Any, text: str, key: str) -> Any:
     """The value of type `kind` that an override's text spells; blocks are checked later, when they are complete."""
-    if _block(kind) or _entry(kind):
+    if block_of(kind) or entry_of(kind):
         if text.startswith("{") and isinstance(value := _literal(text), dict):
             return value
-        if not _scalars(kind):
+        if not scalars_of(kind):
             raise ValueError(f"{key} is a block: write {key}.{_fitting(kind, text)}={text}, or {key}={{...}}")
-        (kind,) = _scalars(kind)
+        (kind,) = scalars_of(kind)
     if kind is str:
         return text
     if kind is float:
@@ -215,9 +198,9 @@ def _parse(kind: Any, text: str, key: str) -> Any:
 
 def _fitting(kind: Any, text: str) -> str:
     """A key of a block that takes this text, numbers before text."""
-    if entry := _entry(kind):
+    if entry := entry_of(kind):
         return "NAME" if entry is Any or not dataclasses.is_dataclass(entry) else f"NAME.{_fitting(entry, text)}"
-    hints = typing.get_type_hints(_block(kind))
+    hints = typing.get_type_hints(block_of(kind))
     for name, inner in sorted(hints.items(), key=lambda item: item[1] is str):
         with contextlib.suppress(ValueError):
             _parse(inner, text, name)

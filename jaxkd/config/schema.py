@@ -258,23 +258,40 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     Raises:
         ValueError: as `experiment`.
     """
-    origin = typing.get_origin(kind)
+    if scalars := scalars_of(kind):
+        kind = block_of(kind) if isinstance(value, Mapping) else scalars[0]
     if dataclasses.is_dataclass(kind):
         return from_mapping(kind, value, where)
-    if origin in (typing.Union, types.UnionType):
-        block, number = (a for a in sorted(typing.get_args(kind), key=lambda a: not dataclasses.is_dataclass(a)))
-        return typed(block if isinstance(value, Mapping) else number, value, where)
-    if origin is tuple:
+    if entry := entry_of(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a block of keys, got {value!r}")
+        return {k: v if entry is Any else typed(entry, v, f"{where}.{k}") for k, v in value.items()}
+    if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a sequence, got {value!r}")
         return tuple(typed(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a block of keys, got {value!r}")
-        inner = typing.get_args(kind)[1]
-        return {k: v if inner is Any else typed(inner, v, f"{where}.{k}") for k, v in value.items()}
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{where} must be {_NAMES.get(kind, kind.__name__)}, got {value!r}")
     return value
+
+
+# ------------------------------------------------------------------------- what the schema's types hold
+
+
+def scalars_of(kind: Any) -> tuple[Any, ...]:
+    """The choices of a union that are no dataclass; of any other type none."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return tuple(k for k in typing.get_args(kind) if not dataclasses.is_dataclass(k)) if union else ()
+
+
+def block_of(kind: Any) -> Any:
+    """The dataclass that a type is or may be, or None."""
+    choices = typing.get_args(kind) if scalars_of(kind) else (kind,)
+    return next((k for k in choices if dataclasses.is_dataclass(k)), None)
+
+
+def entry_of(kind: Any) -> Any:
+    """The type of a mapping's values, or None for other types."""
+    return typing.get_args(kind)[1] if typing.get_origin(kind) is Mapping else None
