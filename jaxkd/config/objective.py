@@ -1,6 +1,7 @@
 """From strings and schedules of a recipe to functions: divergences, features, rules, and the objective's terms."""
 
 import ast
+import importlib
 import math
 from collections.abc import Mapping
 from types import ModuleType
@@ -44,19 +45,23 @@ def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
     return getattr(schedules, spec.schedule)(spec.peak, steps, spec.warmup, spec.end)
 
 
-def call(text: str, module: ModuleType, where: str) -> Any:
-    """The result of a call written as text, such as "reverse_kl" or "hidden_mse(layers={2: 4})".
+def call(text: str, module: ModuleType, where: str, kind: type = object) -> Any:
+    """The result of a call written as text: "reverse_kl", "hidden_mse(layers={2: 4})", "my_package.my_module:my_kl()".
 
     Args:
-        text: name of a public function of `module`, with literals as arguments; never evaluated.
+        text: a public function of `module`, or MODULE:FUNCTION of an importable one, with literals as arguments. It is
+            parsed, never evaluated.
         module: where to look, in its `__all__`.
         where: the config key, for messages.
+        kind: what the function must return.
 
     Raises:
-        ValueError: naming the key, for an unknown function or arguments that it does not take.
+        ValueError: naming the key, for an unknown function, arguments that it does not take, or another result.
     """
+    head, parenthesis, rest = text.partition("(")
+    source, _, head = head.rpartition(":")
     try:
-        node = ast.parse(text, mode="eval").body
+        node = ast.parse(head + parenthesis + rest, mode="eval").body
         if isinstance(node, ast.Call):
             name, arguments = ast.unparse(node.func), [ast.literal_eval(a) for a in node.args]
             options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
@@ -64,12 +69,27 @@ def call(text: str, module: ModuleType, where: str) -> Any:
             name, arguments, options = ast.unparse(node), [], {}
     except (SyntaxError, ValueError):
         raise ValueError(f"{where} must be a name or a call with literals, got '{text}'") from None
-    if name not in module.__all__:
-        raise ValueError(f"unknown {where} '{name}': {nearest(name, module.__all__)}")
+    if source:
+        module = _imported(source, where)
+    public = [n for n in vars(module) if not n.startswith("_")] if source else module.__all__
+    if name not in public:
+        raise ValueError(f"unknown {where} '{source + ':' if source else ''}{name}': {nearest(name, public)}")
     try:
-        return getattr(module, name)(*arguments, **options)
+        result = getattr(module, name)(*arguments, **options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+    if not isinstance(result, kind):
+        raise ValueError(f"{where}: '{text}' must return a {kind.__name__}, got {type(result).__name__}")
+    return result
+
+
+def _imported(source: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(source)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{where}: no module '{error.name}'; the folder of '{source}' must be on PYTHONPATH") from None
+    except Exception as error:
+        raise ValueError(f"{where}: importing '{source}' failed: {type(error).__name__}: {error}") from None
 
 
 class SignalSpec(NamedTuple):
@@ -102,7 +122,7 @@ def build(
         _check(where, term)
         weight = scalar(term.weight, steps, f"{where}.weight")
         if term.divergence:
-            divergence = call(term.divergence, divergences, f"{where}.divergence")
+            divergence = call(term.divergence, divergences, f"{where}.divergence", Divergence)
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
             if (reason := _refusal(divergence, term, signal)) is not None:
                 raise ValueError(
@@ -114,7 +134,7 @@ def build(
                 )
             terms[name] = (weight, objective.match(divergence, temperature, term.standardize))
         else:
-            feature = call(term.feature, features, f"{where}.feature")
+            feature = call(term.feature, features, f"{where}.feature", FeatureTerm)
             _check_layers(where, feature, models)
             if feature.uses_teacher and signal.kind is not Head:
                 raise ValueError(

@@ -36,7 +36,8 @@ holds all of them. Any key can be set on the command line, whether or not the re
 --config.data.domains.code=                                 removes a domain; the same for terms and members
 ```
 
-`--config.KEY VALUE` works too. NAME stands for a name of your choice.
+`--config.KEY VALUE` works too. NAME stands for a name of your choice. `MODULE:CALL` is a function of your own in an
+importable module, such as `my_package.my_module:my_kl(beta=0.5)`: put its folder on PYTHONPATH. Arguments are literals.
 """
 
 

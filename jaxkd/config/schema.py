@@ -105,8 +105,12 @@ class Term:
     """A term of the objective: either a divergence or a feature loss."""
 
     weight: Annotated[float | Schedule, "factor on the term's value"]
-    divergence: Annotated[str, "a call of `jaxkd/losses/divergences.py`, such as `generalized_jsd(beta=0.1)`"] = ""
-    feature: Annotated[str, "a call of `jaxkd/losses/features.py`, such as `hidden_mse(layers={2: 4})`"] = ""
+    divergence: Annotated[
+        str, "a call of `jaxkd/losses/divergences.py`, such as `generalized_jsd(beta=0.1)`, or `MODULE:CALL`"
+    ] = ""
+    feature: Annotated[
+        str, "a call of `jaxkd/losses/features.py`, such as `hidden_mse(layers={2: 4})`, or `MODULE:CALL`"
+    ] = ""
     temperature: Annotated[float | Schedule, "T of a divergence; its value is multiplied by T^2"] = 1.0
     standardize: Annotated[bool, "divide logits by their standard deviation over the vocabulary first"] = False
 
@@ -122,7 +126,8 @@ class DataBlock:
     tokenizer: Annotated[str, "`teacher`, `bytes`, or a directory with tokenizer.json"] = "teacher"
     text_key: Annotated[str, "field of a record that holds the text"] = "text"
     mixture: Annotated[
-        str, "a call of `jaxkd/data/rules.py`, such as `ddk(alpha=0.5)`, or shares such as `code=2,math=1`"
+        str,
+        "a call of `jaxkd/data/rules.py`, such as `ddk(alpha=0.5)`, `MODULE:CALL`, or shares such as `code=2,math=1`",
     ] = "natural"
     interval: Annotated[int, "steps in which the domains' row counts match their shares"] = 100
     train_rows: Annotated[int, "limit of training rows per domain; 0: none"] = 0

@@ -219,6 +219,38 @@ def test_every_recipe_builds_abstractly(recipe):
     assert "loss" in metrics
 
 
+OWN = """
+from jaxkd.core.types import Divergence
+from jaxkd.losses import divergences
+
+def my_kl(beta=1.0):
+    return divergences.mixed_kl(beta)
+
+def wrong():
+    return 1
+"""
+
+
+def test_a_divergence_of_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_losses").mkdir()
+    (tmp_path / "own_losses" / "kl.py").write_text(OWN)
+    (tmp_path / "own_losses" / "broken.py").write_text("1 / 0")
+    own = lambda text: job.build(resolved(f"--config.objective.kd.divergence={text}")).objective
+    assert own("own_losses.kl:my_kl(beta=0.5)").uses_teacher
+    own("own_losses.kl:my_kl")
+    for text, message in (
+        ("own_losses.kl:my_lk", "my_kl"),
+        ("own_losses.kl:my_kl(gamma=1)", "gamma"),
+        ("own_losses.kl:my_kl(beta=__import__('os'))", "literals"),
+        ("own_losses.kl:wrong", "Divergence.*int"),
+        ("own_losses.lk:my_kl", "own_losses.lk.*PYTHONPATH"),
+        ("own_losses.broken:my_kl", "ZeroDivisionError"),
+    ):
+        with pytest.raises(ValueError, match=rf"objective\.kd\.divergence.*{message}"):
+            own(text)
+
+
 def test_mixture_by_name():
     built = job.build(resolved("--config.data.mixture=code=3,manual=1"))
     assert job.rule(built).init([10, 20], None)[0].tolist() == [0.75, 0.25]
