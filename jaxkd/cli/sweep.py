@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxkd.config.recipe import read_config
+from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import Experiment, experiment
 from jaxkd.run.workdir import saved_experiment
 from jaxkd.runtime.cluster import EXIT_STOPPED
@@ -90,14 +90,11 @@ def _with(recipe: str, argument: str) -> str:
 def _parse(line: str) -> tuple[str, str, tuple[str, ...]]:
     """A variant's name, its recipe argument and its overrides."""
     name, colon, rest = line.partition(":")
-    words = shlex.split(rest)
+    words, overrides = split(shlex.split(rest))
     arguments = [word[1:] for word in words if word.startswith(":")]
-    overrides = tuple(word for word in words if not word.startswith(":"))
-    wrong = [word for word in overrides if not (word.startswith("--config.") and "=" in word)]
-    if not colon or wrong or len(arguments) > 1:
-        what = f"'{wrong[0]}' in '{line}'" if wrong else f"'{line}'"
-        raise ValueError(f'--run {what} is not of the form "NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"')
-    return name.strip(), "".join(arguments), overrides
+    if not colon or len(words) > len(arguments) or len(arguments) > 1:
+        raise ValueError(f'--run "{line}" is not of the form "NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"')
+    return name.strip(), "".join(arguments), tuple(overrides)
 
 
 def read_runs(file: Path) -> list[str]:
