@@ -13,8 +13,8 @@ from typing import Any
 from jaxkd import __version__
 from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import experiment
-from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, see, versions, write_json
-from jaxkd.runtime import cluster, multihost
+from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, saved_facts, see, versions
+from jaxkd.runtime import cluster, files, multihost
 
 _CONFIG_HELP = """\
 The recipe is a Python file with get_config(argument); any key of docs/config.md can be set on the command line:
@@ -55,7 +55,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.report import goodput, mixture
     from jaxkd.report import run as report
     from jaxkd.run import job, load, loop, metadata, preflight, teacher
-    from jaxkd.runtime import compile_cache, log, profiling
+    from jaxkd.runtime import compile_cache, profiling
 
     profile = profiling.parse_steps(options.profile)
     multihost.join(handles_sigterm=True)
@@ -83,11 +83,10 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                 multihost.print_main(f"changed: {change}")
             if multihost.is_main():
                 adopt(workdir, e)
-                before = workdir / "run.json"
-                known = json.loads(before.read_text()) if run.resumed and before.exists() else {}
+                known = saved_facts(workdir) if run.resumed else {}
                 kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
                 found = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.models.teachers), command)
-                write_json(before, found)
+                files.write_json(workdir / "run.json", found)
                 for line in metadata.models(built, found, kept):
                     print(line)
             if not run.resumed and not options.no_check:
@@ -95,15 +94,13 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                     for line in preflight.run(run.loaded(), run.stores):
                         multihost.print_main(f"check: {line}")
         finished = run.go(profile)
-        written = lambda: (
-            str(report.write(workdir)) if log.read(workdir / "metrics.jsonl") else "none before the first step"
-        )
-        page = multihost.broadcast("the report", written)
+        stepped = lambda: files.read_jsonl(workdir / "metrics.jsonl")
+        page = multihost.broadcast("report", lambda: str(report.write(workdir)) if stepped() else "none before step 1")
     if finished and multihost.is_main():
-        evaluations = log.read(workdir / "evals.jsonl")
+        evaluations = files.read_jsonl(workdir / "evals.jsonl")
         last = max(row["step"] for row in evaluations)
         print(compare.table([row for row in evaluations if row["step"] == last], run.start))
-        if cost := mixture.cost(log.read(workdir / "mixture.jsonl")):
+        if cost := mixture.cost(files.read_jsonl(workdir / "mixture.jsonl")):
             print(cost)
     if multihost.is_main():
         print(goodput.sentence(goodput.read(workdir)))
@@ -195,7 +192,6 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
     e = saved_experiment(workdir)
     from jaxkd.evals import compare
     from jaxkd.run import job, load, restore, teacher
-    from jaxkd.runtime import log
 
     multihost.join(single_ok=True)
     import jax
@@ -208,7 +204,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
         taught = teacher.build_teacher(built, load.models(built, rows, with_student=False).teachers, stores)
         known = (taught.judge.state, step, average)
         comparison = jax.jit(compare.make_comparison(built.student.forward, taught.judged, built.tokenizer.vocab))
-        before = multihost.broadcast("evaluations", lambda: log.read(workdir / "evals.jsonl"))
+        before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         result = compare.evaluate(
             lambda batch: comparison(student, known, batch),
@@ -218,7 +214,7 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
         )
     multihost.print_main(compare.table(result, start))
     if multihost.is_main() and not any(row["step"] == step for row in before):
-        log.append(workdir / "evals.jsonl", result)
+        files.append_jsonl(workdir / "evals.jsonl", result)
 
 
 def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -227,7 +223,6 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     e = saved_experiment(workdir)
     from jaxkd.models import export as exporter
     from jaxkd.run import job, restore
-    from jaxkd.runtime import log
 
     multihost.join(single_ok=True)
     import jax
@@ -247,9 +242,9 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
         "objective": {name: f"{t.divergence or t.feature}, weight {t.weight}" for name, t in e.objective.items()},
         "data": dict(e.data.domains),
         "steps": step,
-        "evaluation": [row for row in log.read(workdir / "evals.jsonl") if row["step"] == step],
+        "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
         "versions": versions(),
-        "command": json.loads((workdir / "run.json").read_text())["command"],
+        "command": saved_facts(workdir).get("command", ""),
     }
     directory = exporter.export(
         Path(options.output),

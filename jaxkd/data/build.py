@@ -6,7 +6,6 @@ end, so an interrupted build leaves no dataset behind.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import io
@@ -18,6 +17,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -30,7 +30,7 @@ from jaxkd.data.pack import Row, Tokens, pack
 from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
-from jaxkd.runtime import locks
+from jaxkd.runtime import files, locks
 
 FORMAT = 3
 """Version of rows, splits and order: raise it when one of them changes, so that old datasets are not reused."""
@@ -183,10 +183,11 @@ def _whole_rows(facts: Mapping[str, Any]) -> int:
 
 
 def _amend(path: epath.Path, **facts: int) -> None:
-    known = json.loads(path.read_text(encoding="utf-8")) | facts
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts)
+    if "://" in str(path):  # object stores replace a file in one request
+        path.write_text(text, encoding="utf-8")
+    else:
+        files.write_text(Path(path), text)
 
 
 def _read_prepared(name: str, path: epath.Path, fingerprint: str, built: bool) -> Prepared:
@@ -247,7 +248,7 @@ def prepare(
                 _amend(path / "metadata.json", train_bytes=corpus.size(divide(corpus, valid_share)[0]))
             found = _read_prepared(name, path, fingerprint, built=False)
         return found
-    with _full_disk(name, root), locked(), _spool(path.parent) as file:
+    with files.errors_name(root, f"preparing domain {name!r}"), locked(), _spool(path.parent) as file:
         if path.exists():  # by another process, while this one waited
             return _read_prepared(name, path, fingerprint, built=False)
         corpus = collect(source, file, seed, name, progress)
@@ -324,15 +325,3 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         random.setstate(state)
-
-
-@contextlib.contextmanager
-def _full_disk(name: str, root: epath.Path) -> Iterator[None]:
-    """Turn any library's error on a full disk into one OSError that names the domain."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-        if full or "no space left on device" in str(error).lower():
-            raise OSError(errno.ENOSPC, f"the disk is full while preparing domain {name!r}", str(root)) from None
-        raise

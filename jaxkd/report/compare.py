@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
-from jaxkd.report.run import MEAN, Row, by_domain, leaves, missing, read_json, read_lines, value_of
+from jaxkd.report.run import MEAN, Row, by_domain, leaves, missing, read_json, value_of
+from jaxkd.runtime import files
 
 METRICS = ("student_nats", "kl", "agreement")
 CONFIDENCE = 0.95
@@ -66,7 +67,7 @@ def gather(places: Sequence[Path], against: str | None = None) -> Comparison:
     names: dict[str, str] = {}
     left_out, rows = [], None
     for workdir in (run for place in places for run in _runs(Path(place))):
-        config, evals = read_json(workdir, "config.json"), read_lines(workdir / "evals.jsonl") or []
+        config, evals = read_json(workdir, "config.json"), files.read_jsonl(workdir / "evals.jsonl")
         steps, seed = int(config["run"]["steps"]), int(config["run"]["seed"])
         reached = max((int(row["step"]) for row in evals if row.get("domain") == MEAN), default=None)
         if reached is None or reached < steps:
@@ -79,7 +80,7 @@ def gather(places: Sequence[Path], against: str | None = None) -> Comparison:
             left_out.append(f"{workdir} is of other rows than the first run: {other}")
             continue
         key = json.dumps({**config, "run": {**config["run"], "seed": 0}}, sort_keys=True)
-        run = Finished(workdir, seed, config, by_domain(evals), read_lines(workdir / "metrics.jsonl") or [])
+        run = Finished(workdir, seed, config, by_domain(evals), files.read_jsonl(workdir / "metrics.jsonl"))
         same = [other for other in groups.get(key, ()) if other.seed == seed]
         if same:
             left_out.append(f"{workdir} is {same[0].workdir} once more: the same config and seed")
@@ -114,7 +115,7 @@ def _name(workdir: Path) -> str:
 
 
 def _where(workdir: Path, evaluated: int | None) -> str:
-    steps = [int(row["step"]) for row in read_lines(workdir / "metrics.jsonl") or []]
+    steps = [int(row["step"]) for row in files.read_jsonl(workdir / "metrics.jsonl")]
     return str(max([evaluated or 0, *steps]))
 
 

@@ -1,7 +1,6 @@
 """A comparison of runs as one self-contained HTML page: tables, and curves with the spread over seeds as a band."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from jaxkd.report.compare import (
     spread,
 )
 from jaxkd.report.run import PANEL, section, value_of
+from jaxkd.runtime import files
 
 TITLES = {
     "student_nats": "Student, nats per token",
@@ -34,12 +34,7 @@ Series = tuple[Sequence[float], Sequence[float]]
 
 def write(found: Comparison, target: Path) -> Path:
     """Make the page; a reader sees the old one or the new one."""
-    partial = target.parent / f".{target.name}.{os.getpid()}"
-    try:
-        partial.write_text(page(found), encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_text(target, page(found))
     return target
 
 

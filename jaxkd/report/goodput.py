@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jaxkd.report.charts import escape, number, percent, table
-from jaxkd.runtime import log
+from jaxkd.runtime import files
 from jaxkd.runtime.goodput import END, FILE, LOAD, START, STEPS, Row
 
 AGAIN, SKIPPED, DOWN = "again", "skipped", "down"
@@ -115,7 +115,7 @@ def _undone(row: Row, step: int) -> float:
 
 def read(workdir: Path) -> Account | None:
     """The account of a run so far."""
-    return account(log.read(workdir / FILE))
+    return account(files.read_jsonl(workdir / FILE))
 
 
 def sentence(found: Account | None) -> str:

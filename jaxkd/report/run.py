@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from jaxkd.report import goodput
 from jaxkd.report import mixture as mixture_page
 from jaxkd.report.charts import STYLE, Line, count, escape, figure, fixed, limits, number, percent, smooth, table, thin
+from jaxkd.runtime import files
 
 Row = dict[str, Any]
 MEAN = "mean"
@@ -25,18 +25,12 @@ def write(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     config, run = read_json(workdir, "config.json"), read_json(workdir, "run.json")
-    metrics, evals = read_lines(workdir / "metrics.jsonl"), read_lines(workdir / "evals.jsonl")
-    if metrics is None and evals is None:
-        raise FileNotFoundError(missing(workdir, "metrics.jsonl"))
-    mixture, clock = (read_lines(workdir / name) or [] for name in ("mixture.jsonl", goodput.FILE))
+    names = ("metrics.jsonl", "evals.jsonl", "mixture.jsonl", goodput.FILE)
+    if not any((workdir / name).exists() for name in names[:2]):
+        raise FileNotFoundError(missing(workdir, names[0]))
+    rows = [files.read_jsonl(workdir / name) for name in names]
     target = workdir / "report.html"
-    partial = workdir / f".report.html.{os.getpid()}"
-    try:
-        text = page(workdir.resolve().name, config, run, metrics or [], evals or [], mixture, clock)
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)  # a reader sees the old page or the new one, never half of one
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_text(target, page(workdir.resolve().name, config, run, *rows))
     return target
 
 
@@ -46,40 +40,11 @@ def missing(workdir: Path, name: str) -> str:
 
 
 def read_json(workdir: Path, name: str) -> Row:
-    """One JSON object of the work directory. Errors: FileNotFoundError, ValueError with the file's name."""
+    """One JSON object of the workdir. Errors: FileNotFoundError, ValueError with the file's name."""
     try:
-        value = json.loads((workdir / name).read_text(encoding="utf-8"))
+        return files.read_json(workdir / name)
     except FileNotFoundError:
         raise FileNotFoundError(missing(workdir, name)) from None
-    except ValueError as error:
-        raise ValueError(f"{workdir / name} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{workdir / name} holds {type(value).__name__} where one JSON object belongs")
-    return value
-
-
-def read_lines(file: Path) -> list[Row] | None:
-    """The objects of a .jsonl file, None when it is not there. Errors: ValueError names the line.
-
-    A last line without its newline is left out when it is cut short: the run may be writing it just now.
-    """
-    if not file.exists():
-        return None
-    text = file.read_text(encoding="utf-8")
-    lines, rows = text.splitlines(), []
-    for index, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if index == len(lines) - 1 and not text.endswith("\n"):
-                break
-            raise ValueError(f"{file} line {index + 1} is not JSON: {error}") from None
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f"{file} line {index + 1} is not an object with a step")
-        rows.append(row)
-    return rows
 
 
 def value_of(row: Row, key: str) -> float:

@@ -23,7 +23,7 @@ from jaxkd.run import load, preflight, program, restore
 from jaxkd.run.job import Job
 from jaxkd.run.mixing import Mixing
 from jaxkd.run.teacher import build_teacher, open_stores
-from jaxkd.runtime import log, multihost
+from jaxkd.runtime import files, log, multihost
 from jaxkd.runtime.phases import Phases
 from jaxkd.runtime.profiling import Profile
 from jaxkd.train import faults, guard, optim
@@ -196,13 +196,14 @@ class Run:
     def _first_evaluation(self) -> list[compare.Row]:
         """Rows of the one before the first step, where it has been made."""
         return multihost.broadcast(
-            "first evaluation", lambda: [row for row in log.read(self.workdir / "evals.jsonl") if row["step"] == 0]
+            "first evaluation",
+            lambda: [row for row in files.read_jsonl(self.workdir / "evals.jsonl") if row["step"] == 0],
         )
 
     def _evaluated(self, step: int) -> bool:
         """Whether the evaluation of a step is there, whole."""
         whole = lambda row: row["step"] == step and row["domain"] == "mean"
-        return multihost.broadcast("evaluated", lambda: any(map(whole, log.read(self.workdir / "evals.jsonl"))))
+        return multihost.broadcast("evaluated", lambda: any(map(whole, files.read_jsonl(self.workdir / "evals.jsonl"))))
 
     def _judge(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
         """Student beside teacher on the held-out rows; raises `_Told`."""
@@ -249,7 +250,9 @@ class Run:
                     output.say("stopped by a signal before a step was made: the same command begins where this one did")
                     return False
                 self.mixing.begin(self._first_evaluation())
-                if not any(row["step"] == self.mixing.start for row in log.read(self.workdir / "mixture.jsonl")):
+                if not any(
+                    row["step"] == self.mixing.start for row in files.read_jsonl(self.workdir / "mixture.jsonl")
+                ):
                     output.mixture(self.mixing.line(self.tokens, self.state.groups))
                 with self.phases.during("steps"):
                     self.finished = self._steps(step, run, output, interrupt, trace)

@@ -1,9 +1,7 @@
 """The mixture of a run: what its rule measures at an interval's end, and the shares that follow."""
 
-import json
 import math
 import operator
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ from jaxkd.losses.group_dro import Groups
 from jaxkd.run import job as jobs
 from jaxkd.run import load
 from jaxkd.run.job import Job
-from jaxkd.runtime import multihost
+from jaxkd.runtime import files, multihost
 from jaxkd.train.state import TrainState
 
 
@@ -175,8 +173,7 @@ class Mixing:
         told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
         target = workdir / rules.DOMAIN_WEIGHTS
         if multihost.is_main():
-            target.with_suffix(".tmp").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            os.replace(target.with_suffix(".tmp"), target)
+            files.write_json(target, told)
         spelled = ",".join(f"{name}={weight:.4f}" for name, weight in weights.items())
         return f"weights of the domains, averaged: {spelled}; to draw by them: data.mixture='doremi(\"{workdir}\")'"
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxkd import __version__
 from jaxkd.config.schema import Experiment, experiment, leaves, plain
-from jaxkd.runtime import locks
+from jaxkd.runtime import files, locks
 
 _PACKAGES = (
     "jax",
@@ -46,17 +46,25 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     logged = metrics.exists() and metrics.stat().st_size > 0
     trained = logged or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
     if not saved.exists():
-        if workdir.exists() and any(workdir.iterdir()):
+        others = (path.name for path in workdir.iterdir()) if workdir.exists() else ()
+        if any(not name.startswith(files.PARTIAL) for name in others):
             raise ValueError(f"{workdir} is not empty and holds no jaxkd run (no config.json): use a new --workdir")
         adopt(workdir, e)
         return []
     try:
-        before, after = leaves(_completed(json.loads(saved.read_text(encoding="utf-8")))), leaves(config)
-    except (json.JSONDecodeError, AttributeError):
-        raise ValueError(f"{saved} is damaged: it is not a JSON object; use a new --workdir") from None
+        values = files.read_json(saved)
+    except files.Torn as error:
+        if trained:
+            return [f"config.json, because {error}: written from this command, not compared with the earlier one"]
+        if saved.stat().st_size:
+            raise ValueError(f"{error}, and nothing was trained in {workdir}: use a new --workdir") from None
+        values = config
+    if not trained and not {"student", "objective", "data"} <= values.keys():
+        raise ValueError(f"{saved} is not a jaxkd run's: use a new --workdir")
+    before, after = leaves(_completed(values)), leaves(config)
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
-    if changes and not trained:
+    if (changes or not saved.stat().st_size) and not trained:
         for name in ("evals.jsonl", "metrics.jsonl", "mixture.jsonl", "goodput.jsonl", "run.json"):
             (workdir / name).unlink(missing_ok=True)  # of an experiment that never made a step
         adopt(workdir, e)
@@ -87,7 +95,7 @@ def _completed(values: Any) -> Any:
 def adopt(workdir: Path, e: Experiment) -> None:
     """Write the experiment into its workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "config.json", plain(e))
+    files.write_json(workdir / "config.json", plain(e))
 
 
 @contextlib.contextmanager
@@ -144,16 +152,18 @@ def saved_experiment(workdir: Path) -> Experiment:
             f"{workdir} holds no run: {path} is missing; `jaxkd train --workdir {workdir}` makes one"
         )
     try:
-        return experiment(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError:
-        raise ValueError(f"{path} is no JSON: put it back, or begin anew in another --workdir") from None
+        return experiment(files.read_json(path))
+    except files.Torn as error:
+        raise ValueError(f"{error}: restore it, or repeat the run's `jaxkd train` command, which writes it") from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one move."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def saved_facts(workdir: Path) -> dict[str, Any]:
+    """What run.json holds; where it is missing, empty or torn, {} and a line on stderr."""
+    try:
+        return files.read_json(workdir / "run.json")
+    except (FileNotFoundError, ValueError) as error:
+        print(f"jaxkd: {error}: the run's command and kept layers are unknown", file=sys.stderr, flush=True)
+        return {}
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxkd.runtime import log
+from jaxkd.runtime import files
 
 FILE = "goodput.jsonl"
 STEPS, START, LOAD, END = "steps", "start", "load", "end"
@@ -28,5 +28,5 @@ class Recorder:
         now = time.time()
         if self._writes and (now - began >= 1e-3 or step > first or phase == END):
             row = {"time": now, "seconds": now - began, "phase": phase, "first": first, "step": step}
-            log.append(self._path, [row | {name: value for name, value in more.items() if value}])
+            files.append_jsonl(self._path, [row | {name: value for name, value in more.items() if value}])
         return now

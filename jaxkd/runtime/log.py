@@ -1,13 +1,11 @@
 """What a training run writes: JSON lines, TensorBoard, a progress bar."""
 
 import contextlib
-import json
 import math
-import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,59 +14,17 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
-from jaxkd.runtime import multihost
+from jaxkd.runtime import files, multihost
 
 _QUEUE = 64  # rows that may wait for the disk before the training loop blocks
 _FLUSH = 30.0  # seconds between two flushes of TensorBoard's events
 _REDRAW = 0.5  # seconds between two drawings of the bar
 
 
-def append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append JSON lines with one fsync; a torn last line is removed first."""
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with _named(path), path.open("a+b") as file:
-        if end := file.seek(0, os.SEEK_END):
-            file.seek(end - 1)
-            if file.read(1) != b"\n":  # left by a full disk or a kill
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError that has none, as on a full disk."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All complete lines; a torn last line is skipped."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if line.endswith("\n") and line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise ValueError(f"line {number} of {path} is not JSON: delete that line or restore the file") from None
-    return rows
-
-
-def truncate(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> None:
     """Drop the rows after `step`, which the resumed run writes again."""
-    if not path.exists():
-        return
-    rows = [row for row in read(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    if path.exists():
+        files.write_jsonl(path, [row for row in files.read_jsonl(path) if row["step"] <= step])
 
 
 class _Board:
@@ -91,13 +47,13 @@ class _Board:
     def flush(self, wait: float = 0.0) -> None:
         """Flush to disk, unless that was done within the last `wait` seconds."""
         if time.monotonic() - self._flushed >= wait:
-            with _named(self._directory):
+            with files.errors_name(self._directory):
                 self._events.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flush and close the file."""
-        with _named(self._directory):
+        with files.errors_name(self._directory):
             self._events.close()
 
 
@@ -177,11 +133,11 @@ class _Writer:
                 self._changed.notify_all()
 
     def _write(self, rows: list[_Row], flush: bool) -> None:
-        files: dict[Path, list[dict[str, Any]]] = {}
+        by_path: dict[Path, list[dict[str, Any]]] = {}
         for row in rows:
-            files.setdefault(row.path, []).append(row.row)
-        for path, together in files.items():
-            append(path, together)
+            by_path.setdefault(row.path, []).append(row.row)
+        for path, together in by_path.items():
+            files.append_jsonl(path, together)
         for row in rows:
             self._board.add(row.prefix, row.row, row.when)
         self._board.flush(0.0 if flush else _FLUSH)
@@ -212,7 +168,7 @@ class TrainLog:
         self._writer: _Writer | None = None
         if writes:
             for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
-                truncate(path, last)
+                _drop_after(path, last)
             self._writer = _Writer(_Board(workdir / "tensorboard", step + 1))
         # Created last, so that errors above are not printed on the bar's line.
         self._bar = tqdm(
@@ -249,7 +205,7 @@ class TrainLog:
         """Drop the rows of an evaluation that was interrupted at `step`."""
         if self._writer is not None:
             self._settle()
-            truncate(self._evals, step - 1)
+            _drop_after(self._evals, step - 1)
 
     def flush(self) -> None:
         """Wait until all rows are on disk.

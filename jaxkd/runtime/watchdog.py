@@ -2,7 +2,6 @@
 
 import contextlib
 import faulthandler
-import json
 import os
 import statistics
 import sys
@@ -12,7 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from jaxkd.runtime import multihost
+from jaxkd.runtime import files, multihost
 from jaxkd.runtime.cluster import EXIT_INTERNAL
 
 STEPS = "steps"
@@ -43,7 +42,7 @@ def timeout(phase: str, stall_s: float, median: float | None) -> float | None:
 def live_heartbeat(workdir: Path) -> dict[str, Any] | None:
     """The heartbeat of a run that is still going, judged by heartbeat.json alone; else None."""
     try:
-        beat = json.loads((workdir / "heartbeat.json").read_text(encoding="utf-8"))
+        beat = files.read_json(workdir / "heartbeat.json")
         over = beat["phase"] == "end" or time.time() - beat["time"] > HEARTBEAT_TTL_S
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -150,8 +149,6 @@ class Watchdog:
 
     def _write_beat(self) -> None:
         path = self._workdir / "heartbeat.json"
-        partial = path.with_suffix(".tmp")
         with self._beat_lock, contextlib.suppress(OSError):  # writers that need the disk report that it is full
             now = {"time": time.time(), "phase": self._phase, "step": self._step, "since": self._since}
-            partial.write_text(json.dumps(now | {"pid": os.getpid()}) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            files.write_json(path, now | {"pid": os.getpid()})

@@ -4,13 +4,10 @@ A block of rows is one shard of a TFDS dataset. It is written under another name
 disk, so what is there is whole.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import os
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,13 +19,12 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from jaxkd.runtime import files
+
 FORMAT = 1
 """Version of the directory, the records and the payloads: raise it when one changes."""
 
 MANIFEST = "manifest.json"
-
-UNFINISHED = "incomplete."
-"""How the name of a file that is being written begins."""
 
 _VERSION, _NAME = "1.0.0", "signals"  # of every domain's TFDS dataset
 _OPTIONS = "group_size:1,uncompressed"  # one record a chunk, to be read alone; payloads do not compress
@@ -141,7 +137,7 @@ def write_metadata(root: Path, domain: str, sizes: Sizes, size: int) -> None:
         disable_shuffling=True,
     )
     for name in ("dataset_info.json", "features.json"):
-        _sync(place / name)
+        files.sync(place / name)
 
 
 def plain(facts: Any) -> Any:
@@ -196,34 +192,3 @@ def read_manifest(root: Any) -> dict[str, Any]:
     if not known:
         raise ValueError(f"the cache {root} has format {manifest['format']}, this jaxkd has {FORMAT}: make it again")
     return manifest
-
-
-def _sync(path: Path) -> None:
-    """See that a file's content, or a directory's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A place to write a file, which gets its name when all of it is on the disk, or never.
-
-    Raises:
-        OSError: the disk is full, whichever library met it.
-    """
-    part = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}.{path.name}")
-    try:
-        yield part
-        _sync(part)
-        os.replace(part, path)
-        _sync(path.parent)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "no space left on device" in str(error).lower():
-            what = "the disk is full while writing a cache; make room and run the same command, which goes on"
-            raise OSError(errno.ENOSPC, what, str(path.parent)) from None
-        raise

@@ -4,7 +4,6 @@ A writer that was killed goes on with the blocks that are missing, and every pay
 """
 
 import contextlib
-import json
 import os
 import re
 import resource
@@ -16,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from jaxkd.runtime import locks
+from jaxkd.runtime import files, locks
 from jaxkd.teachers import shards
 from jaxkd.teachers.codec import Layout
 from jaxkd.teachers.shards import FORMAT, MANIFEST, Block, Sizes
@@ -87,7 +86,7 @@ class Writer:
     def _lead(self, stack: contextlib.ExitStack) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in self.root.iterdir()}
-        others = [name for name in names if name != _LOCK and not name.startswith(shards.UNFINISHED)]
+        others = [name for name in names if name != _LOCK and not name.startswith(files.PARTIAL)]
         if others and MANIFEST not in others:
             raise ValueError(f"{self.root} holds {min(others)} and no cache: name a new or an empty directory")
         lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -97,7 +96,7 @@ class Writer:
         if not (self.root / MANIFEST).exists():
             self._write_manifest(complete=False)
         complete = self._match()
-        for left_over in self.root.rglob(f"{shards.UNFINISHED}*"):
+        for left_over in self.root.rglob(f"{files.PARTIAL}*"):
             left_over.unlink()
         for domain in self._facts["sizes"]:
             shards.folder(self.root, domain).mkdir(parents=True, exist_ok=True)
@@ -112,8 +111,7 @@ class Writer:
         return complete
 
     def _write_manifest(self, complete: bool) -> None:
-        with shards.whole(self.root / MANIFEST) as part:
-            part.write_text(json.dumps({**self._facts, "complete": complete}, indent=2) + "\n", encoding="utf-8")
+        files.write_json(self.root / MANIFEST, {**self._facts, "complete": complete})
 
     def missing(self) -> list[Block]:
         """Blocks that are not there, or cut short, in the order of domains, splits and rows.
@@ -141,7 +139,7 @@ class Writer:
         """
         if len(payloads) != block.stop - block.start:
             raise ValueError(f"{len(payloads)} payloads are not the rows {block.start} to {block.stop} of {block}")
-        with shards.whole(shards.shard(self.root, self._facts["sizes"], self._facts["block"], block)) as part:
+        with files.atomic(shards.shard(self.root, self._facts["sizes"], self._facts["block"], block)) as part:
             shards.write(part, block, payloads)
 
     def finish(self) -> None:

@@ -333,6 +333,14 @@ def test_a_corrected_command_may_reuse_a_workdir_in_which_nothing_was_trained(tm
     assert workdirs.saved_experiment(workdir) == other  # until `adopt`, which follows a successful start
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "llama"}', '{"data": '])
+def test_another_programs_config_is_kept(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        workdirs.claim(tmp_path, resolved(), True)
+    assert (tmp_path / "config.json").read_text() == text
+
+
 def test_logged_steps_are_kept_when_checkpoints_are_gone(tmp_path):
     e = resolved()
     other = dataclasses.replace(e, optim=dataclasses.replace(e.optim, clip=2.0))

@@ -247,7 +247,7 @@ def test_failing_builds_leave_nothing(tmp_path, monkeypatch):
         yield Document("a", "text")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match=r"disk.*'made'"):
+    with pytest.raises(OSError, match="'made'"):
         prepare(Source("made up", "f", full_disk), tmp_path)
     assert left_in(tmp_path) == []
 
@@ -255,7 +255,7 @@ def test_failing_builds_leave_nothing(tmp_path, monkeypatch):
         raise RuntimeError("write(): No space left on device; writing x")
 
     monkeypatch.setattr(type(TOKENIZER), "documents", late)
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(OSError, match="'made'"):
         prepare([("a", "text"), ("b", "other")], tmp_path)
     assert left_in(tmp_path) == []
 

@@ -9,7 +9,7 @@ from harness import final_state, here, lines, tiny_arguments
 
 from jaxkd.core import schedules
 from jaxkd.data import loader
-from jaxkd.runtime import log
+from jaxkd.runtime import files
 
 STEPS = ("--config.run.steps=12", "--config.run.checkpoint_every=6", "--config.data.interval=6", "--no-check")
 STEPS += ("--config.run.mesh.data=1",)
@@ -108,7 +108,7 @@ def test_numbers_that_stay_broken_stop_the_run_early_and_save_nothing_more(stopp
 
 def test_the_wall_clock_is_accounted_for(survived):
     workdir, result = survived
-    rows = log.read(workdir / "goodput.jsonl")
+    rows = files.read_jsonl(workdir / "goodput.jsonl")
     phases = [row["phase"] for row in rows]
     assert phases[:2] == ["start", "load"]
     assert phases[-1] == "end"
@@ -125,7 +125,7 @@ def test_the_wall_clock_is_accounted_for(survived):
 
 def test_programs_are_found_in_the_cache_the_second_time(stopped):
     workdir, result = stopped
-    assert sum(row.get("cached", 0) for row in log.read(workdir / "goodput.jsonl")) > 0
+    assert sum(row.get("cached", 0) for row in files.read_jsonl(workdir / "goodput.jsonl")) > 0
     assert "compiled programs: " in result.stdout
 
 

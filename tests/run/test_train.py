@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from harness import final_state, jaxkd, lines, logged
+from harness import final_state, here, jaxkd, lines, logged
 
 GOLDEN = [  # loss, kd, ce of the first five steps of the tiny recipe on the two made-up domains
     (5.50936, 0.000907, 5.50890),
@@ -49,6 +49,20 @@ def test_the_finished_command_repeated_changes_nothing(undisturbed, arguments):
     assert result.returncode == 0, result.stderr
     assert "mean" in result.stdout
     assert ((undisturbed / "metrics.jsonl").read_bytes(), (undisturbed / "evals.jsonl").read_bytes()) == before
+
+
+def test_torn_state_files_do_not_end_a_run(undisturbed, arguments, tmp_path):
+    """Emptied by a full disk or cut short by a power cut, beside whole checkpoints."""
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    config = (workdir / "config.json").read_text()
+    for name, text in (("run.json", ""), ("config.json", ""), ("config.json", config[:99])):
+        (workdir / name).write_text(text)
+        result = here("train", "--workdir", str(workdir), *arguments)
+        assert result.returncode == 0, result.stderr
+        assert str(workdir / name) in result.stdout + result.stderr
+        assert "resuming at step 12" in result.stdout
+    assert (workdir / "config.json").read_text() == config
+    assert json.loads((workdir / "run.json").read_text())["command"].startswith("jaxkd train")
 
 
 @pytest.mark.slow

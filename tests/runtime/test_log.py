@@ -13,7 +13,7 @@ import pytest
 from harness import REPOSITORY, here, tiny_arguments
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxkd.runtime import log
+from jaxkd.runtime import files, log
 
 
 def line(step: int, **more) -> dict:
@@ -32,7 +32,7 @@ class Disk:
             assert self.answers.wait(60)
             sync(file)
 
-        monkeypatch.setattr(log.os, "fsync", answer)
+        monkeypatch.setattr(os, "fsync", answer)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def no_thread_left():
 
 
 def steps(workdir) -> list[int]:
-    return [row["step"] for row in log.read(workdir / "metrics.jsonl")]
+    return [row["step"] for row in files.read_jsonl(workdir / "metrics.jsonl")]
 
 
 def waits(call) -> threading.Thread:
@@ -115,11 +115,11 @@ def test_evaluations_and_mixtures_are_there_when_their_call_returns(disk, output
     evaluating = waits(lambda: output.evaluation(rows))
     disk.answers.set()
     evaluating.join(60)
-    assert log.read(tmp_path / "evals.jsonl") == rows
+    assert files.read_jsonl(tmp_path / "evals.jsonl") == rows
     output.mixture({"step": 20, "interval": 1})
-    assert log.read(tmp_path / "mixture.jsonl") == [{"step": 20, "interval": 1}]
+    assert files.read_jsonl(tmp_path / "mixture.jsonl") == [{"step": 20, "interval": 1}]
     output.restart_evaluation(19)
-    assert log.read(tmp_path / "evals.jsonl") == []
+    assert files.read_jsonl(tmp_path / "evals.jsonl") == []
 
 
 def test_a_restart_drops_what_it_makes_again(tmp_path):
@@ -128,7 +128,7 @@ def test_a_restart_drops_what_it_makes_again(tmp_path):
         for step in range(first + 1, last + 1):
             output.step(line(step, attempt=first), write=True)
         output.close()
-    assert [(row["step"], row["attempt"]) for row in log.read(tmp_path / "metrics.jsonl")] == [
+    assert [(row["step"], row["attempt"]) for row in files.read_jsonl(tmp_path / "metrics.jsonl")] == [
         (step, 0 if step <= 5 else 5) for step in range(1, 13)
     ]
 
@@ -191,25 +191,6 @@ def test_nobody_waits_for_a_thread_that_has_failed(tmp_path):
     output.close()
 
 
-def test_what_a_full_disk_cut_short_does_not_spoil_the_next_line(tmp_path):
-    path = tmp_path / "goodput.jsonl"
-    log.append(path, [{"step": 1}, {"step": 2}])
-    for cut in ('{"step": 3', "{"):
-        path.write_text(path.read_text() + cut)
-        log.append(path, [{"step": 4}])
-    assert [row["step"] for row in log.read(path)] == [1, 2, 4, 4]
-    path.write_text('{"st')
-    log.append(path, [{"step": 1}])
-    assert log.read(path) == [{"step": 1}]
-
-
-def test_a_line_that_is_no_json_is_named(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n\n{"step": 2{"step": 3}\n{"step": 4}\n')
-    with pytest.raises(ValueError, match=r"line 3 of .*metrics\.jsonl"):
-        log.read(path)
-
-
 def test_of_several_processes_the_first_alone_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(log.multihost, "is_main", lambda: False)
     output = log.TrainLog(tmp_path, 10, 0, 0)
@@ -259,9 +240,11 @@ def test_a_run_whose_disk_fills_up_says_so_and_saves_nothing_that_is_not_written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(file)
 
-    monkeypatch.setattr(log.os, "fsync", fill)
+    monkeypatch.setattr(os, "fsync", fill)
     more = ("--config.run.steps=8", "--config.run.checkpoint_every=2", "--config.run.mesh.data=1", "--no-check")
     result = here("train", "--workdir", str(tmp_path / "run"), *tiny_arguments(two_domains, tmp_path / "rows", *more))
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == f"jaxkd: error: No space left on device: {written}"
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("jaxkd: error: No space left on device")
+    assert last.endswith(str(written))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == ["2"]
