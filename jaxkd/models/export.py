@@ -1,7 +1,7 @@
-"""A trained student as a directory that `transformers` loads.
+"""Writing a trained student as a directory that `transformers` loads.
 
-All files are first written to a staging directory on the same file system. Only files that an earlier export wrote,
-which are listed in its jaxkd.json, are ever replaced. The card states what the caller knows about the run.
+Files are written to a staging directory inside the destination, then moved. Only files of an earlier export, listed in
+its jaxkd.json, are replaced.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _FILES = (
     "tokenizer_config.json",
 )
 _STAGING = ".jaxkd-export-"
-_GATE = "config.json"  # without it nothing loads the directory: removed first, written last
+_GATE = "config.json"  # removed first and written last: an incomplete directory does not load
 
 
 def export(
@@ -50,26 +50,23 @@ def export(
     """Writes a Hugging Face model directory.
 
     Args:
-        directory: where to. An earlier export there is replaced, file by file.
+        directory: destination. An earlier export there is replaced, file by file.
         config: the decoder's; only the true vocabulary is written.
-        params: the decoder's parameters, arrays that this process holds in full.
-        tokenizer_json: the tokenizer's definition.
+        params: fully addressable arrays.
+        tokenizer_json: text of tokenizer.json.
         chat_template: Jinja text, or `None`.
         special: "start" and "end", the tokens around a document, as words; `None` for none.
         card: facts for the model card by name. A dict becomes a list, a list of dicts a table; "name" is
             the title, "license" goes to the header and "command" into a code block.
-        dtype: "float32" or "bfloat16", what weights are stored in.
-        overwrite: write although `directory` holds files of others too, which stay as they are.
-        keep_out: directories of the run (workdir, checkpoints): `directory` must be apart from all of them.
-
-    Returns:
-        The directory.
+        dtype: "float32" or "bfloat16", of the stored weights.
+        overwrite: write even if `directory` holds other files; those are kept.
+        keep_out: directories of the run (workdir, checkpoints) that `directory` must not be, contain or lie inside.
 
     Raises:
-        FileExistsError: `directory` holds files that no export wrote and `overwrite` is not set, or a file that no
-            export wrote has the name of one that would be written, or `directory` holds checkpoints.
-        ValueError: parameters, tokenizer and config do not fit each other, a parameter is not finite, or `directory`
-            is, contains or lies inside one of `keep_out`.
+        FileExistsError: `directory` holds checkpoints, or files of others and `overwrite` is not set, or a file of
+            others with the name of one to be written.
+        ValueError: parameters, tokenizer and config do not match, a parameter is not finite, or `directory` is,
+            contains or lies inside one of `keep_out`.
     """
     target = Path(directory).expanduser()
     if "://" in str(directory):
@@ -80,9 +77,9 @@ def export(
     ids = _special_ids(config, tokenizer_json, special)
     written = families.to_hf(config, dtype=dtype) | ids
 
-    made = not target.exists()
+    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
-    for left_over in target.glob(f"{_STAGING}*"):  # of an export that was killed
+    for left_over in target.glob(f"{_STAGING}*"):  # from an export that was killed
         shutil.rmtree(left_over)
     staging = target / f"{_STAGING}{os.getpid()}"
     staging.mkdir()
@@ -98,7 +95,7 @@ def export(
         _publish(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if made:
+        if is_new:
             with contextlib.suppress(OSError):
                 target.rmdir()
         raise
@@ -106,16 +103,12 @@ def export(
 
 
 def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[Path] = ()) -> None:
-    """See that an export to `target` would lose nothing.
-
-    Raises:
-        FileExistsError, ValueError: as `export`.
-    """
-    whole = target.resolve()
-    for place in (path.resolve() for path in keep_out):
-        if whole == place or whole in place.parents or place in whole.parents:
-            how = "is" if whole == place else "contains" if whole in place.parents else "lies inside"
-            raise ValueError(f"cannot export to {target}: it {how} {place}, which belongs to the run. Name another")
+    """Raises FileExistsError or ValueError, as `export`, if an export to `target` could lose data."""
+    resolved = target.resolve()
+    for path in (path.resolve() for path in keep_out):
+        if resolved == path or resolved in path.parents or path in resolved.parents:
+            how = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
+            raise ValueError(f"cannot export to {target}: it {how} {path}, which belongs to the run. Name another")
     if not target.exists():
         return
     if not target.is_dir():
@@ -137,7 +130,7 @@ def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[
         )
 
 
-# A checkpoint, a directory of checkpoints, a workdir, a folder of workdirs.
+# Matches a checkpoint, a directory of checkpoints, a workdir and a directory of workdirs.
 _CHECKPOINTS = (
     "_CHECKPOINT_METADATA",
     "commit_success.txt",
@@ -149,7 +142,7 @@ _CHECKPOINTS = (
 
 
 def _earlier(target: Path) -> set[str]:
-    """Names of the files in `target` that an earlier export wrote, by its own list."""
+    """Names of the files in `target` that an earlier export lists in its jaxkd.json."""
     try:
         names = json.loads((target / _RECORD).read_bytes())["files"]
         return {_RECORD, *(name for name in names if (target / name).parent == target and (target / name).is_file())}
@@ -158,10 +151,10 @@ def _earlier(target: Path) -> set[str]:
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Moves the staged files into `target` in place of an earlier export's; those of others stay.
+    """Moves the staged files into `target`, replacing those of an earlier export.
 
-    Interrupted, it leaves a directory without config.json, which nothing loads, and the list of an export: the same
-    call then writes it whole.
+    Interrupted, it leaves a directory without config.json, which does not load, but with the list of an export, so
+    that the same call completes it.
     """
     new = sorted(file.name for file in staging.iterdir())
     old = _earlier(target)
@@ -175,7 +168,7 @@ def _publish(staging: Path, target: Path) -> None:
         os.replace(staging / "list", target / _RECORD)
         for name in (_GATE, *old - {*new, _GATE}):
             (target / name).unlink(missing_ok=True)
-    mode = (staging / _GATE).stat().st_mode  # the umask's; safetensors makes files that only their owner can read
+    mode = (staging / _GATE).stat().st_mode  # follows the umask; safetensors creates files with mode 0600
     for name in sorted(new, key=lambda name: (name == _RECORD, name == _GATE)):
         (staging / name).chmod(mode)
         os.replace(staging / name, target / name)
@@ -183,7 +176,7 @@ def _publish(staging: Path, target: Path) -> None:
 
 
 def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays as a Hugging Face file has them, one at a time."""
+    """Names and arrays of a Hugging Face file, one at a time."""
     table = families.table(config)
     inner = params.get("layers", {})
     present = {("layers", name) for name in inner} | {(name,) for name in params if name != "layers"}
@@ -203,7 +196,7 @@ def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, 
 
 
 def _special_ids(config: Config, tokenizer_json: str, special: Mapping[str, str | None]) -> dict[str, int]:
-    """bos, eos and pad ids, after a check that every id has a row in the embedding."""
+    """bos, eos and pad ids; raises if an id of the tokenizer has no row in the embedding."""
     try:
         definition = json.loads(tokenizer_json)
     except ValueError as error:
@@ -226,7 +219,7 @@ def _special_ids(config: Config, tokenizer_json: str, special: Mapping[str, str 
 
 def _tokenizer_config(config: Config, chat_template: str | None, special: Mapping[str, str | None]) -> dict[str, Any]:
     start, end = special.get("start"), special.get("end")
-    # The end token pads: a new one would need a row that no one trained.
+    # The end token is also the padding token: a new one would need an untrained embedding row.
     tokens = {"bos_token": start, "eos_token": end, "pad_token": end, "chat_template": chat_template}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -236,7 +229,7 @@ def _tokenizer_config(config: Config, chat_template: str | None, special: Mappin
 
 
 def _card(name: str, card: Mapping[str, Any]) -> str:
-    """The README: a YAML header, how to load it, and the facts in the order given."""
+    """README.md: a YAML header, how to load the model, and the facts in the given order."""
     header = ["---", "library_name: transformers", "tags:", "- knowledge-distillation"]
     if "license" in card:
         header.append(f"license: {json.dumps(card['license'])}")  # a JSON string is a YAML string

@@ -1,8 +1,6 @@
-"""Model families as data: what a config file means, and where each parameter is found in a file of weights.
+"""Model families as data: `config.json` or GGUF metadata to a `Config`, and a table of tensor names.
 
-The decoder knows options, not families; a family is a translation of somebody's `config.json` or GGUF fields
-into those options, plus a table of tensor names. An option the decoder does not have is refused by name: a
-model that loads and computes something slightly different is the most expensive kind of error.
+An option that changes the computation and that the decoder does not have raises an error with its name.
 """
 
 import math
@@ -28,10 +26,10 @@ _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 _LLAMA3_PUBLISHED = (1.0, 4.0, 8192)  # the keys after `factor`, the same in Llama 3.1, 3.2 and 3.3
 
 Note = Callable[[str], object]
-"""Takes a sentence on what was accepted although it is not read."""
+"""Receives one sentence per option that was accepted and ignored."""
 
-# Keys of other families that change the numbers and that this decoder does not have, each with the value that
-# changes nothing; null and False never do. "head_dim" stands for the head's size, "1/sqrt" for its inverse root.
+# Keys that change the computation and are not supported, with their neutral value; null and False are always neutral.
+# "head_dim" stands for the size of a head, "1/sqrt" for 1/sqrt(head_dim).
 _UNREAD_HF = {
     "logit_scale": 1,
     "logits_scaling": 1,
@@ -66,7 +64,7 @@ _UNREAD_GGUF = {
 
 
 class _Rope(NamedTuple):
-    """Rotary frequencies: the base, and how they are changed."""
+    """Rotary base, and the scaling of its frequencies."""
 
     theta: float
     scaling: RopeScaling | None = None
@@ -74,10 +72,10 @@ class _Rope(NamedTuple):
 
 
 class _Limit(NamedTuple):
-    """A key that changes nothing up to so many tokens, and is not supported beyond."""
+    """A key that has no effect up to this many tokens, and is not supported beyond."""
 
     tokens: int
-    key: str  # and its value
+    key: str  # with its value, for messages
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -85,11 +83,11 @@ class _Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter: its place in the tree, its names in files, and the shapes on both sides.
+    """One parameter: its path in the tree, its names in files, and its shape in both.
 
-    Files hold matrices as [out, in]; ours are [in, out] with the head axes split, so that `transposed` and
-    `shape` say the whole mapping. GGUF files of the llama architecture hold the rows of q and k with each
-    head's two rotary halves interleaved: `rotary_heads` is how many heads to undo that for, 0 for none.
+    Files store matrices as [out, in]; parameters are [in, out] with the head axes split. GGUF files of the llama
+    architecture interleave the two rotary halves of each head in the rows of q and k: `rotary_heads` is the number of
+    heads to de-interleave, 0 for none.
     """
 
     path: tuple[str, ...]
@@ -103,11 +101,11 @@ class Tensor:
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one such tensor per layer, stacked on a leading axis in the tree."""
+        """Whether files have one tensor per layer, stacked on a leading axis in the tree."""
         return self.path[0] == "layers"
 
     def leaf(self, config: Config) -> tuple[int, ...]:
-        """The shape in the tree: stacked over layers, and the vocabulary padded."""
+        """The shape in the tree, with the layer axis and the padded vocabulary."""
         shape = list(self.shape)
         if self.vocab_axis is not None:
             shape[self.vocab_axis] = config.padded_vocab
@@ -115,7 +113,7 @@ class Tensor:
 
 
 def table(config: Config) -> tuple[Tensor, ...]:
-    """Every parameter of `config`'s decoder. Shapes are one layer's, with the true vocabulary."""
+    """All parameters of `config`'s decoder; shapes are per layer, with the true vocabulary."""
     d, f, h, kv, hd, v = (
           config.embed, config.mlp, config.heads, config.kv_heads, config.head_dim, config.vocab,
     )  # fmt: skip
@@ -156,7 +154,7 @@ def table(config: Config) -> tuple[Tensor, ...]:
 
 
 def from_stored(tensor: Tensor, array: np.ndarray, *, interleaved: bool = False) -> np.ndarray:
-    """One stored tensor `[*stored]` as `[*shape]`; `interleaved` undoes GGUF llama's order of rows."""
+    """A tensor `[*stored]` from a file as a parameter `[*shape]`; `interleaved` is GGUF llama's row order."""
     if interleaved and tensor.rotary_heads:
         half = array.shape[0] // tensor.rotary_heads // 2
         array = array.reshape(tensor.rotary_heads, half, 2, -1).swapaxes(1, 2)
@@ -165,7 +163,7 @@ def from_stored(tensor: Tensor, array: np.ndarray, *, interleaved: bool = False)
 
 
 def to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
-    """One parameter `[*shape]` as it stands in a Hugging Face file, `[*stored]`."""
+    """A parameter `[*shape]` as a Hugging Face file stores it, `[*stored]`."""
     return array.reshape(tensor.stored[::-1]).T if tensor.transposed else array.reshape(tensor.stored)
 
 
@@ -179,13 +177,13 @@ def from_hf(
 
     Args:
         config: the parsed file, as transformers 4 or 5 writes it.
-        source: what to call it in errors.
-        length: the longest row that the model will see. What changes nothing up to there is accepted, and
-            `max_length` is cut to where it begins to; `None` stands for the model's own maximum.
-        note: is told what was accepted so.
+        source: name of the file in errors.
+        length: the longest row that the model will see, `None` for its own maximum. Unsupported options without
+            effect up to there are accepted, and reduce `max_length` to where they would take effect.
+        note: receives a sentence per such option.
 
     Raises:
-        ValueError: an unknown family, a missing key, or an option that this decoder does not have.
+        ValueError: unknown family, missing key, or unsupported option.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -228,19 +226,18 @@ def from_hf(
 
 
 def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> dict[str, Any]:
-    """A `config.json` that transformers 4 and 5 both read.
+    """A `config.json` that transformers 4 and 5 both read, with the true vocabulary.
 
     Args:
-        config: the decoder's config; its true vocabulary is written.
-        family: a name in `FAMILIES`; `None` takes the one that `config`'s options belong to.
-        dtype: what the weights are stored in.
+        family: a name in `FAMILIES`, `None` for the one that has `config`'s options.
+        dtype: of the stored weights.
 
     Raises:
         ValueError: no family has these options.
     """
     if config.qkv_bias and config.qk_norm:
         raise ValueError("no Hugging Face family has qkv_bias and qk_norm together: cannot export")
-    # The two compute the same, but a llama config insists that its heads divide its width.
+    # Both compute the same, but a llama config requires that the heads divide the width.
     plain = "mistral" if config.embed % config.heads else "llama"
     natural = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else plain
     family = family or natural
@@ -263,7 +260,7 @@ def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> 
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "attention_dropout": 0.0,
-        # The older of two layouts: transformers 5 reads it and turns it into its own `rope_parameters`.
+        # The layout of transformers 4; transformers 5 converts it to its own `rope_parameters`.
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "torch_dtype": dtype,
@@ -274,7 +271,7 @@ def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> 
         numbers = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length)
         written["rope_scaling"] = {"rope_type": "llama3", **dict(zip(_LLAMA3_KEYS, numbers))}
     if factors := list(config.rope_factors):
-        # The one type whose frequencies are given one by one; that both lists are the same makes it one of no length.
+        # longrope takes one factor per frequency; with two equal lists it does not depend on the length.
         same = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": config.max_length}
         written["rope_scaling"] = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **same}
     if family in ("llama", "qwen3"):
@@ -289,7 +286,7 @@ def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> 
 
 
 def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
-    """Raises on whatever would be computed wrongly without a word."""
+    """Raises on unsupported weights, activations and architectures."""
     refused = {
         "quantization_config": "quantised weights are not read; save the model in bfloat16 or float32",
         "attention_bias": "biases on all four attention projections are not supported",
@@ -309,13 +306,12 @@ def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
 
 
 def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_dim: Any, source: str) -> None:
-    """Raises on a key that changes the numbers, that this decoder does not have, and that is not at its neutral value.
+    """Raises on an unsupported key that is not at its neutral value.
 
     Args:
-        config: keys as `unread` names them, whatever stands before them in the file.
+        config: values by the keys of `unread`.
         unread: key -> neutral value.
-        head_dim: of the model, which two of the neutral values follow from.
-        source: the file, and what stands before a key in it.
+        source: prefix of messages: the file, and the key's prefix in it.
     """
     for key, neutral in unread.items():
         value = config.get(key)
@@ -331,10 +327,10 @@ def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_di
 
 
 def _within(limits: Iterable[_Limit], whole: int, length: int | None, source: str, note: Note) -> int:
-    """Tokens up to which the decoder computes what the file says: `whole`, or fewer that are enough for `length`.
+    """Tokens up to which the decoder is exact: `whole`, or the smallest of `limits` if `length` fits in it.
 
     Raises:
-        ValueError: they are not enough.
+        ValueError: `length` does not.
     """
     tokens, key = min(limits, default=_Limit(whole, ""))
     if not isinstance(whole, int) or tokens >= whole:
@@ -350,8 +346,7 @@ def _within(limits: Iterable[_Limit], whole: int, length: int | None, source: st
 
 
 def _window_hf(config: Mapping[str, Any], family: str) -> _Limit | None:
-    """The window that attention is cut to in some layer, if it is."""
-    # A missing key is what transformers takes it for.
+    """The sliding window of some layer, with transformers' defaults for missing keys; None without one."""
     window = config.get("sliding_window", 4096 if family == "mistral" else None)
     if not window or family == "llama":
         return None
@@ -366,10 +361,10 @@ def _window_hf(config: Mapping[str, Any], family: str) -> _Limit | None:
 
 
 def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope, _Limit | None]:
-    """The rotary frequencies, from the layout of transformers 4 or that of 5, and up to where they are these.
+    """Rotary frequencies from the layout of transformers 4 or 5, and their limit.
 
-    Precedence as in transformers: `rope_scaling`, where it is not empty, replaces all of `rope_parameters`; the base
-    is the block's own or else the top level's; llama3's original length is the top level's or else the block's.
+    Precedence is that of transformers: a non-empty `rope_scaling` replaces `rope_parameters`; the block's base comes
+    before the top level's; the top level's original length comes before the block's.
     """
     both = config.get("rope_scaling") and config.get("rope_parameters")
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
@@ -395,7 +390,7 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope
 
 
 def _stretched_hf(rope: Mapping[str, Any], theta: float, whole: Any, where: str) -> tuple[_Rope, _Limit | None]:
-    """What a block's type makes of the base's frequencies; `whole` is the model's length."""
+    """Frequencies after the scaling of a rope block; `whole` is the model's context."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     original, attention = rope.get("original_max_position_embeddings") or whole, rope.get("attention_factor")
     factor = rope.get("factor", 1 if kind is None else None)
@@ -440,14 +435,14 @@ def from_gguf(
     """The decoder's config from the metadata of a GGUF file.
 
     Args:
-        fields: the file's keys and values; of `tokenizer.ggml.tokens` only the length is used.
-        source: what to call the file in errors.
-        tied: whether the file has no `output.weight`, its way to say that the embedding is shared.
-        rope_factors: its tensor `rope_freqs.weight`, what each rotary frequency is divided by.
+        fields: the file's metadata; of `tokenizer.ggml.tokens` only the length is used.
+        source: name of the file in errors.
+        tied: whether the file has no `output.weight`.
+        rope_factors: per-frequency divisors, the tensor `rope_freqs.weight`.
         length, note: as for `from_hf`.
 
     Raises:
-        ValueError: an unknown architecture, a missing key, or an option that this decoder does not have.
+        ValueError: unknown architecture, missing key, or unsupported option.
     """
     family = fields.get("general.architecture")
     if family not in GGUF_FAMILIES:
@@ -466,7 +461,7 @@ def from_gguf(
     width, heads, whole = field("embedding_length"), field("attention.head_count"), field("context_length")
     head_dim = field("attention.key_length", width // heads)
     _refuse_unread({key: field(key) for key in _UNREAD_GGUF}, _UNREAD_GGUF, head_dim, f"{source}: {family}.")
-    # As llama.cpp has it: a factor without a type is linear, and the type "none" switches the factor off.
+    # As in llama.cpp: a factor without a type is linear, and the type "none" disables the factor.
     scaling, window = field("rope.scaling.type"), field("attention.sliding_window")
     key = "rope.scale_linear" if field("rope.scaling.factor") is None else "rope.scaling.factor"
     neutral = scaling in (None, "linear", "yarn") and field(key) in (None, 0, 1)
@@ -483,7 +478,7 @@ def from_gguf(
             raise ValueError(f"{source}: {family}.{key} is {field(key)}, not the head size {head_dim}")
 
     vocab = field("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))
-    # Stored as float32; its shortest decimal form is the number that was meant (1e-5, not 9.99999975e-06).
+    # Stored as float32: its shortest decimal form (1e-5, not 9.99999975e-06).
     eps = float(str(np.float32(field("attention.layer_norm_rms_epsilon", 1e-5))))
     theta = float(field("rope.freq_base", 10000.0))
     rope = _rope_of_factors(theta, head_dim, tuple(float(factor) for factor in rope_factors))
@@ -508,26 +503,26 @@ def from_gguf(
 
 
 def _rope_of_factors(theta: float, head_dim: int, factors: tuple[float, ...]) -> _Rope:
-    """The frequencies that a GGUF file's factors describe: Llama 3's scaling by name where they are exactly that."""
+    """Frequencies with per-frequency divisors, as Llama 3's `RopeScaling` where the divisors are equal to it."""
     if set(factors) <= {1.0}:
         return _Rope(theta)
-    known = RopeScaling(max(factors), *_LLAMA3_PUBLISHED)
+    llama3 = RopeScaling(max(factors), *_LLAMA3_PUBLISHED)
     plain = theta ** (-np.arange(head_dim // 2) / (head_dim // 2))
-    turns = known.original_length * plain / (2 * np.pi)
-    keep = np.clip((turns - known.low_freq_factor) / (known.high_freq_factor - known.low_freq_factor), 0, 1)
-    wanted = 1 / (keep + (1 - keep) / known.factor)
-    if len(factors) == len(wanted) and np.allclose(factors, wanted, rtol=1e-4, atol=0):
-        return _Rope(theta, known)
+    turns = llama3.original_length * plain / (2 * np.pi)
+    keep = np.clip((turns - llama3.low_freq_factor) / (llama3.high_freq_factor - llama3.low_freq_factor), 0, 1)
+    expected = 1 / (keep + (1 - keep) / llama3.factor)
+    if len(factors) == len(expected) and np.allclose(factors, expected, rtol=1e-4, atol=0):
+        return _Rope(theta, llama3)
     return _Rope(theta, factors=factors)
 
 
 def interleaved(fields: Mapping[str, Any]) -> bool:
-    """Whether a GGUF file's q and k rows have their rotary halves interleaved: llama's do, Qwen's do not."""
+    """Whether a GGUF file interleaves the rotary halves in q's and k's rows: llama does, Qwen does not."""
     return fields.get("general.architecture") == "llama"
 
 
 def _checked(source: str, **numbers: Any) -> Config:
-    """`Config(**numbers)`, after a look at the sizes, so that a wrong one is named with its file."""
+    """`Config(**numbers)`; errors on sizes name the file."""
     for key in ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_length"):
         value = numbers[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

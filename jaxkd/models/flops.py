@@ -1,4 +1,4 @@
-"""Floating-point operations of a decoder, counted from its shape: what a compiler's own figure misses in its loops."""
+"""FLOPs of a decoder, counted from its shape. (XLA's cost analysis counts the body of a scan once.)"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +8,9 @@ from jaxkd.models.transformer import Config
 
 
 def body(config: Config, length: int) -> int:
-    """Of the layers' forward pass, per token: 2 per weight, and attention over the tokens before.
+    """Forward FLOPs per token of all layers, with causal attention over rows of `length` tokens.
 
-        2 (q + k + v + o + gate + up + down) layers + 4 heads head_dim (length + 1) / 2 layers
-
-    Args:
-        config: the decoder's shape.
-        length: tokens of a row; a token sees half of them on average.
+    2 (q + k + v + o + gate + up + down) layers + 4 heads head_dim (length + 1) / 2 layers
     """
     c = config
     attention = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
@@ -23,12 +19,12 @@ def body(config: Config, length: int) -> int:
 
 
 def head(config: Config) -> int:
-    """Of the head's forward product, per token: 2 embed V, without padding."""
+    """Forward FLOPs per token of the head: 2 embed V, without padding."""
     return 2 * config.embed * config.vocab
 
 
 def masked(config: Config, length: int) -> int:
-    """Of the forward pass, per token: products with later tokens, which dense attention makes and then masks.
+    """Forward FLOPs per token that dense attention spends on later tokens and then masks.
 
     2 heads head_dim (length - 1) layers
     """
@@ -36,65 +32,62 @@ def masked(config: Config, length: int) -> int:
 
 
 class Step(NamedTuple):
-    """Of one step over a batch. A model's own are counted as papers do: nothing masked, nothing made twice."""
+    """FLOPs of one step over a batch. `teacher` and `student` exclude masked and recomputed products, as in papers."""
 
     teacher: float
     student: float
-    again: float  # what rematerialisation makes a second time
-    masked: float  # what attention makes and masks
+    recomputed: float  # by rematerialisation
+    masked: float  # by attention
 
     @property
     def model(self) -> float:
-        """What the mathematics asks for: the numerator of MFU."""
+        """The numerator of MFU."""
         return self.teacher + self.student
 
     @property
     def executed(self) -> float:
-        """What the devices multiply."""
-        return self.model + self.again + self.masked
+        """FLOPs that the devices execute."""
+        return self.model + self.recomputed + self.masked
 
 
 class Side(NamedTuple):
-    """How much of a model a step runs."""
+    """Which parts of a model a step runs."""
 
     config: Config
     body: bool = True
     head: bool = True
 
 
-def step(teachers: Sequence[Side], student: Side, tokens: int, length: int, *, remat: bool, moves: bool = True) -> Step:
-    """Of a train step: 2 per weight and token for each teacher's forward pass, 6 for the student, attention beside it.
+def step(
+    teachers: Sequence[Side], student: Side, tokens: int, length: int, *, remat: bool, trains: bool = True
+) -> Step:
+    """FLOPs of a train step: 2 per weight and token of each teacher, 6 of the student, plus attention.
 
-    A head is three products of a student (logits and both gradients) and one of a teacher. Optimiser, norms and the
-    pointwise part of the loss are left out.
+    Optimiser, norms and the pointwise part of the loss are not counted.
 
     Args:
-        teachers: what each one runs: of cached hidden states the head alone, of stored entries nothing.
-        student: whether a term needs its head.
+        teachers: one entry per teacher; with cached hidden states it runs the head only, with cached top-k nothing.
         tokens: in a batch.
-        length: of a row.
-        remat: whether the layers' forward pass runs a second time.
-        moves: whether the student learns; otherwise it is run forwards only.
+        length: tokens in a row.
+        remat: whether the layers' forward pass is recomputed in the backward pass.
+        trains: whether the student has a backward pass.
     """
-    of = lambda side: side.body * body(side.config, length) + side.head * head(side.config)
-    hidden = lambda side: side.body * masked(side.config, length)
-    passes, again = (3 if moves else 1), int(remat and moves)
+    forward = lambda side: side.body * body(side.config, length) + side.head * head(side.config)
+    wasted = lambda side: side.body * masked(side.config, length)
+    passes, recomputed = (3 if trains else 1), int(remat and trains)
     return Step(
-        tokens * sum(map(of, teachers)),
-        tokens * passes * of(student),
-        tokens * again * body(student.config, length),
-        tokens * (sum(map(hidden, teachers)) + (passes + again) * hidden(student)),
+        tokens * sum(map(forward, teachers)),
+        tokens * passes * forward(student),
+        tokens * recomputed * body(student.config, length),
+        tokens * (sum(map(wasted, teachers)) + (passes + recomputed) * wasted(student)),
     )
 
 
 def rates(model: float, seconds: float, devices: int, kind: str) -> dict[str, float]:
-    """`tflops` a device, and `mfu`, their share of its peak, where that is known.
+    """`tflops` per device, and `mfu` where the peak of `kind` (JAX's `device_kind`) is known.
 
     Args:
         model: `Step.model` of the whole batch.
-        seconds: of the step.
-        devices: that share it.
-        kind: JAX's `device_kind`.
     """
     each = model / seconds / devices
     return {"tflops": each / 1e12} | ({"mfu": each / CHIPS[kind].flops} if kind in CHIPS else {})

@@ -1,7 +1,6 @@
-"""The two file formats of weights: the one door to safetensors and GGUF.
+"""Reading safetensors and GGUF files, and writing safetensors; the only module that imports their libraries.
 
-Both are a header and one block of bytes per tensor, so reading either comes down to the same list of `Stored`
-entries, and a damaged file is found before any weight is read. This file knows bytes and names, not models.
+Headers of both formats become `Stored` entries; a truncated file is detected before any weight is read.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from safetensors.numpy import save_file
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 _MIB = 1 << 20
-_HEADER_BYTES = 100_000_000  # the format allows no longer header, so that a larger number is something else
+_HEADER_BYTES = 100_000_000  # the format's maximum
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _STRING, _ARRAY = gguf.GGUFValueType.STRING.value, gguf.GGUFValueType.ARRAY.value
 _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # GGUF's number types, for struct
@@ -30,7 +29,7 @@ _NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd"))  # GGU
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where one tensor's bytes are, and what they mean."""
+    """Location, shape and type of one tensor in a file."""
 
     file: Path
     offset: int
@@ -39,20 +38,20 @@ class Stored:
     kind: str  # a safetensors type such as F32, or a GGUF type such as Q4_1
 
     def read(self) -> np.ndarray:
-        """The tensor `[*shape]`: as it is stored, or dequantised to float32."""
-        # As a plain array: every one of the small steps of dequantising would pay for the memmap subclass.
+        """The tensor `[*shape]`, in its own type or dequantised to float32."""
+        # A plain array: np.memmap's overhead per operation would dominate dequantising.
         raw = np.asarray(np.memmap(self.file, np.uint8, "r", self.offset, (self.size,)))
         if self.kind in FLOATS:
             return raw.view(FLOATS[self.kind]).reshape(self.shape)
         kind = gguf.GGMLQuantizationType[self.kind]
         rows = raw.reshape(gguf.quant_shape_to_byte_shape(self.shape, kind))
-        if self.shape[0] % 16 == 0:  # blocks know nothing of rows, and longer rows mean fewer steps
+        if self.shape[0] % 16 == 0:  # blocks do not depend on rows: longer rows need fewer steps
             rows = rows.reshape(self.shape[0] // 16, -1)
         return gguf.dequantize(rows, kind).reshape(self.shape)
 
 
 def fingerprint(files: Iterable[Path], entries: Mapping[str, Stored], config: bytes = b"") -> str:
-    """sha256 of the files' names, sizes and ends, of a page from each tensor's middle, and of `config`."""
+    """sha256 of `config` and of the files' names, sizes, first and last MiB and 4 KiB from each tensor's middle."""
     digest = hashlib.sha256(config)
     for file in files:
         size = file.stat().st_size
@@ -72,7 +71,7 @@ def fingerprint(files: Iterable[Path], entries: Mapping[str, Stored], config: by
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A parsed JSON file; `ValueError` names the file that is not one."""
+    """A parsed JSON file; `ValueError` names the file if it is not valid."""
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
@@ -80,8 +79,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _cut_short(file: Path, expected: int) -> ValueError:
-    found = file.stat().st_size
-    return ValueError(f"{file}: cut short: {expected} bytes expected, {found} found; fetch it again")
+    size = file.stat().st_size
+    return ValueError(f"{file}: cut short: {expected} bytes expected, {size} found; fetch it again")
 
 
 def _check_end(file: Path, start: int, entries: Mapping[str, Stored]) -> None:
@@ -97,10 +96,10 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def read_safetensors(file: Path) -> dict[str, Stored]:
-    """Every tensor of a safetensors file by name; reads the header only.
+    """Tensors of a safetensors file by name; reads the header only.
 
     Raises:
-        ValueError: the file is cut short or damaged.
+        ValueError: the file is truncated or damaged.
     """
     _refuse_pointer(file)
     size = file.stat().st_size
@@ -115,9 +114,9 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
     try:
         header = json.loads(header_text)
         header.pop("__metadata__", None)
-        for name, found in header.items():
-            begin, end = found["data_offsets"]
-            entries[name] = Stored(file, start + begin, end - begin, tuple(found["shape"]), found["dtype"])
+        for name, info in header.items():
+            begin, end = info["data_offsets"]
+            entries[name] = Stored(file, start + begin, end - begin, tuple(info["shape"]), info["dtype"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file}: not a safetensors file, or its header is damaged") from None
     for name, entry in entries.items():
@@ -133,16 +132,16 @@ def save_safetensors(
     """Writes model.safetensors, or numbered shards and their index.
 
     Args:
-        directory: where to; must exist.
-        tensors: names and arrays. Only one shard's are held at a time, so a generator saves memory.
-        shard_bytes: a shard is closed before it would get larger than this.
+        directory: must exist.
+        tensors: names and arrays; only one shard's are held in memory.
+        shard_bytes: upper limit of a shard's size, unless one tensor is larger.
     """
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
     total = held = 0
 
     def close() -> None:
-        # Named "format: pt" because transformers asks for it; the bytes are the same for every framework.
+        # transformers requires this entry; the tensors are the same for every framework.
         save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
         shards.append(list(pending))
         pending.clear()
@@ -151,7 +150,7 @@ def save_safetensors(
         if pending and held + array.nbytes > shard_bytes:
             close()
             held = 0
-        pending[name] = np.ascontiguousarray(array)  # the library writes the buffer, strides or not
+        pending[name] = np.ascontiguousarray(array)  # the library ignores strides
         held, total = held + array.nbytes, total + array.nbytes
     close()
     if len(shards) == 1:
@@ -171,7 +170,7 @@ def save_safetensors(
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """An array in a GGUF header, decoded on demand: a vocabulary takes longer than all the rest."""
+    """An array in a GGUF header that is decoded on demand, because a vocabulary is slow to decode."""
 
     file: Path
     offset: int
@@ -188,11 +187,7 @@ class Lazy:
 
 
 class _Cursor:
-    """Reads a GGUF header's values one after the other.
-
-    The gguf package has a reader too, but it makes two numpy views per vocabulary entry: seconds for what
-    takes a tenth of one here.
-    """
+    """Reads a GGUF header's values in sequence, about ten times faster than the gguf package's own reader."""
 
     def __init__(self, file: Path, offset: int = 0) -> None:
         self.file, self.offset = file, offset
@@ -235,10 +230,10 @@ class _Cursor:
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """A GGUF file's metadata and its tensors by name; reads the header only (ggml/docs/gguf.md).
+    """(metadata, tensors by name) of a GGUF file; reads the header only (ggml/docs/gguf.md).
 
     Raises:
-        ValueError: the file is cut short or damaged, is of another version, or is one part of several.
+        ValueError: the file is truncated or damaged, has another version, or is one part of a split file.
     """
     _refuse_pointer(file)
     size = file.stat().st_size
@@ -261,8 +256,9 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
                 for _ in range(count)
             ]
         except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError):
-            found = f"its header is damaged or runs past the file's {size} bytes"
-            raise ValueError(f"{file}: cut short: {found}; fetch it again") from None
+            raise ValueError(
+                f"{file}: cut short: its header is damaged or runs past the file's {size} bytes; fetch it again"
+            ) from None
         if fields.get("split.count", 1) > 1:
             raise ValueError(f"{file}: one part of a split GGUF file; join them with llama-gguf-split --merge")
         align = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)

@@ -1,4 +1,4 @@
-"""A model reduced to its head: what turns stored hidden states into logits."""
+"""A model's head alone, for hidden states that were stored."""
 
 import jax
 
@@ -7,16 +7,13 @@ from jaxkd.models.transformer import Config
 
 
 def names(config: Config) -> tuple[str, ...]:
-    """The parameters that a head needs."""
+    """Top-level parameters that the head uses."""
     return ("embed",) if config.tied else ("unembed",)
 
 
 def output(config: Config, params: PyTree, hidden: jax.Array) -> Output:
-    """What the forward pass returns of its last hidden states, without taps.
+    """The forward pass's output for given last hidden states [*tokens D], after the final norm.
 
-    Args:
-        config: the model's.
-        params: at least `names(config)`.
-        hidden: [*tokens D], after the final norm.
+    `params` needs at least `names(config)`.
     """
     return Output(Head(hidden, params["embed"].T if config.tied else params["unembed"]), {})

@@ -1,4 +1,4 @@
-"""Students cut from a teacher by leaving layers out."""
+"""Students initialised from a subset of the teacher's layers."""
 
 from collections.abc import Callable
 
@@ -9,14 +9,10 @@ from jaxkd.core.types import PyTree
 
 
 def keep_layers(params: PyTree, layers: tuple[int, ...]) -> PyTree:
-    """The same decoder with only some of its layers, embeddings and norms shared by value.
-
-    Args:
-        params: a decoder's, layers stacked on the leading axis.
-        layers: which to keep, counted from 0, in rising order.
+    """The decoder's parameters with only `layers`, counted from 0 in rising order.
 
     Raises:
-        ValueError: for a layer that does not exist, stands twice or out of order.
+        ValueError: a layer that does not exist, is repeated or is out of order.
     """
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
@@ -29,9 +25,9 @@ def keep_layers(params: PyTree, layers: tuple[int, ...]) -> PyTree:
 
 
 def without_layer(params: PyTree, layer: jax.Array | int) -> PyTree:
-    """The decoder with one layer turned into the identity: its two output projections are zero.
+    """The decoder with one layer made the identity, by zeroing its output projections.
 
-    Shapes stay, so that one compiled program measures every layer.
+    Shapes do not change, so one compiled program can measure every layer.
     """
     stack = dict(params["layers"])
     for name in ("o", "down"):
@@ -41,24 +37,20 @@ def without_layer(params: PyTree, layer: jax.Array | int) -> PyTree:
 
 
 def importance(loss: Callable[[int], float], layers: int, progress: Callable = iter) -> np.ndarray:
-    """What each layer is worth: the loss when that layer alone is left out.
+    """Importance [layers] of each layer: the loss without it, in nats per token.
 
     Args:
-        loss: of the decoder without layer i, in nats per token.
-        layers: how many there are.
-        progress: wraps the iteration, to show it.
-
-    Returns:
-        [layers] nats per token; the larger, the more important.
+        loss: maps i to the loss of the decoder without layer i.
+        progress: wraps the iteration, to show a progress bar.
     """
     return np.array([loss(layer) for layer in progress(range(layers))])
 
 
 def most_important(scores: np.ndarray, keep: int) -> tuple[int, ...]:
-    """The `keep` layers whose loss is largest when left out, in rising order.
+    """The `keep` layers with the largest `importance`, in rising order.
 
     Raises:
-        ValueError: when `keep` is not between 1 and the number of layers.
+        ValueError: `keep` is not between 1 and the number of layers.
     """
     if not 1 <= keep <= len(scores):
         raise ValueError(f"student.keep is {keep}, but the teacher has {len(scores)} layers")

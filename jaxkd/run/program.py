@@ -68,5 +68,5 @@ def flops_of(built: Job) -> flops.Step:
         e.data.batch * e.data.length,
         e.data.length,
         remat=e.run.remat != "none",
-        moves=not e.student.frozen,
+        trains=not e.student.frozen,
     )

@@ -1,7 +1,7 @@
-"""Text from a model: one pass over the prompts, then a token at a time over a cache of keys and values.
+"""Autoregressive sampling: one forward pass over the prompts, then one token at a time with a key-value cache.
 
-All rows stand at the same position of their texts. A row whose prompt reaches further is fed its own next token and
-draws nothing yet, so that a slot is a position, the mask is one for all rows, and no row is ever padded on its left.
+All rows decode at the same position. A row whose prompt is longer than that is fed its next prompt token instead of a
+sample. So a cache slot is a position, one mask serves all rows, and prompts need no left padding.
 """
 
 from functools import partial
@@ -19,11 +19,11 @@ from jaxkd.models.transformer import Config, empty_cache, extend
 
 
 class Generated(NamedTuple):
-    """Prompts and what the model wrote after them."""
+    """Prompts with their completions."""
 
     tokens: Int[jax.Array, "B L"]  # 0 from a row's length on
-    lengths: Int[jax.Array, " B"]  # of prompt and text, with the id that ended it
-    logprobs: Float[jax.Array, "B L"]  # of the written tokens, at temperature 1; 0 elsewhere
+    lengths: Int[jax.Array, " B"]  # of prompt and completion, end token included
+    logprobs: Float[jax.Array, "B L"]  # of sampled tokens, at temperature 1; 0 elsewhere
 
 
 def generate(
@@ -39,32 +39,30 @@ def generate(
     end: int | tuple[int, ...] | None = None,
     dtype: Any = jnp.float32,
 ) -> Generated:
-    """Goes on from each prompt up to an end or to `length` tokens: x_t ~ softmax(z(x_<t) / temperature).
+    """Samples a completion of each prompt: x_t ~ softmax(z(x_<t) / temperature), up to an end token or `length`.
 
-    The draw at position t has the key fold_in(keys[b], t), so that a row's text depends on its prompt and key, not on
-    the rows beside it or on the devices. Nothing here has a gradient.
+    Position t of row b uses the key fold_in(keys[b], t), so a row's completion depends on its prompt and key only, not
+    on the other rows or on the devices. Not differentiable.
 
     Args:
-        config: the decoder's shape.
-        params: nested dict of arrays, layers stacked on the leading axis.
-        prompts: [B P], from the left; what is at and beyond a row's length is not read.
-        lengths: [B], from 1 to P; inside a jitted function other values cannot be refused and are clipped.
-        keys: [B], a row's own.
-        length: tokens of the longest text, its prompt counted.
-        temperature: 0 takes the most probable token.
-        vocab: true vocabulary; ids from it on have no probability.
-        end: id or ids that end a text.
-        dtype: of activations, matmul operands and the cache; logits and draws are in float32.
+        prompts: [B P], left-aligned; tokens at and after a row's length are ignored.
+        lengths: [B], from 1 to P; clipped to that range under `jit`, where it cannot be checked.
+        keys: [B], one per row.
+        length: maximum tokens of prompt and completion together.
+        temperature: 0 is greedy.
+        vocab: true vocabulary; ids at and above it are never sampled.
+        end: id or ids that end a completion.
+        dtype: of activations, matmul operands and the cache; logits and sampling are float32.
 
     Raises:
-        ValueError: for an empty prompt, one longer than P or `length`, a `length` beyond the model's context, a
-            vocabulary that the model does not have, or a temperature below 0.
+        ValueError: an empty prompt, a prompt longer than P or `length`, a `length` beyond the model's context, a
+            `vocab` beyond the model's, or a negative temperature.
     """
     width = prompts.shape[1]
-    known = not isinstance(lengths, jax.core.Tracer) and lengths.size > 0
-    if width < 1 or (known and lengths.min() < 1):
+    concrete = not isinstance(lengths, jax.core.Tracer) and lengths.size > 0
+    if width < 1 or (concrete and lengths.min() < 1):
         raise ValueError("an empty prompt: give each row at least one token, such as the tokenizer's start")
-    if known and lengths.max() > width:
+    if concrete and lengths.max() > width:
         raise ValueError(f"lengths go up to {lengths.max()}, but prompts has {width} tokens a row")
     if width > length:
         raise ValueError(f"prompts of {width} tokens do not fit into length={length}, which counts prompt and text")
@@ -81,7 +79,7 @@ def generate(
 class _State(NamedTuple):
     text: Generated
     cache: Any
-    going: jax.Array  # [B] bool: neither ended nor full
+    active: jax.Array  # [B] bool: no end token yet, and shorter than `length`
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
@@ -97,7 +95,7 @@ def _generate(config, params, prompts, lengths, keys, length, temperature, vocab
         last = jax.lax.dynamic_slice_in_dim(text.tokens, at - 1, 1, axis=1)
         head, cache = extend(config, params, last, state.cache, dtype=dtype)
         drawn, logprobs = _draw(head, keys, at, temperature, vocab)
-        writes = state.going & (at >= prompt)
+        writes = state.active & (at >= prompt)
         ended = writes & jnp.isin(drawn, jnp.asarray(ends, jnp.int32))
         here = writes[:, None] & (jnp.arange(length) == at)
         text = Generated(
@@ -105,25 +103,25 @@ def _generate(config, params, prompts, lengths, keys, length, temperature, vocab
             jnp.where(writes, at + 1, text.lengths),
             jnp.where(here, logprobs[:, None], text.logprobs),
         )
-        return _State(text, cache, state.going & ~ended)
+        return _State(text, cache, state.active & ~ended)
 
     def more(state: _State) -> jax.Array:
-        return (state.cache.length + 1 < length) & state.going.any()
+        return (state.cache.length + 1 < length) & state.active.any()
 
-    # The last token that all prompts have is run again, as the first step: its hidden state says what comes next.
+    # The first step re-runs the last position of the shortest prompt, whose hidden state predicts the first sample.
     cache = cache._replace(length=prompt.min() - 1)
     text = Generated(tokens, prompt, jnp.zeros((batch, length)))
     return jax.lax.while_loop(more, step, _State(text, cache, prompt < length)).text
 
 
 def _operand(dtype: Any, path: tuple, leaf: jax.Array) -> jax.Array:
-    """What the decoder casts at each use, cast once before the loop; scales multiply in float32."""
-    narrow = leaf.dtype == jnp.int8  # a step reads all weights once: they stay as small as they are
+    """A parameter cast to the compute dtype once, before the loop; norms and int8 scales stay float32."""
+    narrow = leaf.dtype == jnp.int8  # decoding is bound by reading the weights: int8 stays int8
     return leaf if narrow or path[-1].key.endswith(("norm", SCALE)) else leaf.astype(dtype)
 
 
 def _draw(head: Head, keys: jax.Array, at: jax.Array, temperature: float, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """Ids [B] for position `at`, and their log-probabilities [B]."""
+    """Sampled ids [B] of position `at`, and their log-probabilities [B]."""
     z = logits(head, head.hidden[:, 0])
     z = jnp.where(jnp.arange(z.shape[1]) < vocab, z, -jnp.inf)
     if temperature:

@@ -29,7 +29,7 @@ def example():
     job = built("--config.optim.micro_batches=1")
     topology = topologys.topology("v5e:2x4")
     memory = plan.Memory(limit=16_000, peak=10_000, params=1_000, optimizer=2_000, teacher=3_000, temp=4_000)
-    step = flops.Step(teacher=2e12, student=6e12, again=1e12, masked=1e12)
+    step = flops.Step(teacher=2e12, student=6e12, recomputed=1e12, masked=1e12)
     rows = (Collective("all-gather", "data", 1 << 20, True, 12, overlapped=True),)
     return plan.Plan(topology, job, memory, step, rows, plan.Estimate(0.5, 0.25, 0.125))
 

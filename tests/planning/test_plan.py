@@ -40,9 +40,9 @@ def test_flops_equal_a_count_by_hand():
     found = flops.step([side], side, 20, 10, remat=True)
     assert found.teacher == 20 * forward
     assert found.student == 3 * 20 * forward
-    assert found.again == 20 * (forward - 2 * 8 * 100)
+    assert found.recomputed == 20 * (forward - 2 * 8 * 100)
     assert found.masked == 20 * 5 * 3 * (2 * 2 * 4 * 2 * (10 - seen))
-    assert flops.step([], side, 20, 10, remat=True, moves=False).executed == 20 * (forward + 3 * 4 * 4 * 2 * 4.5)
+    assert flops.step([], side, 20, 10, remat=True, trains=False).executed == 20 * (forward + 3 * 4 * 4 * 2 * 4.5)
 
 
 def test_flops_equal_what_xla_counts_where_no_loop_repeats():
