@@ -1,4 +1,4 @@
-"""Config translation: what is read, what is refused by name, and what an export says."""
+"""Config translation: what is read, refused by name, and exported."""
 
 import dataclasses
 from functools import partial
@@ -85,7 +85,7 @@ def test_reads_both_rope_layouts():
 
 
 def test_rope_scaling_replaces_rope_parameters():
-    """As transformers has it, whichever is the one that was added by hand."""
+    """As in transformers, whichever of the two was added by hand."""
     plain, llama3 = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "llama3", "rope_theta": 2e5, **SCALING}
     both = families.from_hf(LLAMA | {"rope_parameters": plain, "rope_scaling": llama3}, "x")
     assert (both.rope_theta, both.rope_scaling) == (2e5, RopeScaling(8.0, 1.0, 4.0, 1024))
@@ -105,50 +105,50 @@ def test_the_first_llamas_lack_two_keys():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' .* llama, mistral, qwen2, qwen3"),
-        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe'"),
-        ({}, "model_type None"),
-        (without(LLAMA, "vocab_size", "rms_norm_eps"), "missing vocab_size, rms_norm_eps"),
-        (without(QWEN2, "num_key_value_heads"), "missing num_key_value_heads"),
-        (without(QWEN3, "head_dim"), "missing head_dim"),
-        (without(QWEN2, "rope_theta"), "missing rope_theta"),
-        (LLAMA | {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        (LLAMA | {"attention_bias": True}, "attention_bias is True"),
-        (LLAMA | {"mlp_bias": True}, "mlp_bias is True"),
-        (LLAMA | {"num_local_experts": 8}, "num_local_experts is 8"),
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": "qwen3_moe"}, "model_type"),
+        ({}, "model_type"),
+        (without(LLAMA, "vocab_size", "rms_norm_eps"), "vocab_size, rms_norm_eps"),
+        (without(QWEN2, "num_key_value_heads"), "num_key_value_heads"),
+        (without(QWEN3, "head_dim"), "head_dim"),
+        (without(QWEN2, "rope_theta"), "rope_theta"),
+        (LLAMA | {"hidden_act": "gelu"}, "hidden_act"),
+        (LLAMA | {"attention_bias": True}, "attention_bias"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA | {"num_local_experts": 8}, "num_local_experts"),
         (LLAMA | {"quantization_config": {"bits": 4}}, "quantization_config"),
         (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
-        (LLAMA | {"hidden_size": 577}, "577 is not a multiple"),
-        (LLAMA | {"num_key_value_heads": 4}, "9 heads do not share 4"),
-        (LLAMA | {"head_dim": 63}, "head_dim 63 is odd"),
-        (LLAMA | {"intermediate_size": "big"}, "mlp must be a whole number"),
+        (LLAMA | {"hidden_size": 577}, "hidden_size 577"),
+        (LLAMA | {"num_key_value_heads": 4}, "4 kv heads"),
+        (LLAMA | {"head_dim": 63}, "head_dim 63"),
+        (LLAMA | {"intermediate_size": "big"}, "mlp"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
-        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "without low_freq_factor"),
-        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (NEW | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
         (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 0.5}}, "rope_type 'yarn'"),
         (LLAMA | {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 1024}}, "factor 8"),
         (LLAMA | {"rope_scaling": {"type": "linear"}}, "rope_type 'linear'"),
-        (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
         (LLAMA | {"rope_scaling": LONGROPE | {"factor": 4.0}}, "rope_type 'longrope'"),
         (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": None}}, "rope_type 'longrope'"),
         (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": [1.5], "long_factor": [1.5]}}, "32 frequencies"),
-        (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": [0.0] * 32}}, "must be positive"),
+        (LLAMA | {"rope_scaling": LONGROPE | {"short_factor": [0.0] * 32}}, "rotary factors"),
         (LLAMA | {"rope_scaling": LONGROPE | SHORT}, "long_factor"),
         (NEW | {"rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "rope_type 'linear'"),
-        (NEW | {"rope_scaling": {"rope_type": "llama3", **SCALING}}, "rope_scaling .* no rope_theta"),
-        (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters .*full_attention"),
-        (LLAMA | {"logit_scale": 0.0625}, "logit_scale is 0.0625"),
-        (LLAMA | {"logits_scaling": 8.0}, "logits_scaling is 8.0"),
-        (LLAMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
-        (LLAMA | {"attn_logit_softcapping": 50}, "attn_logit_softcapping is 50"),
-        (LLAMA | {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256, .* 64"),
-        (LLAMA | {"attention_multiplier": 0.0078125}, r"attention_multiplier is 0.0078125, .* 0.125"),
-        (LLAMA | {"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0"),
-        (LLAMA | {"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
-        (LLAMA | {"use_qk_norm": True}, "use_qk_norm is True"),
+        (NEW | {"rope_scaling": {"rope_type": "llama3", **SCALING}}, "rope_theta"),
+        (QWEN3 | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        (LLAMA | {"logit_scale": 0.0625}, "logit_scale"),
+        (LLAMA | {"logits_scaling": 8.0}, "logits_scaling"),
+        (LLAMA | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (LLAMA | {"attn_logit_softcapping": 50}, "attn_logit_softcapping"),
+        (LLAMA | {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar .*64"),
+        (LLAMA | {"attention_multiplier": 0.0078125}, "attention_multiplier .*0.125"),
+        (LLAMA | {"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        (LLAMA | {"residual_multiplier": 0.22}, "residual_multiplier"),
+        (LLAMA | {"use_qk_norm": True}, "use_qk_norm"),
         (without(MISTRAL, "sliding_window"), "sliding_window 4096"),
-        (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096 .* 8192"),
+        (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096"),
         (
             QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
             "sliding_window",
@@ -180,7 +180,7 @@ def test_refuses_by_name(config, message):
         LLAMA | {"rope_scaling": LONGROPE},
     ],
 )
-def test_accepts_what_changes_nothing(config):
+def test_accepts_neutral_values(config):
     accepted = families.from_hf(config, "x")
     assert (accepted.rope_scaling, accepted.rope_factors, accepted.max_length) == (None, (), 8192)
 
@@ -194,8 +194,8 @@ def test_accepts_what_changes_nothing(config):
         (GGUF | {"llama.attention.sliding_window": 512}, 512),
     ],
 )
-def test_what_changes_nothing_in_rows_of_the_run_is_accepted(config, tokens):
-    """And the context ends where it begins to, so that nothing longer is ever put in."""
+def test_limits_beyond_the_row_length_are_accepted(config, tokens):
+    """And the context is cut to the limit."""
     notes = []
     read = partial(families.from_gguf, tied=True) if "general.architecture" in config else families.from_hf
     accepted = read(config, "x", length=tokens, note=notes.append)
@@ -223,9 +223,9 @@ def test_to_hf_is_read_back(config):
 def test_to_hf_chooses_a_family():
     small = Config(vocab=300, embed=30, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
     assert families.to_hf(SMOLLM2)["architectures"] == ["LlamaForCausalLM"]
-    assert families.to_hf(small)["model_type"] == "mistral"  # llama insists that heads divide the width
+    assert families.to_hf(small)["model_type"] == "mistral"  # llama requires that heads divide the width
     assert families.to_hf(SMOLLM2, "mistral")["model_type"] == "mistral"
-    with pytest.raises(ValueError, match="'qwen2' does not have"):
+    with pytest.raises(ValueError, match="qwen2"):
         families.to_hf(SMOLLM2, "qwen2")
     with pytest.raises(ValueError, match="qkv_bias and qk_norm"):
         families.to_hf(Config(8, 8, 1, 1, 1, 8, 8, qkv_bias=True, qk_norm=True))
@@ -242,21 +242,21 @@ def test_from_gguf():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (GGUF | {"general.architecture": "gemma3"}, r"'gemma3' .* llama, qwen2, qwen3"),
-        (without(GGUF, "llama.context_length"), "missing llama.context_length"),
+        (GGUF | {"general.architecture": "gemma3"}, "general.architecture"),
+        (without(GGUF, "llama.context_length"), "llama.context_length"),
         (GGUF | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "'yarn'"),
         (GGUF | {"llama.rope.scaling.type": "longrope"}, "'longrope'"),
-        (GGUF | {"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0"),
-        (GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling.factor 4.0"),
-        (GGUF | {"llama.rope.scale_linear": 2.0}, "rope.scale_linear 2.0"),
-        (GGUF | {"llama.attention.scale": 0.25}, r"llama.attention.scale is 0.25, .* 0.125"),
-        (GGUF | {"llama.logit_scale": 0.5}, "llama.logit_scale is 0.5"),
-        (GGUF | {"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping is 30.0"),
-        (GGUF | {"llama.attention.sliding_window": 512}, "sliding_window 512"),
-        (GGUF | {"llama.expert_count": 8}, "experts"),
-        (GGUF | {"llama.rope.dimension_count": 32}, "rope.dimension_count is 32"),
-        (GGUF | {"llama.attention.head_count_kv": [3, 1]}, "layer to layer"),
-        (without(GGUF, "llama.vocab_size"), "vocab must be"),
+        (GGUF | {"llama.rope.scaling.factor": 4.0}, "rope.scaling.factor"),
+        (GGUF | {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, "rope.scaling.factor"),
+        (GGUF | {"llama.rope.scale_linear": 2.0}, "rope.scale_linear"),
+        (GGUF | {"llama.attention.scale": 0.25}, "llama.attention.scale .*0.125"),
+        (GGUF | {"llama.logit_scale": 0.5}, "llama.logit_scale"),
+        (GGUF | {"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping"),
+        (GGUF | {"llama.attention.sliding_window": 512}, "sliding_window"),
+        (GGUF | {"llama.expert_count": 8}, "expert_count"),
+        (GGUF | {"llama.rope.dimension_count": 32}, "rope.dimension_count"),
+        (GGUF | {"llama.attention.head_count_kv": [3, 1]}, "head_count_kv"),
+        (without(GGUF, "llama.vocab_size"), "vocab"),
     ],
 )
 def test_from_gguf_refuses_by_name(fields, message):
@@ -274,13 +274,13 @@ def test_from_gguf_refuses_by_name(fields, message):
         {"attention.scale": float(np.float32(0.125)), "logit_scale": 1.0, "final_logit_softcapping": 0.0},
     ],
 )
-def test_from_gguf_accepts_what_changes_nothing(more):
+def test_from_gguf_accepts_neutral_values(more):
     fields = GGUF | {f"llama.{key}": value for key, value in more.items()}
     assert families.from_gguf(fields, "x", tied=True) == SMOLLM2
 
 
 def llama31_factors(factor, theta=5e5, half=32):
-    """As llama.cpp's converter writes them, one frequency after the other."""
+    """As llama.cpp's converter computes them."""
     low_wave, high_wave = 8192 / 1, 8192 / 4
     for i in range(half):
         wave = 2 * np.pi * theta ** (i / half)
@@ -292,8 +292,8 @@ def llama31_factors(factor, theta=5e5, half=32):
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_gguf_rope_factors(factor):
     fields = GGUF | {"llama.rope.freq_base": 5e5}
-    known = families.from_gguf(fields, "x", tied=True, rope_factors=llama31_factors(factor))
-    assert (known.rope_scaling, known.rope_factors) == (RopeScaling(factor, 1.0, 4.0, 8192), ())
+    llama3 = families.from_gguf(fields, "x", tied=True, rope_factors=llama31_factors(factor))
+    assert (llama3.rope_scaling, llama3.rope_factors) == (RopeScaling(factor, 1.0, 4.0, 8192), ())
     other = tuple(float(x) for x in np.linspace(1, 8, 32))
     read = families.from_gguf(fields, "x", tied=True, rope_factors=other)
     assert (read.rope_scaling, read.rope_factors) == (None, other)
@@ -303,7 +303,7 @@ def test_gguf_rope_factors(factor):
 
 
 def test_rope_factors_divide_frequencies():
-    """Llama 3's factors given one by one rotate as its scaling does, and others do not."""
+    """Llama 3's per-frequency factors rotate as its scaling does."""
     scaled = Config(300, 128, 1, 2, 2, 64, 8, rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
     listed = dataclasses.replace(scaled, rope_scaling=None, rope_factors=tuple(llama31_factors(8.0)))
     x, positions = np.random.default_rng(0).normal(size=(1, 5, 2, 64)), np.asarray([[0, 1, 100, 1000, 9000]])
@@ -340,7 +340,7 @@ def test_matrices_are_transposed_and_heads_split():
     assert o[3, 2, 5] == stored[5, 3 * 8 + 2]
 
 
-def test_interleaved_rows_are_put_back():
+def test_interleaved_rows_are_reordered():
     """llama.cpp stores row (head, half h, pair i) at (head, pair i, half h)."""
     config = Config(300, 32, 2, 4, 2, 8, 64)
     k = {tensor.path[-1]: tensor for tensor in families.table(config)}["k"]

@@ -1,4 +1,4 @@
-"""Matrices as int8: how far they are from the weights, what a forward pass makes of them, and where they lie."""
+"""int8 matrices: rounding error, forward pass, sampling and sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def narrow(params):
 
 
 def widened(narrow):
-    """The float weights that int8 and scales stand for."""
+    """Dequantised weights."""
     stack = {name: leaf for name, leaf in narrow["layers"].items() if not name.endswith("_scale")}
     for name, summed in MATRICES.items():
         scale = narrow["layers"][name + "_scale"]
@@ -38,28 +38,28 @@ def widened(narrow):
     return {**narrow, "layers": stack}
 
 
-def test_no_weight_is_further_off_than_half_a_step_of_its_channel(params, narrow):
+def test_rounding_error_is_at_most_half_a_step_of_the_channel(params, narrow):
     for name, summed in MATRICES.items():
         scale = narrow["layers"][name + "_scale"]
         step = np.expand_dims(scale, tuple(range(1, 1 + summed)))
         off = np.abs(params["layers"][name] - widened(narrow)["layers"][name])
         assert (off <= step * (0.5 + 1e-4)).all(), name
-        # All levels are used: the largest weight of each channel is the last of them.
+        # The largest weight of each channel is at the last level.
         assert (np.abs(narrow["layers"][name]).max(tuple(range(1, 1 + summed))) == 127).all()
 
 
-def test_channels_of_zeros_stay_and_what_is_not_finite_is_named(params):
+def test_zero_channels_and_weights_that_are_not_finite(params):
     weights = np.zeros((4, 3), np.float32)
     weights[:, 1] = [1, -2, 0.5, 2]
-    held, scales = quantized.matrix(weights)
-    assert (held[:, [0, 2]] == 0).all()
+    rounded, scales = quantized.matrix(weights)
+    assert (rounded[:, [0, 2]] == 0).all()
     assert scales.tolist() == [0, np.float32(2 / 127), 0]
     stack = params["layers"] | {"up": np.where(np.arange(3)[:, None, None] == 2, np.nan, params["layers"]["up"])}
-    with pytest.raises(ValueError, match="'up' of layer 2: weights that are not finite"):
+    with pytest.raises(ValueError, match="'up' of layer 2"):
         quantized.quantize({**params, "layers": stack})
 
 
-def placed(tree):
+def on_device(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
@@ -69,23 +69,22 @@ def row(length=12) -> Batch:
     return Batch(tokens, tokens, ones.astype(jnp.float32), ones, jnp.arange(length)[None], one, one)
 
 
-def test_a_forward_pass_is_that_of_the_widened_weights(params, narrow):
+def test_forward_equals_that_of_the_dequantised_weights(params, narrow):
     taps = ("layer_2", "query_3")
-    found, same, exact = (
-        transformer.forward(CONFIG, placed(p), row(), taps=taps) for p in (narrow, widened(narrow), params)
+    int8, same, exact = (
+        transformer.forward(CONFIG, on_device(p), row(), taps=taps) for p in (narrow, widened(narrow), params)
     )
-    np.testing.assert_allclose(found.head.hidden, same.head.hidden, atol=2e-5)
-    np.testing.assert_allclose(found.taps["query_3"], same.taps["query_3"], atol=2e-5)
-    off = np.linalg.norm(found.head.hidden - exact.head.hidden) / np.linalg.norm(exact.head.hidden)
+    np.testing.assert_allclose(int8.head.hidden, same.head.hidden, atol=2e-5)
+    np.testing.assert_allclose(int8.taps["query_3"], same.taps["query_3"], atol=2e-5)
+    off = np.linalg.norm(int8.head.hidden - exact.head.hidden) / np.linalg.norm(exact.head.hidden)
     assert 1e-4 < off < 0.02
 
 
-def test_text_is_that_of_the_widened_weights(narrow):
-    """Scales stay float32 and matrices int8 in the loop, whatever the dtype of the products."""
+def test_sampling_equals_that_of_the_dequantised_weights(narrow):
     prompts, lengths = np.asarray(row().tokens[:, :4]), np.array([4])
     keys = jax.random.split(jax.random.key(0), 1)
     written = [
-        generate.generate(CONFIG, placed(p), prompts, lengths, keys, length=10, vocab=100)
+        generate.generate(CONFIG, on_device(p), prompts, lengths, keys, length=10, vocab=100)
         for p in (narrow, widened(narrow))
     ]
     np.testing.assert_array_equal(written[0].tokens, written[1].tokens)
@@ -99,18 +98,18 @@ def built(*overrides: str) -> job.Job:
     return job.build(experiment(read_config([f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *overrides])))
 
 
-def test_a_job_holds_its_teacher_as_int8_and_cuts_its_student_from_the_weights():
+def test_a_job_quantises_its_teacher_after_the_student_was_cut_from_it():
     this = built("--config.teacher.dtype=int8", "--config.run.mesh.data=4", "--config.run.mesh.model=2")
-    found = load.models(this, load.Domains((), (), (), ()))  # of no use where the layers are named
+    models = load.models(this, load.Domains((), (), (), ()))  # not read: the layers are named
     teacher, weights = (
-        found.teachers["teacher"]["layers"],
+        models.teachers["teacher"]["layers"],
         load.host_params(this.teacher, load.teacher_seed(this.experiment, 0)),
     )
     assert {teacher[name].dtype for name in MATRICES} == {jnp.dtype("int8")}
-    assert found.teachers["teacher"]["embed"].dtype == jnp.bfloat16
+    assert models.teachers["teacher"]["embed"].dtype == jnp.bfloat16
     assert teacher["attn_norm"].dtype == teacher["q_scale"].dtype == jnp.float32
-    np.testing.assert_array_equal(found.student["layers"]["q"], weights["layers"]["q"][[0, 3]])
-    # A scale lies where its output channels do.
+    np.testing.assert_array_equal(models.student["layers"]["q"], weights["layers"]["q"][[0, 3]])
+    # Scales are sharded as their output channels.
     assert teacher["up_scale"].sharding.spec[1] == teacher["up"].sharding.spec[2] == "model"
     assert teacher["down_scale"].sharding.spec[1] == teacher["down"].sharding.spec[2] == "data"
     # 4 layers: 32 x (4 + 2 + 2 + 4) x 8 + 3 x 32 x 64 int8, a scale of four bytes per output channel, two norms.
@@ -127,6 +126,6 @@ def test_a_job_holds_its_teacher_as_int8_and_cuts_its_student_from_the_weights()
         (["teacher.path=self", "teacher.dtype=int8", "student.path=random"], r"teacher\.dtype"),
     ],
 )
-def test_what_cannot_be_int8_is_named(overrides, message):
+def test_dtypes_are_checked(overrides, message):
     with pytest.raises(ValueError, match=message):
         built(*[f"--config.{each}" for each in overrides])

@@ -1,4 +1,4 @@
-"""The decoder: packing, taps, rematerialisation, padding of the vocabulary."""
+"""The decoder: packing, taps, rematerialisation, vocabulary padding, removed layers."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def hidden(params, batch, **options):
     return np.asarray(transformer.forward(CONFIG, params, batch, **options).head.hidden)
 
 
-def test_packed_documents_are_as_if_alone(params):
+def test_packed_documents_do_not_see_each_other(params):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 100, n) for n in (5, 9, 3)]
     packed = hidden(params, batch_of(documents, 20))[0]
@@ -48,7 +48,7 @@ def test_packed_documents_are_as_if_alone(params):
         start += len(ids)
 
 
-def test_later_tokens_do_not_reach_earlier_ones(params):
+def test_attention_is_causal(params):
     ids = np.arange(12) * 7 % 100
     changed = ids.copy()
     changed[8:] = 3
@@ -57,10 +57,10 @@ def test_later_tokens_do_not_reach_earlier_ones(params):
     assert np.abs(first[8:] - second[8:]).max() > 1e-3
 
 
-def test_position_matters_within_a_segment_only(params):
+def test_only_relative_positions_matter(params):
     ids = np.array([5, 6, 7])
     batch = batch_of([ids], 3)
-    moved = batch._replace(positions=batch.positions + 11)  # rotary embedding sees distances
+    moved = batch._replace(positions=batch.positions + 11)
     np.testing.assert_allclose(hidden(params, batch), hidden(params, moved), atol=2e-5)
     spread = batch._replace(positions=batch.positions * 3)
     assert np.abs(hidden(params, batch) - hidden(params, spread)).max() > 1e-3
@@ -76,7 +76,7 @@ def test_taps_are_the_residual_stream_and_change_nothing(params):
     first = dataclasses.replace(CONFIG, layers=1)
     cut = transformer.forward(first, shrink.keep_layers(params, (0,)), batch, taps=("layer_1",))
     np.testing.assert_allclose(tapped.taps["layer_1"], cut.taps["layer_1"], atol=1e-6)
-    with pytest.raises(ValueError, match="layer_1 to layer_4"):
+    with pytest.raises(ValueError, match="layer_5"):
         transformer.forward(CONFIG, params, batch, taps=("layer_5",))
 
 
@@ -120,11 +120,11 @@ def test_left_out_layer_equals_the_shorter_decoder(params):
 def test_most_important_layers():
     scores = np.array([9.0, 3.1, 3.3, 3.2, 7.0])
     assert shrink.most_important(scores, 3) == (0, 2, 4)
-    with pytest.raises(ValueError, match="the teacher has 5 layers"):
+    with pytest.raises(ValueError, match=r"student\.keep"):
         shrink.most_important(scores, 6)
 
 
 @pytest.mark.parametrize("layers", [(), (1, 0), (0, 0), (0, 4), (-1, 2)])
 def test_bad_layers_are_named(params, layers):
-    with pytest.raises(ValueError, match="from 0 to 3"):
+    with pytest.raises(ValueError, match=r"student\.layers"):
         shrink.keep_layers(params, layers)

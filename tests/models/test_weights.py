@@ -1,4 +1,4 @@
-"""Reading checkpoints: tiny models are written in each format and read back; damage is named."""
+"""Reading checkpoints: tiny models are written in each format and read back; errors name file and tensor."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ UNTIED = Config(100, 32, 2, 4, 2, 8, 64, max_length=64, tied=False, qk_norm=True
 
 
 def stored(config, seed=0):
-    """Random tensors as a Hugging Face file has them: name -> array."""
+    """Random tensors by their Hugging Face names."""
     rng = np.random.default_rng(seed)
     return {
         tensor.hf.format(layer=layer): rng.normal(size=tensor.stored).astype(np.float32)
@@ -34,7 +34,7 @@ def write(directory, config, tensors, shard_bytes=formats.SHARD_BYTES, **changes
 
 
 def write_gguf(file, config, tensors, quantise=True, **more):
-    """A llama GGUF as llama.cpp's converter makes it: q and k permuted, matrices Q8_0 or Q4_1."""
+    """A llama GGUF like llama.cpp's converter's: q and k permuted, matrices Q8_0 or Q4_1."""
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(config.layers)
     writer.add_context_length(config.max_length)
@@ -66,7 +66,7 @@ def write_gguf(file, config, tensors, quantise=True, **more):
 
 
 def expected(config, tensors):
-    """The tree by plain indexing, without the code under test."""
+    """The parameter tree, built without the code under test."""
     tree = {"layers": {}}
     for tensor in families.table(config):
         arrays = []
@@ -153,7 +153,7 @@ def test_gguf_untied_by_its_output(tmp_path):
 
 
 def test_header_matches_the_gguf_package(tmp_path):
-    """Our own header reader, against the package's slow one."""
+    """Our header reader against the gguf package's."""
     file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY))
     _, entries = formats.read_gguf(file)
     for tensor in gguf.GGUFReader(file).tensors:
@@ -193,7 +193,7 @@ def test_fingerprint_sees_the_middle_of_a_large_file(tmp_path):
 
 
 def change(name):
-    """A function that takes the tensors and damages them in one way."""
+    """A function that damages the tensors."""
 
     def apply(tensors):
         norm = "model.layers.1.input_layernorm.weight"
@@ -214,12 +214,12 @@ def change(name):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("missing", r"no tensor model\.layers\.1\.input_layernorm\.weight"),
-        ("unexpected", r"unexpected tensor model\.layers\.2\.mlp\.up_proj\.weight"),
-        ("shape", r"input_layernorm\.weight has shape \[33\], and the config asks for \[32\]"),
-        ("dtype", r"input_layernorm\.weight is stored as I8"),
-        ("nan", r"input_layernorm\.weight holds NaN"),
-        ("inf", r"layers\.1\.input_layernorm\.weight holds NaN or inf"),
+        ("missing", r"layers\.1\.input_layernorm\.weight"),
+        ("unexpected", r"layers\.2\.mlp\.up_proj\.weight"),
+        ("shape", r"input_layernorm\.weight .*33.*32"),
+        ("dtype", r"input_layernorm\.weight .*I8"),
+        ("nan", r"input_layernorm\.weight .*NaN"),
+        ("inf", r"input_layernorm\.weight .*inf"),
     ],
 )
 def test_damaged_tensors_are_named(tmp_path, damage, message):
@@ -232,7 +232,7 @@ def test_damaged_tensors_are_named(tmp_path, damage, message):
 def test_untied_without_a_head(tmp_path):
     tensors = stored(UNTIED)
     del tensors["lm_head.weight"]
-    with pytest.raises(ValueError, match=r"no tensor lm_head\.weight; the config says .* not tied"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight.*tied"):
         weights.open_checkpoint(write(tmp_path / "m", UNTIED, tensors))
 
 
@@ -241,7 +241,7 @@ def test_safetensors_cut_short(tmp_path, kept):
     file = write(tmp_path / "m", TINY, stored(TINY)) / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:kept])
-    with pytest.raises(ValueError, match=rf"model\.safetensors: cut short: \d+ bytes expected, {len(whole[:kept])} "):
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{len(whole[:kept])}"):
         weights.open_checkpoint(tmp_path / "m")
 
 
@@ -250,7 +250,7 @@ def test_gguf_cut_short(tmp_path, kept):
     file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY))
     whole = file.read_bytes()
     file.write_bytes(whole[:kept])
-    with pytest.raises(ValueError, match=rf"m\.gguf: cut short: .*{len(whole[:kept])} "):
+    with pytest.raises(ValueError, match=rf"m\.gguf: .*{len(whole[:kept])}"):
         weights.open_checkpoint(file)
 
 
@@ -259,14 +259,14 @@ def test_safetensors_damaged_header(tmp_path, header):
     write(tmp_path, TINY, stored(TINY))
     content = len(header).to_bytes(8, "little") + header.encode()
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="not a safetensors file, or its header is damaged"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         weights.open_checkpoint(tmp_path)
 
 
 def test_safetensors_size_and_shape_disagree(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
     (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ValueError, match=r"a takes 8 bytes, which is not F32 \(3,\)"):
+    with pytest.raises(ValueError, match=r"a .*8.*F32"):
         formats.read_safetensors(tmp_path / "f")
 
 
@@ -276,7 +276,7 @@ def test_split_gguf(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="one part of a split GGUF file"):
+    with pytest.raises(ValueError, match="m-00001"):
         weights.open_checkpoint(tmp_path / "m-00001-of-00002.gguf")
 
 
@@ -291,7 +291,7 @@ def test_gguf_rope_factors(tmp_path):
 
 def test_gguf_extra_tensor(tmp_path):
     file = write_gguf(tmp_path / "m.gguf", TINY, stored(TINY), rope_factors_long__weight=np.ones(4, np.float32))
-    with pytest.raises(ValueError, match=r"unexpected tensor rope_factors_long\.weight"):
+    with pytest.raises(ValueError, match=r"rope_factors_long\.weight"):
         weights.open_checkpoint(file)
 
 
@@ -346,27 +346,27 @@ def test_not_such_a_file(tmp_path, name):
     write(tmp_path, TINY, stored(TINY))
     path = tmp_path if name == "model.safetensors" else tmp_path / name
     (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
-    with pytest.raises(ValueError, match="Git LFS pointer"):
+    with pytest.raises(ValueError, match="Git LFS"):
         weights.open_checkpoint(path)
     (tmp_path / name).write_bytes(b"<html>something else which is long enough</html>")
-    with pytest.raises(ValueError, match=f"{name}: not a "):
+    with pytest.raises(ValueError, match=name):
         weights.open_checkpoint(path)
 
 
 def test_directories_without_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         weights.open_checkpoint(tmp_path)
     (tmp_path / "x.gguf").touch()
-    with pytest.raises(FileNotFoundError, match=r"give one of its files: x\.gguf"):
+    with pytest.raises(FileNotFoundError, match=r"x\.gguf"):
         weights.open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         weights.open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(families.to_hf(TINY)))
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         weights.open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"PyTorch \.bin files only"):
+    with pytest.raises(ValueError, match=r"\.bin"):
         weights.open_checkpoint(tmp_path)
 
 
@@ -374,20 +374,20 @@ def test_missing_shard(tmp_path):
     write(tmp_path, TINY, stored(TINY), 20_000)
     gone = sorted(tmp_path.glob("model-*"))[1]
     gone.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{gone.name}: named by .* but not there"):
+    with pytest.raises(FileNotFoundError, match=gone.name):
         weights.open_checkpoint(tmp_path)
 
 
 def test_locate(tmp_path):
     assert weights.locate(tmp_path) == tmp_path
-    with pytest.raises(FileNotFoundError, match="nothing is downloaded at run time"):
+    with pytest.raises(FileNotFoundError, match="is not a local path"):
         weights.locate("HuggingFaceTB/SmolLM2-135M-Instruct")
-    with pytest.raises(FileNotFoundError, match="nothing is downloaded at run time"):
+    with pytest.raises(FileNotFoundError, match="is not a local path"):
         weights.locate("gs://bucket/model")
-    with pytest.raises(FileNotFoundError, match=r"no such file .* smollm2-135m-instruct"):
+    with pytest.raises(FileNotFoundError, match=r"smollm2-135m-instruct"):
         weights.locate(tmp_path / "absent" / "deep")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match=r"give a \.gguf file, or the directory"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         weights.open_checkpoint(tmp_path / "model.safetensors")
 
 
@@ -401,5 +401,5 @@ def test_packaged_model_that_is_absent_or_another(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=command):
         weights.locate("smollm2-135m-instruct")
     (tmp_path / weights.KNOWN["smollm2-135m-instruct"].file).write_bytes(b"other")
-    with pytest.raises(ValueError, match=f"sha256 is not the pinned one; run: {command}"):
+    with pytest.raises(ValueError, match=f"sha256.*{command}"):
         weights.locate("smollm2-135m-instruct")

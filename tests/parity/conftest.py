@@ -1,4 +1,4 @@
-"""The teacher, once: as our decoder reads it, and as transformers computes it from the same file."""
+"""The real teacher in our decoder and in transformers, loaded once."""
 
 from types import SimpleNamespace
 
@@ -74,7 +74,7 @@ def teacher():
 
 @pytest.fixture(scope="session")
 def reference(teacher):
-    """transformers' Llama with the tensors of the GGUF file, put without our name table and layout code."""
+    """transformers' Llama with the GGUF file's tensors, filled without our name table and layout code."""
     import torch
     import transformers
 

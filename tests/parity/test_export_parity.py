@@ -1,4 +1,4 @@
-"""An export of the real teacher: transformers loads its model, its tokenizer and its chat template."""
+"""An export of the real teacher in transformers: model, tokenizer and chat template."""
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def test_tokenizer(exported, teacher):
     ours = teacher.tokenizer
     for text, (ids, _) in zip(TEXTS, ours.encode(TEXTS)):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist()
-        assert theirs(text)["input_ids"] == ids.tolist()  # nothing is added behind one's back
+        assert theirs(text)["input_ids"] == ids.tolist()  # adds no special tokens
         assert theirs.decode(ids) == ours.decode(ids) == text
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.start, ours.end, ours.end)
     assert theirs.model_max_length == teacher.config.max_length
@@ -58,7 +58,7 @@ def test_tokenizer(exported, teacher):
 
 
 def test_tokenizer_beside_another_architecture(teacher, tmp_path):
-    """What the card says to load with; AutoTokenizer would split blanks in the way of Qwen."""
+    """The class that the card names; AutoTokenizer would pre-tokenize as Qwen does."""
     config = Config(teacher.config.vocab, 8, 1, 1, 1, 8, 8, qkv_bias=True)
     given = {"tokenizer_json": teacher.tokenizer.json, "chat_template": None, "special": {}, "card": {}}
     directory = export(tmp_path / "student", config, transformer.init(config, jax.random.key(0)), **given)

@@ -1,4 +1,4 @@
-"""Every family: saved by transformers, read by us; exported by us, read by transformers; the same logits."""
+"""Every family, saved by transformers and read by us, and back: equal logits."""
 
 import json
 
@@ -60,7 +60,7 @@ GIVEN = {"tokenizer_json": TOKENIZER, "chat_template": None, "special": {}, "car
 
 
 def random_model(name):
-    """A model in which every parameter matters: also biases and norms, which start as zeros and ones."""
+    """A model whose biases and norms are random too."""
     kind, options = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES | options)
@@ -98,7 +98,7 @@ def test_sharded_bfloat16(tmp_path, our_logits, their_logits):
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     checkpoint = weights.open_checkpoint(tmp_path / "theirs")
     params = checkpoint.load()
-    # Loaded anew: `model.float()` would keep the rotary frequencies that `.to(bfloat16)` rounded.
+    # Not `model.float()`, which would keep the rotary frequencies that `.to(bfloat16)` rounded.
     wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
     theirs = their_logits(wide, TOKENS)
     ours = our_logits(checkpoint.config, params, TOKENS)
@@ -123,7 +123,7 @@ ADDED = {
 
 @pytest.mark.parametrize("name", ADDED)
 def test_rope_scaling_added_by_hand(tmp_path, name, our_logits, their_logits):
-    """To a config of transformers 5, which has its own block: read as transformers reads it, or refused by name."""
+    """To a config of transformers 5, which has `rope_parameters`: read as transformers does, or refused."""
     added, read = ADDED[name]
     model = random_model("llama")
     model.save_pretrained(tmp_path)

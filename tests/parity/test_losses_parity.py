@@ -1,7 +1,6 @@
-"""Our losses against torch's, TRL's and tunix's: values, and gradients through the head's matrix product.
+"""Values and gradients of our losses against torch, TRL 1.16 and tunix 0.1.7; conventions are in docs/losses.md.
 
-torch is part of the group. TRL 1.16 and tunix 0.1.7 are not: install them beside jaxkd to run their part. What differs
-in convention is stated where it is mapped, and in the table of docs/losses.md.
+The parity group installs torch only; install TRL and tunix to run their tests.
 """
 
 import jax
@@ -32,7 +31,7 @@ def arrays():
 
 
 def ours(arrays, *terms, temperature=1.0, scale=1.0, weights=None):
-    """Mean over tokens with weight, times `scale`: (value, d hidden, d unembed)."""
+    """`scale` times the mean over weighted tokens: (value, d hidden, d unembed)."""
     hidden, unembed, teacher_hidden, teacher_unembed, targets, _ = map(jnp.asarray, arrays)
     weights = jnp.ones(TOKENS) if weights is None else jnp.asarray(weights)
     weights = jnp.broadcast_to(scale * weights / weights.sum(), (len(terms), TOKENS))
@@ -47,7 +46,7 @@ def ours(arrays, *terms, temperature=1.0, scale=1.0, weights=None):
 
 
 def theirs(arrays, loss, dtype="float64"):
-    """The same of `loss(logits, teacher's logits)`, by torch's autograd."""
+    """The same for `loss(logits, teacher's logits)`, by torch's autograd."""
     hidden, unembed, *teacher = (torch.tensor(x, dtype=getattr(torch, dtype)) for x in arrays[:4])
     hidden.requires_grad_()
     unembed.requires_grad_()
@@ -69,7 +68,7 @@ def same(got, want, tolerance=5e-6):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_torch_kl_div(arrays, direction, temperature):
-    """Its input is the log of the *second* argument of KL; "batchmean" is our mean over tokens; T^2 is the caller's."""
+    """`input` is the log of the *second* argument of KL; "batchmean" is our mean over tokens; T^2 is not included."""
 
     def loss(z, z_teacher):
         lq, lp = ((x / temperature).log_softmax(-1) for x in (z, z_teacher))
@@ -115,7 +114,7 @@ def test_both_terms_together(arrays):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("beta", BETAS)
 def test_trl_generalized_jsd(arrays, beta, temperature):
-    """Its beta is the teacher's weight and its ends are the two KLs: ours with endpoint "kl". It has no T^2."""
+    """`beta` weighs the teacher, and 0 and 1 give the two KLs: our endpoint="kl". No T^2."""
     gkd = pytest.importorskip("trl.experimental.gkd")
     weights = arrays[5]
     labels = torch.tensor(np.where(weights > 0, arrays[4], -100))[None]
@@ -131,7 +130,7 @@ def test_trl_generalized_jsd(arrays, beta, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("beta", BETAS)
 def test_trl_chunked_divergence(arrays, beta, temperature):
-    """The same convention; its heads are [V, D], and it works in float32."""
+    """The same convention, with heads [V, D], in float32."""
     trainer = pytest.importorskip("trl.trainer.distillation_trainer")
     weights = arrays[5]
     hidden, unembed, teacher_hidden, teacher_unembed = (torch.tensor(x) for x in arrays[:4])
@@ -148,8 +147,8 @@ def test_trl_chunked_divergence(arrays, beta, temperature):
     value.backward()
     assert count == weights.sum()
     term = generalized_jsd(beta, endpoint="kl")
-    found = value.detach().numpy(), hidden.grad[0].numpy(), unembed.grad.numpy().T
-    same(ours(arrays, term, temperature=temperature, weights=weights), found, tolerance=2e-5)
+    want = value.detach().numpy(), hidden.grad[0].numpy(), unembed.grad.numpy().T
+    same(ours(arrays, term, temperature=temperature, weights=weights), want, tolerance=2e-5)
 
 
 # ------------------------------------------------------------------------------------------ tunix
@@ -157,7 +156,7 @@ def test_trl_chunked_divergence(arrays, beta, temperature):
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5)])
 def test_tunix_logit_strategy(arrays, temperature, alpha):
-    """alpha T^2 KL(p, q) + (1 - alpha) CE over all positions: ours where there is no padding."""
+    """alpha T^2 KL(p, q) + (1 - alpha) CE over all positions, padding included."""
     logit = pytest.importorskip("tunix.distillation.strategies.logit")
     nothing = lambda *_: None
     strategy = logit.LogitStrategy(nothing, nothing, nothing, temperature=temperature, alpha=alpha)
@@ -187,7 +186,7 @@ def test_tunix_counts_padding_and_ours_does_not(arrays):
 
 
 def test_tunix_top_k_scores_a_student_without_mass_zero():
-    """What `conditional_kl` warns of; tests/kernels/test_peer_defects.py has the bucket's answer."""
+    """As `conditional_kl` warns; tests/kernels/test_peer_defects.py compares with a tail bucket."""
     logit = pytest.importorskip("tunix.distillation.strategies.logit")
     nothing = lambda *_: None
     strategy = logit.LogitStrategy(nothing, nothing, nothing, temperature=1.0, alpha=1.0, distill_top_k=4)

@@ -1,4 +1,4 @@
-"""The real teacher: our decoder on its GGUF file against transformers on the same numbers."""
+"""Our decoder on the real teacher's GGUF file against transformers on the same weights."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_logits(teacher, reference, our_logits, their_logits):
     np.testing.assert_array_equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
 
 
-def test_packed_rows_are_documents_alone(teacher, reference, our_logits, their_logits):
+def test_packed_documents_equal_separate_ones(teacher, reference, our_logits, their_logits):
     lengths = (60, 41, 19)
     documents = [teacher.tokens[start : start + n] for start, n in zip((0, 100, 200), lengths)]
     row = np.concatenate([*documents, np.zeros(8, np.int32)])

@@ -1,4 +1,4 @@
-"""Text from a model: the cached steps against the forward pass, and what a row's text may depend on."""
+"""Sampling: cached decoding against the forward pass, and what a row's completion depends on."""
 
 import dataclasses
 from functools import partial
@@ -50,7 +50,7 @@ def run_traced(params, lengths):
 
 @jax.jit(static_argnums=0)
 def plain_logprobs(config, params, tokens):
-    """[B L vocab]: what the forward pass on whole rows says comes after each token."""
+    """[B L vocab] next-token log-probabilities of `forward` on whole rows."""
     one, row = jnp.ones_like(tokens), jnp.zeros(len(tokens), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     batch = Batch(tokens, tokens, jnp.ones(tokens.shape), one, positions, row, row)
@@ -70,7 +70,7 @@ def text(params):
 
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", OPTIONS)
-def test_tokens_and_logprobs_are_the_forward_passs(family, temperature):
+def test_tokens_and_logprobs_match_the_forward_pass(family, temperature):
     config = dataclasses.replace(CONFIG, **OPTIONS[family])
     params, prompts = random_params(config, 1, spread=0.3), some_prompts()
     text = run(config, params, prompts, PROMPT_LENGTHS, row_keys(range(4)), temperature=temperature)
@@ -89,7 +89,7 @@ def test_tokens_and_logprobs_are_the_forward_passs(family, temperature):
         assert (after != before.argmax(-1))[written].any()
 
 
-def test_bfloat16_keeps_its_cache_so_and_stays_near_float32(params):
+def test_bfloat16(params):
     text = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), dtype=jnp.bfloat16)
     exact = np.asarray(plain_logprobs(CONFIG, params, jnp.asarray(text.tokens)))[:, :-1]
     exact = np.take_along_axis(exact, text.tokens[:, 1:, None], -1)[..., 0]
@@ -107,7 +107,7 @@ def assert_same(one, other):
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-def test_a_rows_text_is_its_own(params, text):
+def test_a_completion_does_not_depend_on_other_rows(params, text):
     order = np.array([2, 0, 3, 1])
     moved = run(CONFIG, params, some_prompts()[order], PROMPT_LENGTHS[order], row_keys(order))
     assert_same(moved, jax.tree.map(lambda x: x[order], text))
@@ -117,25 +117,25 @@ def test_a_rows_text_is_its_own(params, text):
         assert_same(alone, jax.tree.map(lambda x, here=here: x[here], text))
 
 
-def test_what_fills_prompts_up_is_not_read(params, text):
+def test_prompt_padding_is_ignored(params, text):
     wider = run(CONFIG, params, some_prompts(width=12, filling=5), PROMPT_LENGTHS, row_keys(range(4)))
     assert_same(wider, text)
     ended = run(CONFIG, params, some_prompts(12, 5), PROMPT_LENGTHS, row_keys(range(4)), end=tuple(range(VOCAB)))
     assert (ended.tokens[np.arange(LENGTH) > PROMPT_LENGTHS[:, None]] == 0).all()
 
 
-def test_inside_a_jitted_function_lengths_are_clipped(params, text):
+def test_lengths_are_clipped_under_jit(params, text):
     lengths = np.array([3, 99, 0, 5], np.int32)
     jitted = jax.jit(lambda lengths: run_traced(params, lengths))
     assert_same(jax.tree.map(np.asarray, jitted(lengths)), text)
 
 
-def test_a_longer_text_begins_with_the_shorter(params, text):
+def test_a_longer_limit_extends_the_same_text(params, text):
     longer = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), length=LENGTH + 5)
     np.testing.assert_array_equal(longer.tokens[:, :LENGTH], text.tokens)
 
 
-def test_rows_seeds_and_positions_draw_apart(params, text):
+def test_rows_seeds_and_positions_draw_independently(params, text):
     same = [np.repeat(x[1:2], 4, 0) for x in (some_prompts(), PROMPT_LENGTHS)]
     drawn = run(CONFIG, params, *same, row_keys(range(4)))
     assert len({tuple(row) for row in drawn.tokens}) == 4
@@ -145,14 +145,14 @@ def test_rows_seeds_and_positions_draw_apart(params, text):
     assert len(set(hot.tokens[2, 1:])) > 10  # nearly uniform over 90 ids: one draw for all positions would repeat
 
 
-def test_draws_follow_the_softened_distribution_and_logprobs_the_models(params):
+def test_samples_follow_the_tempered_distribution(params):
     count, temperature = 4000, 2.0
     prompts = np.repeat(some_prompts()[1:2], count, 0)
     lengths = np.full(count, 7, np.int32)
     options = {"length": 8, "vocab": 6}
     drawn = run(CONFIG, params, prompts, lengths, row_keys(range(count)), temperature=temperature, **options)
-    known = np.asarray(plain_logprobs(CONFIG, params, jnp.asarray(prompts[:1])))[0, -1, :6]
-    model = np.exp(known) / np.exp(known).sum()
+    logprobs = np.asarray(plain_logprobs(CONFIG, params, jnp.asarray(prompts[:1])))[0, -1, :6]
+    model = np.exp(logprobs) / np.exp(logprobs).sum()
     softened = model ** (1 / temperature) / (model ** (1 / temperature)).sum()
     shares = np.bincount(drawn.tokens[:, 7], minlength=6) / count
     assert np.abs(model - softened).max() > 0.1
@@ -161,7 +161,7 @@ def test_draws_follow_the_softened_distribution_and_logprobs_the_models(params):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e4])
-def test_ids_beyond_the_true_vocabulary_never_come_up(temperature):
+def test_ids_beyond_the_true_vocabulary_are_never_sampled(temperature):
     config = dataclasses.replace(CONFIG, tied=False)
     params = random_params(config, 2)
     params["unembed"] = params["unembed"].at[:, VOCAB:].set(jnp.sign(params["unembed"][:, :1]) * 50)
@@ -172,10 +172,10 @@ def test_ids_beyond_the_true_vocabulary_never_come_up(temperature):
     assert np.isfinite(text.logprobs).all()
 
 
-def test_text_ends_with_an_end(params, text):
+def test_end_tokens(params, text):
     first, second = text.tokens[0, 6], text.tokens[3, 10]
     ended = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), end=(int(first), int(second)))
-    for row, prompt in enumerate(PROMPT_LENGTHS):  # an end within a prompt ends nothing
+    for row, prompt in enumerate(PROMPT_LENGTHS):  # an end token within a prompt does not count
         stops = np.flatnonzero(np.isin(text.tokens[row, prompt:], (first, second)))
         length = prompt + stops[0] + 1 if len(stops) else LENGTH
         assert ended.lengths[row] == length
@@ -187,7 +187,7 @@ def test_text_ends_with_an_end(params, text):
     assert only.tokens[0, only.lengths[0] - 1] == first
 
 
-def test_it_stops_when_all_rows_have_ended(params, monkeypatch):
+def test_decoding_stops_when_all_rows_have_ended(params, monkeypatch):
     steps = []
 
     def counted(*arguments, **options):
@@ -199,10 +199,10 @@ def test_it_stops_when_all_rows_have_ended(params, monkeypatch):
     text = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), length=60, end=everything)
     jax.effects_barrier()
     np.testing.assert_array_equal(text.lengths, PROMPT_LENGTHS + 1)
-    assert len(steps) == 1 + 7  # the prompts, then from the shortest to behind the longest
+    assert len(steps) == 1 + 7  # the prompts, then from the shortest prompt to one past the longest
 
 
-def test_full_prompts_come_back(params):
+def test_prompts_of_full_length_are_returned(params):
     prompts = some_prompts()
     text = run(CONFIG, params, prompts, PROMPT_LENGTHS, row_keys(range(4)), length=7)
     np.testing.assert_array_equal(text.tokens[1], prompts[1])
@@ -212,7 +212,7 @@ def test_full_prompts_come_back(params):
 
 
 @pytest.mark.parametrize(("data", "model", "context"), [(4, 1, 1), (2, 2, 2)])
-def test_on_a_mesh_it_is_the_same_text_and_the_cache_stays_where_it_is(params, text, data, model, context):
+def test_on_a_mesh(params, text, data, model, context):
     mesh = make_mesh(data, model, jax.devices()[: data * model * context], context=context)
     shapes, axes = transformer.abstract(CONFIG)
     spread = jax.device_put(params, shardings(axes, shapes, mesh))
@@ -224,23 +224,23 @@ def test_on_a_mesh_it_is_the_same_text_and_the_cache_stays_where_it_is(params, t
         assert_same(jax.tree.map(np.asarray, compiled(spread, *inputs)), text)
     assert compiled.output_shardings.tokens.is_equivalent_to(rows, 2)
     moved = {shape for one in collectives(compiled.as_text()) for shape in one.shapes}
-    assert not [shape for shape in moved if LENGTH in shape]  # neither the cache nor the text
+    assert not [shape for shape in moved if LENGTH in shape]  # neither the cache nor the text is exchanged
 
 
-def test_what_cannot_be_written_is_named(params):
+def test_bad_arguments(params):
     prompts, keys = some_prompts(), row_keys(range(4))
 
     def refused(message, prompts=prompts, lengths=PROMPT_LENGTHS, **options):
         with pytest.raises(ValueError, match=message):
             run(CONFIG, params, prompts, lengths, keys, **options)
 
-    refused("an empty prompt", lengths=np.array([3, 0, 1, 5], np.int32))
-    refused("an empty prompt", prompts=prompts[:, :0], lengths=np.zeros(4, np.int32))
-    refused("lengths go up to 7, but prompts has 6", prompts=prompts[:, :6])
-    refused("7 tokens do not fit into length=6", length=6)
-    refused("65 tokens is beyond the model's context of 64", length=65)
-    refused("vocab must be 1 to 100", vocab=101)
-    refused("temperature must be at least 0", temperature=-1.0)
+    refused("empty prompt", lengths=np.array([3, 0, 1, 5], np.int32))
+    refused("empty prompt", prompts=prompts[:, :0], lengths=np.zeros(4, np.int32))
+    refused("lengths", prompts=prompts[:, :6])
+    refused("length=6", length=6)
+    refused("context of 64", length=65)
+    refused("vocab", vocab=101)
+    refused("temperature", temperature=-1.0)
 
 
 @pytest.mark.slow
