@@ -114,18 +114,18 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Compile a run's step for TPUs that are not attached: memory, communication, time, settings that fit."""
     e = experiment(read_config(config))
-    from jaxkd.planning import advice, search
     from jaxkd.planning import plan as planning
+    from jaxkd.planning import plan_report, search
     from jaxkd.planning import topology as topologys
 
     topology = topologys.topology(options.topology, options.slices)
     if options.suggest:
         found = search.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
-        values, said = found.json(), search.lines(found)
+        values, text = found.json(), found.lines()
     else:
         planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
-        values, said = planned.json(), advice.lines(planned)
-    print(json.dumps(values) if options.json else "\n".join(said))
+        values, text = planned.json(), plan_report.lines(planned)
+    print(json.dumps(values) if options.json else "\n".join(text))
 
 
 def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:

@@ -1,41 +1,44 @@
-"""Which devices exchange with which, from the attributes of a compiled program's instructions."""
+"""Which devices communicate with which, from the attributes of a compiled program's instructions."""
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-_OF_SLICE = 100_000  # a device's id, where there are several slices: this times its slice, from 1, and its place there
+_SLICE_STRIDE = 100_000  # with several slices a device's id is this times its slice (from 1) plus its index there
 
 
 def groups(attributes: str, devices: int) -> Iterator[list[int]]:
-    """The groups of devices that exchange with each other, from an instruction's attributes."""
+    """Groups of device numbers that communicate, from an instruction's attributes; all devices when none are given."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         yield from _lists(pairs[1] + "}")
-    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        yield from ids.reshape(shape[0], -1).tolist()
+    elif iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        yield from _iota(iota[2]).reshape(int(iota[1].partition(",")[0]), -1).tolist()
     elif named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes):
         yield from _of_mesh(*named.groups())
-    elif (listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes)) is not None:
+    elif listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
         yield from _lists(listed[1])
     else:
         yield list(range(devices))
 
 
+def _iota(text: str) -> np.ndarray:
+    """XLA's "[4,2]T(1,0)": 0 to 7 in that shape, then transposed."""
+    dims, permutation = re.findall(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)[0]
+    shape = [int(n) for n in dims.split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose([int(n) for n in permutation.split(",")]) if permutation else ids
+
+
 def _of_mesh(sizes: str, order: str | None, axes: str) -> list[list[int]]:
-    """Groups that vary along axes of a mesh of the compiler's own: "'a'=2,'b'=4", perhaps "[4,2]T(1,0)", "'b'"."""
+    """Groups along axes of a mesh that the compiler spells: "'a'=2,'b'=4", perhaps "[4,2]T(1,0)", then "'b'".
+
+    A part of an axis is written 'x':(before)size: of 'x'=8 the groups along 'x':(4)2 are the neighbours.
+    """
     names, extents = zip(*re.findall(r"'([^']+)'=(\d+)", sizes), strict=True)
     dims = [int(n) for n in extents]
-    ids = np.arange(math.prod(dims))
-    if order and (found := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
-        ids = ids.reshape([int(n) for n in found[1].split(",")])
-        if found[2]:
-            ids = ids.transpose([int(n) for n in found[2].split(",")])
+    ids = _iota(order) if order else np.arange(math.prod(dims))
     shape, varying = [], []
     parts = {name: (before, part) for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
     for name, extent in zip(names, dims, strict=True):
@@ -44,16 +47,16 @@ def _of_mesh(sizes: str, order: str | None, axes: str) -> list[list[int]]:
         shape += [before, part, extent // before // part]
         varying += [len(shape) - 2] if name in parts else []
     ids = ids.reshape(shape)
-    still = [d for d in range(ids.ndim) if d not in varying]
-    return ids.transpose([*still, *varying]).reshape(-1, math.prod(shape[d] for d in varying)).tolist()
+    fixed = [d for d in range(ids.ndim) if d not in varying]
+    return ids.transpose([*fixed, *varying]).reshape(-1, math.prod(shape[d] for d in varying)).tolist()
 
 
 def between(product: str | None, listed: str | None) -> list[list[int]]:
-    """Groups of devices in several slices: "{1,2}x{0:3}" is each with its like, else lists, or pairs "{1->2}"."""
+    """Groups of device ids across slices: "{1,2}x{0:3}" pairs equal indices of the slices; else lists, or "{1->2}"."""
     if listed is not None:
         return list(_lists(listed.replace("->", ",")))
-    slices, places = ([], []) if product is None else (_expanded(part) for part in product.split("x"))
-    return [[_OF_SLICE * s + place for s in slices] for place in places]
+    slices, indices = ([], []) if product is None else (_expanded(part) for part in product.split("x"))
+    return [[_SLICE_STRIDE * s + index for s in slices] for index in indices]
 
 
 def _expanded(text: str) -> list[int]:
@@ -67,11 +70,11 @@ def _lists(text: str) -> Iterator[list[int]]:
         yield [int(n) for n in inner.split(",")]
 
 
-def axis_of(exchanging: Iterator[list[int]], mesh: Mapping[str, int]) -> str:
-    """The mesh axes along which groups of devices lie, joined by "+"; empty for groups of one."""
+def axis_of(groups: Iterable[list[int]], mesh: Mapping[str, int]) -> str:
+    """The mesh axes along which the members of the groups differ, joined by "+"; empty for groups of one."""
     shape = tuple(mesh.values())
     varying = np.zeros(len(shape), bool)
-    for group in exchanging:
-        places = np.asarray(np.unravel_index(group, shape))
-        varying |= (places != places[:, :1]).any(axis=1)
+    for group in groups:
+        coordinates = np.asarray(np.unravel_index(group, shape))
+        varying |= (coordinates != coordinates[:, :1]).any(axis=1)
     return "+".join(name for name, varies in zip(mesh, varying, strict=True) if varies)

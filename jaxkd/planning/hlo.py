@@ -1,6 +1,6 @@
-"""Compiled programs read as text: how often each loop runs, what devices exchange, what goes to memory.
+"""Reads optimised HLO text: trip counts of loops, collectives, and bytes moved to and from HBM.
 
-XLA's own figures count the body of a loop once. Here every instruction counts as often as the loops around it run.
+XLA's cost analysis counts a loop's body once; here an instruction counts once per execution.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ COLLECTIVES = (
     *("ragged-all-to-all", "collective-broadcast"),
 )
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}
-# What moves nothing by itself: names for what is there already, and loops, whose insides are counted on their own.
-_STILL = {
+# No memory traffic of their own: aliases, and control flow, whose computations are counted by themselves.
+_NO_TRAFFIC = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
     *("partition-id", "replica-id", "optimization-barrier", "opt-barrier", "async-start", "async-update", "domain"),
 }
 _WORK = ("fusion", "convolution", "dot", "while", "call", "conditional", "reduce", "sort")
 _CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "ConcatBitcast", "Sharding", "SPMD")
 _SLICES = ("dynamic-slice", "slice", "gather")
-# What goes between slices is sent through the hosts, by a runtime that has names of its own for it.
+# Transfers between slices go through the hosts; the megascale runtime has its own names for them.
 _TRANSFERS = {
     **{"ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter"},
     **{"ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute"},
@@ -37,243 +37,237 @@ class Instruction(NamedTuple):
     """One line of a computation."""
 
     name: str
-    kind: str  # its result's type, with layouts
+    type: str  # of its result, with layouts
     op: str
     operands: tuple[str, ...]
-    rest: str  # attributes
+    attributes: str
     root: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Equal exchanges of one program."""
+    """Collectives of one program that are alike."""
 
     op: str
     axis: str  # of the mesh; several are joined by "+"
-    bytes: int  # of one, on one device: the whole array that is gathered, reduced or moved
+    bytes: int  # on one device, of one execution: the whole array that is gathered, reduced or moved
     in_loop: bool
-    count: int  # times a step
-    overlapped: bool = False  # whether the program computes between its start and its end
+    count: int  # executions a step
+    overlapped: bool = False  # whether compute is scheduled between its start and its end
 
 
 class Program:
-    """The text of an optimised module, taken apart."""
+    """A parsed HLO module."""
 
     def __init__(self, text: str):
-        """Read `compiled.as_text()`."""
+        """Parse `compiled.as_text()`."""
         self.computations: dict[str, list[Instruction]] = {}
         self.entry, here = "", []
         for line in text.splitlines():
             if (head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)) and not line.startswith(" "):
                 here = self.computations.setdefault(head[2], [])
                 self.entry = head[2] if head[1] else self.entry
-            elif (found := _instruction(line)) is not None:
-                here.append(found)
-        self.kinds = {name: {i.name: i.kind for i in body} for name, body in self.computations.items()}
-        self.times: dict[str, int] = {}  # executions of each computation in one step; those of fusions' too
+            elif (instruction := _instruction(line)) is not None:
+                here.append(instruction)
+        self.types = {name: {i.name: i.type for i in body} for name, body in self.computations.items()}
+        self.times: dict[str, int] = {}  # executions of each computation a step, those inside fusions too
         self.looped: set[str] = set()
-        self.moving: set[str] = set()  # computations whose instructions run one by one, not as part of a fusion
+        self.unfused: set[str] = set()  # computations whose instructions run one by one, not as part of a fusion
         self._visit(self.entry, 1, False, True)
 
-    def _visit(self, name: str, times: int, looped: bool, moving: bool) -> None:
+    def _visit(self, name: str, times: int, looped: bool, unfused: bool) -> None:
         self.times[name] = self.times.get(name, 0) + times
         if looped:
             self.looped.add(name)
-        if moving:
-            self.moving.add(name)
+        if unfused:
+            self.unfused.add(name)
         for i in self.computations.get(name, []):
             if i.op == "while":
                 trips = self.trips(i, self.computations[name])
-                for part in re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", i.rest):
-                    self._visit(part, times * trips, True, moving)
+                for part in re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", i.attributes):
+                    self._visit(part, times * trips, True, unfused)
             elif i.op in ("call", "conditional"):
                 for part in _called(i):
-                    self._visit(part, times, looped, moving)
+                    self._visit(part, times, looped, unfused)
             elif i.op in ("fusion", "async-start"):
                 for part in _called(i):
                     self._visit(part, times, looped, False)
 
     def trips(self, loop: Instruction, around: list[Instruction]) -> int:
-        """Of a `while`: what the compiler says, or what follows from its counter's bound, step and start.
+        """Trip count of a `while`: the compiler's annotation, or from its counter's bound, step and start.
 
         Args:
             loop: the instruction.
             around: the computation that it stands in.
         """
-        if known := re.search(r'known_trip_count\\?"?[:=]\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)', loop.rest):
-            return int(known[1])
-        parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", loop.rest))
+        if annotated := re.search(r'known_trip_count\\?"?[:=]\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)', loop.attributes):
+            return int(annotated[1])
+        parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", loop.attributes))
         condition, body = (self.computations.get(parts.get(name, ""), []) for name in ("condition", "body"))
-        numbers = _constants(condition)
-        places = {i.name: int(m[1]) for i in condition if (m := re.search(r"\bindex=(\d+)", i.rest))}
-        compared = next((i for i in condition if i.root and i.op == "compare"), None)
-        if compared is None:  # hidden in a fusion: its bound is the only large number there
-            inside = [
-                value for i in condition for c in _called(i) for value in _constants(self.computations[c]).values()
-            ]
-            return max([*numbers.values(), *inside], default=1)
-        bound = next((numbers[o] for o in compared.operands if o in numbers), 1)
-        counter = next((places[o] for o in compared.operands if o in places), -1)
-        step = _step(body, counter)
-        start = _element(around, loop.operands[0], counter)
-        return max(-(-(bound - _constants(around).get(start, 0)) // step), 1)
+        constants = _constants(condition)
+        indices = {i.name: int(m[1]) for i in condition if (m := re.search(r"\bindex=(\d+)", i.attributes))}
+        compare = next((i for i in condition if i.root and i.op == "compare"), None)
+        if compare is None:  # inside a fusion: the bound is the largest constant there
+            fused = [n for i in condition for c in _called(i) for n in _constants(self.computations[c]).values()]
+            return max([*constants.values(), *fused], default=1)
+        bound = next((constants[o] for o in compare.operands if o in constants), 1)
+        counter = next((indices[o] for o in compare.operands if o in indices), -1)
+        start = _constants(around).get(_element(around, loop.operands[0], counter), 0)
+        return max(-(-(bound - start) // _step(body, counter)), 1)
 
     def collectives(self, mesh: Mapping[str, int], ids: Sequence[int] = ()) -> list[Collective]:
-        """All exchanges between devices, equal ones together, the largest in sum first.
+        """All communication between devices, equal ones counted together, most bytes in total first.
 
         Args:
             mesh: axis name -> devices, in the order in which the mesh's devices are numbered.
-            ids: the devices' own, in that order; what goes between slices is known by them alone.
+            ids: the devices' ids in that order; transfers between slices name devices by id.
         """
-        numbers = {own: number for number, own in enumerate(ids)}
-        found: dict[Collective, int] = {}
-
-        def add(one: Collective, name: str, overlapped: bool) -> None:
-            one = dataclasses.replace(one, in_loop=name in self.looped, overlapped=overlapped)
-            found[one] = found.get(one, 0) + self.times[name]
-
-        for name, body in self.computations.items():
-            begins = any("AsyncCollectiveStart" in i.rest for i in body)
-            for place, i in enumerate(body):
+        numbers = {device_id: number for number, device_id in enumerate(ids)}
+        counts: dict[Collective, int] = {}
+        for name in self.times:
+            body = self.computations.get(name, [])
+            starts_async = any("AsyncCollectiveStart" in i.attributes for i in body)
+            for index, i in enumerate(body):
                 op = i.op.removesuffix("-start")
-                if op == "send" and name in self.times and (sent := self._sent(i, body, mesh, numbers)):
-                    back = next((n for n, r in enumerate(body) if r.op == "recv" and _meets(i, r)), place)
-                    add(sent, name, self._computes(body, back))
-                if op not in COLLECTIVES or name not in self.times:
+                if op == "send" and (transfer := self._transfer(i, body, mesh, numbers)):
+                    op, axis, size_ = transfer
+                    recv = next((n for n, r in enumerate(body) if r.op == "recv" and _same_transfer(i, r)), index)
+                    overlapped = self._overlaps(body, recv)
+                elif op in COLLECTIVES and (starts_async or "chain_id=" not in i.attributes):
+                    # One with a chain_id is overlapped, and named again in the fusions that carry and end it.
+                    axis, size_ = axis_of(groups(i.attributes, math.prod(mesh.values())), mesh), self._bytes(name, i)
+                    overlapped = starts_async or self._overlaps(body, index)
+                    if op == "all-reduce" and name.startswith("all-reduce-scatter"):
+                        op = "reduce-scatter"  # on TPUs a fusion that keeps a slice of the sum
+                else:
                     continue
-                if "chain_id=" in i.rest and not begins:
-                    continue  # it overlaps with products: the fusions that carry and end it name it again
-                axis = axis_of(groups(i.rest, math.prod(mesh.values())), mesh)
-                if not axis:
-                    continue
-                if op == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    op = "reduce-scatter"  # how a TPU's program spells it: a fusion that keeps a slice of the sum
-                one = Collective(op, axis, self._exchanged(name, i), False, 0)
-                add(one, name, begins or self._computes(body, place))
-        rows = [dataclasses.replace(collective, count=count) for collective, count in found.items()]
+                if axis:
+                    one = Collective(op, axis, size_, name in self.looped, 0, overlapped)
+                    counts[one] = counts.get(one, 0) + self.times[name]
+        rows = [dataclasses.replace(one, count=count) for one, count in counts.items()]
         return sorted(rows, key=lambda c: -c.bytes * c.count)
 
-    def _computes(self, body: list[Instruction], place: int) -> bool:
-        """Whether anything is computed between an exchange's start, an instruction of a scheduled body, and its end."""
-        started = body[place]
-        if not started.op.endswith(("-start", "send", "recv")):
+    def _overlaps(self, body: list[Instruction], index: int) -> bool:
+        """Whether compute is scheduled between the start of an asynchronous instruction and its `-done`."""
+        start = body[index]
+        if not start.op.endswith(("-start", "send", "recv")):
             return False
-        handed, end = {started.name}, len(body)
-        for later in range(place + 1, len(body)):
+        aliases, end = {start.name}, len(body)
+        for later in range(index + 1, len(body)):
             i = body[later]
-            if handed & set(i.operands):
+            if aliases & set(i.operands):
                 if i.op.endswith("-done"):
                     end = later
                     break
-                handed.add(i.name)
-        return any(i.op in _WORK for i in body[place + 1 : end])
+                aliases.add(i.name)
+        return any(i.op in _WORK for i in body[index + 1 : end])
 
     @staticmethod
-    def _sent(
+    def _transfer(
         i: Instruction, body: list[Instruction], mesh: Mapping[str, int], numbers: Mapping[int, int]
-    ) -> Collective | None:
-        """What a `send` of the runtime between slices exchanges, with the `recv` that belongs to it."""
-        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
-        target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|\{(\{.*?\})\})', i.rest)
+    ) -> tuple[str, str, int] | None:
+        """Operation, axis and bytes of a `send` between slices with its `recv`; None for another send."""
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.attributes)
+        target = re.search(r'_xla_megascale_target=(?:"([^"]*)"|\{(\{.*?\})\})', i.attributes)
         if kind is None or target is None:
             return None
-        back = [r for r in body if r.op == "recv" and _meets(i, r)]
-        moved = max(size(x.kind.replace("u32[]", "")) for x in [i, *back])
-        exchanging = [[numbers[n] for n in group if n in numbers] for group in between(target[1], target[2])]
-        axis = axis_of(iter([group for group in exchanging if group]), mesh)
-        return Collective(_TRANSFERS.get(kind[1], kind[1].lower()), axis, moved, False, 0) if axis else None
+        both = [i, *(r for r in body if r.op == "recv" and _same_transfer(i, r))]
+        members = [[numbers[n] for n in group if n in numbers] for group in between(target[1], target[2])]
+        axis = axis_of([group for group in members if group], mesh)
+        return _TRANSFERS.get(kind[1], kind[1].lower()), axis, max(size(x.type.replace("u32[]", "")) for x in both)
 
-    def _exchanged(self, computation: str, i: Instruction) -> int:
-        result = size(i.kind.replace("u32[]", ""))  # without what a start hands on to its end
-        operands = sum(size(self.kinds[computation].get(o, "")) for o in i.operands)
+    def _bytes(self, computation: str, i: Instruction) -> int:
+        result = size(i.type.replace("u32[]", ""))  # without the context that a start passes to its end
+        operands = sum(size(self.types[computation].get(o, "")) for o in i.operands)
         if i.op == "all-reduce-start":
             return result
-        if i.op.endswith("-start"):  # its result holds its operands too
+        if i.op.endswith("-start"):  # its result includes its operands
             result -= operands
         return max(result, operands)
 
     def traffic(self) -> int:
-        """Bytes that the program reads from and writes to the device's main memory in one step.
+        """Bytes read from and written to a device's HBM in one step.
 
-        Of a fusion's operands only what it reads of them; of an update in place only the update. Arrays that the
-        compiler put into on-chip memory, S(1) in their layout, are no traffic.
+        A fusion counts the slices that it reads of its operands, an update in place only the update. Arrays in
+        on-chip memory, S(1) in their layout, do not count.
         """
         return sum(
-            self.times[name] * sum(self._moved(name, i) for i in self.computations[name]) for name in self.moving
+            self.times[name] * sum(self._moved(name, i) for i in self.computations[name]) for name in self.unfused
         )
 
     def _moved(self, computation: str, i: Instruction) -> int:
-        if i.op in _STILL or i.op.endswith("-done"):
+        if i.op in _NO_TRAFFIC or i.op.endswith("-done"):
             return 0
-        kinds = self.kinds[computation]
-        if i.op == "custom-call" and re.search(rf'custom_call_target="(?:{"|".join(_CALLS)})', i.rest):
+        types = self.types[computation]
+        if i.op == "custom-call" and re.search(rf'custom_call_target="(?:{"|".join(_CALLS)})', i.attributes):
             return 0
         if i.op == "copy-start":  # (destination, source, context)
-            return size(i.kind, memory=True)
-        if i.op == "slice-start":  # ((source), destination, context): read from memory, to on-chip memory
-            return size(i.kind) - sum(size(kinds.get(o, "")) for o in i.operands)
-        inner = self.computations.get(next(iter(_called(i)), ""), []) if i.op == "fusion" else []
-        if any("chain_id=" in x.rest for x in inner):
-            return self._carried(i, inner, kinds)
+            return size(i.type, memory=True)
+        if i.op == "slice-start":  # ((source), destination, context), from HBM to on-chip memory
+            return size(i.type) - sum(size(types.get(o, "")) for o in i.operands)
+        fused = self.computations.get(next(iter(_called(i)), ""), []) if i.op == "fusion" else []
+        if any("chain_id=" in x.attributes for x in fused):
+            return self._moved_beside_collective(i, fused, types)
         reads, in_place = 0, False
         for number, operand in enumerate(i.operands):
-            kind = kinds.get(operand, "")
-            if not (whole := size(kind, memory=True)):
+            whole = size(types.get(operand, ""), memory=True)
+            if not whole:
                 continue
             if i.op in _SLICES and number == 0:
-                reads += size(i.kind)
+                reads += size(i.type)
             elif i.op == "dynamic-update-slice" and number == 0:
                 in_place = True
-            elif inner:
-                read, updated = self._read_of(inner, number, whole)
+            elif fused:
+                read, updated = self._read_of(fused, number, whole)
                 reads, in_place = reads + read, in_place or updated
             else:
                 reads += whole
         if not in_place:
-            return reads + size(i.kind, memory=True)
-        body = inner or [i]
-        kept = {x.name: x.kind for x in body} if inner else kinds
-        updates = [x for x in body if x.op == "dynamic-update-slice"]
-        return reads + sum(size(kept.get(x.operands[1], "")) for x in updates)
+            return reads + size(i.type, memory=True)
+        inner_types = {x.name: x.type for x in fused} if fused else types
+        updates = [x for x in fused or [i] if x.op == "dynamic-update-slice"]
+        return reads + sum(size(inner_types.get(x.operands[1], "")) for x in updates)
 
-    def _carried(self, i: Instruction, body: list[Instruction], kinds: Mapping[str, str]) -> int:
-        """What a fusion moves that carries an exchange beside its own work: of the exchange itself, which is handed
-        from fusion to fusion, only the operand where it starts and the result where it ends.
+    def _moved_beside_collective(self, i: Instruction, body: list[Instruction], types: Mapping[str, str]) -> int:
+        """Bytes of a fusion that carries a collective beside its own work.
+
+        The collective is passed from fusion to fusion: only its operand where it starts and its result where it ends
+        count.
         """
         root = next(x for x in body if x.root)
-        exchange = {x.name for x in body if "chain_id=" in x.rest}
-        begins, inside = any("AsyncCollectiveStart" in x.rest for x in body), {x.name: x.kind for x in body}
-        moved, handed = 0, set(exchange)
+        collective = {x.name for x in body if "chain_id=" in x.attributes}
+        starts, inside = any("AsyncCollectiveStart" in x.attributes for x in body), {x.name: x.type for x in body}
+        moved, passed_on = 0, set(collective)
         for x in body:
             if x.op != "parameter":
                 continue
             users, number = [u for u in body if x.name in u.operands], int(x.operands[0])
-            whole = size(kinds.get(i.operands[number], ""), memory=True)
-            if not all(u.name in exchange or u.op in ("tuple", "custom-call") for u in users):
+            whole = size(types.get(i.operands[number], ""), memory=True)
+            if not all(u.name in collective or u.op in ("tuple", "custom-call") for u in users):
                 moved += self._read_of(body, number, whole)[0]
                 continue
-            handed.add(x.name)
-            moved += whole if begins and any(u.name in exchange for u in users) else 0
+            passed_on.add(x.name)
+            moved += whole if starts and any(u.name in collective for u in users) else 0
         if root.op == "tuple":
-            return moved + sum(size(inside[name], memory=True) for name in root.operands if name not in handed)
-        return moved + (0 if begins else size(i.kind, memory=True))
+            return moved + sum(size(inside[name], memory=True) for name in root.operands if name not in passed_on)
+        return moved + (0 if starts else size(i.type, memory=True))
 
     @staticmethod
     def _read_of(body: list[Instruction], number: int, whole: int) -> tuple[int, bool]:
-        """What a fusion reads of its operand with that number, and whether it updates it in place."""
+        """Bytes that a fusion reads of an operand, at most `whole`, and whether it updates it in place."""
         names = [i.name for i in body if i.op == "parameter" and i.operands[:1] == (str(number),)]
         if not names:
             return whole, False
-        waiting, read, updated = names, 0, False
-        while waiting:
-            name = waiting.pop()
+        read, updated = 0, False
+        while names:
+            name = names.pop()
             for i in body:
                 if name not in i.operands:
                     continue
                 if i.op == "bitcast":
-                    waiting.append(i.name)
+                    names.append(i.name)
                 elif i.op in _SLICES and i.operands[0] == name:
-                    read += size(i.kind)
+                    read += size(i.type)
                 elif i.op == "dynamic-update-slice" and i.operands[0] == name:
                     updated = True
                 else:
@@ -286,70 +280,66 @@ def _instruction(line: str) -> Instruction | None:
     if start is None:
         return None
     rest = line[start.end() :]
-    if rest.startswith("("):
-        end = _closing(rest, 0) + 1
-    else:
-        end = rest.find(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    type_, rest = rest[:end], rest[end:].lstrip()
     opening = rest.find("(")
     if opening < 0:
         return None
     closing = _closing(rest, opening)
     op, inside = rest[:opening], rest[opening + 1 : closing]
     operands = tuple(_NAMES.findall(inside)) or tuple(filter(None, [inside.strip()]))
-    return Instruction(start[2], kind, op, operands, rest[closing + 1 :], bool(start[1]))
+    return Instruction(start[2], type_, op, operands, rest[closing + 1 :], bool(start[1]))
 
 
 def _closing(text: str, opening: int) -> int:
     depth = 0
-    for place in range(opening, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
+    for index in range(opening, len(text)):
+        depth += (text[index] == "(") - (text[index] == ")")
         if depth == 0:
-            return place
+            return index
     return len(text)
 
 
-def _meets(sent: Instruction, received: Instruction) -> bool:
-    """Whether two transfers through the hosts are the two ways of one exchange."""
-    meeting = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', sent.rest)
-    return meeting is not None and meeting[0] in received.rest
+def _same_transfer(send: Instruction, recv: Instruction) -> bool:
+    rendezvous = re.search(r'_xla_host_transfer_rendezvous="[^"]*"', send.attributes)
+    return rendezvous is not None and rendezvous[0] in recv.attributes
 
 
 def _constants(body: list[Instruction]) -> dict[str, int]:
-    whole = [i for i in body if i.op == "constant" and re.match(r"[su]\d+\[\]", i.kind)]
-    return {i.name: int(i.operands[0]) for i in whole if re.fullmatch(r"-?\d+", i.operands[0])}
+    integers = [i for i in body if i.op == "constant" and re.match(r"[su]\d+\[\]", i.type)]
+    return {i.name: int(i.operands[0]) for i in integers if re.fullmatch(r"-?\d+", i.operands[0])}
 
 
-def _element(body: list[Instruction], name: str, place: int) -> str:
-    """The name of a tuple's element, copies looked through."""
-    named = {i.name: i for i in body}
-    found = named.get(name)
-    if found is None or found.op != "tuple" or not 0 <= place < len(found.operands):
+def _element(body: list[Instruction], name: str, index: int) -> str:
+    """The instruction behind element `index` of a tuple, copies and bitcasts removed; empty if it is not there."""
+    by_name = {i.name: i for i in body}
+    tuple_ = by_name.get(name)
+    if tuple_ is None or tuple_.op != "tuple" or not 0 <= index < len(tuple_.operands):
         return ""
-    element = found.operands[place]
-    while element in named and named[element].op in ("copy", "bitcast"):
-        element = named[element].operands[0]
+    element = tuple_.operands[index]
+    while element in by_name and by_name[element].op in ("copy", "bitcast"):
+        element = by_name[element].operands[0]
     return element
 
 
 def _step(body: list[Instruction], counter: int) -> int:
-    """By how much a loop's body moves its counter; 1 where that does not show."""
+    """The increment of a loop's counter, 1 where the body does not show it."""
     root = next((i.name for i in body if i.root), "")
-    named, numbers = {i.name: i for i in body}, _constants(body)
-    moved = named.get(_element(body, root, counter))
-    return next((numbers[o] for o in moved.operands if o in numbers), 1) if moved and moved.op == "add" else 1
+    by_name, constants = {i.name: i for i in body}, _constants(body)
+    update = by_name.get(_element(body, root, counter))
+    return next((constants[o] for o in update.operands if o in constants), 1) if update and update.op == "add" else 1
 
 
 def _called(i: Instruction) -> list[str]:
     pattern = r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    branches = re.search(r"branch_computations=\{([^}]*)\}", i.rest)
-    return re.findall(pattern, i.rest) + (_NAMES.findall(branches[1]) if branches else [])
+    branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+    return re.findall(pattern, i.attributes) + (_NAMES.findall(branches[1]) if branches else [])
 
 
-def size(kind: str, memory: bool = False) -> int:
-    """Bytes of a type such as "(f32[8,128]{1,0:T(8,128)}, s32[])"; with `memory`, of what lies in main memory only."""
+def size(type_: str, memory: bool = False) -> int:
+    """Bytes of a type such as "(f32[8,128]{1,0:T(8,128)}, s32[])"; with `memory`, only those in main memory."""
     total = 0
-    for dtype, dimensions, layout in _ARRAYS.findall(kind):
+    for dtype, dimensions, layout in _ARRAYS.findall(type_):
         if memory and (space := re.search(r"S\((\d+)\)", layout)) and space[1] != "0":
             continue
         bits = _BITS.get(dtype) if dtype in _BITS else int((re.search(r"\d+", dtype) or ["0"])[0])

@@ -1,15 +1,19 @@
-"""What a run takes on TPUs that are not here: its real step, compiled for them, and what follows from the program.
+"""Plans a run for TPUs that are not here: compiles its real step for them and reads memory and time off the program.
 
-Memory is the compiler's own count. Exchanges and memory traffic are read from the program, every loop multiplied by its
-trips. Time is a roofline: products, memory and links each at their peak and all at once, but for the exchanges beside
-which the program computes nothing, so no run is faster.
+Memory is the compiler's own count. Collectives and HBM traffic come from the HLO, each instruction as often as it runs.
+Step time is a roofline, a lower bound: compute, HBM and links each at their peak rate and overlapped, except for
+collectives beside which the program computes nothing.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +27,10 @@ from jaxkd.planning import oom, published
 from jaxkd.planning.hlo import Collective, Program
 from jaxkd.planning.topology import Topology
 from jaxkd.run import job, program
-from jaxkd.run import teacher as teaching
 from jaxkd.run.job import Job
+from jaxkd.run.teacher import abstract_batch, build_teacher
 
-_WAYS = {"all-reduce": 2.0, "all-to-all": 0.25}  # of what a gather of as many bytes takes, on a ring used both ways
+_COST = {"all-reduce": 2.0, "all-to-all": 0.25}  # relative to an all-gather of as many bytes, on a bidirectional ring
 
 
 class Memory(NamedTuple):
@@ -34,38 +38,38 @@ class Memory(NamedTuple):
 
     limit: int
     peak: int
-    params: int  # and the running average of a student that teaches itself
+    params: int  # with the EMA of a self-teaching student
     optimizer: int
     teacher: int
     temp: int
 
 
 class Estimate(NamedTuple):
-    """Seconds of one step, at best."""
+    """Seconds of one step at peak rates, a lower bound."""
 
     compute: float
     memory: float
     links: float
     network: float = 0.0  # between slices
-    exposed: float = 0.0  # of links and network, beside which the program computes nothing
+    exposed: float = 0.0  # the part of links and network that no compute overlaps
 
     @property
     def step_s(self) -> float:
-        """The slowest, as if the others were hidden behind it; products wait for what is exchanged alone."""
-        return max(self._together())
+        """max(compute + exposed, memory, links, network)."""
+        return max(self._parts())
 
     @property
     def bound(self) -> str:
-        """Which of them that is."""
-        found = ("compute", "hbm", "ici", "dcn")[int(np.argmax(self._together()))]
-        return "ici" if found == "compute" and self.exposed > self.compute else found
+        """Which of them it is: compute, hbm, ici or dcn."""
+        name = ("compute", "hbm", "ici", "dcn")[int(np.argmax(self._parts()))]
+        return "ici" if name == "compute" and self.exposed > self.compute else name
 
-    def _together(self) -> tuple[float, ...]:
+    def _parts(self) -> tuple[float, ...]:
         return (self.compute + self.exposed, self.memory, self.links, self.network)
 
 
 class Plan(NamedTuple):
-    """A step on a slice."""
+    """A training step on a slice: its memory, FLOPs, collectives and time."""
 
     topology: Topology
     job: Job
@@ -76,17 +80,17 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler found room for everything."""
+        """Whether it compiled within a device's HBM."""
         return self.estimate is not None
 
     @property
     def tokens(self) -> int:
-        """In a step."""
+        """Of a step."""
         return self.job.experiment.data.batch * self.job.experiment.data.length
 
     @property
     def mfu(self) -> float | None:
-        """Share of all devices' peak that the mathematics of teacher and student takes."""
+        """Model FLOPs (rematerialisation and masked attention excluded) over the devices' peak, at best."""
         if self.estimate is None:
             return None
         peak = self.topology.chip.flops * self.job.mesh.size
@@ -94,21 +98,21 @@ class Plan(NamedTuple):
 
     @property
     def hours(self) -> float | None:
-        """Of the whole run, at best, evaluations and checkpoints left out."""
+        """Of all training steps, at best; without evaluations and checkpoints."""
         return None if self.estimate is None else self.estimate.step_s * self.job.experiment.run.steps / 3600
 
     @property
     def chip_hours(self) -> float | None:
-        """Of all chips of all slices, however many devices each of them is."""
+        """Hours times chips; a chip of two devices counts once."""
         return None if self.hours is None else self.hours * self.topology.chips
 
     @property
     def traffic(self) -> float | None:
-        """Bytes between a device and its HBM in a step."""
+        """Bytes between a device and its HBM, per step."""
         return None if self.estimate is None else self.estimate.memory * self.topology.chip.bandwidth
 
     def json(self) -> dict[str, Any]:
-        """As one object of plain values: bytes and `hbm_gb` are of a device, FLOPs of a step on all of them."""
+        """As a JSON object: bytes and `hbm_gb` are per device, FLOPs of a step on all devices."""
         time = self.estimate
         return {
             "topology": self.topology.name,
@@ -131,21 +135,18 @@ class Plan(NamedTuple):
         }
 
 
-# -------------------------------------------------------------------------------- what is compiled
-
-
 def devices(topology: Topology) -> list:
     """The devices of slices that are not here, as libtpu describes them.
 
     Raises:
-        ValueError: without libtpu, or where it does not know the slice.
+        ValueError: libtpu is not installed, or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "planning compiles with libtpu, which is not installed: pip install 'jax[tpu]' (or bash launch/setup.sh "
             "tpu); it needs no TPU"
         )
-    # There is no TPU to ask about, and none that two processes could not share; the type only silences a warning.
+    # No TPU is queried, and none has to be locked against other processes; the type only silences a warning.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in (settings | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
         os.environ.setdefault(name, value)
@@ -153,146 +154,165 @@ def devices(topology: Topology) -> list:
     from jax.experimental.topologies import get_topology_desc
 
     try:
-        found = get_topology_desc(topology_name=topology.name, platform="tpu", **topology.options)
+        return list(get_topology_desc(topology_name=topology.name, platform="tpu", **topology.options).devices)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise ValueError(f"libtpu knows no slice {topology.name}: {str(error).splitlines()[0]}") from None
-    return list(found.devices)
 
 
 def shapes(e: Experiment) -> dict[str, Config]:
-    """Shapes of the models whose weights are not on this machine: from config.json, the recipe's `shape`, or by name.
+    """Shapes, by path, of models whose weights are not on this machine: from config.json, the recipe, or by name.
 
     Raises:
-        ValueError: for a model of which nothing is known.
+        ValueError: none of the three gives the shape of a model.
     """
     blocks: dict[str, Any] = {f"teacher.members.{name}": m for name, m in e.teacher.members.items()}
     blocks |= {"teacher": e.teacher, "student": e.student}
-    found = {}
-    for where, block in blocks.items():
+    by_path = {}
+    for key, block in blocks.items():
         if block.path in ("", "random", "teacher", SELF):
             continue
         local = Path(block.path).expanduser()
-        known = weights.KNOWN.get(block.path)
+        bundled = weights.KNOWN.get(block.path)
         if (local / "config.json").is_file() and not list(local.glob("*.safetensors")):
-            config_file = local / "config.json"
-            read = formats.read_json(config_file)
-            found[block.path] = families.from_hf(read, str(config_file), length=e.data.length)
-        elif local.exists() or (known and importlib.util.find_spec(known.package)):
+            values = formats.read_json(local / "config.json")
+            by_path[block.path] = families.from_hf(values, str(local / "config.json"), length=e.data.length)
+        elif local.exists() or (bundled and importlib.util.find_spec(bundled.package)):
             continue
         elif block.shape:
-            found[block.path] = from_mapping(Config, block.shape, f"{where}.shape")
+            by_path[block.path] = from_mapping(Config, block.shape, f"{key}.shape")
         elif (config := published.shape(block.path)) is not None:
-            found[block.path] = config
+            by_path[block.path] = config
         else:
             raise ValueError(
-                f"{where}.path '{block.path}' is not on this machine and its shape is not known here: put its "
-                f"config.json into that directory, set --config.{where}.shape.KEY=VALUE for each of vocab, embed, "
+                f"{key}.path '{block.path}' is not on this machine and its shape is not known here: put its "
+                f"config.json into that directory, set --config.{key}.shape.KEY=VALUE for each of vocab, embed, "
                 f"layers, heads, kv_heads, head_dim and mlp, or take one of {', '.join(published.MODELS)}"
             )
-    return found
+    return by_path
 
 
-def build(e: Experiment, place: Sequence[Any]) -> Job:
-    """The job on a topology's devices; what is not on this machine is known by its shape."""
+def build(e: Experiment, devices: Sequence[Any]) -> Job:
+    """The job on a topology's devices; models that are not on this machine are known by their shapes."""
     if e.data.tokenizer not in ("teacher", "bytes") and not Path(e.data.tokenizer).expanduser().exists():
         e = dataclasses.replace(e, data=dataclasses.replace(e.data, tokenizer="teacher"))
-    return job.build(e, list(place), shapes(e))
+    return job.build(e, list(devices), shapes(e))
 
 
 def plan(built: Job, topology: Topology) -> Plan:
-    """Compile a job's step, and say what it takes. What it begins with must fit first: else nothing is compiled.
+    """Compile a job's step. If its arguments alone exceed a device's memory, nothing is compiled.
 
     Args:
-        built: on the slice's devices.
+        built: a job on the slice's devices.
         topology: the slice.
 
     Raises:
-        Refused: for want of another memory than HBM, which is no matter of the job's size.
+        OnChipOom: a kernel needs more on-chip memory than there is, whatever the size of the job.
     """
-    teacher = teaching.build_teacher(built, weights_of(built), {}).train
-    batch = teaching.abstract_batch(built)
-    needed = program.flops_of(built)
+    teacher = build_teacher(built, teacher_weights(built), {}).train
+    batch = abstract_batch(built)
+    step_flops = program.flops_of(built)
     limit, state = topology.chip.hbm, built.state
     parts = {
-        "params": held((state.params, state.ema)),
-        "optimizer": held(state.opt_state),
-        "teacher": held(teacher.state),
+        "params": device_bytes((state.params, state.ema)),
+        "optimizer": device_bytes(state.opt_state),
+        "teacher": device_bytes(teacher.state),
     }
-    arguments = sum(parts.values()) + held((state.step, batch))
-    refused = lambda peak: Plan(topology, built, Memory(limit, peak, **parts, temp=peak - arguments), needed, (), None)
+    arguments = sum(parts.values()) + device_bytes((state.step, batch))
+    too_large = lambda peak: Plan(
+        topology, built, Memory(limit, peak, **parts, temp=peak - arguments), step_flops, (), None
+    )
     if arguments > limit:
-        return refused(arguments)  # nothing that is compiled could fit beside it
-    with jax.set_mesh(built.mesh):
+        return too_large(arguments)
+    with jax.set_mesh(built.mesh), _progress(f"compiling the step for {topology.name}"):
         lowered = program.jitted_step(built, teacher).lower(state, teacher.state, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            said = oom.read(str(error))
-            if said.space != "hbm" or said.used is None:
-                raise oom.Refused(oom.sentence(said, str(error))) from None
-            return refused(said.used + arguments * said.temporaries)
-    memory, text = compiled.memory_analysis(), Program(compiled.as_text())
-    written = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + written + memory.generated_code_size_in_bytes
-    collectives = tuple(text.collectives(dict(built.mesh.shape), [d.id for d in built.mesh.devices.flat]))
-    each = [(c.count, *seconds(c, built.mesh, topology)) for c in collectives]
-    time = Estimate(
-        needed.executed / built.mesh.size / topology.chip.flops,
-        text.traffic() / topology.chip.bandwidth,
-        sum(count * links for count, links, _ in each),
-        sum(count * network for count, _, network in each),
-        sum(n * (s + network) for c, (n, s, network) in zip(collectives, each, strict=True) if not c.overlapped),
+            shortage = oom.read(str(error))
+            if shortage.space != "hbm" or shortage.used is None:
+                raise oom.OnChipOom(oom.sentence(shortage, str(error))) from None
+            return too_large(shortage.used + arguments * shortage.temporaries)
+    stats, hlo = compiled.memory_analysis(), Program(compiled.as_text())
+    written = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + written + stats.generated_code_size_in_bytes
+    collectives = tuple(hlo.collectives(dict(built.mesh.shape), [d.id for d in built.mesh.devices.flat]))
+    times = [(c, *collective_seconds(c, built.mesh, topology)) for c in collectives]
+    estimate = Estimate(
+        step_flops.executed / built.mesh.size / topology.chip.flops,
+        hlo.traffic() / topology.chip.bandwidth,
+        sum(c.count * links for c, links, _ in times),
+        sum(c.count * network for c, _, network in times),
+        sum(c.count * (links + network) for c, links, network in times if not c.overlapped),
     )
-    held_now = Memory(limit, peak, **parts, temp=memory.temp_size_in_bytes)
-    return Plan(topology, built, held_now, needed, collectives, time)
+    memory = Memory(limit, peak, **parts, temp=stats.temp_size_in_bytes)
+    return Plan(topology, built, memory, step_flops, collectives, estimate)
 
 
-def weights_of(built: Job) -> dict[str, Any]:
-    """What each teacher's weights on the devices are, abstractly: of a cached one its head."""
-    found = {}
+@contextlib.contextmanager
+def _progress(what: str, every: float = 15.0) -> Iterator[None]:
+    """Say on stderr that `what` has begun, and every so many seconds how long it has taken."""
+    done, began = threading.Event(), time.monotonic()
+
+    def report() -> None:
+        while not done.wait(every):
+            print(f"{what}: {time.monotonic() - began:.0f} s so far", file=sys.stderr, flush=True)
+
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def teacher_weights(built: Job) -> dict[str, Any]:
+    """Each teacher's weights on the devices as abstract arrays; of a cached teacher only its head."""
+    abstract = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+    by_name = {}
     for name, model in {} if built.own else built.teachers.items():
-        place = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-        whole = jax.tree.map(place, model.shapes, model.shardings)
+        params = jax.tree.map(abstract, model.shapes, model.shardings)
         cached = bool(built.experiment.teacher.models[name].cache)
-        found[name] = {n: whole[n] for n in heads.names(model.config)} if cached else whole
-    return found
+        by_name[name] = {n: params[n] for n in heads.names(model.config)} if cached else params
+    return by_name
 
 
-def held(tree: Any) -> int:
-    """Bytes of a tree of abstract arrays on one device."""
+def device_bytes(tree: Any) -> int:
+    """Bytes that a tree of abstract arrays takes on one device."""
     shard = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return sum(map(shard, jax.tree.leaves(tree)))
 
 
-def seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]:
-    """The least time of one exchange on the links between a slice's chips, and on the network between slices.
+def collective_seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]:
+    """Least time of one execution on the links within a slice, and on the network between slices.
 
-    A gather or a scatter over n devices moves (n - 1) / n of the array through every one of them, a reduction that
-    keeps everything twice that; a permutation is one hop, and those in opposite directions go at once. On the links its
-    bytes go over all that its group of devices has between its members. Of a group in several slices, each device of
-    one slice has a share of the array to exchange with its like in the others. Two devices of a chip need what comes
-    from other chips once, over the links of both.
+        all-gather, reduce-scatter: bytes (n - 1) / n / bandwidth;  all-reduce: twice that;  permutation: one hop
+
+    The bandwidth is that of all links between the n members of a group. Over several slices, each device of a slice
+    exchanges its share of the array with its counterparts. Devices of one chip receive data from other chips once, over
+    the links of both.
     """
     axes = c.axis.split("+")
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
     group = mesh.devices[index].ravel()
-    places = [getattr(d, "slice_index", 0) for d in group]
-    slices = len(set(places))
-    inside = [d for d, place in zip(group, places, strict=True) if place == places[0]]
+    slice_of = [getattr(d, "slice_index", 0) for d in group]
+    slices = len(set(slice_of))
+    inside = [d for d, s in zip(group, slice_of, strict=True) if s == slice_of[0]]
     coords = np.asarray([d.coords for d in inside])
     links = 0
     for dimension, (extent, wraps) in enumerate(zip(topology.shape, topology.wraps, strict=True)):
         spanned = len(set(coords[:, dimension]))
         links += 0 if spanned == 1 else 2 if wraps and spanned == extent else 1
     chips = len(set(map(tuple, coords)))
-    # Devices of one chip exchange through its memory.
+    # Devices of one chip communicate through its memory.
     bandwidth = links * topology.chip.link * len(inside) / chips or topology.chip.bandwidth
 
     def part(count: int) -> float:
         hop = c.op == "collective-permute" and count > 1
-        return 1.0 if hop else _WAYS.get(c.op, 1.0) * (count - 1) / count
+        return 1.0 if hop else _COST.get(c.op, 1.0) * (count - 1) / count
 
-    between = part(slices) * c.bytes / len(inside) / topology.chip.dcn if topology.chip.dcn else 0.0
-    return part(chips if links else len(inside)) * c.bytes / bandwidth, between
+    network = part(slices) * c.bytes / len(inside) / topology.chip.dcn if topology.chip.dcn else 0.0
+    return part(chips if links else len(inside)) * c.bytes / bandwidth, network

@@ -1,7 +1,6 @@
-"""Shapes of published models by their Hugging Face names, so that a run can be planned where their weights are not.
+"""Shapes of published models by Hugging Face name, to plan with where the weights are not.
 
-Sources: each model's `config.json` on Hugging Face; `tests/test_plan.py` holds the shapes against the published numbers
-of parameters.
+Source: each model's `config.json`; the tests compare them with the published numbers of parameters.
 """
 
 from pathlib import PurePath
@@ -11,31 +10,18 @@ from jaxkd.models.transformer import Config, RopeScaling
 
 
 def _llama(embed: int, layers: int, heads: int, head_dim: int, mlp: int, tied: bool) -> Config:
-    scaling = RopeScaling(32.0 if tied else 8.0, 1.0, 4.0, 8192)
-    sizes: dict[str, Any] = {
-        "vocab": 128_256,
-        "kv_heads": 8,
-        "max_length": 131_072,
-        "rope_theta": 500_000.0,
-        "rope_scaling": scaling,
-    }
-    return Config(embed=embed, layers=layers, heads=heads, head_dim=head_dim, mlp=mlp, tied=tied, **sizes)
+    rope: dict[str, Any] = {"rope_theta": 5e5, "rope_scaling": RopeScaling(32.0 if tied else 8.0, 1.0, 4.0, 8192)}
+    return Config(128_256, embed, layers, heads, 8, head_dim, mlp, tied=tied, max_length=131_072, **rope)
 
 
 def _qwen3(embed: int, layers: int, heads: int, mlp: int, tied: bool) -> Config:
-    sizes: dict[str, Any] = {"vocab": 151_936, "kv_heads": 8, "head_dim": 128, "max_length": 40_960, "rope_theta": 1e6}
-    return Config(embed=embed, layers=layers, heads=heads, mlp=mlp, tied=tied, qk_norm=True, norm_eps=1e-6, **sizes)
+    more: dict[str, Any] = {"qk_norm": True, "norm_eps": 1e-6, "max_length": 40_960, "rope_theta": 1e6}
+    return Config(151_936, embed, layers, heads, 8, 128, mlp, tied=tied, **more)
 
 
 def _qwen1_5(vocab: int, embed: int, layers: int, heads: int, mlp: int) -> Config:
-    sizes: dict[str, Any] = {
-        "kv_heads": heads,
-        "head_dim": 128,
-        "max_length": 32_768,
-        "rope_theta": 1e6,
-        "norm_eps": 1e-6,
-    }
-    return Config(vocab, embed, layers, heads, mlp=mlp, tied=False, qkv_bias=True, **sizes)
+    more: dict[str, Any] = {"qkv_bias": True, "norm_eps": 1e-6, "max_length": 32_768, "rope_theta": 1e6}
+    return Config(vocab, embed, layers, heads, heads, 128, mlp, tied=False, **more)
 
 
 MODELS = {
@@ -56,9 +42,9 @@ MODELS = {
 
 
 def shape(path: str) -> Config | None:
-    """The shape of a model by its name, or by a directory that is called like it; None for an unknown one.
+    """The shape of a model by its name, or by a directory of that name; None for an unknown one.
 
-    Instruction-tuned versions have the shape of their base.
+    Instruction-tuned models have the shape of their base.
     """
     name = PurePath(path).name.lower().removesuffix("-instruct").removesuffix("-chat")
-    return {PurePath(known).name.lower(): config for known, config in MODELS.items()}.get(name)
+    return {PurePath(full).name.lower(): config for full, config in MODELS.items()}.get(name)

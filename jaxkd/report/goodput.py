@@ -1,4 +1,4 @@
-"""What a run's wall clock went into, added up from goodput.jsonl."""
+"""Where a run's wall-clock time went, added up from goodput.jsonl."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,15 +9,13 @@ from jaxkd.runtime import files
 from jaxkd.runtime.goodput import END, FILE, LOAD, START, STEPS, Row
 
 AGAIN, SKIPPED, DOWN = "again", "skipped", "down"
-
-
-NAMES = {
-    STEPS: "steps that count",
-    AGAIN: "steps made again after a restart",
-    SKIPPED: "steps left out",
-    DOWN: "between processes, and what a kill cut short",
-    START: "starting, and rows",
-    LOAD: "models and checkpoint",
+NAMES = {  # of the phases, the productive one first
+    STEPS: "productive steps",
+    AGAIN: "steps repeated after a restart",
+    SKIPPED: "skipped steps",
+    DOWN: "down between starts, or lost to a kill",
+    START: "starting and building rows",
+    LOAD: "loading models and checkpoint",
     "check": "checks",
     "compile": "compiling the step",
     "evaluation": "evaluations",
@@ -26,90 +24,86 @@ NAMES = {
 }
 
 
-"""Of what a second may have gone into; the first is the productive part."""
-
-
 class Account(NamedTuple):
-    """Seconds by what they went into."""
+    """A run's wall-clock seconds by phase, and what it compiled."""
 
     seconds: dict[str, float]
-    processes: int
-    programs: int  # compiled or found
-    cached: int  # of them found in JAX's cache
-    compile_s: float  # for all of them, wherever they were made
+    starts: int  # times that the command was started
+    programs: int  # compiled, or read from the compilation cache
+    cached: int  # of these, read from the cache
+    compile_s: float  # to compile or read them, in whatever phase
 
     @property
     def wall(self) -> float:
-        """From the first process's start to the last one's end."""
+        """Seconds from the first start to the last end."""
         return sum(self.seconds.values())
 
     @property
     def productive(self) -> float:
-        """Share of the wall clock in which the run moved on."""
+        """Share of the wall clock spent in steps that count."""
         return self.seconds[STEPS] / self.wall if self.wall else 0.0
 
 
 def account(rows: Sequence[Row]) -> Account | None:
-    """Add up what `goodput.jsonl` holds; None when it holds nothing.
+    """Add up the rows of goodput.jsonl; None when there are none.
 
-    A process that goes on from an earlier step than its predecessor had reached makes steps again: what they took the
-    first time counts as lost. The time of a step is that of its line divided by its steps. What a finished run is
-    asked again, and the time until then, are left out.
+    A start that resumes from an earlier step than its predecessor had reached repeats steps: the time of their first
+    execution counts as lost. A row's steps are taken to be equally long. A start after the run had finished that makes
+    no further step (such as a repeated command) is left out, with the time before it.
     """
     seconds: dict[str, float] = dict.fromkeys(NAMES, 0.0)
-    done: list[Row] = []  # lines of steps, as far as they still count
-    over: float | None = None
+    step_rows: list[Row] = []  # shortened when their steps are repeated
+    last_end: float | None = None
     finished, counted = False, []
-    for process in _processes(rows):
-        if finished and not any(row["step"] > row["first"] for row in process):
+    for rows_of_start in _starts(rows):
+        if finished and not any(row["step"] > row["first"] for row in rows_of_start):
             continue
-        began = process[0]["time"] - process[0]["seconds"]
-        if over is not None and not finished:
-            seconds[DOWN] += max(0.0, began - over)
-        over, finished = process[-1]["time"], bool(process[-1].get("finished"))
-        # One that ended while it loaded never knew from where to go on, and made no step again.
-        restored = any(row["phase"] not in (START, LOAD, END) for row in process)
-        for row in process:
+        began = rows_of_start[0]["time"] - rows_of_start[0]["seconds"]
+        if last_end is not None and not finished:
+            seconds[DOWN] += max(0.0, began - last_end)
+        last_end, finished = rows_of_start[-1]["time"], bool(rows_of_start[-1].get("finished"))
+        # A start that ended while loading never restored a checkpoint, so it repeats no step.
+        restored = any(row["phase"] not in (START, LOAD, END) for row in rows_of_start)
+        for row in rows_of_start:
             counted.append(row)
             if row["phase"] == END:
                 continue
             seconds[row["phase"]] = seconds.get(row["phase"], 0.0) + row["seconds"]
             if row["phase"] == LOAD and restored:
-                seconds[AGAIN] += sum(_undone(line, row["step"]) for line in done)
+                seconds[AGAIN] += sum(_cut_after(earlier, row["step"]) for earlier in step_rows)
             if row["phase"] == STEPS:
-                done.append(dict(row))
+                step_rows.append(dict(row))
     if not counted:
         return None
-    seconds[SKIPPED] = sum(_each(row) * row.get(SKIPPED, 0) for row in done)
+    seconds[SKIPPED] = sum(_seconds_per_step(row) * row.get(SKIPPED, 0) for row in step_rows)
     seconds[STEPS] -= seconds[AGAIN] + seconds[SKIPPED]
     total = lambda name: sum(row.get(name, 0) for row in counted)
-    processes = sum(row["phase"] == START for row in counted)
+    starts = sum(row["phase"] == START for row in counted)
     seconds = {name: value for name, value in seconds.items() if value > 0 or name == STEPS}
-    return Account(seconds, processes, total("programs"), total("cached"), total("compile_s"))
+    return Account(seconds, starts, total("programs"), total("cached"), total("compile_s"))
 
 
-def _processes(rows: Iterable[Row]) -> list[list[Row]]:
-    found: list[list[Row]] = []
+def _starts(rows: Iterable[Row]) -> list[list[Row]]:
+    starts: list[list[Row]] = []
     for row in rows:
-        if row["phase"] == START or not found:
-            found.append([])
-        found[-1].append(row)
-    return found
+        if row["phase"] == START or not starts:
+            starts.append([])
+        starts[-1].append(row)
+    return starts
 
 
-def _each(row: Row) -> float:
-    """Seconds of one step of a line."""
+def _seconds_per_step(row: Row) -> float:
     return row["seconds"] / (row["step"] - row["first"]) if row["step"] > row["first"] else 0.0
 
 
-def _undone(row: Row, step: int) -> float:
-    """Seconds of a line's steps after `step`, which it then loses."""
-    beyond = row["step"] - max(row["first"], step)
-    if beyond <= 0:
+def _cut_after(row: Row, step: int) -> float:
+    """Remove the steps after `step` from a row, in place; returns their seconds."""
+    repeated = row["step"] - max(row["first"], step)
+    if repeated <= 0:
         return 0.0
-    lost, left = _each(row) * beyond, row["step"] - beyond
-    row["seconds"], row["step"] = row["seconds"] - lost, left
-    row[SKIPPED] = min(row.get(SKIPPED, 0), left - row["first"])
+    lost, last = _seconds_per_step(row) * repeated, row["step"] - repeated
+    row["seconds"], row["step"] = row["seconds"] - lost, last
+    row[SKIPPED] = min(row.get(SKIPPED, 0), last - row["first"])
     return lost
 
 
@@ -118,33 +112,33 @@ def read(workdir: Path) -> Account | None:
     return account(files.read_jsonl(workdir / FILE))
 
 
-def sentence(found: Account | None) -> str:
-    """The productive share, what took the rest, and what was compiled; nothing where nothing is known."""
-    if found is None:
+def sentence(total: Account | None) -> str:
+    """One console line: the productive share, the largest others, programs compiled; empty for None."""
+    if total is None:
         return ""
-    rest = sorted((item for item in found.seconds.items() if item[0] != STEPS), key=lambda item: -item[1])
-    shares = [f"{NAMES.get(name, name)} {value / found.wall:.0%}" for name, value in rest]
-    again = f" in {found.processes} processes" if found.processes > 1 else ""
+    others = sorted((item for item in total.seconds.items() if item[0] != STEPS), key=lambda item: -item[1])
+    shares = [f"{NAMES.get(name, name)} {value / total.wall:.0%}" for name, value in others[:4]]
+    starts = f" in {total.starts} starts" if total.starts > 1 else ""
     return (
-        f"goodput: {found.productive:.0%} of {found.wall:,.0f} s{again}; {', '.join(shares[:4])}; programs compiled: "
-        f"{found.programs - found.cached}, from the cache: {found.cached}, in {found.compile_s:,.0f} s"
+        f"goodput: {total.productive:.0%} of {total.wall:,.0f} s{starts}; {', '.join(shares)}; programs compiled: "
+        f"{total.programs - total.cached}, from the cache: {total.cached}, in {total.compile_s:,.0f} s"
     )
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The report's table of the wall clock, empty where nothing is known."""
-    found = account(rows)
-    if found is None:
+    """The report's table of the wall clock, empty without rows."""
+    total = account(rows)
+    if total is None:
         return ""
     cells = [
-        [escape(NAMES.get(name, name)), number(value), percent(value / found.wall if found.wall else 0.0)]
-        for name, value in found.seconds.items()
+        [escape(NAMES.get(name, name)), number(value), percent(value / total.wall if total.wall else 0.0)]
+        for name, value in total.seconds.items()
     ]
-    cells.append(["total", number(found.wall), percent(1.0)])
-    many = f"{found.processes} processes" if found.processes != 1 else "one process"
+    cells.append(["total", number(total.wall), percent(1.0)])
+    starts = f"{total.starts} starts" if total.starts != 1 else "one start"
     note = (
-        f'<p class="note">{percent(found.productive)} of the wall clock was productive, in {many}. Programs: '
-        f"{found.programs}, of which {found.cached} came from the compilation cache; {number(found.compile_s, 3)} s to "
-        "compile or read them, wherever in the table they were needed.</p>"
+        f'<p class="note">{percent(total.productive)} of the wall clock was productive, in {starts}. Programs: '
+        f"{total.programs}, of which {total.cached} came from the compilation cache; {number(total.compile_s, 3)} s to "
+        "compile or read them, in whatever phase they were needed.</p>"
     )
-    return table(["the wall clock", "seconds", "share"], cells, last=True) + note
+    return table(["phase", "seconds", "share"], cells, last=True) + note

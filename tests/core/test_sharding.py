@@ -157,10 +157,10 @@ def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
 def test_moments_are_shared_by_all_that_hold_the_same():
     whole = built(data=1).state
     spread = built(replica=2, data=2, context=2).state
-    everything = plan.held(whole.params["student"])
-    assert plan.held(spread.params["student"]) == everything // 4
+    everything = plan.device_bytes(whole.params["student"])
+    assert plan.device_bytes(spread.params["student"]) == everything // 4
     # Two moments of each parameter, and a few counters.
-    assert 2 * everything / 8 <= plan.held(spread.opt_state) < 2 * everything / 8 + 100
+    assert 2 * everything / 8 <= plan.device_bytes(spread.opt_state) < 2 * everything / 8 + 100
 
 
 def test_either_side_may_lie_whole_beside_the_model_axis():

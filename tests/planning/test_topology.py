@@ -9,7 +9,7 @@ from harness import REPOSITORY
 from jaxkd.config.recipe import read_config
 from jaxkd.config.schema import experiment
 from jaxkd.models import families, transformer
-from jaxkd.planning import plan, published, search, topology
+from jaxkd.planning import plan, published, topology
 
 TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
 POD = f"--config={REPOSITORY / 'configs' / 'llama_8b_to_1b.py'}"
@@ -52,10 +52,13 @@ def test_a_number_that_counts_cores_is_explained():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5p-100", r"counts TensorCores, 2 a chip and is one of 8, 16, 32, .* v5p:2x4x4"),
-        ("v6e-12", r"counts chips and is one of 1, 4, 8, 16, 32, 64, 128, 256"),
-        ("v5e:4x4x4", r"a v5e slice has 2 dimensions, such as v5e:4x4"),
-        ("h100-8", r"no topology 'h100-8': .* v4-64, v5e-16, v5p-64, v6e-16, tpu7x-64 or v5litepod-256"),
+        ("v5p-100", r"TensorCores, 2 a chip.* 8, 16, 32, .* v5p:2x4x4"),
+        ("v6e-12", r"chips.* 1, 4, 8, 16, 32, 64, 128, 256"),
+        ("v5e:4x4x4", r"2 dimensions.*v5e:4x4"),
+        ("h100-8", r"h100-8.* v4-64, v5e-16, v5p-64, v6e-16, tpu7x-64 or v5litepod-256"),
+        # The compiler aborts the process on the first of these.
+        ("v5e:64x64", r"v5e pod.* 16x16 .*--slices"),
+        ("v4:16x16x32", r"v4 pod.* 16x16x16 "),
     ],
 )
 def test_unknown_slices_are_refused_with_those_that_are_known(name, message):
@@ -76,14 +79,7 @@ def test_several_slices_are_as_many_times_one():
     assert found.options == {"num_slices": 2}
     assert topology.topology("v6e-8", 3).hosts == 3
     assert found.wraps == topology.topology("v5p-128").wraps
-
-
-def test_several_slices_leave_a_candidate_its_replicas():
-    e = experiment(read_config([POD, "--config.run.mesh.replica=2"]))
-    guesses = list(search._guesses(e, topology.topology("v5e:2x2", 2), jax.devices()))
-    meshes = [g.experiment.run.mesh for g in guesses]
-    assert {(m.data, m.model) for m in meshes if m.teacher == 1} == {(4, 1), (2, 2), (1, 4)}
-    assert {m.replica for m in meshes} == {2}
+    assert topology.topology("v5p:28x16x20").devices == 28 * 16 * 20  # a whole pod, in any order
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -119,7 +115,7 @@ def test_models_are_known_by_name_directory_or_config(tmp_path):
         e = experiment(read_config([POD, f"--config.student.path={path}"]))
         assert plan.shapes(e)[path] == known
     e = experiment(read_config([POD, "--config.student.path=models/unknown"]))
-    with pytest.raises(ValueError, match=r"student.path 'models/unknown' is not on this machine .*Qwen/Qwen3-32B"):
+    with pytest.raises(ValueError, match=r"student.path 'models/unknown'.*Qwen/Qwen3-32B"):
         plan.shapes(e)
     sizes = {"vocab": 128_256, "embed": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 128}
     given = [f"--config.student.shape.{key}={value}" for key, value in sizes.items()]
@@ -131,6 +127,5 @@ def test_a_pod_is_planned_from_names_alone():
     job = built("--config.data.tokenizer=not/here", recipe=POD)
     assert job.mesh.size == 8
     assert job.tokenizer.vocab == 128_256
-    held = plan.held(job.state.params["student"])
-    assert held == pytest.approx(4 * 1_235_814_400 / 8, rel=1e-3)
-    assert plan.held(plan.weights_of(job)) == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert plan.device_bytes(job.state.params["student"]) == pytest.approx(4 * 1_235_814_400 / 8, rel=1e-3)
+    assert plan.device_bytes(plan.teacher_weights(job)) == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)

@@ -39,7 +39,8 @@ def test_steps_that_are_made_again_count_once():
     assert found.seconds["down"] == pytest.approx(37)
     assert found.wall == pytest.approx(clock.now - 1000)
     assert found.productive == pytest.approx(140 / found.wall)
-    assert (found.processes, found.programs, found.cached, found.compile_s) == (2, 6, 2, 19.0)
+    assert (found.starts, found.programs, found.cached, found.compile_s) == (2, 6, 2, 19.0)
+    assert " in 2 starts;" in goodput.sentence(found)
 
 
 def test_a_second_restart_takes_nothing_twice():
