@@ -115,17 +115,35 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     for where, number in {"run.keep_every": e.run.keep_every, "run.keep_best": e.run.keep_best}.items():
         if number < 0:
             raise ValueError(f"{where} must be at least 0, got {number}")
+    if problems := _mesh_problems(e, mesh):
+        raise ValueError(f"the recipe does not fit its mesh: {'; '.join(problems)}")
+
+
+def _mesh_problems(e: Experiment, mesh: Mapping[str, int]) -> list[str]:
+    """What does not divide over the mesh, each with the nearest values that do."""
     rows, parts, devices = e.data.batch, e.optim.micro_batches, math.prod(mesh[name] for name in ROWS)
     used = [name for name in ROWS if name == "data" or mesh[name] > 1]
-    axes = f"the {' and '.join(used)} {'axis' if len(used) == 1 else 'axes'}"
-    if rows % (parts * devices):
-        raise ValueError(
-            f"data.batch={rows} must be a multiple of optim.micro_batches={parts} x {devices} devices on {axes}"
+    over = f"{devices} devices on the {' and '.join(used)} {'axis' if len(used) == 1 else 'axes'}"
+
+    def nearest_multiples(value: int, of: int) -> str:
+        below, above = value // of * of, -(-value // of) * of
+        return f"{below} or {above}" if below else f"{above}"
+
+    problems = []
+    if rows % devices:
+        fit = nearest_multiples(rows, devices)
+        problems.append(f"data.batch={rows} must be a multiple of the {over}, such as {fit}")
+        rows = -(-rows // devices) * devices
+    if rows // devices % parts:
+        counts = ", ".join(str(n) for n in range(1, rows // devices + 1) if rows // devices % n == 0)
+        problems.append(
+            f"optim.micro_batches={parts} must divide the {rows // devices} rows a device of data.batch={rows}: "
+            f"take {counts}"
         )
     if e.run.eval_batch % devices:
-        raise ValueError(f"run.eval_batch={e.run.eval_batch} must be a multiple of the {devices} devices on {axes}")
+        fit = nearest_multiples(e.run.eval_batch, devices)
+        problems.append(f"run.eval_batch={e.run.eval_batch} must be a multiple of the {over}, such as {fit}")
     if e.data.length % mesh["context"]:
-        raise ValueError(
-            f"data.length={e.data.length} must be a multiple of run.mesh.context={mesh['context']}, the devices that "
-            "split a row's tokens"
-        )
+        fit = nearest_multiples(e.data.length, mesh["context"])
+        problems.append(f"data.length={e.data.length} must be a multiple of run.mesh.context={mesh['context']}: {fit}")
+    return problems

@@ -176,9 +176,15 @@ def test_either_side_may_lie_whole_beside_the_model_axis():
     ("overrides", "sizes", "message"),
     [
         (["--config.teacher.sharding=fsdb"], {}, r"unknown teacher.sharding 'fsdb': did you mean fsdp\?"),
-        (["--config.optim.micro_batches=2"], {"replica": 4}, "2 x 8 devices on the replica and data axes"),
-        (["--config.optim.micro_batches=2"], {"teacher": 4}, "2 x 8 devices on the data and teacher axes"),
-        (["--config.data.length=62"], {"context": 4}, "data.length=62 must be a multiple of the run.mesh.context=4"),
+        (["--config.optim.micro_batches=2"], {"replica": 4}, r"optim\.micro_batches=2.* 1 rows"),
+        (["--config.data.batch=12"], {"teacher": 4}, r"data\.batch=12.* data and teacher axes.* 8 or 16"),
+        (["--config.data.length=62"], {"context": 4}, r"data\.length=62.*run\.mesh\.context=4.* 60 or 64"),
+        # All of them together.
+        (
+            ["--config.data.batch=12", "--config.optim.micro_batches=3", "--config.run.eval_batch=4"],
+            {"data": 8},
+            r"data\.batch=12.* 8 or 16; optim\.micro_batches=3.* 1, 2; run\.eval_batch=4.* 8$",
+        ),
     ],
 )
 def test_what_does_not_fit_a_mesh_is_named(overrides, sizes, message):
