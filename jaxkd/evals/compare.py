@@ -1,4 +1,4 @@
-"""Student beside teacher on held-out rows: loss, bits per byte, KL and agreement, per domain."""
+"""Student and teacher on held-out rows: loss, bits per byte, KL, agreement and calibration, per domain."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,20 +15,19 @@ from jaxkd.losses.divergences import forward_kl, next_token
 
 Row = dict[str, Any]
 
-
 MEANS = ("student_nats", "teacher_nats", "kl", "agreement")
 BINS = 15
-"""Of the calibration error, as in Guo et al. 2017."""
+"""Number of bins of the calibration error (Guo et al. 2017)."""
 
 
 class Sums(NamedTuple):
-    """Over the weighted tokens of some rows; the calibration per bin of the top probability, [BINS]."""
+    """Sums over weighted tokens; calibration per bin of the top probability, [BINS]."""
 
     student_nats: Any
     teacher_nats: Any
     kl: Any
     agreement: Any
-    student_calibration: Any  # rightness less confidence
+    student_calibration: Any  # of (correct - confidence)
     teacher_calibration: Any
     tokens: Any
 
@@ -42,7 +41,7 @@ def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], v
 
     Args:
         student: forward pass.
-        teacher: `teacher(state, batch)`, an `Output` or a `Ensemble`.
+        teacher: `teacher(state, batch)` returns an `Output` or an `Ensemble`.
         vocab: true vocabulary size.
     """
     terms = (next_token(), _teacher_next_token(), forward_kl())
@@ -52,12 +51,12 @@ def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], v
         p = signal.head if isinstance(signal, Output) else signal
         rows = linear_comparison(terms, q, p, batch.targets, vocab=vocab)
         weights, live = batch.weights, batch.weights != 0
-        known = dict(zip(("student_nats", "teacher_nats", "kl", *RANKED), rows, strict=True))
+        fields = dict(zip(("student_nats", "teacher_nats", "kl", *RANKED), rows, strict=True))
         total = lambda row: jnp.where(live, row * weights, 0.0).sum()
         return Sums(
-            **{name: total(known[name]) for name in MEANS},
-            student_calibration=_calibration(known["student_top"], known["student_right"], weights),
-            teacher_calibration=_calibration(known["teacher_top"], known["teacher_right"], weights),
+            **{name: total(fields[name]) for name in MEANS},
+            student_calibration=_calibration(fields["student_top"], fields["student_right"], weights),
+            teacher_calibration=_calibration(fields["teacher_top"], fields["teacher_right"], weights),
             tokens=weights.sum(),
         )
 
@@ -65,7 +64,7 @@ def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], v
 
 
 def make_scoring(student: Forward, vocab: int) -> Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]:
-    """`scoring(student_params, batch) -> (nats, tokens)`, sums of the student alone, to be jitted.
+    """`scoring(student_params, batch) -> (nats, tokens)`, sums for the student alone, to be jitted.
 
     Args:
         student: forward pass.
@@ -80,12 +79,12 @@ def make_scoring(student: Forward, vocab: int) -> Callable[[PyTree, Batch], tupl
     return scoring
 
 
-def _calibration(top: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Array:
-    """[BINS]: sum of weight (rightness - confidence) over the tokens of each bin of confidence."""
+def _calibration(top: jax.Array, correct: jax.Array, weights: jax.Array) -> jax.Array:
+    """[BINS]: sum of weight (correct - confidence) over the tokens of each bin of confidence."""
     live = weights != 0
-    place = jnp.clip((jnp.where(live, top, 0.0) * BINS).astype(jnp.int32), 0, BINS - 1)
-    found = jnp.zeros(BINS).at[place].add(jnp.where(live, weights * (right - top), 0.0))
-    return constrain(found, None)  # whole on every device: each process reads it
+    bins = jnp.clip((jnp.where(live, top, 0.0) * BINS).astype(jnp.int32), 0, BINS - 1)
+    sums = jnp.zeros(BINS).at[bins].add(jnp.where(live, weights * (correct - top), 0.0))
+    return constrain(sums, None)  # replicated: every process reads it
 
 
 def evaluate(
@@ -97,13 +96,13 @@ def evaluate(
     """One row per domain and one for their plain mean, as in `evals.jsonl`.
 
     Args:
-        comparison: sums of a batch.
-        domains: name -> batches of the domain's held-out rows, each with the bytes of its rows' targets.
+        comparison: the sums of a batch.
+        domains: name -> batches of its held-out rows, each with the number of bytes of its rows' targets.
         step: of the student.
-        start: the student's nats per token per domain at step 0, empty if unknown; None when this is step 0.
+        start: the student's nats per token by domain at step 0, empty if unknown; None when this is step 0.
 
     Raises:
-        ValueError: when a domain has no token to score, or a figure is not finite.
+        ValueError: a domain has no token to score, or a figure is not finite.
     """
     rows: list[Row] = []
     for name, batches in domains.items():
@@ -142,16 +141,16 @@ def evaluate(
 
 
 def _sum(parts: Sequence[Any]) -> Any:
-    """Of scalars or arrays, exactly rounded where it is a scalar."""
+    """Sum of scalars (exactly rounded) or of arrays (in float64)."""
     if np.ndim(parts[0]):
         return np.sum(np.asarray(parts, np.float64), 0)
     return math.fsum(float(x) for x in parts)
 
 
 def _closed(student: float, teacher: float, start: Mapping[str, float] | None, name: str) -> float | None:
-    """Share of the student's first deficit that is gone: 0 at the start, 1 level with the teacher.
+    """(start - student) / (start - teacher): 0 at the start, 1 at the teacher's loss.
 
-    None where there was no deficit to close, or where it is not known.
+    None where the student did not start behind the teacher, or its start is unknown.
     """
     before = student if start is None else start.get(name)
     return (before - student) / (before - teacher) if before is not None and before > teacher else None
@@ -167,12 +166,7 @@ def _mean(rows: list[Row], start: Mapping[str, float] | None, step: int) -> Row:
 
 
 def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
-    """The rows as aligned text.
-
-    Args:
-        rows: of one evaluation.
-        before: the student's nats per token per domain at step 0, for a column beside today's.
-    """
+    """The rows of one evaluation as aligned text; `before` has the student's nats by domain at step 0."""
     head = ["domain", "tokens", "teacher", "start", "student", "gap closed", "KL", "agree", "ECE", "bits/byte"]
     lines = [head]
     for row in rows:

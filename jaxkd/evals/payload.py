@@ -1,4 +1,4 @@
-"""What is lost on the way from a teacher's distribution to what is stored of it."""
+"""The error of a stored signal, in nats from the teacher's distribution."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ _CHUNK = 128  # tokens at a time
 
 
 def payload_kl(head: Head, payload: Hidden | TopK | Sampled, vocab: int) -> jax.Array:
-    """KL in nats between a teacher and what its payload alone says, per token.
+    """KL in nats per token between a teacher p and the distribution p' of its payload.
 
-    Hidden states and top-k: KL(p || p'), where p' of a top-k payload spreads the tail's mass evenly over the other
-    ids, as knowing nothing of them says. Draws: KL(p' || p) of the drawn shares, since the other way is infinite; it
-    is the noise of one visit, which an unbiased loss averages out, not a bias.
+    Hidden states and top-k: KL(p || p'), where p' of a top-k payload spreads the tail's mass evenly over all other
+    ids. Draws: KL(p' || p) of the drawn shares, since KL(p || p') is infinite; it measures the noise of one visit,
+    which an unbiased loss averages out.
 
     Args:
-        head: the live teacher, hidden [*tokens E].
-        payload: of the same tokens, as decoded.
-        vocab: true vocabulary.
+        head: the teacher's, hidden [*tokens E].
+        payload: of the same tokens, decoded.
+        vocab: true vocabulary size.
 
     Returns:
-        [*tokens], on one device's worth of memory: for a few rows, not for training.
+        [*tokens]; dense over the vocabulary, for a few rows and not for training.
     """
     shape = head.hidden.shape[:-1]
     flat = lambda x: x.reshape(-1, x.shape[-1])
@@ -38,13 +38,13 @@ def payload_kl(head: Head, payload: Hidden | TopK | Sampled, vocab: int) -> jax.
         lp = _log_probs(head, rows, vocab)
         if isinstance(part, Sampled):
             share = part.counts / jnp.maximum(part.counts.sum(-1, keepdims=True), 1)
-            there = jnp.take_along_axis(lp, jnp.clip(part.ids, 0, vocab - 1), -1)
-            return jnp.sum(jnp.where(part.counts > 0, share * (jnp.log(jnp.maximum(share, 1e-30)) - there), 0.0), -1)
+            drawn = jnp.take_along_axis(lp, jnp.clip(part.ids, 0, vocab - 1), -1)
+            return jnp.sum(jnp.where(part.counts > 0, share * (jnp.log(jnp.maximum(share, 1e-30)) - drawn), 0.0), -1)
         if isinstance(part, Hidden):
-            known = _log_probs(head, part.hidden.astype(rows.dtype), vocab)
+            stored = _log_probs(head, part.hidden.astype(rows.dtype), vocab)
         else:
-            known = _spread(part, vocab)
-        return jnp.sum(jnp.exp(lp) * (lp - known), -1)
+            stored = _spread(part, vocab)
+        return jnp.sum(jnp.exp(lp) * (lp - stored), -1)
 
     return jax.lax.map(block, jax.tree.map(cut, (hidden, parts))).reshape(-1)[:count].reshape(shape)
 
@@ -54,7 +54,7 @@ def _log_probs(head: Head, hidden: jax.Array, vocab: int) -> jax.Array:
 
 
 def _spread(part: Any, vocab: int) -> jax.Array:
-    """[c V] log-probabilities of a top-k payload; the stored entries get what the first tail leaves them."""
+    """[c V] log-probabilities of a top-k payload; the entries share the mass that the first tail leaves."""
     counts = (part.ids >= 0) & (part.ids < vocab) & (part.logprobs > -jnp.inf)
     tail = jnp.minimum(part.tail[:, :1], -1e-7)
     total = jax.nn.logsumexp(part.logprobs, -1, keepdims=True, where=counts)

@@ -30,7 +30,7 @@ from jaxkd.models.transformer import Config
 from jaxkd.run import open_models
 from jaxkd.teachers import ensemble, online
 from jaxkd.train import guard, optim
-from jaxkd.train.state import TRAINED, TrainState, init_state, trained
+from jaxkd.train.state import TRAINED, TrainState, init_state, trainable
 
 VOCAB_MULTIPLE = 128
 
@@ -157,7 +157,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         raise ValueError("student.frozen leaves nothing to train: no term of the objective has parameters of its own")
     lr = terms.scalar(e.optim.lr, e.run.steps, "optim.lr")
     # What the objective learns does not decay: an identity pulled to zero would be another objective.
-    axes = trained({"student": student.axes, "objective": jax.tree.map(lambda _: (), extra)}, objective.trains)
+    axes = trainable({"student": student.axes, "objective": jax.tree.map(lambda _: (), extra)}, objective.trains)
     o = e.optim
     tx = optim.adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
     models = (student, *teachers.values())
@@ -166,7 +166,9 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
     recent = guard.init() if o.spike else None
     state = _abstract_state(student, extra, objective.trains, tx, mesh, e.teacher.path == SELF, kept, recent)
     if mesh.shape["replica"] > 1:
-        tx = optim.pinned(tx, jax.tree.map(lambda leaf: leaf.sharding, trained(state.params, objective.trains)))
+        tx = optim.with_gradient_shardings(
+            tx, jax.tree.map(lambda leaf: leaf.sharding, trainable(state.params, objective.trains))
+        )
     job = Job(e, mesh, tokenizer, teachers, student, objective, objective_init, tx, lr, state, tuple(sorted(notes)))
     if e.teacher.members:
         shares(job)  # what it would refuse is known before anything is loaded
@@ -331,7 +333,7 @@ def _abstract_state(
 ) -> TrainState:
     everywhere = NamedSharding(mesh, PartitionSpec())
     first = partial(init_state, tx=tx, names=trains, averaged=averaged)
-    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra}, groups=kept, recent=recent)
+    shapes = jax.eval_shape(first, {"student": student.shapes, "objective": extra}, group_dro=kept, recent=recent)
     # Matrices of the objective are as wide as the model, so they are spread as its own are.
     axes = lambda leaf: ("embed", *[None] * (len(leaf.shape) - 1)) if len(leaf.shape) > 1 else (None,) * len(leaf.shape)
     spread, shared = (
@@ -344,7 +346,7 @@ def _abstract_state(
         tx,
         lambda _, place: place,
         shapes.opt_state,
-        trained({"student": moments, "objective": shared}, trains),
+        trainable({"student": moments, "objective": shared}, trains),
         transform_non_params=lambda _: everywhere,
     )
     averages = student.shardings if averaged else None

@@ -133,12 +133,14 @@ class Run:
         else:
             self.state = found.state
             self._adopt(found.progress)
-            for line in found.said:
+            for line in found.warnings:
                 say(line)
             say(f"resuming at step {found.step} of {job.experiment.run.steps}")
         self.models = self.models._replace(student=None)
         step = int(self.state.step)
-        self.faults = faults.Faults(job.experiment.optim.skip_limit, step - int(optim.updates(self.state.opt_state)))
+        self.faults = faults.Faults(
+            job.experiment.optim.skip_limit, step - int(optim.update_count(self.state.opt_state))
+        )
         self.phases.restored(step)
 
     def loaded(self) -> preflight.Loaded:
@@ -253,7 +255,7 @@ class Run:
                 if not any(
                     row["step"] == self.mixing.start for row in files.read_jsonl(self.workdir / "mixture.jsonl")
                 ):
-                    output.mixture(self.mixing.line(self.tokens, self.state.groups))
+                    output.mixture(self.mixing.line(self.tokens, self.state.group_dro))
                 with self.phases.during("steps"):
                     self.finished = self._steps(step, run, output, interrupt, trace)
             with self.phases.during("checkpoint"):
@@ -315,7 +317,7 @@ class Run:
         """The next interval's mixture, and what it cost beside the steps of the last one."""
         seconds = self.mixing.advance(self.state.params["student"])
         step_s = statistics.median(self.seconds) if self.seconds else None
-        line = self.mixing.line(self.tokens, self.state.groups, seconds, step_s)
+        line = self.mixing.line(self.tokens, self.state.group_dro, seconds, step_s)
         output.mixture(line)
         self.seconds, self.rule_s = [], line.get("rule_s")
 
@@ -354,7 +356,7 @@ class Run:
         row |= {"rows": rows} if broken else {}
         output.step(row, broken or step % self.job.experiment.run.log_every == 0)
         self.phases.stepped(step, now - clock, skipped)
-        self.faults.see(step, values, skipped, rows, self.checkpoints.latest)
+        self.faults.record(step, values, skipped, rows, self.checkpoints.latest)
         return now
 
     def _drawn(self, step: int) -> dict[str, list[int]]:

@@ -163,8 +163,8 @@ class Mixing:
 
     def finish(self, state: TrainState, workdir: Path) -> str:
         """Store what a proxy run is for, the average of its weights; returns a line on it, empty for other rules."""
-        if state.groups is not None:
-            average = np.asarray(state.groups.average, np.float64)
+        if state.group_dro is not None:
+            average = np.asarray(state.group_dro.average, np.float64)
         else:
             average = np.asarray(self.mixture.rule_state["rule"].get("average", []), np.float64)
         if not average.size:

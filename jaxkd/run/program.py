@@ -38,9 +38,9 @@ def jitted_step(job: Job, teacher: Teacher) -> Any:
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         after, measured = plain(state, teacher_state, batch)
-        # In the program, so that reading it never waits for the step that is running. A step that was left out is none
-        # to the optimiser, whose schedule stands still with it.
-        rate = schedules.value(job.lr, optim.updates(state.opt_state))
+        # In the compiled program, so that reading it does not wait for the next step. Skipped steps do not advance the
+        # optimiser's count, which the schedule is a function of.
+        rate = schedules.value(job.lr, optim.update_count(state.opt_state))
         measured["lr"] = (jnp.asarray(rate, jnp.float32), jnp.ones(()))
         return after, measured
 

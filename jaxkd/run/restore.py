@@ -9,8 +9,8 @@ import jax
 from jaxkd.config.schema import Experiment, leaves, plain
 from jaxkd.core.types import PyTree
 from jaxkd.run.job import Job
-from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Found
-from jaxkd.train.retention import Keep, place
+from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Recovered
+from jaxkd.train.retention import Keep, checkpoint_directory
 
 
 def objective_params(job: Job) -> PyTree:
@@ -24,7 +24,7 @@ def objective_params(job: Job) -> PyTree:
     if not where:
         return {}
     try:
-        path = place(where)
+        path = checkpoint_directory(where)
         # A run's workdir, where its checkpoints are, or one of them.
         inner = path / "checkpoints"
         folder = path.parent if path.name.isdigit() else inner if inner.is_dir() else path
@@ -56,7 +56,7 @@ def checkpoints(e: Experiment, workdir: Path) -> Checkpoints:
     return Checkpoints(place_of_checkpoints(e, workdir), keep)
 
 
-def recover(job: Job, workdir: Path, there: Checkpoints) -> Found | None:
+def recover(job: Job, workdir: Path, there: Checkpoints) -> Recovered | None:
     """What a run goes on from: its newest whole checkpoint, None where it has made none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A teacher is a pair of pure functions and its arrays, as an optax transformation is."""
+"""The `Teacher` interface: two functions and the arrays that they need, as in an optax transformation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,28 +12,27 @@ HostRows = dict[str, Any]
 
 
 class Teacher(NamedTuple):
-    """Where the teacher's signal comes from.
+    """The source of the teacher's signal.
 
-    `state` holds its arrays and is an argument of the step: not captured, not donated, not checkpointed.
-    `host_features(rows)` runs on the host, in the threads that read ahead, on the rows that a process holds: the
-    identity, or what a cache adds to them. `signal(state, batch)` runs inside the step; of `requires` it gets by
-    keyword
-    "taps" (names of features, where the objective has any), "step", and "own" (`TrainState.ema`, or the student's
-    parameters where there is none).
+    `state`: its arrays, an argument of the step; neither captured, donated nor checkpointed.
+    `host_features(rows)`: on the host, in the prefetching threads, for the rows of this process; a cache adds what it
+    stores of them, other teachers return them unchanged.
+    `signal(state, batch, **options)`: inside the jitted step. Its options are those of `requires`: "taps" (names of
+    features, where the objective has any), "step", and "own" (`TrainState.ema`, else the student's parameters).
     """
 
     state: PyTree
     host_features: Callable[[HostRows], HostRows]
-    signal: Callable[..., Any]  # a `types.Signal`, or None where there is no teacher
+    signal: Callable[..., Any]  # returns a `types.Signal`, or None without a teacher
     requires: tuple[str, ...] = ()
-    writes: bool = False  # whether `signal` is a `Batch` of the teacher's own text, to be learned from instead
+    writes: bool = False  # whether `signal` returns a `Batch` of the teacher's own text, to train on instead
 
 
 def untouched(rows: HostRows) -> HostRows:
-    """The `host_features` of a teacher that needs nothing from the host."""
+    """The `host_features` of a teacher that stores nothing."""
     return rows
 
 
-def place(rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
-    """Domain and row [B] of a batch's rows: what a cache is addressed by."""
+def row_keys(rows: HostRows) -> tuple[np.ndarray, np.ndarray]:
+    """Domain and row index, int [B] each: a cache's address of the rows."""
     return np.asarray(rows["domain"]), np.asarray(rows["row"])

@@ -1,4 +1,4 @@
-"""A teacher read back from what `jaxkd cache` stored: no forward pass, and for most signals no weights."""
+"""A teacher read from a cache that `jaxkd cache` wrote: no forward pass, and for most signals no weights."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,49 +8,43 @@ import numpy as np
 
 from jaxkd.core.types import Batch, Hidden, Output, PyTree, Signal
 from jaxkd.teachers import codec
-from jaxkd.teachers.base import HostRows, Teacher, place, untouched
+from jaxkd.teachers.base import HostRows, Teacher, row_keys, untouched
 from jaxkd.teachers.store import Store
 
 
 def cached(
     store: Store, split: str, domains: Sequence[str], state: PyTree = None, head: Callable[..., Output] | None = None
 ) -> Teacher:
-    """What a store holds of each row, as the signal of a teacher.
+    """A teacher whose signal is read from a store on the host.
 
     Args:
-        store: opened, and found to be of this teacher and these rows.
+        store: an open one, of this teacher and these rows.
         split: "train" or "valid".
         domains: names, in the batch's numbering.
-        state: what `head` needs; for hidden states the teacher's unembedding.
-        head: `head(state, hidden) -> Output` of stored hidden states; None for the other signals.
+        state: arrays for `head`: the teacher's unembedding for stored hidden states.
+        head: `head(state, hidden) -> Output` for stored hidden states; None for the other signals.
     """
-    told = recorded(state, head)
     layout = store.layout(split)
-    nothing = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
-    held = store.manifest["sizes"]
+    filler = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
+    stored_domains = store.manifest["sizes"]
 
     def host_features(rows: HostRows) -> HostRows:
-        domain, row = place(rows)
-        payloads = [nothing] * len(row)  # of a domain that is another teacher's
-        for d in sorted({d for d in domain.tolist() if domains[d] in held}):
-            here = [i for i in range(len(row)) if domain[i] == d]
-            for i, payload in zip(here, store.read(domains[d], split, [int(row[i]) for i in here]), strict=True):
+        domain, row = row_keys(rows)
+        payloads = [filler] * len(row)  # stays for domains that another teacher serves
+        for d in sorted({d for d in domain.tolist() if domains[d] in stored_domains}):
+            indices = [i for i in range(len(row)) if domain[i] == d]
+            for i, payload in zip(indices, store.read(domains[d], split, [int(row[i]) for i in indices]), strict=True):
                 payloads[i] = payload
-        found = codec.decode_rows(layout, payloads)
-        if isinstance(found, codec.Text):  # the teacher's own text takes the place of the data's
-            return {**rows, **{name: getattr(found, name) for name in found._fields}}
-        return {**rows, "teacher": found}
+        stored = codec.decode_rows(layout, payloads)
+        if isinstance(stored, codec.Text):  # the teacher's own text replaces the data's
+            return {**rows, **{name: getattr(stored, name) for name in stored._fields}}
+        return {**rows, "teacher": stored}
 
-    return told._replace(host_features=host_features)
+    return recorded(state, head)._replace(host_features=host_features)
 
 
 def recorded(state: PyTree = None, head: Callable[..., Output] | None = None) -> Teacher:
-    """What a batch already brings with it, as the signal of a teacher: the part of `cached` inside the step.
-
-    Args:
-        state: as for `cached`.
-        head: as for `cached`.
-    """
+    """A teacher whose signal is already in `batch.teacher`: the device side of `cached`, with its arguments."""
 
     def signal(state: PyTree, batch: Batch, **options: Any) -> Signal | None:
         if not isinstance(batch.teacher, Hidden):

@@ -1,7 +1,7 @@
-"""One row of a teacher's signal as bytes, and back: what `docs/formats.md` specifies byte by byte.
+"""Encode and decode one row of a teacher's signal as bytes; `docs/formats.md` specifies them.
 
-Only tokens with weight are stored; a bit mask says which. Ids within a row are one rising sequence under one
-Elias-Fano code, which takes about 2 + log2(V / K) bits an id, two more than no code at all could beat.
+Only tokens with weight are stored, and a bit mask of them. The ids of a row are one ascending sequence under an
+Elias-Fano code: about 2 + log2(V / K) bits an id, within two bits of the lower bound.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ import numpy as np
 from jaxkd.core.types import LOG_FLOOR, Hidden, Sampled, TopK
 
 DTYPES = {"hidden": ("bfloat16", "int8", "float32"), "top_k": ("uint8", "float32"), "sampled": ("",), "token": ("",)}
-"""Signals that can be stored, and what their numbers may be stored as; ids, counts and tokens are always exact."""
+"""Signals that can be stored, and the dtypes of their floats; ids, counts and tokens are stored exactly."""
 
 _GRID = 255.0  # largest code of a log-probability
 _STEPS = 127.0  # largest code of a hidden state
 
 
 class Text(NamedTuple):
-    """A row whose tokens the teacher wrote: the fields of a `Batch` that take the place of the data's."""
+    """A row of the teacher's own text: the fields of a `Batch` that it replaces."""
 
     tokens: Any  # int32 [*rows L]
     targets: Any  # int32: the next token of the same segment, 0 where there is none
@@ -36,19 +36,19 @@ Row = Hidden | TopK | Sampled | Text
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a payload holds; what its signal has no use for stays at its default.
+    """The contents of a payload; fields that the signal does not use keep their defaults.
 
     Args:
         signal: "hidden", "top_k", "sampled" or "token".
         length: L, tokens in a row.
-        vocab: V, true vocabulary.
-        entries: K of a top-k signal, or the draws N of a sampled one.
-        temperatures: T at which the tail of a top-k signal is stored.
+        vocab: V, true vocabulary size.
+        entries: K of a top-k signal, or N draws of a sampled one.
+        temperatures: those at which the tail of a top-k signal is stored.
         width: E of hidden states.
-        dtype: one that `DTYPES` names for the signal.
+        dtype: one of the signal's `DTYPES`.
 
     Raises:
-        ValueError: for sizes that no payload can have.
+        ValueError: a size is impossible or too large for the code of ids.
     """
 
     signal: str
@@ -60,31 +60,31 @@ class Layout:
     dtype: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "temperatures", tuple(self.temperatures))  # a list where it comes from JSON
+        object.__setattr__(self, "temperatures", tuple(self.temperatures))  # JSON gives a list
         if self.signal not in DTYPES:
             raise ValueError(f"signal {self.signal!r} cannot be stored, only {', '.join(DTYPES)}")
         if self.dtype not in DTYPES[self.signal]:
             raise ValueError(f"a {self.signal} signal is stored as {DTYPES[self.signal]}, not as {self.dtype!r}")
         sparse = self.signal in ("top_k", "sampled")
         needed = {"length": True, "width": self.signal == "hidden", "vocab": self.signal != "hidden", "entries": sparse}
-        for name in [name for name, is_needed in needed.items() if is_needed]:
-            if getattr(self, name) < 1:
+        for name, is_needed in needed.items():
+            if is_needed and getattr(self, name) < 1:
                 raise ValueError(f"the {name} of a {self.signal} signal must be at least 1, got {getattr(self, name)}")
         if self.signal == "top_k" and not self.temperatures:
             raise ValueError("a top_k signal needs at least one temperature at which its tail is stored")
         if self.signal == "top_k" and self.entries > self.vocab:
-            raise ValueError(f"there are no {self.entries} different ids in a vocabulary of {self.vocab}")
+            raise ValueError(f"entries={self.entries} is more than the vocabulary of {self.vocab} ids")
         if self.vocab > 2**31 or self.length * max(self.vocab, self.entries) >= 2**62 or (
             self.signal == "sampled" and self.length * self.entries >= 2**32
         ):  # fmt: skip
             raise ValueError(
-                f"{self.length} tokens of {self.entries} entries in a vocabulary of {self.vocab} are more than the "
-                "code of ids can hold: make the rows shorter"
+                f"{self.length} tokens of {self.entries} entries in a vocabulary of {self.vocab} are too many for the "
+                "code of ids: make the rows shorter"
             )
 
 
 class _Reader:
-    """A payload, taken from its beginning to its end."""
+    """Reads a payload from front to back."""
 
     def __init__(self, payload: bytes) -> None:
         self.payload, self.offset = payload, 0
@@ -93,30 +93,30 @@ class _Reader:
         kind, count = np.dtype(dtype), math.prod(shape)
         start, self.offset = self.offset, self.offset + kind.itemsize * count
         if self.offset > len(self.payload):
-            raise ValueError(f"a payload of {len(self.payload)} bytes is too short for what it should hold")
+            raise ValueError(f"a payload of {len(self.payload)} bytes is too short for its layout")
         return np.frombuffer(self.payload, kind, count, start).reshape(shape)
 
     def bits(self, *shape: int) -> np.ndarray:
-        """[... n] bool; the last axis is packed by itself."""
+        """[... n] bool; each run of the last axis is padded to whole bytes."""
         packed = self.array(np.uint8, *shape[:-1], -(-shape[-1] // 8))
         return np.unpackbits(packed, axis=-1, count=shape[-1], bitorder="little").view(bool)
 
     def ones(self, count: int, bits: int) -> np.ndarray:
-        """Places of the ones among so many bits, int64 [count]."""
-        found = np.flatnonzero(self.bits(bits))
-        if len(found) != count:
-            raise ValueError(f"a payload is damaged, or of another layout: {len(found)} ids where {count} should be")
-        return found
+        """Indices of the ones among `bits` bits, int64 [count]."""
+        indices = np.flatnonzero(self.bits(bits))
+        if len(indices) != count:
+            raise ValueError(f"a payload is damaged, or of another layout: it has {len(indices)} ids, not {count}")
+        return indices
 
 
 def _bits(values: np.ndarray) -> bytes:
     return np.packbits(values, axis=-1, bitorder="little").tobytes()
 
 
-def _unary(places: np.ndarray, bits: int) -> bytes:
-    marks = np.zeros(bits, bool)
-    marks[places] = True
-    return _bits(marks)
+def _ones(indices: np.ndarray, bits: int) -> bytes:
+    ones = np.zeros(bits, bool)
+    ones[indices] = True
+    return _bits(ones)
 
 
 def _low_bits(count: int, span: int) -> int:
@@ -124,16 +124,16 @@ def _low_bits(count: int, span: int) -> int:
 
 
 def _encode_rising(values: np.ndarray, span: int) -> bytes:
-    """Elias-Fano code of strictly rising int64 [n] in [0, span).
+    """Elias-Fano code of strictly ascending int64 [n] in [0, span).
 
-    The lowest l = floor(log2(span / n)) bits of each value as they are, in l planes of n bits; the rest h in unary,
-    as ones at places h_i + i of a bit vector. Source: Elias 1974; Fano 1971.
+    The lowest l = floor(log2(span / n)) bits of each value verbatim, in l planes of n bits; the upper bits h in unary,
+    as ones at indices h_i + i of a bit vector. Source: Elias 1974; Fano 1971.
     """
     if not len(values):
         return b""
     low = _low_bits(len(values), span)
     planes = (values >> np.arange(low)[:, None]) & 1
-    high = _unary((values >> low) + np.arange(len(values)), ((span - 1) >> low) + len(values))
+    high = _ones((values >> low) + np.arange(len(values)), ((span - 1) >> low) + len(values))
     return _bits(planes.astype(bool)) + high
 
 
@@ -150,24 +150,24 @@ def _decode_rising(reader: _Reader, count: int, span: int) -> np.ndarray:
 
 
 def _round_up(values: np.ndarray) -> np.ndarray:
-    """float32 to the next float16 that is not below."""
+    """float32 to the nearest float16 that is not smaller."""
     near = values.astype(np.float16)
     return np.where(near < values, np.nextafter(near, np.float16(np.inf)), near)
 
 
-def _require(good: np.ndarray, live: np.ndarray, what: str) -> None:
-    """See that every live token [n] is good, or name the first that is not by its place in the row."""
-    if not good.all():
-        raise ValueError(f"token {np.flatnonzero(live)[np.argmin(good)]} of a row {what}")
+def _require(valid: np.ndarray, live: np.ndarray, message: str) -> None:
+    """Raise for the first live token, of bool [n], that is not valid, with its index in the row."""
+    if not valid.all():
+        raise ValueError(f"token {np.flatnonzero(live)[np.argmin(valid)]} of a row {message}")
 
 
 def _encode_hidden(layout: Layout, row: Hidden, live: np.ndarray) -> list[bytes]:
     x = np.asarray(row.hidden)[live].astype(np.float32)
-    _require(np.isfinite(x).all(-1), live, "has hidden states that are not finite: nothing can be stored of it")
+    _require(np.isfinite(x).all(-1), live, "has hidden states that are not finite")
     if layout.dtype != "int8":
-        kept = x.astype(_float(layout))
-        _require(np.isfinite(kept).all(-1), live, f"has hidden states beyond the range of {layout.dtype}")
-        return [kept.tobytes()]
+        stored = x.astype(_float(layout))
+        _require(np.isfinite(stored).all(-1), live, f"has hidden states beyond the range of {layout.dtype}")
+        return [stored.tobytes()]
     scale = np.abs(x).max(-1)
     steps = np.rint(x / np.where(scale > 0, scale, 1.0)[:, None] * np.float32(_STEPS))
     return [scale.astype("<f4").tobytes(), steps.astype(np.int8).tobytes()]
@@ -195,8 +195,8 @@ def _encode_top_k(layout: Layout, row: TopK, live: np.ndarray) -> list[bytes]:
     lp = np.take_along_axis(np.asarray(row.logprobs, np.float32)[live], order, -1)
     inside = (ids[:, 0] >= 0) & (ids[:, -1] < layout.vocab) & (np.diff(ids) > 0).all(-1)
     _require(inside, live, f"does not have {layout.entries} different ids from 0 to {layout.vocab - 1}")
-    proper = (lp <= 1e-3).all(-1) & (tail <= 1e-3).all(-1)  # false for NaN too
-    _require(proper, live, "has log-probabilities above 0 or NaN: normalise the logits over the whole vocabulary first")
+    valid = (lp <= 1e-3).all(-1) & (tail <= 1e-3).all(-1)  # false for NaN too
+    _require(valid, live, "has log-probabilities above 0 or NaN: normalise the logits over the whole vocabulary first")
     code = _encode_rising((ids + np.arange(len(ids))[:, None] * layout.vocab).ravel(), len(ids) * layout.vocab)
     if layout.dtype == "float32":
         return [tail.astype("<f4").tobytes(), lp.astype("<f4").tobytes(), code]
@@ -211,34 +211,34 @@ def _encode_top_k(layout: Layout, row: TopK, live: np.ndarray) -> list[bytes]:
 
 
 def _decode_top_k(layout: Layout, reader: _Reader, row: TopK, live: np.ndarray) -> None:
-    size, kept = int(live.sum()), _float(layout)
+    size, dtype = int(live.sum()), _float(layout)
     ids, logprobs, tail = (np.asarray(x) for x in row)
     if layout.dtype == "float32":
-        tail[live] = reader.array(kept, size, len(layout.temperatures))
-        logprobs[live] = reader.array(kept, size, layout.entries)
+        tail[live] = reader.array(dtype, size, len(layout.temperatures))
+        logprobs[live] = reader.array(dtype, size, layout.entries)
     else:
-        top, spread = reader.array(kept, 2, size, 1).astype(np.float32)
-        tail[live] = reader.array(kept, size, len(layout.temperatures))
+        top, spread = reader.array(dtype, 2, size, 1).astype(np.float32)
+        tail[live] = reader.array(dtype, size, len(layout.temperatures))
         share = reader.array(np.uint8, size, layout.entries) / np.float32(_GRID)
         logprobs[live] = top - spread * np.square(share)
-    rising = _decode_rising(reader, size * layout.entries, size * layout.vocab).reshape(size, layout.entries)
-    ids[live] = rising - np.arange(size)[:, None] * layout.vocab
+    values = _decode_rising(reader, size * layout.entries, size * layout.vocab).reshape(size, layout.entries)
+    ids[live] = values - np.arange(size)[:, None] * layout.vocab
 
 
 def _encode_sampled(layout: Layout, row: Sampled, live: np.ndarray) -> list[bytes]:
     ids, counts = (np.asarray(x)[live].astype(np.int64) for x in row)
-    kept = counts > 0
-    _require(np.where(kept, counts, 0).sum(-1) == layout.entries, live, f"does not have {layout.entries} draws")
-    inside = (~kept | ((ids >= 0) & (ids < layout.vocab))).all(-1)
+    drawn = counts > 0
+    _require(np.where(drawn, counts, 0).sum(-1) == layout.entries, live, f"does not have {layout.entries} draws")
+    inside = (~drawn | ((ids >= 0) & (ids < layout.vocab))).all(-1)
     _require(inside, live, f"has a drawn id outside 0 to {layout.vocab - 1}")
-    values = (ids + np.arange(len(ids))[:, None] * layout.vocab)[kept]
+    values = (ids + np.arange(len(ids))[:, None] * layout.vocab)[drawn]
     order = np.argsort(values)
-    values, counts = values[order], counts[kept][order]
-    if len(again := values[1:][np.diff(values) == 0]):
-        good = np.arange(len(ids)) != again[0] // layout.vocab
-        _require(good, live, "has an id twice: add up its counts")
+    values, counts = values[order], counts[drawn][order]
+    if len(repeated := values[1:][np.diff(values) == 0]):
+        unique = np.arange(len(ids)) != repeated[0] // layout.vocab
+        _require(unique, live, "has an id twice: add up its counts")
     number = np.array(len(values), "<u4").tobytes()
-    draws = _unary(np.cumsum(counts) - 1, len(ids) * layout.entries)
+    draws = _ones(np.cumsum(counts) - 1, len(ids) * layout.entries)
     return [number, _encode_rising(values, len(ids) * layout.vocab), draws]
 
 
@@ -251,30 +251,30 @@ def _decode_sampled(layout: Layout, reader: _Reader, row: Sampled, live: np.ndar
     counts = np.diff(reader.ones(number, size * layout.entries), prepend=-1)
     if (np.bincount(token, counts, minlength=size) != layout.entries).any():
         raise ValueError("a payload is damaged, or of another layout: its draws do not belong to its tokens")
-    place = np.flatnonzero(live)[token], np.arange(number) - np.searchsorted(token, token)
-    np.asarray(row.ids)[place], np.asarray(row.counts)[place] = ids, counts
+    index = np.flatnonzero(live)[token], np.arange(number) - np.searchsorted(token, token)
+    np.asarray(row.ids)[index], np.asarray(row.counts)[index] = ids, counts
 
 
 def _text(tokens: np.ndarray, segments: np.ndarray, live: np.ndarray) -> Text:
-    """What follows from tokens, segments and which tokens have weight, all [L]."""
-    place = np.arange(len(tokens))
+    """All fields of a row from its tokens, segments and the bool mask of tokens with weight, each [L]."""
+    index = np.arange(len(tokens))
     begins = np.diff(segments, prepend=-1) != 0
-    positions = np.where(segments > 0, place - np.maximum.accumulate(np.where(begins, place, 0)), 0)
-    goes_on = np.append(~begins[1:], False) & (segments > 0)
-    targets = np.where(goes_on, np.append(tokens[1:], 0), 0)
+    positions = np.where(segments > 0, index - np.maximum.accumulate(np.where(begins, index, 0)), 0)
+    continues = np.append(~begins[1:], False) & (segments > 0)
+    targets = np.where(continues, np.append(tokens[1:], 0), 0)
     return Text(tokens, targets, live.astype(np.float32), segments, positions)
 
 
 def _encode_token(layout: Layout, row: Text, live: np.ndarray) -> list[bytes]:
     tokens, segments = (np.asarray(x, np.int64) for x in (row.tokens, row.segments))
-    everything = np.ones(layout.length, bool)
-    _require((tokens >= 0) & (tokens < layout.vocab), everything, f"is outside 0 to {layout.vocab - 1}")
-    _require((segments >= 0) & (segments < 2**16), everything, "is in a segment that 16 bits cannot number")
+    every = np.ones(layout.length, bool)
+    _require((tokens >= 0) & (tokens < layout.vocab), every, f"is outside 0 to {layout.vocab - 1}")
+    _require((segments >= 0) & (segments < 2**16), every, "has a segment number beyond 16 bits")
     implied = _text(tokens, segments, live)
-    where = {"weights": everything, "targets": live, "positions": segments > 0}
-    for name, matters in where.items():
-        same = (np.asarray(getattr(row, name)) == getattr(implied, name)) | ~matters
-        _require(same, everything, f"has {name} that do not follow from its tokens, its segments and `live`")
+    compared = {"weights": every, "targets": live, "positions": segments > 0}
+    for name, where in compared.items():
+        same = (np.asarray(getattr(row, name)) == getattr(implied, name)) | ~where
+        _require(same, every, f"has {name} that do not follow from its tokens, its segments and `live`")
     return [tokens.astype("<i4").tobytes(), segments.astype("<u2").tobytes()]
 
 
@@ -288,7 +288,7 @@ class _Codec(NamedTuple):
     kind: type
     encode: Callable[..., list[bytes]]
     decode: Callable[..., None]
-    fields: Callable[[Layout], list[tuple[int | None, Any, float]]]  # size, dtype and filling, in the kind's order
+    fields: Callable[[Layout], list[tuple[int | None, Any, float]]]  # size, dtype and filler of each field of `kind`
 
 
 _CODECS = {
@@ -302,7 +302,7 @@ _CODECS = {
         TopK,
         _encode_top_k,
         _decode_top_k,
-        # Without entries all the mass is in the tail, whose log is then 0.
+        # A filler token has all its mass in the tail: log 1 = 0.
         lambda f: [(f.entries, np.int32, -1), (f.entries, np.float32, -np.inf), (len(f.temperatures), np.float32, 0)],
     ),
     "sampled": _Codec(
@@ -320,10 +320,10 @@ _CODECS = {
 def encode(layout: Layout, row: Row, live: np.ndarray) -> bytes:
     """A row's payload.
 
-    Log-probabilities as "uint8" are lp ~ top - spread (c / 255)^2 with c in 0..255, off by at most
-    spread (c + 1/4) / 255^2: finest where probable. Their mass may then differ from 1 - exp(tail) by as much in
-    proportion, which the kernels undo: they normalise the entries to that mass. What lies below `LOG_FLOOR` is
-    stored as that. Hidden states as "int8" are off by at most max |x| / 254 of their token, give or take float32.
+    Log-probabilities as "uint8" are lp ~ top - spread (c / 255)^2 with c in 0..255, with an error of at most
+    spread (c + 1/4) / 255^2, smallest where probable. The entries' mass may then differ from 1 - exp(tail) by as much
+    in proportion; the kernels renormalise to that mass. Values below `LOG_FLOOR` are stored as `LOG_FLOOR`. Hidden
+    states as "int8" have an error of at most max |x| / 254 over their token, plus float32 rounding.
 
     Args:
         layout: of the signal.
@@ -331,7 +331,7 @@ def encode(layout: Layout, row: Row, live: np.ndarray) -> bytes:
         live: bool [L], the tokens to store: those with weight.
 
     Raises:
-        ValueError: the row is not of this layout, or holds what it cannot store; names the first such token.
+        ValueError: the row is not of this layout, or has a value that cannot be stored; names the first such token.
     """
     codec, live = _CODECS[layout.signal], np.asarray(live)
     if not isinstance(row, codec.kind):
@@ -346,7 +346,7 @@ def encode(layout: Layout, row: Row, live: np.ndarray) -> bytes:
 
 
 def empty(layout: Layout) -> Row:
-    """A row of which nothing is known: filling alone, arrays [L ...]."""
+    """A row of filler alone, arrays [L ...]."""
     codec, length = _CODECS[layout.signal], (layout.length,)
     fields = codec.fields(layout)
     return codec.kind(
@@ -357,42 +357,34 @@ def empty(layout: Layout) -> Row:
 def decode_rows(layout: Layout, payloads: Sequence[bytes]) -> Row:
     """Rows of one layout, stacked.
 
-    Ids rise within a token. Tokens that were not stored hold filling: ids -1, log-probabilities -inf, a tail of 0
-    (which is all the mass), counts 0, hidden states 0.
+    Ids ascend within a token. Tokens that were not stored hold filler: ids -1, log-probabilities -inf, a tail of 0
+    (all the mass), counts 0, hidden states 0.
 
     Args:
-        layout: they were encoded with.
-        payloads: one a row.
+        layout: that of `encode`.
+        payloads: one per row.
 
     Returns:
-        numpy arrays [B L ...]: int32, float32; hidden states as bfloat16 where stored so; [B L N] of N draws.
+        numpy arrays [B L ...]: int32 and float32, bfloat16 for hidden states that are stored so.
 
     Raises:
-        ValueError: a payload is too short or too long, or not of this layout.
+        ValueError: a payload is damaged or not of this layout.
     """
     codec, shape = _CODECS[layout.signal], (len(payloads), layout.length)
     rows = [
-        np.full(shape if size is None else (*shape, size), filling, dtype)
-        for size, dtype, filling in codec.fields(layout)
+        np.full(shape if size is None else (*shape, size), filler, dtype)
+        for size, dtype, filler in codec.fields(layout)
     ]
     for b, payload in enumerate(payloads):
         reader = _Reader(payload)
         live = reader.bits(layout.length)
         codec.decode(layout, reader, codec.kind(*[values[b] for values in rows]), live)
         if reader.offset != len(payload):
-            raise ValueError(f"a payload has {len(payload)} bytes where {reader.offset} should be")
+            raise ValueError(f"a payload has {len(payload)} bytes, its layout {reader.offset}")
     return codec.kind(*rows)
 
 
 def decode(layout: Layout, payload: bytes) -> Row:
-    """One row of `decode_rows`, arrays [L ...].
-
-    Args:
-        layout: it was encoded with.
-        payload: as `encode` made it.
-
-    Raises:
-        ValueError: as `decode_rows`.
-    """
-    found = decode_rows(layout, [payload])
-    return type(found)(*[values[0] for values in found])
+    """One row of `decode_rows`, arrays [L ...]."""
+    rows = decode_rows(layout, [payload])
+    return type(rows)(*[values[0] for values in rows])

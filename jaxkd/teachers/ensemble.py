@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Several teachers as one: weighted averages and routing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,57 +11,55 @@ from jaxkd.core.types import Batch, Ensemble, Output, PyTree, Scalar
 from jaxkd.teachers.base import HostRows, Teacher
 
 Weigh = Callable[[Batch, Any], jax.Array]
-"""`weigh(batch, step) -> [B T]`, at least 0; the teachers' shares of each row, up to a factor."""
+"""`weigh(batch, step) -> [B T]`: the teachers' weights in each row, at least 0, not normalised."""
 
 
 def ensemble(teachers: Sequence[Teacher], weigh: Weigh, *, geometric: bool = False) -> Teacher:
-    """The average of several teachers' distributions, weighted row by row.
+    """The average of several teachers' distributions, with weights per row.
 
         p = sum_t w_t p_t     or, geometric,     log p = sum_t w_t log p_t + constant
 
-    The loss kernel mixes them chunk by chunk; no mixture of logits is ever built. A teacher that weighs nothing in a
-    whole micro-batch is not run.
+    The loss kernel mixes the heads chunk by chunk. A teacher whose weight is 0 in a whole micro-batch is not run.
 
     Args:
-        teachers: whose signals are heads: live ones, or cached hidden states.
-        weigh: of every row; normalised here.
-        geometric: average log-probabilities, which asks for agreement, rather than probabilities.
+        teachers: whose signals are heads: online ones, or cached hidden states.
+        weigh: weights of every row; normalised here.
+        geometric: average log-probabilities instead of probabilities.
 
     Raises:
-        ValueError: for no teachers; when a signal is traced that is not a head.
+        ValueError: there are no teachers, or (when traced) a signal is not a head.
     """
     if not teachers:
-        raise ValueError("a blend needs at least one teacher")
+        raise ValueError("an ensemble needs at least one teacher")
 
     def host_features(rows: HostRows) -> HostRows:
-        found = [teacher.host_features(rows) for teacher in teachers]
-        kept = tuple(each.get("teacher") for each in found)
-        return rows if all(each is None for each in kept) else {**rows, "teacher": kept}
+        stored = tuple(teacher.host_features(rows).get("teacher") for teacher in teachers)
+        return rows if all(each is None for each in stored) else {**rows, "teacher": stored}
 
     def signal(state: Sequence[PyTree], batch: Batch, *, step: Any, **options: Any) -> Ensemble:
         shares = weigh(batch, step)
         shares = shares / jnp.maximum(shares.sum(-1, keepdims=True), 1e-30)
-        kept = batch.teacher or (None,) * len(teachers)
+        stored = batch.teacher or (None,) * len(teachers)
         heads = []
         for t, teacher in enumerate(teachers):
-            mine = {name: value for name, value in {"step": step, **options}.items() if name in teacher.requires}
-            heads.append(_head(teacher, state[t], batch._replace(teacher=kept[t]), shares[:, t], mine))
+            required = {name: value for name, value in {"step": step, **options}.items() if name in teacher.requires}
+            heads.append(_head(teacher, state[t], batch._replace(teacher=stored[t]), shares[:, t], required))
         weights = jnp.broadcast_to(shares[:, None], (*batch.tokens.shape, len(teachers)))
         return Ensemble(tuple(heads), jax.lax.stop_gradient(weights), geometric)
 
-    asks = tuple(dict.fromkeys(["step", *(a for t in teachers for a in t.requires if a != "taps")]))
-    return Teacher(tuple(t.state for t in teachers), host_features, signal, asks)
+    requires = tuple(dict.fromkeys(["step", *(name for t in teachers for name in t.requires if name != "taps")]))
+    return Teacher(tuple(t.state for t in teachers), host_features, signal, requires)
 
 
 def _head(teacher: Teacher, state: PyTree, batch: Batch, share: jax.Array, options: dict[str, Any]) -> Any:
     output = teacher.signal(state, batch, **options)
     if not isinstance(output, Output):
         raise ValueError(
-            f"a blend is of heads, and one of its teachers gives {type(output).__name__}: use live teachers, or cached "
-            "hidden states"
+            f"an ensemble averages heads, and one of its teachers gives {type(output).__name__}: use online teachers, "
+            "or cached hidden states"
         )
     head = output.head
-    # The forward pass above is left only its unembedding: what is not used, the compiler drops.
+    # Of the forward pass above only the unembedding is used; the compiler drops the rest.
     hidden = jax.lax.cond(
         jnp.any(share > 0),
         lambda: teacher.signal(state, batch, **options).head.hidden,
@@ -71,28 +69,25 @@ def _head(teacher: Teacher, state: PyTree, batch: Batch, share: jax.Array, optio
 
 
 def route(teachers: Sequence[Teacher], by: Callable[[Batch], jax.Array]) -> Teacher:
-    """Each row has one teacher.
+    """An `ensemble` in which each row has exactly one teacher.
 
     Args:
-        teachers: as for `blend`.
-        by: `by(batch) -> [B] int`, the number of each row's teacher, such as `lambda batch: table[batch.domain]`.
-
-    Raises:
-        ValueError: as `blend`.
+        teachers: as for `ensemble`.
+        by: `by(batch) -> [B] int`, the index of each row's teacher, such as `lambda batch: table[batch.domain]`.
     """
     return ensemble(teachers, lambda batch, step: jax.nn.one_hot(by(batch), len(teachers)))
 
 
 def shares(weights: Sequence[Scalar], factors: Sequence[Mapping[str, float]], domains: Sequence[str]) -> Weigh:
-    """Weights by the step and by the row's domain: w_t(step) f_t(domain).
+    """Weights w_t(step) f_t(domain of the row).
 
     Args:
         weights: a number or a schedule per teacher.
-        factors: per teacher its factor in each domain, 0 where a domain is not named; empty for 1 in all.
+        factors: f_t of each teacher by domain, 0 for a domain that is not named; an empty one is 1 everywhere.
         domains: names, in the batch's numbering.
 
     Raises:
-        ValueError: for a domain that is not there, or one that no teacher serves.
+        ValueError: an unknown domain, or one that no teacher serves.
     """
     table = []
     for factor in factors:

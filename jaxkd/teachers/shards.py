@@ -1,7 +1,6 @@
-"""The files of a cache: names, records, checksums and the manifest, as `docs/formats.md` specifies them.
+"""A cache's files: names, records, checksums and manifest; `docs/formats.md` specifies them.
 
-A block of rows is one shard of a TFDS dataset. It is written under another name and renamed when all of it is on the
-disk, so what is there is whole.
+A block of rows is one shard of a TFDS dataset, written under a temporary name and renamed, so a shard is complete.
 """
 
 import dataclasses
@@ -22,19 +21,19 @@ from etils import epath
 from jaxkd.runtime import files
 
 FORMAT = 1
-"""Version of the directory, the records and the payloads: raise it when one changes."""
+"""Version of directory, records and payloads together."""
 
 MANIFEST = "manifest.json"
 
 _VERSION, _NAME = "1.0.0", "signals"  # of every domain's TFDS dataset
-_OPTIONS = "group_size:1,uncompressed"  # one record a chunk, to be read alone; payloads do not compress
+_OPTIONS = "group_size:1,uncompressed"  # one record a chunk, for random access; payloads do not compress
 
 Sizes = Mapping[str, Mapping[str, int]]
 """domain -> split -> rows"""
 
 
 class Block(NamedTuple):
-    """Neighbouring rows that are written at once: `start` to `stop`, not included."""
+    """Consecutive rows [start, stop) that are written as one shard."""
 
     domain: str
     split: str
@@ -44,7 +43,7 @@ class Block(NamedTuple):
 
 
 def blocks(sizes: Sizes, size: int) -> Iterator[Block]:
-    """All blocks of so many rows, in the order of domains, splits and rows; the last of a split may be shorter."""
+    """All blocks of `size` rows by domain, split and row; the last of a split may be shorter."""
     for domain, splits in sizes.items():
         for split, rows in splits.items():
             for number, start in enumerate(range(0, rows, size)):
@@ -52,24 +51,24 @@ def blocks(sizes: Sizes, size: int) -> Iterator[Block]:
 
 
 def folder(root: Any, domain: str) -> Any:
-    """A domain's TFDS dataset."""
+    """The directory of a domain's TFDS dataset."""
     return root / domain / _VERSION
 
 
 def shard(root: Any, sizes: Sizes, size: int, block: Block) -> Any:
-    """A block's file: TFDS's own name of a shard."""
+    """The file of a block, by TFDS's naming of shards."""
     total = -(-sizes[block.domain][block.split] // size)
     return folder(root, block.domain) / f"{_NAME}-{block.split}.array_record-{block.number:05d}-of-{total:05d}"
 
 
 def missing(root: Any, sizes: Sizes, size: int) -> list[Block]:
-    """Blocks whose file is not there or does not hold as many records as it should, in order."""
+    """Blocks whose file is absent or has the wrong number of records, in the order of `blocks`."""
 
     def lacks(block: Block) -> bool:
         try:
             reader = array_record_module.ArrayRecordReader(os.fspath(shard(root, sizes, size, block)))
             records = reader.num_records()
-            reader.close()  # says what went wrong before
+            reader.close()  # raises for errors of the calls before
         except RuntimeError:
             return True
         return records != block.stop - block.start
@@ -87,12 +86,12 @@ def _features() -> tfds.features.FeaturesDict:
 
 
 def _checksum(domain: str, split: str, row: int, payload: Any) -> int:
-    """CRC-32 of where a payload belongs and of the payload, so that a whole one in the wrong place shows too."""
+    """CRC-32 of a payload with its address, so that an intact payload of another row fails too."""
     return zlib.crc32(payload, zlib.crc32(f"{domain}\n{split}\n{row}\n".encode()))
 
 
 def write(path: Path, block: Block, payloads: Sequence[bytes]) -> None:
-    """A block's records to a file."""
+    """Write a block's records to a file."""
     writer = array_record_module.ArrayRecordWriter(str(path), _OPTIONS)
     for row, payload in enumerate(payloads, block.start):
         checksum = _checksum(block.domain, block.split, row, payload)
@@ -105,17 +104,17 @@ def payload_of(record: Mapping[str, Any], domain: str, split: str, row: int) -> 
     """The payload of a record as TFDS reads it.
 
     Raises:
-        ValueError: it is damaged, or another row's.
+        ValueError: its checksum does not match.
     """
     payload = np.asarray(record["payload"], np.uint8).tobytes()
     if record["checksum"] != _checksum(domain, split, row, payload):
-        raise ValueError("its checksum does not fit")
+        raise ValueError("its checksum does not match")
     return payload
 
 
 def write_metadata(root: Path, domain: str, sizes: Sizes, size: int) -> None:
-    """What TFDS reads of a domain before its shards: dataset_info.json and features.json."""
-    place, infos = folder(root, domain), []
+    """Write TFDS's dataset_info.json and features.json of a domain."""
+    directory, infos = folder(root, domain), []
     for split, rows in sizes[domain].items():
         every = list(blocks({domain: {split: rows}}, size))
         infos.append(
@@ -124,57 +123,58 @@ def write_metadata(root: Path, domain: str, sizes: Sizes, size: int) -> None:
                 shard_lengths=[block.stop - block.start for block in every],
                 num_bytes=sum(shard(root, sizes, size, block).stat().st_size for block in every),
                 filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=epath.Path(place), dataset_name=_NAME, split=split, filetype_suffix="array_record"
+                    data_dir=epath.Path(directory), dataset_name=_NAME, split=split, filetype_suffix="array_record"
                 ),
             )
         )
     tfds.folder_dataset.write_metadata(
-        data_dir=place,
+        data_dir=directory,
         features=_features(),
         split_infos=infos,
-        check_data=False,  # it would read through TensorFlow
+        check_data=False,  # it would import TensorFlow
         description="A teacher's signal for rows of tokens, one payload a row.",
         disable_shuffling=True,
     )
     for name in ("dataset_info.json", "features.json"):
-        files.sync(place / name)
+        files.sync(directory / name)
 
 
 def plain(facts: Any) -> Any:
-    """What JSON makes of it: dicts, lists, numbers, strings."""
+    """The value after a round trip through JSON; dataclasses become dicts."""
     return json.loads(json.dumps(facts, default=dataclasses.asdict))
 
 
-def _differences(made: Any, wanted: Any, both: bool, name: str = "") -> Iterator[str]:
-    if not isinstance(made, dict) or not isinstance(wanted, dict):
-        if made != wanted:
-            yield f"{name}={json.dumps(made)}, this run asks for {json.dumps(wanted)}"
+def _differences(stored: Any, wanted: Any, exact: bool, name: str = "") -> Iterator[str]:
+    if not isinstance(stored, dict) or not isinstance(wanted, dict):
+        if stored != wanted:
+            yield f"{name}={json.dumps(stored)}, this run asks for {json.dumps(wanted)}"
         return
-    for key in [*wanted, *(key for key in made if both and key not in wanted)]:
-        where = f"{name}.{key}" if name else key
-        if key not in made:
-            yield f"no {where}, this run asks for {json.dumps(wanted[key])}"
+    for key in [*wanted, *(key for key in stored if exact and key not in wanted)]:
+        path = f"{name}.{key}" if name else key
+        if key not in stored:
+            yield f"no {path}, this run asks for {json.dumps(wanted[key])}"
         elif key not in wanted:
-            yield f"{where}={json.dumps(made[key])}, this run asks for none"
+            yield f"{path}={json.dumps(stored[key])}, this run asks for none"
         else:
-            yield from _differences(made[key], wanted[key], both, where)
+            yield from _differences(stored[key], wanted[key], exact, path)
 
 
-def compare(root: Any, made: Any, wanted: Any, both: bool) -> None:
-    """See that a manifest is the one that is wanted.
+def compare(root: Any, stored: Any, wanted: Any, exact: bool) -> None:
+    """See that a manifest has the wanted values.
 
     Args:
-        root: the cache's.
-        made: its manifest.
-        wanted: keys, nested as there, and their values.
-        both: what is not wanted must not be there.
+        root: the cache's directory.
+        stored: its manifest.
+        wanted: keys, nested as in the manifest, and their values.
+        exact: whether the manifest may have no other keys.
 
     Raises:
         ValueError: naming every difference with both sides.
     """
-    if found := list(_differences(made, wanted, both)):
+    if differences := list(_differences(stored, wanted, exact)):
         raise ValueError(
-            f"the cache {root} was made with {'; with '.join(found)}: name another directory, or change the config"
+            f"the cache {root} was made with {'; with '.join(differences)}: name another directory, or change the "
+            "config"
         )
 
 
@@ -186,9 +186,9 @@ def read_manifest(root: Any) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        known = manifest["format"] == FORMAT
+        supported = manifest["format"] == FORMAT
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{root / MANIFEST} is damaged: delete the cache and make it again") from None
-    if not known:
+    if not supported:
         raise ValueError(f"the cache {root} has format {manifest['format']}, this jaxkd has {FORMAT}: make it again")
     return manifest

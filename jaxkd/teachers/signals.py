@@ -1,4 +1,4 @@
-"""What of a live teacher reaches the student: less than its head, made inside the step as a cache would hold it."""
+"""Reduced signals of an online teacher, made in the step as a cache would store them."""
 
 from typing import Any, NamedTuple
 
@@ -13,17 +13,17 @@ from jaxkd.sampling import generate
 from jaxkd.teachers.base import Teacher, untouched
 
 SIGNALS = ("head", "hidden", "top_k", "sampled", "token")
-"""From the most that a teacher can tell to the least."""
+"""Values of `teacher.signal`, from the most informative to the least."""
 
 
 def top_k(teacher: Teacher, entries: int, temperatures: tuple[float, ...], vocab: int) -> Teacher:
-    """A teacher reduced to its largest entries, their true log-probabilities and the rest as one.
+    """The teacher's K largest entries with their true log-probabilities, and the log-mass of all others.
 
     Args:
         teacher: whose signal is a head.
         entries: K.
-        temperatures: at which the tail is known.
-        vocab: true vocabulary.
+        temperatures: at which the others' mass is given.
+        vocab: true vocabulary size.
     """
 
     def signal(state: PyTree, batch: Batch, **options: Any) -> TopK:
@@ -33,15 +33,15 @@ def top_k(teacher: Teacher, entries: int, temperatures: tuple[float, ...], vocab
 
 
 def sampled(teacher: Teacher, draws: int, seed: int, vocab: int) -> Teacher:
-    """A teacher reduced to draws from it: random-sampling KD (arXiv 2503.16870), unbiased for what is linear in p.
+    """Draws from the teacher: random-sampling KD (arXiv 2503.16870), unbiased for divergences linear in p.
 
-    The draws of a row depend on the seed, the step, the row and its domain, not on where it lies in a batch.
+    The draws of a row depend on the seed, the step, the row and its domain, not on its position in a batch.
 
     Args:
         teacher: whose signal is a head.
         draws: with replacement, per token.
         seed: of the draws.
-        vocab: true vocabulary.
+        vocab: true vocabulary size.
     """
 
     def signal(state: PyTree, batch: Batch, *, step: Any, **options: Any) -> Sampled:
@@ -52,7 +52,7 @@ def sampled(teacher: Teacher, draws: int, seed: int, vocab: int) -> Teacher:
 
 
 def uniforms(seed: int, step: Any, batch: Batch, draws: int) -> jax.Array:
-    """[B L draws] in [0, 1), of each row's own key."""
+    """[B L draws] in [0, 1), from each row's own key."""
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def row(domain: jax.Array, row: jax.Array) -> jax.Array:

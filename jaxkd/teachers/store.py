@@ -1,6 +1,6 @@
-"""A teacher's signal on disk: one payload per row, written block by block and read in any order.
+"""A cache of a teacher's signal: one payload per row, written in blocks, read in any order.
 
-A writer that was killed goes on with the blocks that are missing, and every payload is checked when it is read.
+A killed writer resumes with the missing blocks; every payload is verified when it is read.
 """
 
 import contextlib
@@ -21,30 +21,30 @@ from jaxkd.teachers.codec import Layout
 from jaxkd.teachers.shards import FORMAT, MANIFEST, Block, Sizes
 
 _LOCK = ".lock"
-_SPARE_FILES = 256  # open files that others in the process may need
+_SPARE_FILES = 256  # open files left for the rest of the process
 
 
 class Writer:
-    """Writes a cache, or goes on with one; a context manager.
+    """Writes a cache, or resumes one; a context manager.
 
-    Several processes may write different blocks of one cache. One of them leads; when all have entered and met, all ask
-    what is missing, and when all have that answer and met again, they write.
+    Several processes may write different blocks of one cache, one of them as the leader: all enter, barrier, all call
+    `missing`, barrier, then they write.
     """
 
     def __init__(
         self, root: epath.PathLike, manifest: Mapping[str, Any], sizes: Sizes, block: int = 64, leader: bool = True
     ) -> None:
-        """Nothing is touched before the context is entered.
+        """Check the arguments; the directory is not touched before the context is entered.
 
         Args:
-            root: the cache's directory, on a file system that is mounted.
-            manifest: all that decides what the payloads hold, as JSON; `layouts` names a `Layout` per split.
-            sizes: rows of each domain and split.
-            block: rows in a block: what is lost at most when the writer is killed.
-            leader: takes the lock, makes the manifest and finishes; the other processes only write blocks.
+            root: the cache's directory, on a mounted file system.
+            manifest: JSON values that determine the payloads; `layouts` has the fields of a `Layout` per split.
+            sizes: number of rows of each domain and split.
+            block: rows in a block, the most that a killed writer loses.
+            leader: whether this process takes the lock, writes the manifest and finishes.
 
         Raises:
-            ValueError: a bad argument.
+            ValueError: an argument cannot be used.
         """
         if "://" in os.fspath(root):
             raise ValueError(f"a cache is written to a mounted file system, not to {root}: mount the bucket")
@@ -53,7 +53,7 @@ class Writer:
         self.root, self._leader = Path(root).expanduser(), leader
         facts = shards.plain({"format": FORMAT, "block": block, "sizes": sizes})
         if taken := sorted(({*facts} | {"complete"}) & {*manifest}):
-            raise ValueError(f"the manifest's {', '.join(taken)} are the writer's to say")
+            raise ValueError(f"the writer itself sets the manifest's {', '.join(taken)}")
         self._facts = {**shards.plain(manifest), **facts}
         if not sizes or not all(sizes.values()):
             raise ValueError(f"a cache needs a domain, and every domain a split, got {dict(sizes)}")
@@ -62,17 +62,19 @@ class Writer:
                 raise ValueError(f"domain name {domain!r} must be made of letters, digits, '_', '.' and '-'")
             for split, rows in splits.items():
                 if not re.fullmatch(r"[a-z]+", split) or rows < 1:
-                    raise ValueError(f"{domain}/{split} needs a name of small letters and at least 1 row, got {rows}")
+                    raise ValueError(
+                        f"{domain}/{split} needs a name of lower-case letters and at least 1 row, got {rows}"
+                    )
                 if split not in self._facts.get("layouts", {}):
                     raise ValueError(f"the manifest's layouts do not name the split {split!r}")
         for facts in self._facts["layouts"].values():
             Layout(**facts)
 
     def __enter__(self) -> "Writer":
-        """Lead, if this is the leader: take the lock, see whose the directory is, clear what was half-written.
+        """As the leader: take the lock, check the manifest in place, delete unfinished files.
 
         Raises:
-            ValueError: another writer is at work, or the directory holds another cache or other files.
+            ValueError: another writer has the lock, or the directory holds another cache or other files.
         """
         with contextlib.ExitStack() as stack:
             if self._leader:
@@ -96,46 +98,46 @@ class Writer:
         if not (self.root / MANIFEST).exists():
             self._write_manifest(complete=False)
         complete = self._match()
-        for left_over in self.root.rglob(f"{files.PARTIAL}*"):
-            left_over.unlink()
+        for unfinished in self.root.rglob(f"{files.PARTIAL}*"):
+            unfinished.unlink()
         for domain in self._facts["sizes"]:
             shards.folder(self.root, domain).mkdir(parents=True, exist_ok=True)
         if complete and self.missing():
-            self._write_manifest(complete=False)  # before finish() touches what readers would open
+            self._write_manifest(complete=False)  # before finish() rewrites files that readers would open
 
     def _match(self) -> bool:
-        """See that the manifest in place is this cache's; whether it is complete."""
-        made = shards.read_manifest(self.root)
-        complete = made.pop("complete", False)
-        shards.compare(self.root, made, self._facts, both=True)
+        """Check the manifest in place; returns whether it is marked complete."""
+        manifest = shards.read_manifest(self.root)
+        complete = manifest.pop("complete", False)
+        shards.compare(self.root, manifest, self._facts, exact=True)
         return complete
 
     def _write_manifest(self, complete: bool) -> None:
         files.write_json(self.root / MANIFEST, {**self._facts, "complete": complete})
 
     def missing(self) -> list[Block]:
-        """Blocks that are not there, or cut short, in the order of domains, splits and rows.
+        """Blocks that are absent or incomplete, in the order of `shards.blocks`.
 
         Raises:
-            ValueError: the leader's manifest is not there, or is of another cache.
+            ValueError: the leader's manifest is absent, or is of another cache.
         """
         if not (self.root / MANIFEST).is_file():
             raise ValueError(
-                f"{self.root} holds no cache, although its leader was to make it: all processes must see one directory"
+                f"{self.root} holds no cache although the leader has made one: all processes must see one directory"
             )
         self._match()
         return shards.missing(self.root, self._facts["sizes"], self._facts["block"])
 
     def write(self, block: Block, payloads: Sequence[bytes]) -> None:
-        """Put a block in place, whole.
+        """Write a block atomically.
 
         Args:
             block: one of `missing()`.
-            payloads: of its rows in their order.
+            payloads: of its rows in order.
 
         Raises:
-            ValueError: not as many payloads as the block has rows.
-            OSError: nothing can be written; a full disk leaves nothing half-made.
+            ValueError: the number of payloads is not that of the block's rows.
+            OSError: it cannot be written; no partial file is left.
         """
         if len(payloads) != block.stop - block.start:
             raise ValueError(f"{len(payloads)} payloads are not the rows {block.start} to {block.stop} of {block}")
@@ -143,10 +145,10 @@ class Writer:
             shards.write(part, block, payloads)
 
     def finish(self) -> None:
-        """Write what TFDS needs to read the cache, and mark it complete.
+        """Write TFDS's metadata and mark the cache complete.
 
         Raises:
-            ValueError: blocks are missing, or this process does not lead.
+            ValueError: blocks are missing, or this process is not the leader.
         """
         if not self._leader:
             raise ValueError("only the leader finishes a cache")
@@ -161,10 +163,7 @@ class Store:
     """A complete cache, read by domain, split and row. Threads may share it, and it can be pickled."""
 
     def __init__(self, root: epath.PathLike) -> None:
-        """Open the cache, and see that no block is missing or cut short.
-
-        Args:
-            root: the directory that `Writer` filled.
+        """Open the cache in `root` and check that every block has its records.
 
         Raises:
             FileNotFoundError: there is no cache.
@@ -197,7 +196,7 @@ class Store:
                 ) from None
 
     def layout(self, split: str) -> Layout:
-        """What the payloads of a split hold.
+        """The layout of a split's payloads.
 
         Raises:
             ValueError: the cache has no such split.
@@ -207,26 +206,18 @@ class Store:
         return Layout(**self.manifest["layouts"][split])
 
     def expect(self, wanted: Mapping[str, Any]) -> None:
-        """See that the cache is what a run needs.
-
-        Args:
-            wanted: keys of the manifest, nested as there, and their values; what it does not name is not compared.
+        """See that the manifest has the wanted values; other keys are not compared.
 
         Raises:
             ValueError: naming every difference with both sides.
         """
-        shards.compare(self.root, self.manifest, shards.plain(wanted), both=False)
+        shards.compare(self.root, self.manifest, shards.plain(wanted), exact=False)
 
     def read(self, domain: str, split: str, rows: Sequence[int | np.integer] | np.ndarray) -> list[bytes]:
-        """Payloads of rows, each held against its checksum.
-
-        Args:
-            domain: its name.
-            split: its name.
-            rows: in any order, repeats allowed.
+        """Verified payloads of rows, which may be in any order and repeat.
 
         Raises:
-            ValueError: there is no such domain or split, or a record is damaged; names file, domain and row.
+            ValueError: there is no such domain or split, or a record is damaged (names file, domain and row).
             IndexError: a row is outside the split.
         """
         if (domain, split) not in self._sources:
@@ -238,7 +229,7 @@ class Store:
             raise IndexError(f"rows {min(wanted)} to {max(wanted)} were asked for, {where} has {len(source)}")
         try:
             records = source.__getitems__(wanted)
-        except Exception:  # one of them, as it turns out below
+        except Exception:  # `_checked` finds which one
             records = [None] * len(wanted)
         return [self._checked(domain, split, row, record) for row, record in zip(wanted, records, strict=True)]
 
@@ -246,7 +237,7 @@ class Store:
         try:
             record = self._sources[domain, split].__getitems__([row])[0] if record is None else record
             return shards.payload_of(record, domain, split, row)
-        except Exception as error:  # a broken file, a broken message, a wrong checksum: the same to a user
+        except Exception as error:  # a broken file, a broken protocol buffer, a wrong checksum
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
         size = self.manifest["block"]
         block = Block(domain, split, row // size, row, row + 1)
@@ -258,7 +249,7 @@ class Store:
 
 
 def _allow_files(number: int, root: Any) -> None:
-    """Readers keep every shard open that they have read from, and a shell's usual limit is 1,024 files."""
+    """Raise the soft limit of open files: readers keep every shard open, and the usual limit is 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     hard = 2**31 if hard == resource.RLIM_INFINITY else hard
     if number + _SPARE_FILES > hard:
@@ -267,5 +258,5 @@ def _allow_files(number: int, root: Any) -> None:
             "(`ulimit -Hn`), or make the cache with larger blocks"
         )
     if soft != resource.RLIM_INFINITY:
-        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+        with contextlib.suppress(ValueError, OSError):  # macOS enforces a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + number, hard), hard))

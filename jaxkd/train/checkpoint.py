@@ -1,4 +1,4 @@
-"""Checkpoints of everything a run's next step depends on."""
+"""Checkpoints of everything that a run's next step depends on."""
 
 import json
 import os
@@ -11,144 +11,142 @@ from jaxkd.core.types import PyTree
 from jaxkd.runtime import multihost
 from jaxkd.runtime.cluster import Unavailable
 from jaxkd.train import checkpoint_errors, manifest, orbax_io
-from jaxkd.train.checkpoint_errors import KINDS, Damaged, kind, passes, reason
-from jaxkd.train.retention import Keep, aside, check_room, place
-from jaxkd.train.state import BEGIN, TrainState, begun, present, restorable
+from jaxkd.train.checkpoint_errors import BY_PRIORITY, DamagedCheckpoint, first_line, is_transient, priority
+from jaxkd.train.retention import Keep, check_free_space, checkpoint_directory, set_aside_names
+from jaxkd.train.state import OPTIONAL, TrainState, parts, parts_to_read, with_defaults
 
 T = TypeVar("T")
-PATIENCE = 3600  # seconds that processes wait for the slowest of them while checkpoints are read
+PATIENCE = 3600  # seconds that processes wait for the slowest one while checkpoints are read
 COMMITTED = "commit_success.txt"  # the file that Orbax writes last
 
 
-class Found(NamedTuple):
-    """What a run goes on from."""
+class Recovered(NamedTuple):
+    """The checkpoint that a run resumes from."""
 
     step: int
     state: TrainState
     progress: dict[str, Any]
-    said: tuple[str, ...]  # what was wrong with later steps, a sentence each
+    warnings: tuple[str, ...]  # a sentence per later step that is damaged
 
 
 class Checkpoints:
-    """Steps of one run, written in the background, each with train state, mixture and the manifest of both.
+    """The steps of one run, each with train state, mixture and the manifest of both, written in the background.
 
-    A step exists once its commit file does, so a killed writer leaves nothing that looks whole. What is read is held
-    against the manifest before anybody sees it. With several processes all of them make the same calls, on a
-    directory that they share; only `steps`, `latest` and `check` wait for no other.
+    A step exists once its commit file does, so a killed writer leaves no step. Everything that is read is verified
+    against the manifest first. With several processes, all of them make the same calls on one shared directory;
+    `steps`, `latest` and `check` do not wait for other processes.
     """
 
     def __init__(self, directory: os.PathLike | str, keep: Keep | None = None, read_only: bool = False):
-        """Open or make `directory`; what an earlier process left half-written is swept.
+        """Open or create `directory`, and delete what a killed writer left unfinished.
 
         Args:
-            directory: on a disk, or gs://BUCKET/PATH.
-            keep: which steps stay, `Keep()` for None.
-            read_only: write and sweep nothing.
+            directory: a local one, or gs://BUCKET/PATH.
+            keep: which steps are kept, `Keep()` for None.
+            read_only: neither write nor delete anything.
 
         Raises:
-            ValueError: a place that cannot be used.
+            ValueError: the directory cannot be used.
         """
-        self.directory = place(directory)
+        self.directory = checkpoint_directory(directory)
         self._arrays = orbax_io.handler()
         self._metrics: dict[int, float] = {}
-        self._writing = self._told = False
+        self._writing = self._reported = False
         self._manager = None if read_only else self._writer(keep or Keep())
 
     def _writer(self, keep: Keep) -> Any:
         if multihost.is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
         multihost.barrier("the directory of checkpoints", PATIENCE)
-        self._metrics = self._measured()
+        self._metrics = self._read_metrics()
         return orbax_io.manager(self.directory, keep, self._metrics)
 
-    # ------------------------------------------------------------------------------------ what is there
-
     def steps(self) -> list[int]:
-        """Steps that are whole on disk, whatever this process believes to have written, in their order.
+        """Committed steps in ascending order, listed from disk.
 
         Raises:
-            Unavailable, OSError: nobody knows, since the directory cannot be listed.
+            Unavailable, OSError: the directory cannot be listed.
         """
-        try:  # not `is_dir`, which is false too where a bucket does not answer
+        try:  # not `is_dir`, which is also false where a bucket does not answer
             names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
         except (FileNotFoundError, NotADirectoryError):
             return []
         except Exception as error:
-            known = Unavailable if passes(error) else OSError
-            raise known(f"{self.directory} cannot be listed: {reason(error)}") from error
+            kind = Unavailable if is_transient(error) else OSError
+            raise kind(f"{self.directory} cannot be listed: {first_line(error)}") from error
         return sorted(int(name) for name in names if (self.directory / name / COMMITTED).exists())
 
     def latest(self) -> int | None:
-        """The newest of them."""
+        """The newest committed step."""
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """That with the lowest metric, the later one of equals; None when none was saved with one."""
-        lowest = lambda found: min(found, key=lambda step: (found[step], -step), default=None)
-        return multihost.broadcast("the best of the checkpoints", lambda: lowest(self._measured()), PATIENCE)
+        """The step with the lowest metric, the later one of equals; None when no step has one."""
+        lowest = lambda metrics: min(metrics, key=lambda step: (metrics[step], -step), default=None)
+        return multihost.broadcast("the best of the checkpoints", lambda: lowest(self._read_metrics()), PATIENCE)
 
-    def _measured(self) -> dict[int, float]:
-        found = {}
+    def _read_metrics(self) -> dict[int, float]:
+        metrics = {}
         for step in self.steps():
             try:
                 metric = self._manifest(step).metric
-            except (ValueError, OSError):  # whoever reads it will be told
+            except (ValueError, OSError):  # reported when the step itself is read
                 continue
             if metric is not None:
-                found[step] = metric
-        return found
+                metrics[step] = metric
+        return metrics
 
     # ---------------------------------------------------------------------------------------- writing
 
     def save(self, step: int, state: TrainState, progress: dict[str, Any], metric: float | None = None) -> None:
-        """Copy the state off the device and write it in the background; a step already there stays.
+        """Copy the state to the host and write it in the background; an existing step is left as it is.
 
         Args:
-            step: updates made.
+            step: steps made.
             state: may be donated as soon as this returns.
             progress: JSON values: the mixture and the run's counters.
-            metric: what `best` compares, lower is better; one that is not finite counts as none.
+            metric: compared by `best`, lower is better; ignored when it is not finite.
 
         Raises:
-            ValueError: when later steps are there: `rollback` comes first.
-            Unavailable: when storage does not answer, or shows this process other steps than process 0.
-            OSError: when there is no room for it, or a background write failed.
+            ValueError: later steps exist; `rollback` first.
+            Unavailable: storage does not answer, or shows this process other steps than process 0.
+            OSError: the disk is too full, or a background write failed.
         """
-        assert self._manager is not None, "opened to read"
+        assert self._manager is not None, "opened with read_only"
         self.wait()
-        mine = list(self._manager.all_steps())
-        there = multihost.broadcast("the steps before a save", lambda: mine, PATIENCE)
-        if (step in there) != (step in mine):
-            raise Unavailable(f"hosts see different checkpoints under {self.directory}: {there} and {mine}")
-        if step in there:
+        local = list(self._manager.all_steps())
+        existing = multihost.broadcast("the steps before a save", lambda: local, PATIENCE)
+        if (step in existing) != (step in local):
+            raise Unavailable(f"hosts see different checkpoints under {self.directory}: {existing} and {local}")
+        if step in existing:
             return
-        if later := max((s for s in there if s > step), default=None):
+        if later := max((s for s in existing if s > step), default=None):
             raise ValueError(f"{self.directory} already holds step {later}, so step {step} cannot follow: roll back")
         if multihost.is_main():
-            check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
-        progress = json.loads(json.dumps(progress))  # as it is now: it is written later, by a thread
-        body = manifest.make(step, state, progress, metric)
+            check_free_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        progress = json.loads(json.dumps(progress))  # a copy: a thread writes it later
+        body = manifest.build(step, state, progress, metric)
         if body["metric"] is not None:
             self._metrics[step] = body["metric"]
-        items = orbax_io.items(present(state), progress, body)
+        items = orbax_io.items(parts(state), progress, body)
         try:
-            self._manager.save(step, args=items, force=True)  # without it Orbax may pass a step over in silence
+            self._manager.save(step, args=items, force=True)  # without force Orbax may skip a step silently
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._write_error(error) from error
         self._writing = True
 
     def check(self) -> None:
-        """Notice a background write that has failed; waits for none that is under way.
+        """Raise if a background write has failed, without waiting for one in progress.
 
         Raises:
-            OSError: one did.
+            OSError: a write failed.
         """
         if not self._writing or self._manager is None:
             return
-        try:  # of this process's part; until the others have given up on it, the save is in progress
+        try:  # before `is_saving_in_progress`, which stays true until all processes have given up
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._write_error(error) from error
         if not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -156,7 +154,7 @@ class Checkpoints:
         """Block until what was saved is on disk.
 
         Raises:
-            OSError: when a background write failed.
+            OSError: a background write failed.
         """
         if self._manager is None:
             return
@@ -164,37 +162,37 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._write_error(error) from error
         self._writing = False
 
-    def _failed(self, error: Exception) -> OSError:
-        self._told = True
+    def _write_error(self, error: Exception) -> OSError:
+        self._reported = True
         try:
             latest = self.latest()
-            whole = "no step is whole" if latest is None else f"step {latest} is the last that is whole"
-        except OSError:  # nor does it answer to this
-            whole = "what is whole cannot be seen just now"
-        said = f"writing a checkpoint under {self.directory} failed: {reason(error)} ({whole})"
-        return Unavailable(f"{said}; it may pass: the same command goes on") if passes(error) else OSError(said)
+            intact = "no step is complete" if latest is None else f"step {latest} is the last complete one"
+        except OSError:
+            intact = "the directory cannot be listed now"
+        message = f"writing a checkpoint under {self.directory} failed: {first_line(error)} ({intact})"
+        return Unavailable(f"{message}; run the same command again") if is_transient(error) else OSError(message)
 
     def rollback(self, step: int) -> dict[int, str]:
-        """Go back to a step: later ones get names that nothing takes for checkpoints, and can be saved again.
+        """Make `step` the newest: rename later ones to `STEP.aside`, so that they can be saved again.
 
         Returns:
-            The new names of those, by step.
+            The new names, by step.
 
         Raises:
-            ValueError: when there is no such step.
+            ValueError: there is no such step.
         """
-        assert self._manager is not None, "opened to read"
+        assert self._manager is not None, "opened with read_only"
         self.wait()
-        there = self._agreed()
-        if step not in there:
-            raise ValueError(self._missing(step, there))
-        names = aside(self.directory, [later for later in there if later > step])
-        multihost.barrier("names for later checkpoints", PATIENCE)  # all have looked before one renames
+        existing = self._steps_of_main()
+        if step not in existing:
+            raise ValueError(self._missing(step, existing))
+        names = set_aside_names(self.directory, [later for later in existing if later > step])
+        multihost.barrier("names for later checkpoints", PATIENCE)  # all have listed before one renames
         if multihost.is_main():
-            for later in sorted(names, reverse=True):  # what a kill leaves is a rollback that went less far
+            for later in sorted(names, reverse=True):  # newest first, so a kill leaves a shorter rollback
                 (self.directory / str(later)).rename(self.directory / names[later])
         for later in names:
             self._metrics.pop(later, None)
@@ -203,179 +201,170 @@ class Checkpoints:
         return names
 
     def close(self) -> None:
-        """Finish writing and let go of the directory.
+        """Finish writing and release the directory.
 
         Raises:
-            OSError: when a background write failed and nobody has been told.
+            OSError: a background write failed and no earlier call raised it.
         """
         try:
             if self._manager is not None:
                 self._manager.close()
         except Exception as error:
-            if not self._told:
-                raise self._failed(error) from error
+            if not self._reported:
+                raise self._write_error(error) from error
 
     # ---------------------------------------------------------------------------------------- reading
 
-    def recover(self, abstract: TrainState) -> Found | None:
-        """The newest step that is what was saved, None where there is none; damaged later ones are set aside.
+    def recover(self, abstract: TrainState) -> Recovered | None:
+        """The newest intact step, None where there is no step; damaged later ones are renamed to `STEP.aside`.
 
         Args:
             abstract: ShapeDtypeStruct leaves with shardings.
 
         Raises:
-            ValueError: when no step can be read, or they are of another state than `abstract`.
-            OSError: when reading fails for reasons outside the checkpoint.
+            ValueError: no step is intact, or they are of another state than `abstract`.
+            OSError: reading fails for reasons outside the checkpoint.
         """
-        if (found := self.newest(lambda step: self.restore(step, abstract))) is None:
+        if (newest := self.newest(lambda step: self.restore(step, abstract))) is None:
             return None
-        step, (state, progress), wrong = found
-        names = self.rollback(step) if wrong else {}
-        said = [f"{why}; it is kept as {names[later]}, and step {step} is used" for later, why in wrong.items()]
-        return Found(step, state, progress, tuple(said))
+        step, (state, progress), damaged = newest
+        names = self.rollback(step) if damaged else {}
+        warnings = [f"{why}; it is kept as {names[later]}, and step {step} is used" for later, why in damaged.items()]
+        return Recovered(step, state, progress, tuple(warnings))
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T, dict[int, str]] | None:
-        """The newest step that can be read, what was read, and what is wrong with each later one.
+        """The newest intact step, what `read` returned for it, and the error message of each later step.
 
         Args:
-            read: of a step; raises `Damaged`.
+            read: reads a step; raises `DamagedCheckpoint`.
 
         Raises:
-            ValueError: when there are steps and none can be read.
+            ValueError: there are steps and none is intact.
         """
-        wrong: dict[int, str] = {}
-        for step in reversed(self._agreed()):
+        damaged: dict[int, str] = {}
+        for step in reversed(self._steps_of_main()):
             try:
-                return step, read(step), wrong
-            except Damaged as error:
-                wrong[step] = str(error)
-        if wrong:
+                return step, read(step), damaged
+            except DamagedCheckpoint as error:
+                damaged[step] = str(error)
+        if damaged:
             raise ValueError(
-                f"none of the checkpoints can be read, and all are left as they are: {'; '.join(wrong.values())}. "
-                "Put one back from a copy, or begin anew in another --workdir"
+                f"none of the checkpoints can be read, and all are left as they are: {'; '.join(damaged.values())}. "
+                "Put one back from a copy, or start over in another --workdir"
             )
         return None
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State and progress of a step, placed as `abstract` says; a part of `BEGIN` need not be there, or wanted.
+        """State and progress of a step, sharded as `abstract`; `state.OPTIONAL` parts may differ.
 
         Args:
-            step: one that exists.
+            step: an existing one.
             abstract: ShapeDtypeStruct leaves with shardings.
 
         Raises:
-            Damaged: it is not what was saved; the message names the step.
+            DamagedCheckpoint: it is not what was saved; the message names the step.
             ValueError: there is no such step, or it is of another state.
             OSError: reading fails for reasons outside the checkpoint.
         """
-        wanted = present(abstract)
-        read, progress = self._read(step, wanted, whole=True)
-        return TrainState(**begun(wanted, read)), progress
+        wanted = parts(abstract)
+        read, progress = self._read(step, wanted, complete=True)
+        return TrainState(**with_defaults(wanted, read)), progress
 
     def restore_student(self, step: int, abstract: PyTree) -> PyTree:
-        """The student's parameters alone, as for evaluation and export.
-
-        Raises:
-            Damaged, ValueError, OSError: as `restore`.
-        """
+        """The student's parameters alone, for evaluation and export. Raises as `restore`."""
         return self._read(step, {"params": {"student": abstract}})[0]["params"]["student"]
 
     def restore_average(self, step: int, abstract: PyTree) -> PyTree:
-        """The running average of the student's parameters alone.
-
-        Raises:
-            Damaged, ValueError, OSError: as `restore`.
-        """
+        """The running average of the student's parameters alone. Raises as `restore`."""
         return self._read(step, {"ema": abstract})[0]["ema"]
 
     def restore_objective(self, step: int, abstract: PyTree) -> PyTree:
-        """What the objective learned, of those terms of `abstract` that are there; the others are left out.
+        """The objective's parameters, of those terms of `abstract` that the step has.
 
         Raises:
-            Damaged, ValueError, OSError: as `restore`; ValueError too when there are none.
+            DamagedCheckpoint, ValueError, OSError: as `restore`; ValueError too when no term is there.
         """
 
-        def common() -> PyTree:
-            there = manifest.within(self._manifest(step).leaves, "params", "objective")
-            terms = {name: term for name, term in abstract.items() if name in there}
+        def common_terms() -> PyTree:
+            saved = manifest.children(self._manifest(step).leaves, "params", "objective")
+            terms = {name: term for name, term in abstract.items() if name in saved}
             if not terms:
-                named = lambda names: ", ".join(f"'{name}'" for name in sorted(names)) or "none"
-                raise ValueError(f"its terms with parameters are {named(there)}, asked for were {named(abstract)}")
+                quoted = lambda names: ", ".join(f"'{name}'" for name in sorted(names)) or "none"
+                raise ValueError(f"its terms with parameters are {quoted(saved)}, asked for were {quoted(abstract)}")
             return terms
 
-        target = {"params": {"objective": self._local(step, common)}}
+        target = {"params": {"objective": self._on_all(step, common_terms)}}
         return self._read(step, target)[0]["params"]["objective"]
 
     def verify(self, step: int) -> None:
-        """Read all of a step on this host, some arrays at a time, and forget it: for any machine, by one process.
+        """Read and verify all of a step on this host, some arrays at a time: one process, no accelerator needed.
 
         Raises:
-            Damaged, ValueError, OSError: as `restore`.
+            DamagedCheckpoint, ValueError, OSError: as `restore`.
         """
 
         def read() -> None:
-            recorded = self._manifest(step)
-            manifest.progress(recorded, self._text(step, "mixture"))
-            for part in orbax_io.portions(self._arrays, self.directory / str(step) / "train", recorded.leaves):
-                manifest.compare(recorded.leaves, part)
-                manifest.verify(recorded.leaves, part)
+            saved = self._manifest(step)
+            manifest.parse_progress(saved, self._item_text(step, "mixture"))
+            for portion in orbax_io.portions(self._arrays, self.directory / str(step) / "train", saved.leaves):
+                manifest.check_shapes(saved.leaves, portion)
+                manifest.verify_checksums(saved.leaves, portion)
 
-        self._local(step, read)
+        self._on_all(step, read)
 
-    def _read(self, step: int, target: dict[str, PyTree], whole: bool = False) -> tuple[dict[str, PyTree], Any]:
-        """Parts of a train state, or all of it and the progress, bit for bit what was saved."""
+    def _read(self, step: int, target: dict[str, PyTree], complete: bool = False) -> tuple[dict[str, PyTree], Any]:
+        """Verified parts of a train state; with `complete`, all of it and the progress."""
 
         def read() -> tuple[dict[str, PyTree], Any, manifest.Manifest]:
-            recorded = self._manifest(step)
-            kept = manifest.within(recorded.leaves)
-            asked = restorable(kept, target) if whole else target
-            vain = {name for name in BEGIN if name in kept and name not in asked}
-            there = {name: leaf for name, leaf in recorded.leaves.items() if name.split(".")[0] not in vain}
-            manifest.compare(there, manifest.named(asked), whole)
-            progress = manifest.progress(recorded, self._text(step, "mixture")) if whole else None
-            arrays = self.directory / str(step) / "train"
-            return orbax_io.read(self._arrays, arrays, asked, whole and not vain), progress, recorded
+            saved = self._manifest(step)
+            names = manifest.children(saved.leaves)
+            wanted = parts_to_read(names, target) if complete else target
+            unused = {name for name in OPTIONAL if name in names and name not in wanted}
+            leaves = {name: leaf for name, leaf in saved.leaves.items() if name.split(".")[0] not in unused}
+            manifest.check_shapes(leaves, manifest.arrays_by_path(wanted), complete)
+            progress = manifest.parse_progress(saved, self._item_text(step, "mixture")) if complete else None
+            path = self.directory / str(step) / "train"
+            return orbax_io.read(self._arrays, path, wanted, complete and not unused), progress, saved
 
-        found, progress, recorded = self._local(step, read)
+        values, progress, saved = self._on_all(step, read)
         try:
-            manifest.verify(recorded.leaves, manifest.named(found))
-        except Damaged as error:
-            raise Damaged(self._cannot(step, error)) from None
-        return found, progress
+            manifest.verify_checksums(saved.leaves, manifest.arrays_by_path(values))
+        except DamagedCheckpoint as error:
+            raise DamagedCheckpoint(self._not_restored(step, error)) from None
+        return values, progress
 
     def _manifest(self, step: int) -> manifest.Manifest:
-        return manifest.read(self._text(step, "manifest"), step)
+        return manifest.parse(self._item_text(step, "manifest"), step)
 
-    def _text(self, step: int, item: str) -> str:
-        return manifest.text(self.directory / str(step), item)
+    def _item_text(self, step: int, item: str) -> str:
+        return manifest.item_text(self.directory / str(step), item)
 
-    def _local(self, step: int, read: Callable[[], T]) -> T:
-        """What this process reads of a step; where one process fails, all do, for the same reason."""
-        found: list[T] = []
+    def _on_all(self, step: int, read: Callable[[], T]) -> T:
+        """`read()` of this process; an error of one process is raised by all."""
+        values: list[T] = []
         error: Exception | None = None
         cause: Exception | None = None
         if not (self.directory / str(step) / COMMITTED).exists():
             error = ValueError(self._missing(step, self.steps()))
         else:
             try:
-                found.append(read())
+                values.append(read())
             except (ValueError, OSError) as caught:
-                error, cause = KINDS[kind(caught)](self._cannot(step, caught)), caught
-        mine = None if error is None else [kind(error), str(error)]
-        if (
-            wrong := checkpoint_errors.shared(multihost.all_gather("a checkpoint that all read", mine, PATIENCE))
-        ) is not None:
-            raise wrong from cause
-        return found[0]
+                error, cause = BY_PRIORITY[priority(caught)](self._not_restored(step, caught)), caught
+        report = None if error is None else [priority(error), str(error)]
+        reports = multihost.all_gather("a checkpoint that all read", report, PATIENCE)
+        if (failure := checkpoint_errors.combine(reports)) is not None:
+            raise failure from cause
+        return values[0]
 
-    def _cannot(self, step: int, error: Exception) -> str:
-        return f"checkpoint {self.directory / str(step)} cannot be restored: {reason(error)}"
+    def _not_restored(self, step: int, error: Exception) -> str:
+        return f"checkpoint {self.directory / str(step)} cannot be restored: {first_line(error)}"
 
-    def _missing(self, step: int, there: Sequence[int]) -> str:
-        names = ", ".join(map(str, there)) or "none"
+    def _missing(self, step: int, existing: Sequence[int]) -> str:
+        names = ", ".join(map(str, existing)) or "none"
         hint = "; all hosts must see one directory" if not multihost.is_main() else ""
-        return f"there is no checkpoint {self.directory / str(step)}; steps that are there: {names}{hint}"
+        return f"there is no checkpoint {self.directory / str(step)}; existing steps: {names}{hint}"
 
-    def _agreed(self) -> list[int]:
-        """The steps as process 0 sees them: a listing may differ between hosts."""
+    def _steps_of_main(self) -> list[int]:
+        """`steps` of process 0 in all processes: listings may differ between hosts."""
         return multihost.broadcast("the list of checkpoints", self.steps, PATIENCE)

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint, the same for all processes that read it."""
+"""Errors of reading and writing checkpoints: transient, refused by the system, or a damaged checkpoint."""
 
 import errno
 import gc
@@ -9,78 +9,79 @@ from typing import Any, TypeVar
 
 from jaxkd.runtime.cluster import Unavailable
 
-# What TensorStore, the system and servers say when it is not the checkpoint that is at fault, and may soon be over.
-_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
-_SYSTEM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT)
+# What TensorStore, the operating system and HTTP servers report when storage, not the checkpoint, is at fault.
+_TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT)
 _HTTP = (408, 429, 500, 502, 503, 504)
-_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")  # the last is of a device's memory
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")  # the last: out of device memory
 T = TypeVar("T")
 
 
-class Damaged(ValueError):
-    """A checkpoint that is not what was saved; an earlier one may be whole."""
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that differs from what was saved; an earlier one may be intact."""
 
 
-KINDS = (Unavailable, OSError, Damaged, ValueError)
-"""What reading raises. Of several processes the first kind decides: a step that cannot be read now is not bad."""
+BY_PRIORITY = (Unavailable, OSError, DamagedCheckpoint, ValueError)
+"""Error classes of a read. Of several processes' errors the first class wins: an unreadable step is not damaged."""
 
 
-def passes(error: BaseException) -> bool:
-    """Whether the same may succeed in a while: storage or a host that did not answer."""
-    gone = isinstance(error, Unavailable | TimeoutError | ConnectionError | MemoryError)
-    gone |= isinstance(error, OSError) and error.errno in _SYSTEM
-    return gone or getattr(error, "code", None) in _HTTP or any(word in str(error) for word in _PASSING)
+def is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed: storage or a host did not answer, or a resource ran short."""
+    if isinstance(error, Unavailable | TimeoutError | ConnectionError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno in _ERRNOS:
+        return True
+    return getattr(error, "code", None) in _HTTP or any(word in str(error) for word in _TRANSIENT)
 
 
-def judged(error: Exception) -> OSError | Damaged:
-    """What went wrong while files were read: the checkpoint, or what holds it, which may be mended or pass."""
-    if passes(error):
-        return Unavailable(reason(error))
+def classify(error: Exception) -> OSError | DamagedCheckpoint:
+    """An exception raised while files were read, as `Unavailable`, `OSError` or `DamagedCheckpoint`."""
+    if is_transient(error):
+        return Unavailable(first_line(error))
     refused = isinstance(error, PermissionError) or any(word in str(error) for word in _REFUSED)
-    return OSError(reason(error)) if refused else Damaged(reason(error))
+    return OSError(first_line(error)) if refused else DamagedCheckpoint(first_line(error))
 
 
-def attempt(read: Callable[[], T]) -> T:
-    """What Orbax reads.
+def call_orbax(read: Callable[[], T]) -> T:
+    """`read()`, with its exceptions classified and the noise of Orbax's other reads suppressed.
 
-    Other reads that it began are still under way when one fails, and end in threads that nobody listens to any more:
-    what Python would print of those is kept back, for the error itself is told in one sentence.
+    When one read fails, the concurrent ones end in threads whose exceptions nobody retrieves; Python would print those.
 
     Raises:
-        Unavailable, OSError, Damaged: as `judged`.
+        Unavailable, OSError, DamagedCheckpoint: see `classify`.
     """
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         try:
             return read()
         except Exception as error:
-            wrong = judged(error)
+            classified = classify(error)
         time.sleep(0.1)
         gc.collect()
-        raise wrong
+        raise classified
     finally:
         sys.unraisablehook = before
 
 
-def reason(error: BaseException) -> str:
-    """The first line of a message, or the error's name."""
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class name."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__
 
 
-def kind(error: Exception) -> int:
-    """The place of an error's class in `KINDS`."""
-    return next(i for i, one in enumerate(KINDS) if isinstance(error, one))
+def priority(error: Exception) -> int:
+    """Index of the exception's class in `BY_PRIORITY`."""
+    return next(i for i, kind in enumerate(BY_PRIORITY) if isinstance(error, kind))
 
 
-def shared(told: Sequence[Any]) -> Exception | None:
-    """The error that goes for all processes, None when none has one.
+def combine(reports: Sequence[Any]) -> Exception | None:
+    """The one exception that all processes raise, or None.
 
     Args:
-        told: by process, None or the `kind` of its error and the message.
+        reports: per process, None or its exception's (`priority`, message).
     """
-    wrong = [(one[0], process, one[1]) for process, one in enumerate(told) if one is not None]
-    if not wrong:
+    failed = [(report[0], process, report[1]) for process, report in enumerate(reports) if report is not None]
+    if not failed:
         return None
-    number, process, text = min(wrong)
-    return KINDS[number](f"{text} (process {process})" if len(told) > 1 else text)
+    number, process, text = min(failed)
+    return BY_PRIORITY[number](f"{text} (process {process})" if len(reports) > 1 else text)

@@ -1,4 +1,4 @@
-"""Whether a step's update is taken: decided on the devices, from values that all of them have."""
+"""Whether a step's update is applied, decided on the devices from globally reduced numbers."""
 
 from typing import Any, NamedTuple
 
@@ -6,59 +6,59 @@ import jax
 import jax.numpy as jnp
 
 WINDOW = 128
-"""Steps that a loss and a gradient norm are compared with."""
-_NARROW = 1e-5  # of the mean: no deviation is taken for less, or the rounding of a constant would be a spike
+"""Number of recent steps that a loss and a gradient norm are compared with."""
+_MIN_DEVIATION = 1e-5  # relative to the mean: otherwise the rounding of a constant loss would be a spike
 
 
 class Recent(NamedTuple):
-    """The last finite losses and gradient norms: a part of the train state where spikes are left out."""
+    """Ring buffer of recent finite losses and gradient norms; part of the train state where spikes are skipped."""
 
-    values: jax.Array  # [2 WINDOW] float32, written round and round
+    values: jax.Array  # [2 WINDOW] float32
     seen: jax.Array  # [] int32: how many were ever written
 
 
 def init() -> Recent:
-    """Nothing seen yet."""
+    """An empty window."""
     return Recent(jnp.zeros((2, WINDOW), jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def usual(recent: Recent, loss: jax.Array, norm: jax.Array, factor: float) -> jax.Array:
-    """Whether neither number is a spike, x > mean + factor std over the window; all are usual until half of it is full.
+def is_usual(recent: Recent, loss: jax.Array, norm: jax.Array, factor: float) -> jax.Array:
+    """Whether neither number is a spike, x > mean + factor std over the window; true until the window is half full.
 
     Args:
-        recent: before this step.
+        recent: the window before this step.
         loss: [] mean over the step's tokens.
         norm: [] of its gradient, before clipping.
-        factor: standard deviations; those of the window have n - 1 below the sum.
+        factor: in standard deviations of the window (divisor n - 1).
 
     Returns:
         [] bool.
 
     Source: OLMo-core's SkipStepOptimizer (window 128, factor 6).
     """
-    there = jnp.arange(WINDOW) < recent.seen
+    filled = jnp.arange(WINDOW) < recent.seen
     n = jnp.minimum(recent.seen, WINDOW).astype(jnp.float32)
-    mean = jnp.where(there, recent.values, 0.0).sum(-1) / jnp.maximum(n, 1.0)
-    square = jnp.where(there, jnp.square(recent.values - mean[:, None]), 0.0).sum(-1)
-    deviation = jnp.maximum(jnp.sqrt(square / jnp.maximum(n - 1.0, 1.0)), _NARROW * jnp.abs(mean))
+    mean = jnp.where(filled, recent.values, 0.0).sum(-1) / jnp.maximum(n, 1.0)
+    square = jnp.where(filled, jnp.square(recent.values - mean[:, None]), 0.0).sum(-1)
+    deviation = jnp.maximum(jnp.sqrt(square / jnp.maximum(n - 1.0, 1.0)), _MIN_DEVIATION * jnp.abs(mean))
     below = jnp.stack([loss, norm]) <= mean + factor * deviation
     return below.all() | (recent.seen < WINDOW // 2)
 
 
-def remember(recent: Recent, loss: jax.Array, norm: jax.Array) -> Recent:
-    """The window with this step in it, if its numbers are finite.
+def append(recent: Recent, loss: jax.Array, norm: jax.Array) -> Recent:
+    """The window with this step added, if both numbers are finite.
 
-    A spike enters too: a loss that has come to stay widens the window until it is usual, so that no run stands still.
+    Spikes are added too: a loss that stays high widens the window until it counts as usual, so no run stalls.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     written = recent.values.at[:, recent.seen % WINDOW].set(jnp.stack([loss, norm]))
     return Recent(jnp.where(finite, written, recent.values), recent.seen + finite)
 
 
-def choose(taken: jax.Array, after: Any, before: Any) -> Any:
-    """`after` where the update is taken, else `before`, leaf by leaf.
+def select(applied: jax.Array, after: Any, before: Any) -> Any:
+    """`after` where the update is applied, else `before`, leaf by leaf.
 
-    A select a leaf: on a CPU the compiled step holds up to one more copy of the parameters while it updates them, as it
-    does with `lax.cond`; moments are written in place.
+    On a CPU the compiled step then holds up to one more copy of the parameters during the update, as with `lax.cond`;
+    moments are still updated in place.
     """
-    return jax.tree.map(lambda new, old: jnp.where(taken, new, old), after, before)
+    return jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, before)

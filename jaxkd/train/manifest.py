@@ -1,4 +1,4 @@
-"""What a checkpoint's arrays and values were when they were saved: a few bytes that are saved with them."""
+"""The manifest of a checkpoint: dtype, shape and checksum of every array, committed with the step."""
 
 import functools
 import json
@@ -13,15 +13,15 @@ import numpy as np
 from etils import epath
 
 from jaxkd.core.types import PyTree
-from jaxkd.train.checkpoint_errors import Damaged, judged
+from jaxkd.train.checkpoint_errors import DamagedCheckpoint, classify
 
 FORMAT = 1
-_LARGE = 2**14  # numbers that may as well be added up one by one
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # of eight bytes two words
+_LARGE = 2**14  # elements from which a CPU adds up an array by halves
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # an element of eight bytes is two words
 
 
 class Leaf(NamedTuple):
-    """An array as it was saved."""
+    """An array of the train state as it was saved."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -32,44 +32,41 @@ class Leaf(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What a step holds."""
+    """The contents of a step."""
 
     step: int
-    metric: float | None  # by which steps are compared, lower is better; None where it was not measured
-    leaves: dict[str, Leaf]  # of the train state, by path
-    progress: int  # checksum of the JSON beside it
-
-
-# -------------------------------------------------------------------------------------------- checksums
+    metric: float | None  # lower is better; None where it was not measured
+    leaves: dict[str, Leaf]  # by dotted path
+    progress: int  # checksum of the JSON of mixture and counters
 
 
 def checksum(array: jax.Array, folded: bool = False) -> jax.Array:
-    """sum_i mix(w_i XOR mix(i + 1)) mod 2^32: a checksum that is made where the array is, whatever its shards.
+    """[] uint32: sum_i mix(w_i XOR mix(i + 1)) mod 2^32, independent of the array's sharding.
 
-    w_i is the element at place i in C order as an unsigned integer, mix the 32-bit finaliser of MurmurHash3. Both are
-    one to one, so a single element that differs always shows; of anything else one in 2^32 does not.
+    w_i is the element at index i in C order as an unsigned integer, mix the 32-bit finaliser of MurmurHash3. Both are
+    one to one, so one changed element always changes the sum; any other change is missed once in 2^32.
 
     Args:
-        array: any shape, on any mesh: every device adds up its own part.
-        folded: how it is added up: the same number either way.
+        array: any shape and sharding; every device sums its own shard.
+        folded: whether to sum by `_fold`, with the same result.
     """
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(array, _WORDS[array.dtype.itemsize]).astype(jnp.uint32)
-    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    index, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    mixed = _mix(words ^ _mix(place + jnp.uint32(1)))
-    return jnp.sum(_folded(mixed) if folded else mixed, dtype=jnp.uint32)
+    mixed = _mix(words ^ _mix(index + jnp.uint32(1)))
+    return jnp.sum(_fold(mixed) if folded else mixed, dtype=jnp.uint32)
 
 
-def _folded(numbers: jax.Array) -> jax.Array:
-    """Fewer numbers with the same sum, the second half added to the first again and again.
+def _fold(numbers: jax.Array) -> jax.Array:
+    """At most `_LARGE` numbers (or an odd count) with the same sum: the second half is added to the first repeatedly.
 
-    On a CPU, XLA adds up one number after the other, with all that makes them in the same loop. Whole arrays it takes
-    eight numbers at a time and on all cores, three times as fast; the barriers keep them apart. It takes the memory of
-    the array once more, so it is not for accelerators, which add up as fast as they read.
+    XLA's CPU reduction is a scalar loop with the producer fused into it; adding whole arrays is vectorised and
+    parallel, three times as fast, and the barriers keep XLA from fusing the two. It takes the array's memory once
+    more, so it is not for accelerators, whose reductions already run at memory speed.
     """
     numbers = jax.lax.optimization_barrier(numbers.reshape(-1))
     while numbers.size > _LARGE and numbers.size % 2 == 0:
@@ -93,43 +90,40 @@ _folded_checksum = jax.jit(functools.partial(checksum, folded=True))
 
 
 def checksums(leaves: dict[str, jax.Array]) -> dict[str, int]:
-    """Of every array; all processes that hold a part of them call this together."""
+    """`checksum` of every array; a collective call of all processes that hold shards."""
 
     def on_one_cpu(leaf: jax.Array) -> bool:
         return [device.platform for device in leaf.devices()] == ["cpu"]
 
     folded = [name for name, leaf in leaves.items() if leaf.size > _LARGE and on_one_cpu(leaf)]
-    found = jax.device_get(_checksums({name: leaf for name, leaf in leaves.items() if name not in folded}))
-    for name in folded:  # one after the other: in one program their memory would be that of all of them
-        found[name] = jax.device_get(_folded_checksum(leaves[name]))
-    return {name: int(found[name]) for name in leaves}
+    sums = jax.device_get(_checksums({name: leaf for name, leaf in leaves.items() if name not in folded}))
+    for name in folded:  # one program each: in one program the temporaries of all would be live together
+        sums[name] = jax.device_get(_folded_checksum(leaves[name]))
+    return {name: int(sums[name]) for name in leaves}
 
 
-def named(tree: PyTree) -> dict[str, Any]:
-    """Leaves that are arrays, by a path that does not tell tuples, dicts and NamedTuples apart, as on disk."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
+def arrays_by_path(tree: PyTree) -> dict[str, Any]:
+    """Array leaves by dotted path, the same path for tuples, dicts and NamedTuples, as on disk."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     name = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-    return {".".join(map(name, path)): leaf for path, leaf in found if hasattr(leaf, "shape")}
+    return {".".join(map(name, path)): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
-def _of_json(value: Any) -> int:
-    """CRC-32 of a JSON value, whatever the order of its keys and its white space."""
+def _json_checksum(value: Any) -> int:
+    """CRC-32 of a JSON value with sorted keys and no white space."""
     return zlib.crc32(json.dumps(json.loads(json.dumps(value)), sort_keys=True, separators=(",", ":")).encode())
 
 
-# ------------------------------------------------------------------------------------ writing, reading
-
-
-def make(step: int, state: PyTree, progress: dict[str, Any], metric: float | None = None) -> dict[str, Any]:
-    """A step's manifest as JSON; waits for the arrays, and passes once over them.
+def build(step: int, state: PyTree, progress: dict[str, Any], metric: float | None = None) -> dict[str, Any]:
+    """A step's manifest as JSON values. Blocks until the arrays are computed.
 
     Args:
-        step: updates made.
-        state: what is saved.
-        progress: the JSON that is saved beside it.
-        metric: left out when it is not finite, so that it can never be the best.
+        step: steps made.
+        state: the arrays to save.
+        progress: the JSON values saved beside them.
+        metric: lower is better; stored as None when it is not finite.
     """
-    leaves = named(state)
+    leaves = arrays_by_path(state)
     sums = checksums(leaves)
     body = {
         "format": FORMAT,
@@ -139,34 +133,30 @@ def make(step: int, state: PyTree, progress: dict[str, Any], metric: float | Non
             name: {"dtype": str(np.dtype(leaf.dtype)), "shape": list(leaf.shape), "checksum": sums[name]}
             for name, leaf in leaves.items()
         },
-        "progress": _of_json(progress),
+        "progress": _json_checksum(progress),
     }
-    return body | {"checksum": _of_json(body)}
+    return body | {"checksum": _json_checksum(body)}
 
 
-def text(step: epath.Path, item: str) -> str:
-    """The JSON file of an item of a step.
+def item_text(step: epath.Path, item: str) -> str:
+    """The JSON file of an item ("manifest" or "mixture") in a step's directory.
 
     Raises:
-        Damaged, OSError: it cannot be read, as `damage.judged`.
+        DamagedCheckpoint, OSError: it cannot be read; see `checkpoint_errors.classify`.
     """
     try:
         return (step / item / "metadata").read_text()
     except FileNotFoundError:
-        raise Damaged(f"{item}/metadata is missing (or an older jaxkd wrote it)") from None
+        raise DamagedCheckpoint(f"{item}/metadata is missing (or an older jaxkd wrote it)") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise judged(error) from error
+        raise classify(error) from error
 
 
-def read(text: str, step: int) -> Manifest:
-    """A manifest from its JSON.
-
-    Args:
-        text: the file's.
-        step: that it should be of.
+def parse(text: str, step: int) -> Manifest:
+    """The manifest in a file's text, which must be of `step`.
 
     Raises:
-        Damaged: it is not what was written, or is of another step.
+        DamagedCheckpoint: it was changed, or is of another step.
         ValueError: a later jaxkd wrote it.
     """
     try:
@@ -174,83 +164,79 @@ def read(text: str, step: int) -> Manifest:
         form, written = body["format"], body.pop("checksum")
         if form != FORMAT:
             raise ValueError(f"its manifest has format {form}, this jaxkd reads {FORMAT}: use the jaxkd that wrote it")
-        if _of_json(body) != written:
-            raise Damaged("its manifest is not what was written")
+        if _json_checksum(body) != written:
+            raise DamagedCheckpoint("its manifest fails its checksum")
         leaves = {name: Leaf(x["dtype"], tuple(x["shape"]), x["checksum"]) for name, x in body["leaves"].items()}
-        found = Manifest(body["step"], body["metric"], leaves, body["progress"])
+        manifest = Manifest(body["step"], body["metric"], leaves, body["progress"])
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        raise Damaged("its manifest is not the JSON that was written") from None
-    if found.step != step:
-        raise Damaged(f"it is a copy of step {found.step}")
-    return found
+        raise DamagedCheckpoint("its manifest is not valid JSON of a manifest") from None
+    if manifest.step != step:
+        raise DamagedCheckpoint(f"it is a copy of step {manifest.step}")
+    return manifest
 
 
-def compare(leaves: dict[str, Leaf], wanted: dict[str, Any], whole: bool = False) -> None:
-    """See that what was saved has the dtypes and shapes that are asked for: Orbax would cast a wrong dtype in silence.
+def check_shapes(leaves: dict[str, Leaf], wanted: dict[str, Any], complete: bool = False) -> None:
+    """See that saved dtypes and shapes are the wanted ones, since Orbax casts another dtype silently.
 
     Args:
-        leaves: what was saved.
-        wanted: some of it, or all, with `shape` and `dtype`.
-        whole: whether it must be all.
+        leaves: saved arrays.
+        wanted: path -> an array or ShapeDtypeStruct.
+        complete: whether nothing else may have been saved.
 
     Raises:
         ValueError: naming the first array that differs, or that is not wanted.
     """
     for name, leaf in wanted.items():
-        asked, there = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}", str(leaves.get(name, "nothing"))
-        if there != asked:
-            raise ValueError(f"{name} should be {asked}, there is {there}")
-    if whole and (more := [name for name in leaves if name not in wanted]):
-        raise ValueError(f"it holds {more[0]}, {leaves[more[0]]}, which this config has no place for")
+        expected, saved = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}", str(leaves.get(name, "nothing"))
+        if saved != expected:
+            raise ValueError(f"{name} should be {expected}, it holds {saved}")
+    if complete and (extra := [name for name in leaves if name not in wanted]):
+        raise ValueError(f"it holds {extra[0]}, {leaves[extra[0]]}, which this config does not have")
 
 
-def within(leaves: Iterable[str], *path: str) -> set[str]:
-    """What the arrays that are below a path are called there."""
-    found = [name.split(".") for name in leaves]
-    return {keys[len(path)] for keys in found if tuple(keys[: len(path)]) == path and len(keys) > len(path)}
+def children(leaves: Iterable[str], *path: str) -> set[str]:
+    """The next key of every dotted name below a path."""
+    names = [name.split(".") for name in leaves]
+    return {keys[len(path)] for keys in names if tuple(keys[: len(path)]) == path and len(keys) > len(path)}
 
 
-def portions(leaves: Mapping[str, Leaf], most: int) -> Iterator[list[str]]:
-    """All names, those together whose arrays are at most so many bytes, or one."""
-    together: list[str] = []
+def portions(leaves: Mapping[str, Leaf], limit: int) -> Iterator[list[str]]:
+    """All names in lists whose arrays have at most `limit` bytes together, or are a single array."""
+    portion: list[str] = []
     size = 0
     for name, leaf in leaves.items():
-        one = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        if together and size + one > most:
-            yield together
-            together, size = [], 0
-        together.append(name)
-        size += one
-    if together:
-        yield together
+        nbytes = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        if portion and size + nbytes > limit:
+            yield portion
+            portion, size = [], 0
+        portion.append(name)
+        size += nbytes
+    if portion:
+        yield portion
 
 
-def verify(leaves: dict[str, Leaf], arrays: dict[str, jax.Array]) -> None:
-    """See that arrays are those that were saved, bit for bit.
-
-    Args:
-        leaves: what was saved.
-        arrays: what was read.
+def verify_checksums(leaves: dict[str, Leaf], arrays: dict[str, jax.Array]) -> None:
+    """See that arrays that were read equal the saved ones bit for bit.
 
     Raises:
-        Damaged: naming arrays that are not.
+        DamagedCheckpoint: naming those that do not.
     """
     wrong = [name for name, number in checksums(arrays).items() if number != leaves[name].checksum]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Damaged(f"{', '.join(wrong[:3])}{more} read from it differ from what was saved (checksum)")
+        raise DamagedCheckpoint(f"{', '.join(wrong[:3])}{more} read from it differ from what was saved (checksum)")
 
 
-def progress(manifest: Manifest, text: str) -> dict[str, Any]:
-    """The JSON beside the state, from its file.
+def parse_progress(manifest: Manifest, text: str) -> dict[str, Any]:
+    """The JSON values saved beside the train state.
 
     Raises:
-        Damaged: it is not what was saved.
+        DamagedCheckpoint: they differ from what was saved.
     """
     try:
-        found = json.loads(text)
+        progress = json.loads(text)
     except json.JSONDecodeError:
-        raise Damaged("its mixture is not the JSON that was written") from None
-    if not isinstance(found, dict) or _of_json(found) != manifest.progress:
-        raise Damaged("its mixture differs from what was saved (checksum)")
-    return found
+        raise DamagedCheckpoint("its mixture is not valid JSON") from None
+    if not isinstance(progress, dict) or _json_checksum(progress) != manifest.progress:
+        raise DamagedCheckpoint("its mixture differs from what was saved (checksum)")
+    return progress

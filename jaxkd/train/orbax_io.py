@@ -1,4 +1,4 @@
-"""How a checkpoint's parts are written and read: the only file that knows Orbax."""
+"""Orbax: writing and reading a checkpoint's items. No other file imports it."""
 
 import functools
 import logging
@@ -13,25 +13,25 @@ from etils import epath
 from orbax.checkpoint import options
 
 from jaxkd.core.types import PyTree
-from jaxkd.train import checkpoint_errors, manifest
-from jaxkd.train.checkpoint_errors import Damaged
+from jaxkd.train import manifest
+from jaxkd.train.checkpoint_errors import DamagedCheckpoint, call_orbax
 from jaxkd.train.retention import Keep, Retention
 
-_PORTION = 2**30  # bytes that `portions` holds at a time
+_PORTION = 2**30  # bytes that `portions` reads at a time
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
-    """What writes and reads arrays."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; its errors are ours to tell
-    # Float weights hardly shrink: compressing them costs seconds of the cores that train, and saves a tenth.
+    """Orbax's handler of array trees."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every file; its exceptions are reported by us
+    # Float weights hardly compress: it would cost seconds of the cores that train and save a tenth.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 class _Manager(ocp.CheckpointManager):
-    """Without Orbax's own questions after SIGTERM, which it asks at a save and, of an old step, from a thread later on.
+    """A manager that does not ask JAX about preemption, on save or from its background thread.
 
-    JAX takes the last number that anybody asked with for the step that a process is at, stops all of them one after the
-    largest, and looks for nothing but equality: the loop alone may ask.
+    `reached_preemption_sync_point` takes the last number that anybody asked with as the process's step, stops all
+    processes one after the largest, and compares for equality only: the training loop alone may ask.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -39,14 +39,14 @@ class _Manager(ocp.CheckpointManager):
 
 
 def manager(directory: epath.Path, keep: Keep, metrics: Mapping[int, float]) -> ocp.CheckpointManager:
-    """What writes steps in the background, and removes those that do not stay.
+    """Writes steps in the background and deletes those that are not kept.
 
     Args:
-        directory: one that exists.
-        keep: which steps stay.
-        metrics: of steps, looked at whenever one has been saved.
+        directory: an existing one.
+        keep: which steps are kept.
+        metrics: by step; read after every save.
     """
-    # Named, they meet through the coordination service, which gives up in the end and says who is missing.
+    # With named processes, barriers use the coordination service, which times out and says who is missing.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
     return _Manager(
         directory,
@@ -69,51 +69,53 @@ def manager(directory: epath.Path, keep: Keep, metrics: Mapping[int, float]) -> 
 
 
 def items(state: PyTree, progress: dict[str, Any], body: dict[str, Any]) -> ocp.args.Composite:
-    """What one step is made of: arrays, JSON values, and the manifest of both."""
+    """The items of a step: arrays, JSON values, and the manifest of both."""
     return ocp.args.Composite(
         train=ocp.args.PyTreeSave(state), mixture=ocp.args.JsonSave(progress), manifest=ocp.args.JsonSave(body)
     )
 
 
-def read(arrays: ocp.PyTreeCheckpointHandler, place: epath.Path, target: PyTree, whole: bool) -> PyTree:
-    """Arrays as `target` says. By the handler, which waits for no other process: one that fails must be able to say so.
+def read(arrays: ocp.PyTreeCheckpointHandler, path: epath.Path, target: PyTree, complete: bool) -> PyTree:
+    """Arrays as `target` describes them.
+
+    Through the handler, not the manager: it waits for no other process, so one that fails can report it.
 
     Args:
         arrays: from `handler`.
-        place: of a step's arrays.
+        path: of a step's arrays.
         target: ShapeDtypeStruct leaves with shardings.
-        whole: whether there must be nothing else.
+        complete: whether the step must hold nothing else.
 
     Raises:
-        OSError, Damaged: as `damage.judged`.
+        OSError, DamagedCheckpoint: see `checkpoint_errors.classify`.
     """
     arguments = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=not whole
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=not complete
     )
-    return checkpoint_errors.attempt(lambda: arrays.restore(place, args=arguments))
+    return call_orbax(lambda: arrays.restore(path, args=arguments))
 
 
 def portions(
-    arrays: ocp.PyTreeCheckpointHandler, place: epath.Path, leaves: Mapping[str, manifest.Leaf]
+    arrays: ocp.PyTreeCheckpointHandler, path: epath.Path, leaves: Mapping[str, manifest.Leaf]
 ) -> Iterator[dict[str, jax.Array]]:
-    """All arrays of a step by their names, some at a time, on this process's first device.
+    """All arrays of a step by dotted path, `_PORTION` bytes at a time, on this process's first device.
 
     Args:
         arrays: from `handler`.
-        place: of a step's arrays.
-        leaves: what was saved.
+        path: of a step's arrays.
+        leaves: of its manifest.
 
     Raises:
-        OSError, Damaged: as `damage.judged`.
+        OSError, DamagedCheckpoint: see `checkpoint_errors.classify`.
     """
-    tree = checkpoint_errors.attempt(lambda: arrays.metadata(place).tree)
-    found = manifest.named(tree)
-    if gone := sorted(leaves.keys() - found.keys()):
-        raise Damaged(f"{gone[0]} is missing")
+    tree = call_orbax(lambda: arrays.metadata(path).tree)
+    saved = manifest.arrays_by_path(tree)
+    if missing := sorted(leaves.keys() - saved.keys()):
+        raise DamagedCheckpoint(f"{missing[0]} is missing")
     for names in manifest.portions(leaves, _PORTION):
-        asked = {id(found[name]) for name in names}
-        some = jax.tree.map(lambda leaf, asked=asked: leaf if id(leaf) in asked else ocp.PLACEHOLDER, tree)
-        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), some)
-        arguments = ocp.args.PyTreeRestore(item=some, restore_args=how)
-        got = manifest.named(checkpoint_errors.attempt(functools.partial(arrays.restore, place, args=arguments)))
-        yield {name: jnp.asarray(got[name]) for name in names}
+        wanted = {id(saved[name]) for name in names}
+        target = jax.tree.map(lambda leaf, wanted=wanted: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, tree)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+        arguments = ocp.args.PyTreeRestore(item=target, restore_args=restore_args)
+        values = manifest.arrays_by_path(call_orbax(functools.partial(arrays.restore, path, args=arguments)))
+        yield {name: jnp.asarray(values[name]) for name in names}

@@ -1,4 +1,4 @@
-"""Where checkpoints are, and which of them stay."""
+"""Directories of checkpoints, and which steps are kept."""
 
 import errno
 import importlib.util
@@ -12,18 +12,18 @@ from etils import epath
 
 
 class Keep(NamedTuple):
-    """Which steps stay when a new one is whole: all that one of the three names."""
+    """Which steps are kept when a new one has been committed: those that any of the three rules names."""
 
     latest: int = 2
-    every: int = 0  # steps that this divides, 0 for none
+    every: int = 0  # multiples of this; 0 for none
     best: int = 0  # those with the lowest metric
 
     def of(self, steps: Sequence[int], metrics: Mapping[int, float]) -> set[int]:
-        """The steps that stay.
+        """The steps that are kept.
 
         Args:
-            steps: all there are.
-            metrics: of those that were measured; of equals the later is the better.
+            steps: all that exist.
+            metrics: of the steps that were evaluated; of equal ones the later step is the better.
         """
         steps = sorted(steps)
         measured = sorted((s for s in steps if s in metrics), key=lambda s: (metrics[s], -s))
@@ -32,55 +32,55 @@ class Keep(NamedTuple):
 
 
 class Retention:
-    """`Keep` as Orbax asks for it."""
+    """`Keep` as an Orbax preservation policy."""
 
     def __init__(self, keep: Keep, metrics: Mapping[int, float]):
-        """`metrics` is looked at whenever a step has been saved."""
+        """`metrics` is read after every save."""
         self._keep, self._metrics = keep, metrics
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Of each checkpoint, which have a `step`, whether it stays."""
-        stay = self._keep.of([checkpoint.step for checkpoint in checkpoints], self._metrics)
-        return [checkpoint.step in stay for checkpoint in checkpoints]
+        """Orbax's interface: whether each checkpoint is kept."""
+        steps = self._keep.of([checkpoint.step for checkpoint in checkpoints], self._metrics)
+        return [checkpoint.step in steps for checkpoint in checkpoints]
 
 
-def place(directory: os.PathLike | str) -> epath.Path:
-    """A directory on a disk or in a bucket, absolute.
+def checkpoint_directory(directory: os.PathLike | str) -> epath.Path:
+    """A local directory as an absolute path, or a gs:// path.
 
     Raises:
-        ValueError: it is neither, or what a bucket needs is not installed.
+        ValueError: it is neither, or gcsfs is not installed.
     """
     text = os.fspath(directory)
     if "://" not in text:
         return epath.Path(Path(text).expanduser().absolute())
     scheme, _, rest = text.partition("://")
     if scheme != "gs" or not rest.partition("/")[0]:
-        raise ValueError(f"{text} is no place for checkpoints: give a directory on a disk, or gs://BUCKET/PATH")
+        raise ValueError(f"checkpoints cannot be stored under {text}: give a local directory, or gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{text} is in a bucket of Google Cloud Storage, which needs gcsfs: install jaxkd[gcs]")
     return epath.Path(text)
 
 
-def check_room(directory: epath.Path, size: int) -> None:
-    """See that a checkpoint fits, before anything is written; of a bucket nobody knows.
+def check_free_space(directory: epath.Path, size: int) -> None:
+    """See that a checkpoint fits on the disk before anything is written; a bucket's size is unknown.
 
     Args:
-        directory: one that exists.
-        size: bytes of its arrays.
+        directory: an existing one.
+        size: bytes of the checkpoint's arrays.
 
     Raises:
-        OSError: it does not.
+        OSError: it does not fit.
     """
     if "://" in os.fspath(directory):
         return
     need, free = size * 1.05 + 2**20, shutil.disk_usage(directory).free
     if free < need:
-        said = f"the disk is full: a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
-        raise OSError(errno.ENOSPC, said, os.fspath(directory))
+        message = f"the disk is full: a checkpoint takes {need / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, message, os.fspath(directory))
 
 
-def aside(directory: epath.Path, steps: Sequence[int]) -> dict[int, str]:
-    """Names, by step, that nothing takes for checkpoints and nothing has yet."""
+def set_aside_names(directory: epath.Path, steps: Sequence[int]) -> dict[int, str]:
+    """step -> an unused name (`STEP.aside`, `STEP.aside-2`, ...) that is not read as a checkpoint."""
     names: dict[int, str] = {}
     for step in steps:
         names[step], number = f"{step}.aside", 1

@@ -1,4 +1,4 @@
-"""All that a run's next step depends on, beside the mixture: what is checkpointed."""
+"""The train state: with the mixture, all that the next step depends on and all that is checkpointed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,64 +14,67 @@ from jaxkd.train.guard import Recent
 
 
 class TrainState(NamedTuple):
-    """`params["student"]` is the model, `params["objective"]` what the objective itself learns."""
+    """`params["student"]` is the model, `params["objective"]` the objective's own parameters.
 
-    step: jax.Array  # [] int32: updates made
+    A part that the run does not use is None and is not checkpointed.
+    """
+
+    step: jax.Array  # [] int32: steps made, skipped ones included
     params: dict[str, PyTree]
     opt_state: PyTree
-    ema: PyTree = None  # running average of the student's parameters, where it is its own teacher
-    groups: Groups | None = None  # weights of the domains in the loss, where they move at every step
-    recent: Recent | None = None  # losses and gradient norms, where a step is left out that is far above them
+    ema: PyTree = None  # running average of the student's parameters, for teacher.path=self
+    group_dro: Groups | None = None  # domain weights in the loss, for data.mixture=doremi_proxy
+    recent: Recent | None = None  # recent losses and gradient norms, for optim.spike
 
 
-def present(state: TrainState) -> dict[str, Any]:
-    """The parts that a state has, by name: one that is not kept leaves nothing on disk."""
+def parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are not None, by name."""
     return {name: part for name, part in state._asdict().items() if part is not None}
 
 
-BEGIN: Mapping[str, Callable[[], Any]] = {"recent": guard.init}
-"""Parts that a run may begin to keep at any step, as empty as at its first, or may cease to keep.
+OPTIONAL: Mapping[str, Callable[[], Any]] = {"recent": guard.init}
+"""Parts that may be switched on or off in the middle of a run, and their initial values.
 
-What spikes are compared with fills by itself; an average or weights that began later would not be what the config says.
+The window of recent losses refills by itself. An average or domain weights that started late would not be those that
+the config describes, so they must be in a checkpoint exactly if the config uses them.
 """
-_WHAT = {
+_REQUIRED = {
     "ema": "the student's running average (teacher.path=self)",
-    "groups": "weights of the domains in the loss (data.mixture=doremi_proxy)",
+    "group_dro": "domain weights in the loss (data.mixture=doremi_proxy)",
 }
 
 
-def restorable(kept: set[str], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the wanted parts that are read from a checkpoint; the others begin with this process.
+def parts_to_read(saved: set[str], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The wanted parts that are read from a checkpoint; `with_defaults` adds the others.
 
     Args:
-        kept: the names of the parts that it has.
-        wanted: parts by name, as `present` gives them.
+        saved: names of the parts in the checkpoint.
+        wanted: parts by name, as from `parts`.
 
     Raises:
-        ValueError: a part is missing, or is there in vain, of which that is not right.
+        ValueError: the checkpoint lacks a part, or has one too many, that is not `OPTIONAL`.
     """
-    for name, what in _WHAT.items():
-        if name in wanted and name not in kept:
-            raise ValueError(f"it holds no {name}, {what}, which this config asks for: take the config it was saved by")
-        if name in kept and name not in wanted:
+    for name, description in _REQUIRED.items():
+        if (name in wanted) != (name in saved):
+            has, needs = ("no ", "needs") if name in wanted else ("", "does not use")
             raise ValueError(
-                f"it holds {name}, {what}, which this config does not keep: take the config it was saved by"
+                f"it holds {has}{name}, {description}, which this config {needs}: take the config it was saved by"
             )
-    return {name: part for name, part in wanted.items() if name in kept or name not in BEGIN}
+    return {name: part for name, part in wanted.items() if name in saved or name not in OPTIONAL}
 
 
-def begun(wanted: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts that were read, and the first values of the others, placed as they are wanted."""
-    place = lambda part: jax.tree.map(lambda leaf: leaf.sharding, part)
-    new = {name: jax.jit(BEGIN[name], out_shardings=place(wanted[name]))() for name in wanted.keys() - read.keys()}
-    return {**read, **new}
+def with_defaults(wanted: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts that were read, and initial values of the missing ones under the shardings of `wanted`."""
+    shardings = lambda part: jax.tree.map(lambda leaf: leaf.sharding, part)
+    missing = wanted.keys() - read.keys()
+    return {**read, **{name: jax.jit(OPTIONAL[name], out_shardings=shardings(wanted[name]))() for name in missing}}
 
 
 TRAINED = ("student", "objective")
 
 
-def trained(params: dict[str, PyTree], names: tuple[str, ...] = TRAINED) -> dict[str, PyTree]:
-    """The parameters that a run moves: the optimiser knows no others."""
+def trainable(params: dict[str, PyTree], names: tuple[str, ...] = TRAINED) -> dict[str, PyTree]:
+    """The parameters that the optimiser sees."""
     return {name: params[name] for name in params if name in names}
 
 
@@ -80,18 +83,18 @@ def init_state(
     tx: optax.GradientTransformation,
     names: tuple[str, ...] = TRAINED,
     averaged: bool = False,
-    groups: Groups | None = None,
+    group_dro: Groups | None = None,
     recent: Recent | None = None,
 ) -> TrainState:
-    """The state before the first step; parameters in float32.
+    """The state before the first step.
 
     Args:
-        params: all of them.
+        params: all of them, float32.
         tx: the optimiser.
-        names: which of `params` it moves, the objective's `trains`.
+        names: which of `params` it updates, the objective's `trains`.
         averaged: whether `ema` is kept.
-        groups: the first weights of the domains, where they move.
-        recent: `guard.init()`, where spikes are left out.
+        group_dro: the first domain weights, under Group DRO.
+        recent: `guard.init()`, where spikes are skipped.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trained(params, names)), ema, groups, recent)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trainable(params, names)), ema, group_dro, recent)

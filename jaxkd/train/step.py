@@ -1,4 +1,4 @@
-"""The one train step: teacher's signal, student, objective, update, as a pure function."""
+"""The train step, a pure function: teacher's signal, student's forward pass, objective, update."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,13 +15,13 @@ from jaxkd.losses.group_dro import GroupDRO, Groups
 from jaxkd.losses.objective import Objective
 from jaxkd.teachers.base import Teacher
 from jaxkd.train import guard
-from jaxkd.train.state import TrainState, trained
+from jaxkd.train.state import TrainState, trainable
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
 def split(batch: Batch, parts: int) -> Batch:
-    """Micro-batches on a leading axis, strided over the rows, so that each of them spans every device."""
+    """Micro-batches on a new leading axis: every `parts`-th row each, so that each micro-batch spans every device."""
 
     def strided(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
@@ -31,33 +31,32 @@ def split(batch: Batch, parts: int) -> Batch:
 
 
 def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    # Not asked for where there are none, so that any `forward(params, batch)` will do.
+    # No keyword where there are none, so that a plain `forward(params, batch)` works.
     return {"taps": names} if names else {}
 
 
 def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1):
-    """`gradient(params, teacher_state, batch, step, ema=None, groups=None) -> (gradients, metrics)`, means over tokens.
+    """`gradient(params, teacher_state, batch, step, ema=None, group_dro=None) -> (gradients, metrics)`, token means.
 
-    Values, gradients and metrics are summed over micro-batches and divided once by the global token weight. The
-    domains' weights `groups` are traced arrays: as they move, nothing is compiled again.
+    Values, gradients and metrics are summed over micro-batches and divided once by the global token weight.
 
     Raises:
-        ValueError: when a term needs features that the teacher's signal does not have.
+        ValueError: a term needs features that the teacher's signal does not have.
     """
     if objective.teacher_taps and "taps" not in teacher.requires:
         raise ValueError(
-            f"{objective.needs_of_teacher()}, but this teacher's signal has no features: give a live teacher, or leave "
-            "the term out"
+            f"{objective.needs_of_teacher()}, but this teacher's signal has no features: take an online teacher, or "
+            "leave the term out"
         )
 
-    def value(moving, params, teacher_state, batch, step, ema, by_domain):
-        params = params | moving
+    def value(trained, params, teacher_state, batch, step, ema, by_domain):
+        params = params | trained
         signal = None
         if objective.uses_teacher or teacher.writes:
-            known = _taps(objective.teacher_taps) | {"step": step, "own": params["student"] if ema is None else ema}
-            given = {name: each for name, each in known.items() if name in teacher.requires}
-            signal = teacher.signal(teacher_state, batch, **given)
-        if isinstance(signal, Batch):  # the teacher's own text, in the place of the data's
+            options = _taps(objective.teacher_taps) | {"step": step, "own": params["student"] if ema is None else ema}
+            options = {name: option for name, option in options.items() if name in teacher.requires}
+            signal = teacher.signal(teacher_state, batch, **options)
+        if isinstance(signal, Batch):  # the teacher's own text instead of the data's
             batch, signal = signal, None
         student = forward(params["student"], batch, **_taps(objective.student_taps))
         return objective.loss(params["objective"], student, signal, batch, step, by_domain)
@@ -68,20 +67,21 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
         batch: Batch,
         step: jax.Array,
         ema: PyTree = None,
-        groups: Groups | None = None,
+        group_dro: Groups | None = None,
     ) -> tuple[PyTree, Metrics]:
-        moving = trained(params, objective.trains)
-        slope = partial(jax.grad(value, has_aux=True), moving, params)
-        # Of the whole batch, before it is cut: a micro-batch alone would weigh its domains otherwise.
-        by_domain = None if groups is None else dro.factors(groups, dro.tokens(batch, len(groups.sampling)))
+        gradient_fn = partial(jax.grad(value, has_aux=True), trainable(params, objective.trains), params)
+        # From the whole batch, since a micro-batch has other shares of the domains.
+        by_domain = None if group_dro is None else dro.factors(group_dro, dro.tokens(batch, len(group_dro.sampling)))
         if micro_batches == 1:
-            grads, metrics = slope(teacher_state, batch, step, ema, by_domain)
+            grads, metrics = gradient_fn(teacher_state, batch, step, ema, by_domain)
         else:
             parts = split(batch, micro_batches)
-            first = jax.eval_shape(slope, teacher_state, jax.tree.map(lambda x: x[0], parts), step, ema, by_domain)
+            first = jax.eval_shape(
+                gradient_fn, teacher_state, jax.tree.map(lambda x: x[0], parts), step, ema, by_domain
+            )
 
             def accumulate(carry, part):
-                return jax.tree.map(jnp.add, carry, slope(teacher_state, part, step, ema, by_domain)), None
+                return jax.tree.map(jnp.add, carry, gradient_fn(teacher_state, part, step, ema, by_domain)), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
@@ -103,62 +103,61 @@ def make_step(
 ) -> Step:
     """`step(state, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    A step whose loss or gradient is not finite leaves everything as it was but `state.step`, which the next batch
-    follows from; the metric `skipped` is then 1.
+    A step whose loss or gradient is not finite changes nothing but `state.step`; its metric `skipped` is then 1.
 
     Args:
         forward: the student's.
         teacher: its state is the step's second argument.
         objective: what to minimise.
         tx: the optimiser.
-        micro_batches: parts into which the batch is cut to save memory; it divides the batch's rows.
-        decay: d of ema <- d ema + (1 - d) params, where the state keeps an average of the student.
-        group_dro: how the domains' weights move, where the state keeps them; the objective then reports `excess`. A
-            step's gradient has the weights of the step before, since its own losses are made together with it.
-        spike: standard deviations above the mean of `state.recent`, where the state keeps it, from which on a loss or
-            gradient norm is left out too.
+        micro_batches: parts that the batch is split into to save memory; divides its number of rows.
+        decay: d of ema <- d ema + (1 - d) params, where the state has an average.
+        group_dro: how domain weights are updated, where the state has them; the objective then reports `excess`. A
+            step's gradient has the weights of the step before: its own losses are known only together with it.
+        spike: standard deviations above the mean of `state.recent`, where the state has it, from which on a step is
+            skipped for its loss or gradient norm.
 
     Raises:
-        ValueError: when a term needs features that the teacher's signal does not have.
+        ValueError: a term needs features that the teacher's signal does not have.
     """
     gradient = make_gradient(forward, teacher, objective, micro_batches)
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, state.groups)
+        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, state.group_dro)
         (total, tokens), norm, one = metrics["loss"], optax.tree.norm(grads), jnp.ones(())
         loss = total / jnp.where(tokens > 0, tokens, 1.0)
-        # Both are sums over all devices, so that all of them decide alike.
-        taken, recent = jnp.isfinite(loss) & jnp.isfinite(norm), state.recent
+        # Both are global sums, so all devices decide alike.
+        applied, recent = jnp.isfinite(loss) & jnp.isfinite(norm), state.recent
         if recent is not None:
-            taken &= guard.usual(recent, loss, norm, spike)
-            recent = guard.remember(recent, loss, norm)
-        moving = trained(state.params, objective.trains)
-        updates, opt_state = tx.update(grads, state.opt_state, moving)
-        moved = (optax.apply_updates(moving, updates), opt_state)
-        moved, opt_state = guard.choose(taken, moved, (moving, state.opt_state))
-        params = state.params | moved
+            applied &= guard.is_usual(recent, loss, norm, spike)
+            recent = guard.append(recent, loss, norm)
+        before = (trainable(state.params, objective.trains), state.opt_state)
+        updates, opt_state = tx.update(grads, state.opt_state, before[0])
+        after = (optax.apply_updates(before[0], updates), opt_state)
+        trained, opt_state = guard.select(applied, after, before)
+        params = state.params | trained
         metrics["grad_norm"] = (norm, one)
         metrics["param_norm"] = (optax.tree.norm(params), one)
         metrics["tokens"] = (tokens, one)
-        metrics["skipped"] = (1.0 - taken, one)
+        metrics["skipped"] = (1.0 - applied, one)
         ema = state.ema
         if ema is not None and decay != 1:
             averaged = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params["student"])
-            ema = guard.choose(taken, averaged, ema)
-        groups = state.groups
-        if groups is not None and group_dro is not None:
-            groups, weights = _moved(groups, metrics, objective.domains, state.step, group_dro)
-            groups = guard.choose(taken, groups, state.groups)
-            metrics |= weights
-        return TrainState(state.step + 1, params, opt_state, ema, groups, recent), metrics
+            ema = guard.select(applied, averaged, ema)
+        weights = state.group_dro
+        if weights is not None and group_dro is not None:
+            weights, used = _update_weights(weights, metrics, objective.domains, state.step, group_dro)
+            weights = guard.select(applied, weights, state.group_dro)
+            metrics |= used
+        return TrainState(state.step + 1, params, opt_state, ema, weights, recent), metrics
 
     return step
 
 
-def _moved(
+def _update_weights(
     groups: Groups, metrics: Metrics, names: tuple[str, ...], step: jax.Array, how: GroupDRO
 ) -> tuple[Groups, Metrics]:
-    """The domains' weights after a step, and as metrics those that it was made with."""
-    excess, found = (jnp.stack([metrics[f"excess/{name}"][i] for name in names]) for i in (0, 1))
+    """The domain weights after a step, and as metrics those that it used."""
+    excess, tokens = (jnp.stack([metrics[f"excess/{name}"][i] for name in names]) for i in (0, 1))
     used = {f"weight/{name}": (jnp.exp(groups.log_weights[i]), jnp.ones(())) for i, name in enumerate(names)}
-    return dro.update(groups, excess, found, step, how), used
+    return dro.update(groups, excess, tokens, step, how), used

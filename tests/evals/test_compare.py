@@ -125,7 +125,7 @@ def test_no_gap_where_the_student_was_not_behind():
 
 def test_a_teacher_that_gives_nan_is_named():
     comparison = lambda batch: sums(10.0, math.nan, 1.0, 1.0, 10.0)
-    with pytest.raises(ValueError, match="teacher_nats of domain 'law' is nan at step 7"):
+    with pytest.raises(ValueError, match=r"teacher_nats.*'law'.*step 7"):
         compare.evaluate(comparison, {"law": [(make_batch(0), np.array([7]))]}, 7)
-    with pytest.raises(ValueError, match="'law' have no token to score"):
+    with pytest.raises(ValueError, match="'law'"):
         compare.evaluate(lambda b: sums(0, 0, 0, 0, 0.0), {"law": [(make_batch(0), np.array([0]))]}, 7)

@@ -90,7 +90,7 @@ def problem(micro_batches=1):
         excess=True,
     )
     teacher, tx = online(random_params(CONFIG, 1), forward), optax.sgd(1.0)
-    state = init_state({"student": random_params(CONFIG, 0), "objective": {}}, tx, groups=group_dro.init(SAMPLING))
+    state = init_state({"student": random_params(CONFIG, 0), "objective": {}}, tx, group_dro=group_dro.init(SAMPLING))
     step = jax.jit(make_step(forward, teacher, objective, tx, micro_batches, group_dro=GroupDRO(1.0, 1e-3)))
     return forward, teacher, step, state
 
@@ -100,7 +100,7 @@ def test_the_step_weighs_each_token_by_its_domain_and_scores_what_it_saw():
     forward, teacher, step, state = problem()
     batch = make_batch()
     weights = jnp.array([0.1, 0.3, 0.6])
-    state = state._replace(groups=state.groups._replace(log_weights=jnp.log(weights)))
+    state = state._replace(group_dro=state.group_dro._replace(log_weights=jnp.log(weights)))
 
     def losses(params):
         z, zt = (h.hidden @ h.unembed[:, :250] for h in (forward(p, batch).head for p in (params, teacher.state)))
@@ -117,12 +117,12 @@ def test_the_step_weighs_each_token_by_its_domain_and_scores_what_it_saw():
     _, (student, reference) = losses(state.params["student"])
     excess = jnp.maximum(student - reference, 0.0) * batch.weights
     score = [excess[batch.domain == d].sum() / batch.weights[batch.domain == d].sum() for d in range(3)]
-    np.testing.assert_allclose(after.groups.score, score, rtol=1e-4)
+    np.testing.assert_allclose(after.group_dro.score, score, rtol=1e-4)
     for d, name in enumerate(DOMAINS):
         np.testing.assert_allclose(metrics[f"weight/{name}"][0], weights[d], rtol=1e-5)
         np.testing.assert_allclose(metrics[f"excess/{name}"][0] / metrics[f"excess/{name}"][1], score[d], rtol=1e-4)
     expected = (1 - 1e-3) * softmax(np.log(weights) + np.asarray(score)) + 1e-3 / 3
-    np.testing.assert_allclose(np.exp(after.groups.log_weights), expected, rtol=1e-4)
+    np.testing.assert_allclose(np.exp(after.group_dro.log_weights), expected, rtol=1e-4)
     assert metrics["loss"][1] == batch.weights.sum()  # tokens stay what they are
 
 
@@ -132,7 +132,7 @@ def test_micro_batches_and_devices_weigh_alike_and_moving_weights_compile_nothin
     reference = step(state, teacher.state, batch)[0]
     again = step(reference, teacher.state, batch)[0]
     assert step._cache_size() == 1
-    assert not np.array_equal(again.groups.log_weights, reference.groups.log_weights)
+    assert not np.array_equal(again.group_dro.log_weights, reference.group_dro.log_weights)
     _, _, spread, _ = problem(4)
     mesh = sharding.make_mesh(2, 1, jax.devices()[:2])
     shapes, axes = transformer.abstract(CONFIG)

@@ -88,7 +88,7 @@ def test_to_the_best(workdir):
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_path):
-    assert_refused(workdir, "5", f"there is no checkpoint {workdir}/checkpoints/5; steps that are there: 3, 6, 9")
+    assert_refused(workdir, "5", f"there is no checkpoint {workdir}/checkpoints/5; existing steps: 3, 6, 9")
     assert_refused(workdir, "last", "--step last is no checkpoint: give a number of steps, or best")
     assert "holds no run" in rollback(tmp_path / "nothing", "3").stderr
     assert not (tmp_path / "nothing").exists()

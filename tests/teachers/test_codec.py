@@ -204,22 +204,22 @@ def test_draws_of_one_token_counted_for_another():
     layout, ids = Layout("sampled", 2, 9, 3), np.array([[4, -1, -1]] * 2)
     payload = encode(layout, Sampled(ids, np.array([[3, 0, 0]] * 2)), np.ones(2, bool))
     assert payload[-1] == 0b100100
-    with pytest.raises(ValueError, match="its draws do not belong to its tokens"):
+    with pytest.raises(ValueError, match="draws"):
         decode(layout, payload[:-1] + bytes([0b100001]))
 
 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        (("logits", 8), "signal 'logits' cannot be stored, only hidden, top_k, sampled, token"),
-        (("hidden", 8, 0, 0, (), 4, "float16"), "is stored as .*, not as 'float16'"),
-        (("hidden", 8, 0, 0, (), 0, "int8"), "the width of a hidden signal must be at least 1, got 0"),
-        (("top_k", 8, 50, 0, (1.0,), 0, "uint8"), "the entries of a top_k signal must be at least 1, got 0"),
-        (("top_k", 8, 50, 51, (1.0,), 0, "uint8"), "no 51 different ids in a vocabulary of 50"),
-        (("top_k", 8, 50, 5, (), 0, "uint8"), "at least one temperature"),
-        (("token", 0, 50), "the length of a token signal must be at least 1, got 0"),
-        (("top_k", 2**40, 2**31, 5, (1.0,), 0, "uint8"), "more than the code of ids can hold"),
-        (("sampled", 2**20, 50, 2**12), "more than the code of ids can hold"),
+        (("logits", 8), "'logits'"),
+        (("hidden", 8, 0, 0, (), 4, "float16"), "'float16'"),
+        (("hidden", 8, 0, 0, (), 0, "int8"), "width"),
+        (("top_k", 8, 50, 0, (1.0,), 0, "uint8"), "entries"),
+        (("top_k", 8, 50, 51, (1.0,), 0, "uint8"), "entries=51"),
+        (("top_k", 8, 50, 5, (), 0, "uint8"), "temperature"),
+        (("token", 0, 50), "length"),
+        (("top_k", 2**40, 2**31, 5, (1.0,), 0, "uint8"), "code of ids"),
+        (("sampled", 2**20, 50, 2**12), "code of ids"),
     ],
 )
 def test_impossible_layout(facts, message):
@@ -243,22 +243,22 @@ DRAWS = Layout("sampled", 2, 9, 3)
 @pytest.mark.parametrize(
     ("layout", "row", "message"),
     [
-        (TOP_K, _top_k(ids=((1, 2), (3, 3))), "token 1 of a row does not have 2 different ids from 0 to 8"),
-        (TOP_K, _top_k(ids=((1, 2), (3, 9))), "token 1 of a row does not have 2 different ids"),
-        (TOP_K, _top_k(ids=((-1, 2), (3, 4))), "token 0 of a row does not have 2 different ids"),
-        (TOP_K, _top_k(lp=((-1.0, -2.0), (3.0, 2.0))), "token 1 .* normalise the logits over the whole vocabulary"),
-        (TOP_K, _top_k(tail=((np.nan,), (-1.0,))), "token 0 .* above 0 or NaN"),
-        (TOP_K, _top_k(ids=((1, 2, 3), (3, 4, 5))), r"ids must be \[2, 2\], got \[2, 3\]"),
-        (TOP_K, Hidden(np.zeros((2, 3), np.float32)), "a top_k signal is stored from a TopK, got Hidden"),
-        (DRAWS, Sampled(np.array([[1, 2, -1]] * 2), np.array([[2, 1, 0], [1, 1, 0]])), "token 1 .* not have 3 draws"),
-        (DRAWS, Sampled(np.array([[1, 9, -1]] * 2), np.array([[2, 1, 0]] * 2)), "token 0 .* drawn id outside 0 to 8"),
-        (DRAWS, Sampled(np.array([[1, 2, -1], [4, 4, -1]]), np.array([[2, 1, 0]] * 2)), "token 1 .* has an id twice"),
-        (Layout("hidden", 2, width=1, dtype="int8"), Hidden(np.array([[1.0], [np.inf]])), "token 1 .* not finite"),
-        (Layout("hidden", 2, width=1, dtype="bfloat16"), Hidden(np.array([[1.0], [3.4e38]])), "beyond the range of bf"),
-        (Layout("token", 2, 9), _text(tokens=[1, 9]), "token 1 of a row is outside 0 to 8"),
-        (Layout("token", 2, 9), _text(weights=[0.5, 0.0]), "token 0 of a row has weights that do not follow"),
-        (Layout("token", 2, 9), _text(targets=[1, 0]), "token 0 of a row has targets that do not follow"),
-        (Layout("token", 2, 9), _text(positions=[0, 2]), "token 1 of a row has positions that do not follow"),
+        (TOP_K, _top_k(ids=((1, 2), (3, 3))), "token 1"),
+        (TOP_K, _top_k(ids=((1, 2), (3, 9))), "token 1"),
+        (TOP_K, _top_k(ids=((-1, 2), (3, 4))), "token 0"),
+        (TOP_K, _top_k(lp=((-1.0, -2.0), (3.0, 2.0))), "token 1"),
+        (TOP_K, _top_k(tail=((np.nan,), (-1.0,))), "token 0"),
+        (TOP_K, _top_k(ids=((1, 2, 3), (3, 4, 5))), r"ids.*\[2, 3\]"),
+        (TOP_K, Hidden(np.zeros((2, 3), np.float32)), "Hidden"),
+        (DRAWS, Sampled(np.array([[1, 2, -1]] * 2), np.array([[2, 1, 0], [1, 1, 0]])), "token 1 .*draws"),
+        (DRAWS, Sampled(np.array([[1, 9, -1]] * 2), np.array([[2, 1, 0]] * 2)), "token 0"),
+        (DRAWS, Sampled(np.array([[1, 2, -1], [4, 4, -1]]), np.array([[2, 1, 0]] * 2)), "token 1"),
+        (Layout("hidden", 2, width=1, dtype="int8"), Hidden(np.array([[1.0], [np.inf]])), "token 1"),
+        (Layout("hidden", 2, width=1, dtype="bfloat16"), Hidden(np.array([[1.0], [3.4e38]])), "token 1 .*bfloat16"),
+        (Layout("token", 2, 9), _text(tokens=[1, 9]), "token 1"),
+        (Layout("token", 2, 9), _text(weights=[0.5, 0.0]), "token 0 .*weights"),
+        (Layout("token", 2, 9), _text(targets=[1, 0]), "token 0 .*targets"),
+        (Layout("token", 2, 9), _text(positions=[0, 2]), "token 1 .*positions"),
     ],
 )  # fmt: skip
 def test_refused_rows(layout, row, message):
@@ -268,5 +268,5 @@ def test_refused_rows(layout, row, message):
 
 
 def test_live_is_checked():
-    with pytest.raises(ValueError, match=r"live must be bool \[2\], got float64 \[2\]"):
+    with pytest.raises(ValueError, match="live"):
         encode(TOP_K, _top_k(), np.ones(2))

@@ -171,7 +171,7 @@ def test_named_when_on_the_disk(tmp_path, monkeypatch):
 
 
 def test_two_writers(tmp_path):
-    refused = pytest.raises(ValueError, match=rf"another process is writing the cache {tmp_path}")
+    refused = pytest.raises(ValueError, match=str(tmp_path))
     with Writer(tmp_path, MANIFEST, SIZES), refused, Writer(tmp_path, MANIFEST, SIZES):
         pass
     with Writer(tmp_path, MANIFEST, SIZES) as writer:
@@ -180,9 +180,7 @@ def test_two_writers(tmp_path):
 
 def test_several_processes(tmp_path):
     """Those that do not lead write blocks beside the one that does."""
-    alone = pytest.raises(
-        ValueError, match="holds no cache, although its leader was to make it: all processes must see"
-    )
+    alone = pytest.raises(ValueError, match=f"{tmp_path} holds no cache")
     with alone, Writer(tmp_path, MANIFEST, SIZES, 8, leader=False) as other:
         other.missing()
     with Writer(tmp_path, MANIFEST, SIZES, 8, leader=False) as other, Writer(tmp_path, MANIFEST, SIZES, 8) as leader:
@@ -190,29 +188,29 @@ def test_several_processes(tmp_path):
         assert other.missing() == blocks
         for number, block in enumerate(blocks):
             (leader, other)[number % 2].write(block, payloads(block))
-        with pytest.raises(ValueError, match="only the leader finishes"):
+        with pytest.raises(ValueError, match="leader"):
             other.finish()
         leader.finish()
     assert holds_all(tmp_path)
 
 
 def test_nothing_and_too_little(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no cache: make it with `jaxkd cache --config \.\.\.`"):
+    with pytest.raises(FileNotFoundError, match="jaxkd cache"):
         Store(tmp_path)
     with Writer(tmp_path, MANIFEST, SIZES, 8) as writer:
         blocks = writer.missing()
         assert [tuple(block)[2:] for block in blocks] == [(0, 0, 8), (1, 8, 16), (2, 16, 23), (0, 0, 3), (0, 0, 8)]
         writer.write(blocks[1], payloads(blocks[1]))
-        with pytest.raises(ValueError, match="7 payloads are not the rows 0 to 8"):
+        with pytest.raises(ValueError, match="7 payloads"):
             writer.write(blocks[0], payloads(blocks[0])[1:])
-        with pytest.raises(ValueError, match=r"still lacks 4 blocks, the first is .*'alpha'.*number=0"):
+        with pytest.raises(ValueError, match=r"4 blocks.*'alpha'.*number=0"):
             writer.finish()
-    with pytest.raises(ValueError, match=r"is incomplete: 4 of 5 blocks are missing, .*-00000-of-00003; .* it goes on"):
+    with pytest.raises(ValueError, match=r"4 of 5 .*-00000-of-00003"):
         Store(tmp_path)
     with Writer(tmp_path, MANIFEST, SIZES, 8) as writer:
         for block in writer.missing():
             writer.write(block, payloads(block))
-    with pytest.raises(ValueError, match=r"is incomplete: 0 of 5 blocks are missing; run"):
+    with pytest.raises(ValueError, match="0 of 5"):
         Store(tmp_path)
     assert holds_all(fill(tmp_path))
 
@@ -221,15 +219,16 @@ def test_another_cache_in_the_place(tmp_path):
     fill(tmp_path)
     other = {**MANIFEST, "entries": 8, "teacher": {"fingerprint": "xyz", "dtype": "float32"}, "seed": 1}
     del other["temperatures"]
-    with pytest.raises(ValueError, match="was made with") as caught, Writer(tmp_path, other, SIZES, 16):
+    with pytest.raises(ValueError, match=r"teacher.fingerprint") as caught, Writer(tmp_path, other, SIZES, 16):
         pass
     for part in (
-        f"the cache {tmp_path} was made with",
-        'teacher.fingerprint="abc", this run asks for "xyz"',
-        "entries=64, this run asks for 8",
-        "block=8, this run asks for 16",
-        "no seed, this run asks for 1",
-        "temperatures=[1.0, 2.0], this run asks for none",
+        str(tmp_path),
+        'teacher.fingerprint="abc"',
+        '"xyz"',
+        "entries=64",
+        "block=8",
+        "no seed",
+        "temperatures=[1.0, 2.0]",
     ):
         assert part in str(caught.value)
     assert "dtype" not in str(caught.value)
@@ -238,7 +237,7 @@ def test_another_cache_in_the_place(tmp_path):
 
 def test_other_files_in_the_place(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"holds thesis.tex and no cache"), Writer(tmp_path, MANIFEST, SIZES):
+    with pytest.raises(ValueError, match=r"thesis.tex"), Writer(tmp_path, MANIFEST, SIZES):
         pass
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
@@ -246,39 +245,38 @@ def test_other_files_in_the_place(tmp_path):
 def test_expectations(tmp_path):
     store = Store(fill(tmp_path))
     store.expect({"rows": {"beta": "b1"}, "temperatures": (1.0, 2.0), "layouts": {"train": LAYOUTS["train"]}})
-    with pytest.raises(ValueError, match="this run asks for") as caught:
+    with pytest.raises(ValueError, match="entries") as caught:
         store.expect({"entries": 8, "rows": {"beta": "b2", "gamma": "c1"}, "teacher": {"fingerprint": "abc"}})
-    assert str(caught.value) == (
-        f'the cache {tmp_path} was made with entries=64, this run asks for 8; with rows.beta="b1", this run asks for '
-        '"b2"; with no rows.gamma, this run asks for "c1": name another directory, or change the config'
-    )
+    for part in (str(tmp_path), "entries=64", 'rows.beta="b1"', '"b2"', "no rows.gamma", '"c1"'):
+        assert part in str(caught.value)
+    assert "fingerprint" not in str(caught.value)
 
 
 def test_bad_requests(tmp_path):
     store = Store(fill(tmp_path))
-    with pytest.raises(ValueError, match="no rows of gamma/train, only of alpha/train, alpha/valid, beta/train"):
+    with pytest.raises(ValueError, match="gamma/train"):
         store.read("gamma", "train", [0])
-    with pytest.raises(ValueError, match=r"no split 'dev', only \['train', 'valid'\]"):
+    with pytest.raises(ValueError, match="'dev'"):
         store.layout("dev")
     for row in (23, -1):
-        with pytest.raises(IndexError, match=r"were asked for, alpha/train in the cache .* has 23"):
+        with pytest.raises(IndexError, match=r"alpha/train.* 23"):
             store.read("alpha", "train", [0, row])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sizes": {}}, "needs a domain"),
-        ({"sizes": {"alpha": {"train": 0}}}, "at least 1 row, got 0"),
-        ({"sizes": {"../alpha": {"train": 1}}}, "domain name '../alpha' must be made of"),
-        ({"sizes": {"alpha": {"test": 1}}}, "layouts do not name the split 'test'"),
-        ({"manifest": {**MANIFEST, "complete": True}}, "complete are the writer's to say"),
+        ({"sizes": {}}, "domain"),
+        ({"sizes": {"alpha": {"train": 0}}}, "alpha/train"),
+        ({"sizes": {"../alpha": {"train": 1}}}, "'../alpha'"),
+        ({"sizes": {"alpha": {"test": 1}}}, "'test'"),
+        ({"manifest": {**MANIFEST, "complete": True}}, "complete"),
         (
             {"manifest": {"layouts": {**LAYOUTS, "train": {"signal": "logits", "length": 1}}}},
-            "'logits' cannot be stored",
+            "'logits'",
         ),
-        ({"block": 0}, "at least 1 row, got 0"),
-        ({"root": "gs://bucket/cache"}, "mount the bucket"),
+        ({"block": 0}, "block"),
+        ({"root": "gs://bucket/cache"}, "gs://bucket/cache"),
     ],
 )
 def test_bad_arguments(change, message, tmp_path):
@@ -290,7 +288,7 @@ def test_bad_arguments(change, message, tmp_path):
 def test_shard_of_another_size(tmp_path):
     first, last = (file_of(fill(tmp_path), "alpha", "train", number) for number in (0, 2))
     first.write_bytes(last.read_bytes())
-    with pytest.raises(ValueError, match=rf"1 of 5 blocks are missing, the first is {first}"):
+    with pytest.raises(ValueError, match=rf"1 of 5 .*{first}"):
         Store(tmp_path)
 
 
@@ -298,7 +296,7 @@ def test_shard_of_another_size(tmp_path):
 def test_truncated_shard(tmp_path, cut):
     file = file_of(fill(tmp_path), "alpha", "train", 1)
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(ValueError, match=rf"1 of 5 blocks are missing, the first is {file}"):
+    with pytest.raises(ValueError, match=rf"1 of 5 .*{file}"):
         Store(tmp_path)
     with Writer(tmp_path, MANIFEST, SIZES, 8) as writer:
         assert [tuple(block)[:3] for block in writer.missing()] == [("alpha", "train", 1)]
@@ -312,7 +310,7 @@ def test_flipped_byte(tmp_path):
     place = content.index(payload("alpha", "train", 13))
     file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     store = Store(tmp_path)
-    with pytest.raises(ValueError, match=rf"row 13 of alpha/train in {file} is damaged: .*\. Delete that file and run"):
+    with pytest.raises(ValueError, match=rf"row 13 of alpha/train in {file}"):
         store.read("alpha", "train", [2, 13, 20])
     assert store.read("alpha", "train", [12, 14]) == [payload("alpha", "train", row) for row in (12, 14)]
     file.unlink()
@@ -322,7 +320,7 @@ def test_flipped_byte(tmp_path):
 def test_lost_tail_of_a_shard_while_reading(tmp_path):
     store, file = Store(fill(tmp_path)), file_of(tmp_path, "alpha", "train", 1)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"row 9 of alpha/train in {file} is damaged"):
+    with pytest.raises(ValueError, match=rf"row 9 of alpha/train in {file}"):
         store.read("alpha", "train", [0, 9])
 
 
@@ -331,10 +329,10 @@ def test_whole_records_in_the_wrong_place(tmp_path):
     fill(tmp_path)
     first, second = (file_of(tmp_path, "alpha", "train", number) for number in (0, 1))
     second.write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match=r"row 10 of alpha/train in .* is damaged: its checksum does not fit"):
+    with pytest.raises(ValueError, match=r"row 10 of alpha/train.*checksum"):
         Store(tmp_path).read("alpha", "train", [0, 10])
     first.write_bytes(file_of(tmp_path, "beta", "train", 0).read_bytes())
-    with pytest.raises(ValueError, match=r"row 3 of alpha/train in .* is damaged: its checksum does not fit"):
+    with pytest.raises(ValueError, match=r"row 3 of alpha/train.*checksum"):
         Store(tmp_path).read("alpha", "train", [3])
 
 
@@ -362,13 +360,13 @@ def test_full_disk(tmp_path, monkeypatch, error):
 def test_damaged_metadata(tmp_path):
     fill(tmp_path)
     (tmp_path / "beta" / "1.0.0" / "features.json").write_text("{")
-    with pytest.raises(ValueError, match=r"cannot be read through TFDS \(beta: .* writes what TFDS needs again"):
+    with pytest.raises(ValueError, match="beta"):
         Store(tmp_path)
     assert holds_all(fill(tmp_path))
     manifest = tmp_path / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="has format 2, this jaxkd has 1: make it again"):
+    with pytest.raises(ValueError, match="format 2"):
         Store(tmp_path)
     manifest.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json is damaged: delete the cache"):
+    with pytest.raises(ValueError, match=r"manifest.json"):
         Store(tmp_path)

@@ -72,7 +72,7 @@ def saves_and_restores(directory: str) -> None:
     again = Checkpoints(directory, Keep(2, best=1))
     found = again.recover(target)
     assert (found.step, found.progress) == (3, {"tokens": 3})
-    assert found.said[0].startswith(f"checkpoint {directory}/4 cannot be restored: its mixture differs")
+    assert f"{directory}/4" in found.warnings[0]
     jax.tree.map(np.testing.assert_array_equal, found.state, state_of(3))
     again.save(4, state_of(4), {"tokens": 4})
     again.wait()

@@ -17,7 +17,7 @@ import pytest
 from jaxkd.runtime.cluster import Unavailable
 from jaxkd.train import checkpoint_errors
 from jaxkd.train.checkpoint import Checkpoints
-from jaxkd.train.checkpoint_errors import Damaged
+from jaxkd.train.checkpoint_errors import DamagedCheckpoint
 from jaxkd.train.retention import Keep
 from jaxkd.train.state import TrainState
 
@@ -71,19 +71,19 @@ def another_number(step):
 
 
 DAMAGE = {
-    "one bit of a weight": (flip_in_w, r"params\.student\.w read from it differ from what was saved \(checksum\)"),
+    "one bit of a weight": (flip_in_w, "student.w"),
     "a truncated file": (lambda step: data(step).write_bytes(data(step).read_bytes()[:-900]), ""),
     "a file that is gone": (lambda step: data(step).unlink(), ""),
     "arrays that are gone": (lambda step: shutil.rmtree(step / "train"), ""),
     "no manifest": (
         lambda step: shutil.rmtree(step / "manifest"),
-        r"missing \(or an older jaxkd wrote it\)",
+        "manifest/metadata",
     ),
-    "an empty manifest": (lambda step: (step / "manifest/metadata").write_text(""), "manifest is not the JSON"),
+    "an empty manifest": (lambda step: (step / "manifest/metadata").write_text(""), "manifest"),
     "binary in the manifest": (lambda step: (step / "manifest/metadata").write_bytes(b"\xff\xfe"), "utf-8"),
-    "another mixture": (lambda step: (step / "mixture/metadata").write_text('{"tokens": 3}'), "mixture differs"),
-    "no mixture": (lambda step: (step / "mixture/metadata").unlink(), "mixture/metadata is missing"),
-    "another step": (another_number, "it is a copy of step 1"),
+    "another mixture": (lambda step: (step / "mixture/metadata").write_text('{"tokens": 3}'), "mixture"),
+    "no mixture": (lambda step: (step / "mixture/metadata").unlink(), "mixture/metadata"),
+    "another step": (another_number, "step 1"),
 }
 
 
@@ -92,7 +92,7 @@ def test_the_step_before_is_used_and_nothing_is_lost(damaged, what):
     change, message = DAMAGE[what]
     change(damaged / "2")
     left = {f.relative_to(damaged / "2"): f.read_bytes() for f in (damaged / "2").rglob("*") if f.is_file()}
-    with pytest.raises(Damaged, match=rf"checkpoint .*2 cannot be restored: .*{message}"):
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoints/2.*{message}"):
         Checkpoints(damaged, read_only=True).restore(2, abstract(state_of(0)))
     assert (damaged / "2").exists()  # who only reads sets nothing aside
 
@@ -100,16 +100,15 @@ def test_the_step_before_is_used_and_nothing_is_lost(damaged, what):
     found = checkpoints.recover(abstract(state_of(0)))
     assert (found.step, found.progress) == (1, {"tokens": 1})
     assert same(found.state, state_of(1))
-    [said] = found.said
-    assert said.startswith(f"checkpoint {damaged / '2'} cannot be restored: ")
-    assert said.endswith("; it is kept as 2.aside, and step 1 is used")
+    [warning] = found.warnings
+    assert all(name in warning for name in (str(damaged / "2"), "2.aside", "step 1"))
     aside = damaged / "2.aside"
     assert {f.relative_to(aside): f.read_bytes() for f in aside.rglob("*") if f.is_file()} == left
 
     checkpoints.save(2, state_of(2), {"tokens": 2})  # the same number again
     checkpoints.wait()
     again = checkpoints.recover(abstract(state_of(0)))
-    assert (again.step, again.said) == (2, ())
+    assert (again.step, again.warnings) == (2, ())
     assert same(again.state, state_of(2))
     checkpoints.close()
 
@@ -127,7 +126,7 @@ def test_whatever_byte_is_flipped_wrong_values_are_never_used(damaged):
             assert same(state, state_of(2)), file
             assert progress == {"tokens": 2}, file
             found[True] += 1
-        except Damaged:
+        except DamagedCheckpoint:
             found[False] += 1
         file.write_bytes(content)
     assert found[False] > 5
@@ -141,7 +140,7 @@ def test_what_orbax_can_do_without_is_not_missed(damaged, name):
     for path in lost:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     found = Checkpoints(damaged, Keep(9)).recover(abstract(state_of(0)))
-    assert (found.step, found.progress, found.said) == (2, {"tokens": 2}, ())
+    assert (found.step, found.progress, found.warnings) == (2, {"tokens": 2}, ())
     assert same(found.state, state_of(2))
 
 
@@ -164,12 +163,12 @@ class Answer(Exception):
         (PermissionError("no"), OSError),
         (ValueError("PERMISSION_DENIED: no rights"), OSError),
         (ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), OSError),
-        (Answer(404), Damaged),
-        (ValueError("Error reading ocdbt manifest"), Damaged),
+        (Answer(404), DamagedCheckpoint),
+        (ValueError("Error reading ocdbt manifest"), DamagedCheckpoint),
     ],
 )
 def test_what_cannot_be_read_is_damaged_or_refused_or_may_be_there_the_next_time(error, kind):
-    assert type(checkpoint_errors.judged(error)) is kind
+    assert type(checkpoint_errors.classify(error)) is kind
 
 
 def test_a_bucket_that_does_not_answer_is_not_empty(damaged):
@@ -180,7 +179,7 @@ def test_a_bucket_that_does_not_answer_is_not_empty(damaged):
             raise Answer(503)
 
     checkpoints.directory = Silent()
-    with pytest.raises(Unavailable, match="cannot be listed: answer 503"):
+    with pytest.raises(Unavailable, match="answer 503"):
         checkpoints.steps()
     assert Checkpoints(damaged / "nothing", read_only=True).steps() == []
 
@@ -189,7 +188,7 @@ def test_hosts_that_see_different_steps_save_nothing(damaged, monkeypatch):
     """Where one believed that a step is there, and the other wrote it, each would wait for the other."""
     checkpoints = Checkpoints(damaged, Keep(9))
     monkeypatch.setattr("jaxkd.runtime.multihost.broadcast", lambda name, make, patience: [*make(), 3])
-    with pytest.raises(Unavailable, match=r"hosts see different checkpoints under .*: \[1, 2, 3\] and \[1, 2\]"):
+    with pytest.raises(Unavailable, match=r"\[1, 2, 3\] and \[1, 2\]"):
         checkpoints.save(3, state_of(3), {})
     checkpoints.close()
 
@@ -206,7 +205,7 @@ def test_a_part_that_could_not_be_written_is_told_before_the_others_have_given_u
             raise ValueError("UNAVAILABLE: the bucket did not answer")
 
         patched.setattr(checkpoints._manager, "check_for_errors", failed)
-        with pytest.raises(Unavailable, match=r"failed: UNAVAILABLE: .* \(step 3 is the last .*; it may pass: the sam"):
+        with pytest.raises(Unavailable, match=r"UNAVAILABLE.*step 3"):
             checkpoints.check()
     checkpoints.close()
 
@@ -225,7 +224,7 @@ def test_orbax_asks_for_no_signal(damaged, monkeypatch):
 def test_parts_are_verified_by_themselves(damaged):
     flip_in_w(damaged / "2")
     reader, target = Checkpoints(damaged, read_only=True), abstract(state_of(0))
-    with pytest.raises(Damaged, match=r"params\.student\.w read from it differ"):
+    with pytest.raises(DamagedCheckpoint, match=r"student.w"):
         reader.restore_student(2, target.params["student"])
     step, student, wrong = reader.newest(lambda step: reader.restore_student(step, target.params["student"]))
     assert (step, list(wrong)) == (1, [2])
@@ -237,7 +236,7 @@ def test_without_a_whole_step_a_run_does_not_begin_anew(damaged):
     for step in ("1", "2"):
         shutil.rmtree(damaged / step / "mixture")
     checkpoints = Checkpoints(damaged)
-    with pytest.raises(ValueError, match=r"none of the checkpoints can be read, .* left as they are: .*Put one"):
+    with pytest.raises(ValueError, match=r"checkpoints/2.*checkpoints/1"):
         checkpoints.recover(abstract(state_of(0)))
     assert checkpoints.steps() == [1, 2]
     checkpoints.close()
@@ -288,7 +287,7 @@ def cannot_write(directory: Path) -> None:
             checkpoints.check()  # as the loop does after each step
             time.sleep(0.01)
 
-    with limit(resource.RLIMIT_FSIZE, 2**20), pytest.raises(OSError, match=r"failed: .*\(step 1 is the last that is w"):
+    with limit(resource.RLIMIT_FSIZE, 2**20), pytest.raises(OSError, match="step 1"):
         go_on()
     assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
     checkpoints.close()  # says nothing more
@@ -301,7 +300,7 @@ def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand
     # In another process, as it would be: threads of a write that failed may go on for a while in their own.
     again = Checkpoints(tmp_path, Keep(9))
     found = again.recover(abstract(state_of(0)))
-    assert (found.step, found.said) == (1, ())
+    assert (found.step, found.warnings) == (1, ())
     again.save(2, state_of(2), {"tokens": 2})
     again.wait()
     assert again.steps() == [1, 2]

