@@ -104,7 +104,7 @@ class SignalSpec(NamedTuple):
 def build(
     block: Mapping[str, Term], steps: int, models: Mapping[str, Config], signal: SignalSpec | None = None
 ) -> dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]]:
-    """Terms for `losses.objective.total` from the recipe's block.
+    """Terms for `losses.objective.objective` from the recipe's block.
 
     Args:
         block: terms by name.

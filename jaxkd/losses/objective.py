@@ -1,8 +1,8 @@
 """Terms of an objective, and the one fold that turns them into a value and its metrics.
 
-A vocabulary term only *describes* what it wants; `total` makes all per-token weights first and calls the
-fused kernel once for all of them. A `FeatureTerm` (see `features.py`) brings its own value beside its field. The value
-is a sum: the step divides it, with the gradients, once by the global token weight.
+A vocabulary term is a description; `objective` computes all per-token weights first and calls the fused kernel once for
+all of them. A `FeatureTerm` (see `features.py`) computes its own value and field. The value is a sum: the step divides
+it, with the gradients, once by the global token weight.
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from jaxkd.core.types import Batch, Divergence, Ensemble, Head, Metrics, Output,
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences
 from jaxkd.losses.feature_term import FeatureTerm
-from jaxkd.losses.hard_targets import excess_loss
 
 __all__ = ["match", "next_token"]
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Vocab(NamedTuple):
@@ -38,38 +39,53 @@ class Objective(NamedTuple):
     """What a step minimises.
 
     `init(key, student, teacher) -> params["objective"]` from the two sides' abstract outputs, which objectives without
-    features do not need; `loss(params, student, signal, batch, step, by_domain=None) -> (value, metrics)` with `value`
-    the weighted sum over the batch's tokens, `by_domain` [domains] a factor of every token's weight in it.
+    features do not need.
+
+    `loss(params, student, signal, batch, step, factors={}) -> (value, metrics)`: `value` is the weighted sum over the
+    batch's tokens. `factors` (name of a term -> [B L] or [B 1]) scale that term's weight of each token in `value`, and
+    neither the metrics nor the token weight that the step divides by.
     """
 
     init: Callable[..., PyTree]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     uses_teacher: bool
-    fields: Mapping[str, FeatureTerm] = MappingProxyType({})  # the terms that need features
-    trains: tuple[str, ...] = ("student", "objective")  # what of the train state's `params` the step moves
-    domains: tuple[str, ...] = ()  # the batch's, in their order
+    fields: Mapping[str, FeatureTerm] = _NONE  # the terms that need features
+    trains: tuple[str, ...] = ("student", "objective")  # keys of the train state's `params` that the step updates
+    domains: tuple[str, ...] = ()  # names of the batch's domains in order
+    terms: tuple[str, ...] = ()  # names of the terms in `value`
 
     @property
     def student_taps(self) -> tuple[str, ...]:
-        """Names of what the student's forward pass has to tap."""
+        """Names of the features that the student's forward pass has to return."""
         return tuple(dict.fromkeys(tap for field in self.fields.values() for tap in field.student_taps))
 
     @property
     def teacher_taps(self) -> tuple[str, ...]:
-        """Names of what the teacher's forward pass has to tap."""
+        """Names of the features that the teacher's forward pass has to return."""
         return tuple(dict.fromkeys(tap for field in self.fields.values() for tap in field.teacher_taps))
 
     def needs_of_teacher(self) -> str:
-        """A phrase on which term needs what, for messages."""
+        """Which term needs which of the teacher's features, for error messages."""
         needs = {name: ", ".join(field.teacher_taps) for name, field in self.fields.items() if field.teacher_taps}
         return "; ".join(f"objective.{name} needs the teacher's {taps}" for name, taps in needs.items())
+
+
+class Reweighting(NamedTuple):
+    """Factors of the terms that follow the training metrics, from a small state that `make_step` updates.
+
+    `factors(state, batch) -> {name of a term: [B L] or [B 1]}` before a step, for `Objective.loss`;
+    `update(state, metrics, step) -> (state, metrics to log)` after it.
+    """
+
+    factors: Callable[[PyTree, Batch], dict[str, jax.Array]]
+    update: Callable[[PyTree, Metrics, jax.Array], tuple[PyTree, Metrics]] = lambda state, metrics, step: (state, {})
 
 
 def match(divergence: Divergence, temperature: Scalar = 1.0, standardize: bool = False) -> Vocab:
     """T^2 D(p^(T), q^(T)) with the teacher's distribution; T^2 keeps the gradient's scale (arXiv 1503.02531).
 
     Args:
-        divergence: a function's result of `divergences.py`.
+        divergence: as a function of `divergences.py` returns it.
         temperature: T, a number or a schedule of the step.
         standardize: divide each side's logits by their standard deviation over the vocabulary first, so that T is
             relative to it (arXiv 2403.01427); the deviation carries no gradient here, in the authors' code it does.
@@ -82,7 +98,7 @@ def next_token() -> Vocab:
     return Vocab(divergences.next_token())
 
 
-def total(
+def objective(
     terms: Mapping[str, tuple[Scalar, Vocab | FeatureTerm]],
     *,
     vocab: int,
@@ -90,7 +106,7 @@ def total(
     tails: tuple[float, ...] = (1.0,),
     chunk: int | None = None,
     trains: tuple[str, ...] = ("student", "objective"),
-    excess: bool = False,
+    measured: Mapping[str, Vocab] = _NONE,
 ) -> Objective:
     """The weighted sum of named terms, those over the vocabulary in one kernel call.
 
@@ -98,7 +114,7 @@ def total(
 
     Each term reports its own un-weighted mean, over all tokens and per domain; `loss` is the weighted sum.
     A constant weight of zero removes a term, and with the last term that uses it the teacher's forward pass. A term's
-    own parameters are `params["objective"][name]`; terms without any have no entry.
+    own parameters are `params["objective"][name]`; terms without parameters have no entry.
 
     Args:
         terms: name -> (weight, term); a weight is a number or a schedule of the step.
@@ -106,11 +122,11 @@ def total(
         domains: names of the batch's domains.
         tails: temperatures at which a top-k teacher's tail is stored.
         chunk: tokens at a time in the kernel; None sizes it.
-        trains: what of `params` the step moves; without "student" it stands still and has no backward pass.
-        excess: report `excess`, the mean of max(student's loss - teacher's, 0) per token, as what Group DRO scores.
+        trains: keys of `params` that the step updates; without "student" it has no backward pass.
+        measured: further terms over the vocabulary that are reported but not minimised, in the same kernel call.
 
     Raises:
-        ValueError: when no term is left; from `init`, when a model does not have what a term needs.
+        ValueError: no term is left; from `init`, a model lacks a feature; from `loss`, `factors` name an unknown term.
     """
     kept = {name: term for name, term in terms.items() if callable(term[0]) or term[0] != 0}
     if not kept:
@@ -120,8 +136,8 @@ def total(
     weights = {name: weight for name, (weight, _) in kept.items()}
     vocabulary = {name: term for name, (_, term) in kept.items() if isinstance(term, Vocab)}
     features = {name: term for name, (_, term) in kept.items() if isinstance(term, FeatureTerm)}
-    if excess:  # without a weight: in the same kernel call, and in no gradient
-        weights["excess"], vocabulary["excess"] = 0.0, match(excess_loss())
+    weights |= dict.fromkeys(measured, 0.0)
+    vocabulary |= measured
 
     def loss(
         params: PyTree,
@@ -129,20 +145,22 @@ def total(
         signal: Signal | None,
         batch: Batch,
         step: jax.Array,
-        by_domain: jax.Array | None = None,
+        factors: Mapping[str, jax.Array] = _NONE,
     ) -> tuple[jax.Array, Metrics]:
-        counted = batch if by_domain is None else batch._replace(weights=_scaled(batch, by_domain))
+        if unknown := factors.keys() - terms.keys():
+            raise ValueError(f"factors name '{min(unknown)}', and the objective's terms are {', '.join(terms)}")
+        counted = lambda name: batch.weights * factors[name] if name in factors else batch.weights
         weight = {name: schedules.value(w, step) for name, w in weights.items()}
         values: list[jax.Array] = []
         fields: dict[str, jax.Array] = {}
         if vocabulary:
-            terms = {name: (weight[name], term) for name, term in vocabulary.items()}
-            value, found = _vocabulary(terms, student, signal, counted, step, vocab=vocab, tails=tails, chunk=chunk)
+            scaled = {name: (weight[name], counted(name), term) for name, term in vocabulary.items()}
+            value, rows = _vocabulary(scaled, student, signal, batch, step, vocab=vocab, tails=tails, chunk=chunk)
             values.append(value)
-            fields |= dict(zip(vocabulary, found, strict=True))
+            fields |= dict(zip(vocabulary, rows, strict=True))
         for name, term in features.items():
             own = params.get(name, {})
-            value, fields[name] = term.fn(own, student, signal, counted, weight[name] * counted.weights, vocab)
+            value, fields[name] = term.fn(own, student, signal, batch, weight[name] * counted(name), vocab)
             values.append(value)
         value = functools.reduce(operator.add, values)
 
@@ -155,7 +173,7 @@ def total(
 
     uses_teacher = any(t.divergence.uses_teacher for t in vocabulary.values())
     uses_teacher |= any(t.uses_teacher for t in features.values())
-    return Objective(functools.partial(_init, features), loss, uses_teacher, features, trains, domains)
+    return Objective(functools.partial(_init, features), loss, uses_teacher, features, trains, domains, tuple(kept))
 
 
 def _init(
@@ -167,43 +185,41 @@ def _init(
         if student is None or (teacher is None and term.uses_teacher):
             raise ValueError(f"objective.{name} needs the models' abstract outputs: call init(key, student, teacher)")
         for side, output, taps in (("student", student, term.student_taps), ("teacher", teacher, term.teacher_taps)):
-            there = {} if output is None else output.taps
-            missing = [tap for tap in taps if tap not in there]
+            available = {} if output is None else output.taps
+            missing = [tap for tap in taps if tap not in available]
             if missing:
                 raise ValueError(
                     f"objective.{name} needs the {side}'s {', '.join(missing)}, but its output has "
-                    f"{', '.join(there) or 'no taps'}"
+                    f"{', '.join(available) or 'no taps'}"
                 )
         try:
-            made = term.init(jax.random.fold_in(key, i), student, teacher)
+            term_params = term.init(jax.random.fold_in(key, i), student, teacher)
         except ValueError as error:
             raise ValueError(f"objective.{name}: {error}") from None
-        if jax.tree.leaves(made):
-            params[name] = made
+        if jax.tree.leaves(term_params):
+            params[name] = term_params
     return params
 
 
 def _vocabulary(
     terms: Mapping[str, tuple], student: Output, signal: Signal | None, batch: Batch, step, **options
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of the terms over the vocabulary, and their fields [terms B L]."""
-    temperature = tuple(schedules.value(term.temperature, step) for _, term in terms.values())
-    # T^2 is applied here and nowhere else.
-    scale = [jnp.asarray(w * t**2, jnp.float32) for (w, _), t in zip(terms.values(), temperature, strict=True)]
+    """The weighted sum of (weight, weights [B L], term) by name, and the terms' fields [terms B L]."""
+    temperature = tuple(schedules.value(term.temperature, step) for *_, term in terms.values())
+    weights = [
+        jnp.asarray(weight * t**2, jnp.float32) * per_token  # the only place of T^2
+        for (weight, per_token, _), t in zip(terms.values(), temperature, strict=True)
+    ]
     return linear_divergence(
-        tuple(term.divergence for _, term in terms.values()),
+        tuple(term.divergence for *_, term in terms.values()),
         _clean(student.head, batch),
         _cleaned(signal, batch),
         batch.targets,
-        jnp.stack(scale)[:, None, None] * batch.weights,
+        jnp.stack(weights),
         temperature,
-        standardized=tuple(term.standardize for _, term in terms.values()),
+        standardized=tuple(term.standardize for *_, term in terms.values()),
         **options,
     )
-
-
-def _scaled(batch: Batch, by_domain: jax.Array) -> jax.Array:
-    return batch.weights * by_domain[batch.domain][:, None]
 
 
 def _cleaned(signal: Any, batch: Batch) -> Any:
@@ -215,5 +231,5 @@ def _cleaned(signal: Any, batch: Batch) -> Any:
 
 
 def _clean(head: Head, batch: Batch) -> Head:
-    # Padding may hold anything; zero it, so that not even a NaN there can reach a gradient or a metric.
+    # Hidden states of padding are arbitrary: zeroed, so that not even a NaN reaches a gradient or a metric.
     return head._replace(hidden=jnp.where(batch.weights[..., None] != 0, head.hidden, 0))

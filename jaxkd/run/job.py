@@ -138,7 +138,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
             teachers[name] = model._replace(tokenizer=own.get(open_models.called(name)), forward=forward)
 
     mixing = _rule(e)  # a misspelt one is known before anything is loaded
-    objective = objectives.total(
+    objective = objectives.objective(
         terms.build(
             e.objective,
             e.run.steps,
@@ -149,7 +149,7 @@ def build(experiment: Experiment, devices: list | None = None, shapes: Mapping[s
         domains=tuple(e.data.domains),
         tails=e.teacher.temperatures,
         trains=("objective",) if e.student.frozen else TRAINED,
-        excess=mixing.group_dro is not None,
+        measured=group_dro.MEASURED if mixing.group_dro else {},
     )
     objective_init = partial(objective.init, **_outputs(e, objective, student, teachers))
     extra = jax.eval_shape(objective_init, jax.random.key(0))

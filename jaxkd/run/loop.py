@@ -255,7 +255,7 @@ class Run:
                 if not any(
                     row["step"] == self.mixing.start for row in files.read_jsonl(self.workdir / "mixture.jsonl")
                 ):
-                    output.mixture(self.mixing.line(self.tokens, self.state.group_dro))
+                    output.mixture(self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro)))
                 with self.phases.during("steps"):
                     self.finished = self._steps(step, run, output, interrupt, trace)
             with self.phases.during("checkpoint"):
@@ -317,7 +317,7 @@ class Run:
         """The next interval's mixture, and what it cost beside the steps of the last one."""
         seconds = self.mixing.advance(self.state.params["student"])
         step_s = statistics.median(self.seconds) if self.seconds else None
-        line = self.mixing.line(self.tokens, self.state.group_dro, seconds, step_s)
+        line = self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro), seconds, step_s)
         output.mixture(line)
         self.seconds, self.rule_s = [], line.get("rule_s")
 

@@ -17,7 +17,7 @@ from jaxkd.core.types import PyTree
 from jaxkd.data import loader, mixture, rules
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
-from jaxkd.losses.group_dro import Groups
+from jaxkd.losses import group_dro
 from jaxkd.run import job as jobs
 from jaxkd.run import load
 from jaxkd.run.job import Job
@@ -163,10 +163,8 @@ class Mixing:
 
     def finish(self, state: TrainState, workdir: Path) -> str:
         """Store what a proxy run is for, the average of its weights; returns a line on it, empty for other rules."""
-        if state.group_dro is not None:
-            average = np.asarray(state.group_dro.average, np.float64)
-        else:
-            average = np.asarray(self.mixture.rule_state["rule"].get("average", []), np.float64)
+        moving = group_dro.columns(state.group_dro) or self.mixture.rule_state["rule"]
+        average = np.asarray(moving.get("average", []), np.float64)
         if not average.size:
             return ""
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
@@ -178,13 +176,17 @@ class Mixing:
         return f"weights of the domains, averaged: {spelled}; to draw by them: data.mixture='doremi(\"{workdir}\")'"
 
     def line(
-        self, tokens: int, groups: Groups | None = None, seconds: float | None = None, step_s: float | None = None
+        self,
+        tokens: int,
+        weights: Mapping[str, Sequence[float]] | None = None,
+        seconds: float | None = None,
+        step_s: float | None = None,
     ) -> dict[str, Any]:
         """What `mixture.jsonl` says of the present interval.
 
         Args:
             tokens: trained on before it.
-            groups: the train state's.
+            weights: of the domains in the loss, as from `group_dro.columns`.
             seconds: that the rule took for it; None for the first interval.
             step_s: seconds of a step of the interval before, the median; None where this process made none.
         """
@@ -198,9 +200,7 @@ class Mixing:
         }
         if self.gaps is not None:
             columns["ratio"] = np.exp(self.gaps.student_nats - self.gaps.teacher_nats).tolist()
-        if groups is not None:
-            columns["weight"] = np.exp(np.asarray(groups.log_weights)).tolist()
-            columns["average"] = np.asarray(groups.average).tolist()
+        columns |= weights or {}
         for key, values in columns.items():
             row |= {f"{key}/{name}": value for name, value in zip(self._rows.names, values, strict=True)}
         if seconds is not None and self.rule.measures:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxkd.config import objective
 from jaxkd.core import schedules
 from jaxkd.core.types import Batch, Metrics, PyTree
-from jaxkd.losses import divergences
+from jaxkd.losses import divergences, group_dro
 from jaxkd.models import flops
 from jaxkd.run.job import Job, rule
 from jaxkd.teachers.base import Teacher
@@ -32,7 +32,7 @@ def jitted_step(job: Job, teacher: Teacher) -> Any:
         job.tx,
         e.optim.micro_batches,
         e.teacher.decay,
-        rule(job).group_dro,
+        None if (weights := rule(job).group_dro) is None else group_dro.reweighting(weights, job.objective),
         e.optim.spike,
     )
 

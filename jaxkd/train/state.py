@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from jaxkd.core.types import PyTree
-from jaxkd.losses.group_dro import Groups
 from jaxkd.train import guard
 from jaxkd.train.guard import Recent
 
@@ -23,7 +22,7 @@ class TrainState(NamedTuple):
     params: dict[str, PyTree]
     opt_state: PyTree
     ema: PyTree = None  # running average of the student's parameters, for teacher.path=self
-    group_dro: Groups | None = None  # domain weights in the loss, for data.mixture=doremi_proxy
+    group_dro: PyTree = None  # state of a `Reweighting`: domain weights in the loss, for data.mixture=doremi_proxy
     recent: Recent | None = None  # recent losses and gradient norms, for optim.spike
 
 
@@ -83,7 +82,7 @@ def init_state(
     tx: optax.GradientTransformation,
     names: tuple[str, ...] = TRAINED,
     averaged: bool = False,
-    group_dro: Groups | None = None,
+    group_dro: PyTree = None,
     recent: Recent | None = None,
 ) -> TrainState:
     """The state before the first step.
@@ -93,7 +92,7 @@ def init_state(
         tx: the optimiser.
         names: which of `params` it updates, the objective's `trains`.
         averaged: whether `ema` is kept.
-        group_dro: the first domain weights, under Group DRO.
+        group_dro: the first state of a `Reweighting`.
         recent: `guard.init()`, where spikes are skipped.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None

@@ -1,7 +1,8 @@
 """The train step, a pure function: teacher's signal, student's forward pass, objective, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -10,18 +11,17 @@ import optax
 
 from jaxkd.core.sharding import constrain
 from jaxkd.core.types import Batch, Forward, Metrics, PyTree
-from jaxkd.losses import group_dro as dro
-from jaxkd.losses.group_dro import GroupDRO, Groups
-from jaxkd.losses.objective import Objective
+from jaxkd.losses.objective import Objective, Reweighting
 from jaxkd.teachers.base import Teacher
 from jaxkd.train import guard
 from jaxkd.train.state import TrainState, trainable
 
+_NONE: Mapping[str, jax.Array] = MappingProxyType({})
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
-def split(batch: Batch, parts: int) -> Batch:
-    """Micro-batches on a new leading axis: every `parts`-th row each, so that each micro-batch spans every device."""
+def split(batch: PyTree, parts: int) -> PyTree:
+    """Micro-batches of [B ...] arrays on a new leading axis, strided over the rows so that each spans every device."""
 
     def strided(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
@@ -36,7 +36,7 @@ def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 
 def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1):
-    """`gradient(params, teacher_state, batch, step, ema=None, group_dro=None) -> (gradients, metrics)`, token means.
+    """`gradient(params, teacher_state, batch, step, ema=None, factors={}) -> (gradients, metrics)`, token means.
 
     Values, gradients and metrics are summed over micro-batches and divided once by the global token weight.
 
@@ -49,7 +49,7 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
             "leave the term out"
         )
 
-    def value(trained, params, teacher_state, batch, step, ema, by_domain):
+    def value(trained, params, teacher_state, batch, factors, step, ema):
         params = params | trained
         signal = None
         if objective.uses_teacher or teacher.writes:
@@ -59,7 +59,7 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
         if isinstance(signal, Batch):  # the teacher's own text instead of the data's
             batch, signal = signal, None
         student = forward(params["student"], batch, **_taps(objective.student_taps))
-        return objective.loss(params["objective"], student, signal, batch, step, by_domain)
+        return objective.loss(params["objective"], student, signal, batch, step, factors)
 
     def gradient(
         params: PyTree,
@@ -67,23 +67,21 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
         batch: Batch,
         step: jax.Array,
         ema: PyTree = None,
-        group_dro: Groups | None = None,
+        factors: Mapping[str, jax.Array] = _NONE,
     ) -> tuple[PyTree, Metrics]:
         gradient_fn = partial(jax.grad(value, has_aux=True), trainable(params, objective.trains), params)
-        # From the whole batch, since a micro-batch has other shares of the domains.
-        by_domain = None if group_dro is None else dro.factors(group_dro, dro.tokens(batch, len(group_dro.sampling)))
+        inputs = (batch, dict(factors))
         if micro_batches == 1:
-            grads, metrics = gradient_fn(teacher_state, batch, step, ema, by_domain)
+            grads, metrics = gradient_fn(teacher_state, *inputs, step, ema)
         else:
-            parts = split(batch, micro_batches)
-            first = jax.eval_shape(
-                gradient_fn, teacher_state, jax.tree.map(lambda x: x[0], parts), step, ema, by_domain
-            )
+            parts = split(inputs, micro_batches)
+            part = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(gradient_fn, teacher_state, *part, step, ema)
 
             def accumulate(carry, part):
-                return jax.tree.map(jnp.add, carry, gradient_fn(teacher_state, part, step, ema, by_domain)), None
+                return jax.tree.map(jnp.add, carry, gradient_fn(teacher_state, *part, step, ema)), None
 
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, metrics), _ = jax.lax.scan(accumulate, zeros, parts)
         tokens = metrics["loss"][1]
         return jax.tree.map(lambda g: g / jnp.where(tokens > 0, tokens, 1.0), grads), metrics
@@ -98,7 +96,7 @@ def make_step(
     tx: optax.GradientTransformation,
     micro_batches: int = 1,
     decay: float = 1.0,
-    group_dro: GroupDRO | None = None,
+    reweighting: Reweighting | None = None,
     spike: float = 0.0,
 ) -> Step:
     """`step(state, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
@@ -112,8 +110,7 @@ def make_step(
         tx: the optimiser.
         micro_batches: parts that the batch is split into to save memory; divides its number of rows.
         decay: d of ema <- d ema + (1 - d) params, where the state has an average.
-        group_dro: how domain weights are updated, where the state has them; the objective then reports `excess`. A
-            step's gradient has the weights of the step before: its own losses are known only together with it.
+        reweighting: factors of the terms, whose state is `state.group_dro`.
         spike: standard deviations above the mean of `state.recent`, where the state has it, from which on a step is
             skipped for its loss or gradient norm.
 
@@ -123,7 +120,8 @@ def make_step(
     gradient = make_gradient(forward, teacher, objective, micro_batches)
 
     def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, state.group_dro)
+        factors = _NONE if reweighting is None else reweighting.factors(state.group_dro, batch)
+        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, factors)
         (total, tokens), norm, one = metrics["loss"], optax.tree.norm(grads), jnp.ones(())
         loss = total / jnp.where(tokens > 0, tokens, 1.0)
         # Both are global sums, so all devices decide alike.
@@ -144,20 +142,11 @@ def make_step(
         if ema is not None and decay != 1:
             averaged = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params["student"])
             ema = guard.select(applied, averaged, ema)
-        weights = state.group_dro
-        if weights is not None and group_dro is not None:
-            weights, used = _update_weights(weights, metrics, objective.domains, state.step, group_dro)
-            weights = guard.select(applied, weights, state.group_dro)
-            metrics |= used
-        return TrainState(state.step + 1, params, opt_state, ema, weights, recent), metrics
+        group_dro = state.group_dro
+        if reweighting is not None:
+            updated, measured = reweighting.update(group_dro, metrics, state.step)
+            group_dro = guard.select(applied, updated, group_dro)
+            metrics |= measured
+        return TrainState(state.step + 1, params, opt_state, ema, group_dro, recent), metrics
 
     return step
-
-
-def _update_weights(
-    groups: Groups, metrics: Metrics, names: tuple[str, ...], step: jax.Array, how: GroupDRO
-) -> tuple[Groups, Metrics]:
-    """The domain weights after a step, and as metrics those that it used."""
-    excess, tokens = (jnp.stack([metrics[f"excess/{name}"][i] for name in names]) for i in (0, 1))
-    used = {f"weight/{name}": (jnp.exp(groups.log_weights[i]), jnp.ones(())) for i, name in enumerate(names)}
-    return dro.update(groups, excess, tokens, step, how), used

@@ -197,7 +197,7 @@ def test_the_teacher_has_no_backward_pass():
 def test_a_weight_may_grow_from_zero():
     """MaxText refuses a weight that starts at 0."""
     grows = schedules.linear(1.0, 10, warmup=4)
-    objective = objectives.total(
+    objective = objectives.objective(
         {"kd": (grows, objectives.match(forward_kl())), "ce": (1.0, objectives.next_token())},
         vocab=VOCAB,
         domains=("a",),

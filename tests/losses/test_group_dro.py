@@ -83,15 +83,24 @@ def make_batch(rows=8, length=16) -> Batch:
 @functools.lru_cache
 def problem(micro_batches=1):
     forward = functools.partial(transformer.forward, CONFIG)
-    objective = objectives.total(
+    objective = objectives.objective(
         {"kd": (0.5, objectives.match(divergences.forward_kl(), 2.0)), "ce": (1.0, objectives.next_token())},
         vocab=250,
         domains=DOMAINS,
-        excess=True,
+        measured=group_dro.MEASURED,
     )
     teacher, tx = online(random_params(CONFIG, 1), forward), optax.sgd(1.0)
     state = init_state({"student": random_params(CONFIG, 0), "objective": {}}, tx, group_dro=group_dro.init(SAMPLING))
-    step = jax.jit(make_step(forward, teacher, objective, tx, micro_batches, group_dro=GroupDRO(1.0, 1e-3)))
+    step = jax.jit(
+        make_step(
+            forward,
+            teacher,
+            objective,
+            tx,
+            micro_batches,
+            reweighting=group_dro.reweighting(GroupDRO(1.0, 1e-3), objective),
+        )
+    )
     return forward, teacher, step, state
 
 

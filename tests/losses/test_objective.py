@@ -64,7 +64,7 @@ def start(objective, key=0):
 
 
 def total(terms, **options):
-    return objectives.total(terms, vocab=250, domains=DOMAINS, **options)
+    return objectives.objective(terms, vocab=250, domains=DOMAINS, **options)
 
 
 # ------------------------------------------------------------------------------------------ the taps
@@ -232,6 +232,31 @@ def test_features_alone_call_no_kernel(monkeypatch):
     student, _, teacher = models()
     objective = total({"hid": (1.0, features.hidden_mse({1: 1}))})
     jax.eval_shape(make_gradient(student, teacher, objective), start(objective), teacher.state, BATCH, STEP)
+
+
+def test_factors_scale_a_term_and_neither_its_metric_nor_the_token_weight():
+    """The gradient of a step with a factor on one term is that of the terms apart; per token, not only per row."""
+    student, params, teacher = models()
+    ce, kd = (1.0, objectives.next_token()), (0.5, objectives.match(divergences.forward_kl(), 2.0))
+    by_token = jnp.asarray(np.random.default_rng(0).uniform(-1, 2, BATCH.tokens.shape), jnp.float32)
+    params = {"student": params, "objective": {}}
+
+    def gradient(terms, batch=BATCH, micro_batches=1, **factors):
+        function = make_gradient(student, teacher, total(terms), micro_batches)
+        return jax.jit(function)(params, teacher.state, batch, STEP, factors=factors)
+
+    grads, metrics = gradient({"kd": kd, "ce": ce}, ce=by_token)
+    alone, plain = gradient({"kd": kd})
+    weighted, _ = gradient({"ce": ce}, BATCH._replace(weights=BATCH.weights * by_token))
+    share = (BATCH.weights * by_token).sum() / BATCH.weights.sum()  # the step divided by the scaled weights there
+    expected = jax.tree.map(lambda a, b: a + share * b, alone, weighted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, expected)
+    np.testing.assert_allclose(metrics["kd"], plain["kd"], rtol=1e-6)
+    assert metrics["loss"][1] == BATCH.weights.sum()
+    split, _ = gradient({"kd": kd, "ce": ce}, micro_batches=2, ce=by_token)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), split, grads)
+    with pytest.raises(ValueError, match="'advantage'"):
+        gradient({"ce": ce}, advantage=by_token)
 
 
 def test_a_plain_forward_will_do_where_nothing_is_tapped():

@@ -75,7 +75,7 @@ def programs(case):
     _, rows, teacher = case
     tx = optax.sgd(20.0)
     terms = {"ce": (1.0, objective.next_token()), "kd": (0.2, objective.match(divergences.forward_kl()))}
-    step = make_step(forward, teacher, objective.total(terms, vocab=VOCAB, domains=rows.names), tx)
+    step = make_step(forward, teacher, objective.objective(terms, vocab=VOCAB, domains=rows.names), tx)
     return tx, jax.jit(step), jax.jit(compare.make_comparison(forward, forward, VOCAB))
 
 

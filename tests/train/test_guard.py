@@ -38,7 +38,7 @@ def problem(spike: float = 6.0):
     """A step that keeps all that a train state can: moments, an average, weights of domains, a window."""
     forward = functools.partial(transformer.forward, CONFIG)
     teacher, tx = online(random_params(CONFIG, 1), forward), optax.adamw(1e-2)
-    objective = objectives.total(TERMS, vocab=60, domains=("code", "law"), excess=True)
+    objective = objectives.objective(TERMS, vocab=60, domains=("code", "law"), measured=group_dro.MEASURED)
     state = init_state(
         {"student": random_params(CONFIG, 0), "objective": {}},
         tx,
@@ -46,7 +46,15 @@ def problem(spike: float = 6.0):
         group_dro=group_dro.init(np.ones(2) / 2),
         recent=guard.init(),
     )
-    step = make_step(forward, teacher, objective, tx, decay=0.9, group_dro=group_dro.GroupDRO(), spike=spike)
+    step = make_step(
+        forward,
+        teacher,
+        objective,
+        tx,
+        decay=0.9,
+        reweighting=group_dro.reweighting(group_dro.GroupDRO(), objective),
+        spike=spike,
+    )
     return jax.jit(step), teacher.state, state
 
 
@@ -131,7 +139,7 @@ def test_the_guard_takes_one_copy_of_the_parameters(monkeypatch):
     config = Config(vocab=512, embed=128, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=512)
     forward, tx = functools.partial(transformer.forward, config), optax.adamw(1e-2)
     params = transformer.abstract(config)[0]
-    objective = objectives.total({"ce": TERMS["ce"]}, vocab=512, domains=("code", "law"))
+    objective = objectives.objective({"ce": TERMS["ce"]}, vocab=512, domains=("code", "law"))
     state = jax.eval_shape(lambda p: init_state({"student": p, "objective": {}}, tx), params)
 
     def temporary():

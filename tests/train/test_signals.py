@@ -50,7 +50,7 @@ def test_all_but_one_entry_stored_trains_as_the_live_teacher():
     }
     batch = make_batch()
     of = lambda teacher, **options: jax.jit(
-        make_gradient(student, teacher, objectives.total(terms, vocab=VOCAB, domains=DOMAINS, **options))
+        make_gradient(student, teacher, objectives.objective(terms, vocab=VOCAB, domains=DOMAINS, **options))
     )(params, teacher.state, batch, STEP)
     cached = of(stored(VOCAB - 1, (1.0, 2.0)), tails=(1.0, 2.0))
     exact = of(teacher)
@@ -63,7 +63,7 @@ def test_nan_in_a_sparse_signal_under_padding_changes_nothing():
     student, _, params = problem()
     teacher, batch = stored(4, (1.0,)), make_batch()
     terms = {"kd": (1.0, objectives.match(divergences.reverse_kl())), "ce": (1.0, objectives.next_token())}
-    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
+    objective = objectives.objective(terms, vocab=VOCAB, domains=DOMAINS)
 
     def junk(state, batch):
         signal, live = teacher.signal(state, batch), batch.weights[..., None] != 0
@@ -87,7 +87,7 @@ def test_draws_serve_cross_entropy_through_the_step():
     drawn = Teacher(teacher.state, lambda batch: batch, signal)
     terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
     of = lambda teacher: jax.jit(
-        make_gradient(student, teacher, objectives.total(terms, vocab=VOCAB, domains=DOMAINS))
+        make_gradient(student, teacher, objectives.objective(terms, vocab=VOCAB, domains=DOMAINS))
     )(params, teacher.state, make_batch(), STEP)
     for a, b in zip(jax.tree.leaves(of(drawn)[0]), jax.tree.leaves(of(teacher)[0]), strict=True):
         assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)  # counts are rounded
@@ -97,7 +97,7 @@ def test_standardised_logits_know_no_scale():
     """A teacher whose logits are three times as large teaches the same."""
     student, teacher, params = problem()
     terms = {"kd": (1.0, objectives.match(divergences.forward_kl(), 1.0, standardize=True))}
-    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
+    objective = objectives.objective(terms, vocab=VOCAB, domains=DOMAINS)
 
     def louder(state, batch):
         output = teacher.signal(state, batch)
@@ -134,7 +134,7 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, s
         "renyi": (1.0, objectives.match(divergences.renyi(0.5))),
         "ce": (1.0, objectives.next_token()),
     }
-    objective = objectives.total(terms, vocab=vocab - 5, domains=("all",), chunk=16)
+    objective = objectives.objective(terms, vocab=vocab - 5, domains=("all",), chunk=16)
 
     def placed(config, rules=sharding.RULES):
         shapes, axes = transformer.abstract(config)

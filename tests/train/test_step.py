@@ -51,7 +51,7 @@ def make_objective(**options):
         "kd": (0.7, objectives.match(divergences.forward_kl(), 2.0)),
         "ce": (1.0, objectives.next_token()),
     }
-    return objectives.total(terms, vocab=250, domains=DOMAINS, **options)
+    return objectives.objective(terms, vocab=250, domains=DOMAINS, **options)
 
 
 @functools.lru_cache
@@ -189,25 +189,27 @@ def test_nothing_in_padding_matters():
 
 def test_a_weight_of_zero_drops_the_teacher():
     terms = {"kd": (0.0, objectives.match(divergences.forward_kl())), "ce": (1.0, objectives.next_token())}
-    objective = objectives.total(terms, vocab=250, domains=DOMAINS)
+    objective = objectives.objective(terms, vocab=250, domains=DOMAINS)
     assert not objective.uses_teacher
     student, _, params = problem()
     gradient = jax.jit(make_gradient(student, no_teacher(), objective))
     _, metrics = gradient(params, {}, make_batch(), jnp.zeros((), jnp.int32))
     assert "kd" not in metrics
     with pytest.raises(ValueError, match="no term"):
-        objectives.total({"kd": (0.0, objectives.next_token())}, vocab=250, domains=DOMAINS)
+        objectives.objective({"kd": (0.0, objectives.next_token())}, vocab=250, domains=DOMAINS)
 
 
 def test_scheduled_weights_and_temperatures_follow_the_step():
     student, teacher, params = problem()
     terms = {"kd": (lambda step: 0.1 * step, objectives.match(divergences.forward_kl(), lambda step: 1.0 + step))}
-    objective = objectives.total(terms, vocab=250, domains=DOMAINS)
+    objective = objectives.objective(terms, vocab=250, domains=DOMAINS)
     batch = make_batch()
     signal, output = teacher.signal(teacher.state, batch), student(params["student"], batch)
     values = [objective.loss({}, output, signal, batch, jnp.asarray(step)) for step in (0, 3)]
     assert values[0][0] == 0
-    fixed = objectives.total({"kd": (1.0, objectives.match(divergences.forward_kl(), 4.0))}, vocab=250, domains=DOMAINS)
+    fixed = objectives.objective(
+        {"kd": (1.0, objectives.match(divergences.forward_kl(), 4.0))}, vocab=250, domains=DOMAINS
+    )
     expected = fixed.loss({}, output, signal, batch, jnp.asarray(3))
     np.testing.assert_allclose(values[1][0], 0.3 * expected[0], rtol=1e-5)
     np.testing.assert_allclose(values[1][1]["kd"][0], expected[1]["kd"][0], rtol=1e-5)
@@ -221,7 +223,7 @@ def test_no_buffer_of_the_step_is_near_tokens_times_vocabulary():
     params = transformer.abstract(config)[0]
     teacher = online(params, teacher_forward)
     terms = {"kd": (1.0, objectives.match(divergences.forward_kl())), "ce": (1.0, objectives.next_token())}
-    objective = objectives.total(terms, vocab=vocab, domains=("all",), chunk=rows * length // 8)
+    objective = objectives.objective(terms, vocab=vocab, domains=("all",), chunk=rows * length // 8)
     tx = optax.adamw(1e-3)
     step = jax.jit(make_step(student, teacher, objective, tx), donate_argnums=0)
     state = jax.eval_shape(lambda p: init_state({"student": p, "objective": {}}, tx), params)

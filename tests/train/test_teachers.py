@@ -40,7 +40,7 @@ def gradient(teacher, terms=KD, batch=None, step=STEP, micro_batches=1, **option
     student, _, params = problem()
     known = (teacher.signal, id(terms), micro_batches, *sorted(options.items()))
     if known not in _COMPILED:
-        objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS, **options)
+        objective = objectives.objective(terms, vocab=VOCAB, domains=DOMAINS, **options)
         _COMPILED[known] = (jax.jit(make_gradient(student, teacher, objective, micro_batches)), terms)
     run, _ = _COMPILED[known]
     return run(params, teacher.state, make_batch() if batch is None else batch, step)
@@ -231,7 +231,7 @@ def test_annealing_from_teacher_to_labels_is_two_schedules():
 def own_run(decay, steps=3):
     student, _, params = problem()
     terms = {"ce": (1.0, objectives.next_token()), "kd": (1.0, objectives.match(divergences.reverse_kl()))}
-    objective = objectives.total(terms, vocab=VOCAB, domains=DOMAINS)
+    objective = objectives.objective(terms, vocab=VOCAB, domains=DOMAINS)
     teacher, tx = self_teacher(student), optax.sgd(0.5)
     step = jax.jit(make_step(student, teacher, objective, tx, decay=decay))
     states, metrics = [init_state(params, tx, averaged=True)], []
