@@ -1,11 +1,11 @@
 """Checks of an experiment's values that need no file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
-from jaxkd.config.schema import SELF, Experiment, TeacherBlock, nearest
+from jaxkd.config.schema import SELF, Experiment, TeacherBlock, leaves, nearest, plain
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
 from jaxkd.teachers import codec
@@ -15,6 +15,15 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
 """Dtypes of a teacher's weights, and the dtype that its activations have then."""
 AVERAGES = ("probabilities", "log_probabilities")
+AT_LEAST = {
+    **dict.fromkeys(
+        ("run.steps", "run.checkpoint_every", "run.log_every", "run.keep_checkpoints", "run.eval_batch"), 1
+    ),
+    **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches"), 1),
+    **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s"), 0),
+    **dict.fromkeys(("optim.skip_limit", "optim.spike", "optim.lr.peak", "optim.lr.warmup", "optim.lr.end"), 0),
+    **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps"), 0),
+}
 
 
 def _check_teacher(t: TeacherBlock) -> None:
@@ -22,10 +31,6 @@ def _check_teacher(t: TeacherBlock) -> None:
         raise ValueError("teacher.path and teacher.members exclude each other: give one teacher, or several")
     if not t.members and not t.path:
         raise ValueError("missing key teacher.path: name the teacher's weights, or give teacher.members")
-    if t.signal not in SIGNALS:
-        raise ValueError(f"unknown teacher.signal '{t.signal}': {nearest(t.signal, SIGNALS)}")
-    if t.average not in AVERAGES:
-        raise ValueError(f"unknown teacher.average '{t.average}': {nearest(t.average, AVERAGES)}")
     if t.signal == "hidden" and not t.cache:
         raise ValueError("teacher.signal 'hidden' is read from a cache: set teacher.cache, or take 'head'")
     if t.signal == "head" and t.cache:
@@ -66,23 +71,22 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     Raises:
         ValueError: naming the key, and what it may be.
     """
+    models = {n if n == "teacher" else f"teacher.members.{n}": m for n, m in e.teacher.models.items()}
+    if e.run.dtype in STORED and e.run.dtype not in DTYPES:
+        raise ValueError(f"run.dtype '{e.run.dtype}' is for a teacher's weights only (teacher.dtype)")
+    choices: list[tuple[str, str, Iterable[str]]] = [
+        ("run.dtype", e.run.dtype, DTYPES),
+        ("run.remat", e.run.remat, transformer.REMAT),
+        ("student.sharding", e.student.sharding, TABLES),
+        ("teacher.signal", e.teacher.signal, SIGNALS),
+        ("teacher.average", e.teacher.average, AVERAGES),
+        *((f"{name}.dtype", model.dtype, STORED) for name, model in models.items()),
+        *((f"{name}.sharding", model.sharding, TABLES) for name, model in models.items()),
+    ]
+    for key, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"unknown {key} '{value}': {nearest(value, allowed)}")
     _check_teacher(e.teacher)
-    dtypes = {
-        "teacher" if name == "teacher" else f"teacher.members.{name}": m.dtype for name, m in e.teacher.models.items()
-    }
-    if e.run.dtype not in DTYPES:
-        int8 = "int8 is for a teacher's weights only (teacher.dtype)"
-        hint = int8 if e.run.dtype in STORED else nearest(e.run.dtype, DTYPES)
-        raise ValueError(f"unknown run.dtype '{e.run.dtype}': {hint}")
-    for where, name in dtypes.items():
-        if name not in STORED:
-            raise ValueError(f"unknown {where}.dtype '{name}': {nearest(name, STORED)}")
-    tables = {"teacher" if n == "teacher" else f"teacher.members.{n}": m.sharding for n, m in e.teacher.models.items()}
-    for where, name in {"student": e.student.sharding, **tables}.items():
-        if name not in TABLES:
-            raise ValueError(f"unknown {where}.sharding '{name}': {nearest(name, TABLES)}")
-    if e.run.remat not in transformer.REMAT:
-        raise ValueError(f"unknown run.remat '{e.run.remat}': {nearest(e.run.remat, transformer.REMAT)}")
     if not e.data.domains:
         raise ValueError("data.domains is empty: name at least one domain and its source")
     if "mean" in e.data.domains:
@@ -91,30 +95,14 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
     if e.student.path == "random" and (e.student.layers or e.student.keep):
         raise ValueError("student.path is 'random': set its depth by student.shape.layers, not student.layers or keep")
-    limits = {"optim.skip_limit": e.optim.skip_limit, "optim.spike": e.optim.spike, "run.stall_s": e.run.stall_s}
-    for where, value in limits.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{where} must be finite and at least 0, got {value}")
-    counts = {
-        "run.steps": e.run.steps,
-        "run.checkpoint_every": e.run.checkpoint_every,
-        "run.log_every": e.run.log_every,
-        "run.keep_checkpoints": e.run.keep_checkpoints,
-        "run.eval_batch": e.run.eval_batch,
-        "data.interval": e.data.interval,
-        "data.batch": e.data.batch,
-        "optim.micro_batches": e.optim.micro_batches,
-    }
-    for where, number in counts.items():
-        if number < 1:
-            raise ValueError(f"{where} must be at least 1, got {number}")
+    values = leaves(plain(e))
+    for key, lowest in AT_LEAST.items():
+        if not (math.isfinite(values[key]) and values[key] >= lowest):
+            raise ValueError(f"{key} must be finite and at least {lowest}, got {values[key]}")
     if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):
         raise ValueError(
             f"run.checkpoints={at} must be absolute or gs://BUCKET/PATH: a run may be resumed from another directory"
         )
-    for where, number in {"run.keep_every": e.run.keep_every, "run.keep_best": e.run.keep_best}.items():
-        if number < 0:
-            raise ValueError(f"{where} must be at least 0, got {number}")
     if problems := _mesh_problems(e, mesh):
         raise ValueError(f"the recipe does not fit its mesh: {'; '.join(problems)}")
 

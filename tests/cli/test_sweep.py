@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, assert_same_run, jaxkd, lines, process_environment
+from harness import REPOSITORY, assert_same_run, here, lines, process_environment
 
 from jaxkd.cli import sweep
 
@@ -161,19 +161,19 @@ def test_finished_runs_are_skipped(swept, given):
     before = files()
     good = [word for word in given if not word.startswith("bad:")]
     del good[good.index("--run", good.index("good:") + 1)]  # that of bad
-    done = jaxkd("sweep", "--workdir", str(workdir), *good)
+    done = here("sweep", "--workdir", str(workdir), *good)
     assert (done.returncode, files()) == (0, before), done.stdout
     assert "2 finished, 0 to go" in done.stdout
-    left = jaxkd("sweep", "--workdir", str(workdir), *given, "--print")
+    left = here("sweep", "--workdir", str(workdir), *given, "--print")
     [command] = left.stdout.splitlines()
     assert "jaxkd train --workdir" in command
     assert "bad/seed-0" in command
     marker = workdir / "short" / "seed-0" / "checkpoints" / "2" / "commit_success.txt"
     marker.rename(marker.with_suffix(".away"))
-    left = jaxkd("sweep", "--workdir", str(workdir), *good, "--print")
+    left = here("sweep", "--workdir", str(workdir), *good, "--print")
     marker.with_suffix(".away").rename(marker)
     assert "short/seed-0" in left.stdout
-    other = jaxkd("sweep", "--workdir", str(workdir), *good, "--config.optim.clip=2.0", "--print")
+    other = here("sweep", "--workdir", str(workdir), *good, "--config.optim.clip=2.0", "--print")
     assert other.stdout.count("jaxkd train") == 2  # runs of another experiment are not those
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from harness import REPOSITORY, jaxkd, tiny_arguments, write_domain
+from harness import REPOSITORY, here, tiny_arguments, write_domain
 
 from jaxkd.config import recipe as config
 from jaxkd.config.schema import Schedule, Term, experiment, plain
@@ -172,6 +172,7 @@ def test_blocks_are_strict(change, message):
         ("data.batch=12", r"data\.batch=12"),
         ("optim.micro_batches=0", r"optim\.micro_batches"),
         ("optim.spike=-1.0", r"optim\.spike"),
+        ("optim.lr.peak=nan", r"optim\.lr\.peak"),
         ("student.keep=2", r"student\.layers and student\.keep"),
         ("student.path=nowhere", "nowhere"),
         ("teacher.path=meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-1B"),
@@ -276,9 +277,9 @@ def test_random_weights_follow_the_seed():
 # ------------------------------------------------------------------------------- on the command line
 
 
-def fails(*arguments: str, **options) -> str:
+def fails(*arguments: str) -> str:
     """The one line on stderr of a command that fails."""
-    result = jaxkd(*arguments, **options)
+    result = here(*arguments)
     assert result.returncode == 1, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     complaint = [line for line in result.stderr.splitlines() if line.startswith("jaxkd: error:")]
@@ -403,10 +404,10 @@ def test_no_git_is_no_error(monkeypatch):
 
 
 def test_help_names_every_verb():
-    result = jaxkd("--help")
+    result = here("--help")
     assert result.returncode == 0
     assert all(verb in result.stdout for verb in ("prepare", "train", "evaluate", "export", "report"))
-    assert "--config.optim.lr.peak" in jaxkd("train", "--help").stdout
+    assert "--config.optim.lr.peak" in here("train", "--help").stdout
 
 
 @pytest.mark.slow
@@ -414,7 +415,7 @@ def test_rows_that_changed_under_a_run_are_noticed(tmp_path):
     text = write_domain(tmp_path / "a.jsonl", 3)
     arguments = tiny_arguments({"a": text}, tmp_path / "rows", "--config.run.steps=2", "--config.run.eval_every=0")
     workdir = ["--workdir", str(tmp_path / "run")]
-    assert jaxkd("train", *workdir, *arguments).returncode == 0
+    assert here("train", *workdir, *arguments).returncode == 0
     write_domain(text, 4)
     assert "rows of a " in fails("train", *workdir, *arguments)
 
