@@ -17,7 +17,7 @@ from jaxkd.data import loader
 from jaxkd.data import mixture as mixtures
 from jaxkd.models import flops
 from jaxkd.run import cache_teacher, job, load
-from jaxkd.run.teacher import build_teacher, bytes_per_device, layouts, open_stores
+from jaxkd.run.teacher import build_teacher, bytes_per_device, open_stores
 from jaxkd.teachers import codec
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
@@ -83,19 +83,20 @@ class _Ready(NamedTuple):
 def _ready(name: str, form: Form, where: Path, count: int, both: bool, student: Any) -> tuple[_Ready, Any]:
     say(f"{name}{' with cross-entropy' if both else ''}: preparing")
     built = job.build(experiment(read_config(arguments(form, where, count, ("dialogue", "math"), both))))
-    rows = load.domains(built, progress=False)
+    e, models = built.experiment, built.models
+    rows = load.domains(e.data, models.tokenizer, progress=False)
     facts: dict[str, Any] = {}
     if form.cached:
-        for line in cache_teacher.write(built, rows, progress=False):
+        for line in cache_teacher.write(e, models, built.mesh, rows, progress=False):
             say(f"  {line}")
-    stores = open_stores(built, rows.fingerprints)
-    models = load.models(built, rows, with_student=student is None)
-    student = models.student if student is None else student
-    taught = build_teacher(built, models.teachers, stores)
+    stores = open_stores(e, models, rows.fingerprints)
+    weights = load.weights(models, e.student, rows)
+    student = weights.student if student is None else student
+    taught = build_teacher(e, models, weights.teachers, stores, built.objective.uses_teacher)
     if form.cached:
         facts = _facts(built, rows, stores["teacher"])
-    memory = bytes_per_device(models.teachers) if form.divergence else {"teacher": 0}
-    plain = make_step(built.student.forward, taught.train, built.objective, built.tx)
+    memory = bytes_per_device(weights.teachers) if form.divergence else {"teacher": 0}
+    plain = make_step(models.student.forward, taught.train, built.objective, built.tx)
     state = init_state({"student": student, "objective": {}}, built.tx)
     mixture = mixtures.init(mixtures.uniform(rows.sizes))
     place = batch_sharding(built.mesh)
@@ -103,10 +104,10 @@ def _ready(name: str, form: Form, where: Path, count: int, both: bool, student: 
     step = jax.jit(plain)
     batch = next(batches)
     jax.block_until_ready(step(state, taught.train.state, batch))
-    whole = flops.body(built.teacher.config, 128) + flops.head(built.teacher.config)
+    whole = flops.body(models.teacher.config, 128) + flops.head(models.teacher.config)
     spent = 0 if not form.divergence else whole if not form.cached else 0
     if form.options.get("signal") == "hidden":
-        spent = flops.head(built.teacher.config)
+        spent = flops.head(models.teacher.config)
     facts |= {"teacher_bytes": memory["teacher"], "teacher_gflop_a_step": round(spent * 512 / 1e9, 1)}
     return _Ready(step, taught.train.state, batches, facts), student
 
@@ -116,13 +117,13 @@ def _facts(built: job.Job, rows: load.Domains, store: Any) -> dict[str, Any]:
     tokens = sum(rows.sizes) * built.experiment.data.length
     disk = sum(file.stat().length for name in rows.names for file in store.root.glob(f"{name}/*/*-train.array_record*"))
     payload = sum(len(p) for name, n in zip(rows.names, rows.sizes) for p in store.read(name, "train", list(range(n))))
-    made = cache_teacher.maker(built, load.teacher(built, "teacher"))
+    recorder = cache_teacher.make_recorder(built.experiment, built.models, built.mesh)
     total, live = 0.0, 0.0
     for d, name in enumerate(rows.names):
         local = loader.read_rows(rows.train, jnp.full(4, d), jnp.arange(4))
         batch = loader.to_devices(local, 4, jnp.arange(4), batch_sharding(built.mesh))
-        stored: Any = codec.decode_rows(layouts(built)["train"], store.read(name, "train", range(4)))
-        kl = made.loss(made.params, batch, jax.tree.map(jnp.asarray, stored))
+        stored: Any = codec.decode_rows(recorder.layouts["train"], store.read(name, "train", range(4)))
+        kl = recorder.kl(recorder.params, batch, jax.tree.map(jnp.asarray, stored))
         total += float(jnp.where(batch.weights != 0, kl, 0.0).sum())
         live += float(batch.weights.sum())
     return {

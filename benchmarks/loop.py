@@ -182,7 +182,7 @@ class Turns:
         self._arrivals.clear()
         waiting = None
         for _ in range(steps):
-            self.run.state, measured = self._step(self.run.state, self.run.teaching.train.state, self.batch)
+            self.run.state, measured = self._step(self.run.state, self.run.teachers.train.state, self.batch)
             if waiting is not None:
                 jax.block_until_ready(waiting)
                 self._arrivals.append(time.perf_counter())
@@ -198,7 +198,7 @@ def measure(name: str, e: Experiment, workdir: Path, rounds: int, steps: int) ->
     workdir.mkdir()
     read = metrics.read
     with jax.set_mesh(built.mesh), contextlib.redirect_stdout(sys.stderr):
-        rows = load.domains(built)
+        rows = load.domains(e.data, built.models.tokenizer)
         with contextlib.closing(loop.Run(built, workdir, rows)) as run:
             run.checkpoints.save = lambda *_: None  # a checkpoint is no part of a step
             run.mixing.begin([])

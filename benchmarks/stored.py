@@ -34,6 +34,7 @@ def table(where: Path, quick: bool) -> Iterator[dict]:
     from jaxkd.config import validate
     from jaxkd.config.recipe import read_config
     from jaxkd.config.schema import experiment
+    from jaxkd.core.sharding import batch_sharding
     from jaxkd.evals.compare import evaluate, make_comparison
     from jaxkd.models import heads
     from jaxkd.run import job, load, teacher
@@ -45,20 +46,23 @@ def table(where: Path, quick: bool) -> Iterator[dict]:
         return job.build(experiment(read_config([*recipe, f"--config.teacher.dtype={stored}"])))
 
     whole = built("float32")
-    rows, host = load.domains(whole, progress=False), load.host_params(whole.teacher, 0)
-    exact = load.put(host, whole.teacher)
-    hidden = jax.jit(lambda params, batch: whole.teacher.forward(params, batch).head.hidden)
+    rows, host = (
+        load.domains(whole.experiment.data, whole.models.tokenizer, False),
+        load.host_params(whole.models.teacher),
+    )
+    exact = load.put(host, whole.models.teacher)
+    hidden = jax.jit(lambda params, batch: whole.models.teacher.forward(params, batch).head.hidden)
     known = {  # the float32 teacher runs once, and is kept as a cache would keep it
         name: [(batch._replace(teacher=hidden(exact, batch)), size) for batch, size in batches]
-        for name, batches in load.held_out(whole, rows).items()
+        for name, batches in load.held_out(rows, whole.experiment.run.eval_batch, batch_sharding(whole.mesh)).items()
     }
     for stored, activations in FORMS:
         print(f"{stored} with {activations} activations", file=sys.stderr)
-        model = built(stored).teacher
+        model = built(stored).models.teacher
         params = load.put(host, model)
         forward = functools.partial(model.forward, dtype=validate.DTYPES[activations])
-        told = lambda state, batch: heads.output(whole.teacher.config, state, batch.teacher)
-        compare = jax.jit(make_comparison(forward, told, whole.tokenizer.vocab))
+        told = lambda state, batch: heads.output(whole.models.teacher.config, state, batch.teacher)
+        compare = jax.jit(make_comparison(forward, told, whole.models.vocab))
         found = evaluate(functools.partial(compare, params, exact), known, 0)[-1]
         yield {
             "weights": stored,

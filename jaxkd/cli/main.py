@@ -39,7 +39,8 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
     """Build the packed rows of every domain, as `train` would."""
     from jaxkd.run import job, load
 
-    rows = load.domains(job.build(job.elsewhere(experiment(read_config(config)))))
+    built = job.build(job.fit_devices(experiment(read_config(config))))
+    rows = load.domains(built.experiment.data, built.models.tokenizer)
     for p in rows.prepared:
         training = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
         print(
@@ -54,7 +55,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.evals import compare
     from jaxkd.report import goodput, mixture
     from jaxkd.report import run as report
-    from jaxkd.run import job, load, loop, metadata, preflight, teacher
+    from jaxkd.run import job, load, loop, metadata, mixing, preflight, teacher
     from jaxkd.runtime import compile_cache, profiling
 
     profile = profiling.parse_steps(options.profile)
@@ -67,16 +68,16 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         def take() -> list[Any]:
             changes = claim(workdir, e, options.accept_changes)
             if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs
-                job.check_shares(built)
+                mixing.check_rule(built.rule, len(e.data.domains))
             return [changes, held.enter_context(lock(workdir))]
 
         changes, mark = multihost.broadcast("workdir", take)
         see(workdir, mark)
         if (kept_in := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
             multihost.print_main(f"compiled programs: {kept_in}")
-        for note in built.notes:
+        for note in built.models.notes:
             multihost.print_main(f"mesh: {note}")
-        rows = load.domains(built)
+        rows = load.domains(e.data, built.models.tokenizer)
         with multihost.interruptible("stopped by a signal before the first step: the same command starts over"):
             run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.print_main, started)))
             for change in changes:
@@ -84,14 +85,14 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             if multihost.is_main():
                 adopt(workdir, e)
                 known = saved_facts(workdir) if run.resumed else {}
-                kept = run.models.kept_layers or known.get("student", {}).get("kept_layers")
-                found = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.models.teachers), command)
+                kept = run.kept_layers or known.get("student", {}).get("kept_layers")
+                found = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
                 files.write_json(workdir / "run.json", found)
-                for line in metadata.models(built, found, kept):
+                for line in metadata.models(e.teacher, found, built.models.student.source_layers, kept):
                     print(line)
             if not run.resumed and not options.no_check:
                 with run.phases.during("check"):
-                    for line in preflight.run(run.loaded(), run.stores):
+                    for line in preflight.run(run.loaded(), run.stores, e, built.mesh):
                         multihost.print_main(f"check: {line}")
         finished = run.go(profile)
         stepped = lambda: files.read_jsonl(workdir / "metrics.jsonl")
@@ -140,27 +141,29 @@ def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
     built = job.build(e)
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
-        for line in cache_teacher.write(built, load.domains(built)):
+        rows = load.domains(e.data, built.models.tokenizer)
+        for line in cache_teacher.write(e, built.models, built.mesh, rows):
             multihost.print_main(line)
 
 
 def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Check everything that a run depends on, before it takes an accelerator."""
     e = experiment(read_config(config))
-    from jaxkd.run import cache_teacher, job, load, preflight
+    from jaxkd.run import cache_teacher, job, load, mixing, preflight
 
     multihost.join()
     import jax
 
-    built = job.build(job.elsewhere(e))
-    job.check_shares(built)
+    built = job.build(job.fit_devices(e))
+    e, models = built.experiment, built.models
+    mixing.check_rule(built.rule, len(e.data.domains))
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
-        rows = load.domains(built)
-        loaded, stores = preflight.prepare(built, rows)
+        rows = load.domains(e.data, models.tokenizer)
+        loaded, stores = preflight.prepare(e, models, rows)
         multihost.print_main("check: the models' tokenizers and vocabularies agree")
-        for line in preflight.run(loaded, stores):
+        for line in preflight.run(loaded, stores, e, built.mesh):
             multihost.print_main(f"check: {line}")
-        for line in cache_teacher.costs(built, rows, stores):
+        for line in cache_teacher.costs(e, models, rows, stores):
             multihost.print_main(line)
 
 
@@ -190,27 +193,29 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
     """Evaluate a run's student against its teacher on the held-out rows."""
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
+    from jaxkd.core.sharding import batch_sharding
     from jaxkd.evals import compare
     from jaxkd.run import job, load, restore, teacher
 
     multihost.join(single_ok=True)
     import jax
 
-    built = job.build(job.elsewhere(e))
+    built = job.build(job.fit_devices(e))
+    e, models = built.experiment, built.models
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
-        step, student, average = restore.trained(built, workdir, options.step)
-        rows = load.domains(built)
-        stores = teacher.open_stores(built, rows.fingerprints)
-        taught = teacher.build_teacher(built, load.models(built, rows, with_student=False).teachers, stores)
-        known = (taught.judge.state, step, average)
-        comparison = jax.jit(compare.make_comparison(built.student.forward, taught.judged, built.tokenizer.vocab))
+        step, student, average = restore.student(e.run, workdir, built.state, options.step)
+        rows = load.domains(e.data, models.tokenizer)
+        stores = teacher.open_stores(e, models, rows.fingerprints)
+        teachers = teacher.build_teacher(e, models, load.teachers(models)[0], stores)
+        inputs = (teachers.evaluate.state, step, average)
+        comparison = jax.jit(compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab))
         before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         result = compare.evaluate(
-            lambda batch: comparison(student, known, batch),
-            load.held_out(built, rows, taught.judge.host_features),
+            lambda batch: comparison(student, inputs, batch),
+            load.held_out(rows, e.run.eval_batch, batch_sharding(built.mesh), teachers.evaluate.host_features),
             step,
-            {} if built.own else start,
+            {} if models.is_self else start,
         )
     multihost.print_main(compare.table(result, start))
     if multihost.is_main() and not any(row["step"] == step for row in before):
@@ -231,11 +236,12 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
         raise ValueError("`jaxkd export` is one process's work: start it on one host with JAX_PLATFORMS=cpu")
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
     exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
-    built = job.build(job.elsewhere(e))
+    built = job.build(job.fit_devices(e))
+    tokenizer = built.models.tokenizer
     with jax.set_mesh(built.mesh):
-        step, student, _ = restore.trained(built, workdir, options.step)
+        step, student, _ = restore.student(e.run, workdir, built.state, options.step)
         host = jax.device_get(student)
-    token = lambda number: None if number is None else built.tokenizer.tokenizer.id_to_token(number)
+    token = lambda number: None if number is None else tokenizer.tokenizer.id_to_token(number)
     card = {
         "name": workdir.name,
         "teacher": e.teacher.path or " and ".join(m.path for m in e.teacher.members.values()),
@@ -248,11 +254,11 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     }
     directory = exporter.export(
         Path(options.output),
-        built.student.config,
+        built.models.student.config,
         host,
-        tokenizer_json=built.tokenizer.json,
-        chat_template=built.tokenizer.chat_template,
-        special={"start": token(built.tokenizer.start), "end": token(built.tokenizer.end)},
+        tokenizer_json=tokenizer.json,
+        chat_template=tokenizer.chat_template,
+        special={"start": token(tokenizer.start), "end": token(tokenizer.end)},
         card=card,
         dtype=options.dtype,
         overwrite=options.overwrite,

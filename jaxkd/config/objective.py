@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from jaxkd.config.schema import Schedule, Term, nearest
+from jaxkd.config.schema import Schedule, TeacherBlock, Term, nearest
 from jaxkd.core import schedules
-from jaxkd.core.types import Batch, Divergence, Head, Scalar
+from jaxkd.core.types import Batch, Divergence, Head, Sampled, Scalar, TopK
 from jaxkd.kernels.api import refusal, unstored
 from jaxkd.losses import divergences, features, objective
 from jaxkd.losses.feature_term import FeatureTerm
@@ -99,6 +99,12 @@ class SignalSpec(NamedTuple):
     entries: int = 0  # K or draws per token
     tails: tuple[float, ...] = (1.0,)  # temperatures with a stored tail
     layers: bool = True  # whether hidden states of every layer are available
+
+
+def signal_spec(t: TeacherBlock) -> SignalSpec:
+    """The kind of signal that a teacher block describes."""
+    kind = {"top_k": TopK, "sampled": Sampled, "token": Batch}.get(t.signal, Head)
+    return SignalSpec(kind, t.entries, t.temperatures, layers=t.signal == "head" and not t.members)
 
 
 def build(

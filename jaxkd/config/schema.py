@@ -80,9 +80,14 @@ class TeacherBlock:
     prompt: Annotated[int, "tokens of a row that `token` text continues"] = 32
 
     @property
+    def is_self(self) -> bool:
+        """Whether the student is its own teacher."""
+        return self.path == SELF
+
+    @property
     def models(self) -> Mapping[str, Any]:
         """The teacher models by name: "teacher", the members, or none for a `self` teacher."""
-        if self.path == SELF:
+        if self.is_self:
             return {}
         return self.members or {"teacher": self}
 

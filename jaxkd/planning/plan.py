@@ -28,6 +28,7 @@ from jaxkd.planning.hlo import Collective, Program
 from jaxkd.planning.topology import Topology
 from jaxkd.run import job, program
 from jaxkd.run.job import Job
+from jaxkd.run.open_models import Models
 from jaxkd.run.teacher import abstract_batch, build_teacher
 
 _COST = {"all-reduce": 2.0, "all-to-all": 0.25}  # relative to an all-gather of as many bytes, on a bidirectional ring
@@ -208,9 +209,10 @@ def plan(built: Job, topology: Topology) -> Plan:
     Raises:
         OnChipOom: a kernel needs more on-chip memory than there is, whatever the size of the job.
     """
-    teacher = build_teacher(built, teacher_weights(built), {}).train
-    batch = abstract_batch(built)
-    step_flops = program.flops_of(built)
+    e, models, uses_teacher = built.experiment, built.models, built.objective.uses_teacher
+    teacher = build_teacher(e, models, teacher_weights(models), {}, uses_teacher).train
+    batch = abstract_batch(e, models, built.mesh)
+    step_flops = program.flops_of(e, models, uses_teacher)
     limit, state = topology.chip.hbm, built.state
     parts = {
         "params": device_bytes((state.params, state.ema)),
@@ -269,14 +271,13 @@ def _progress(what: str, every: float = 15.0) -> Iterator[None]:
         thread.join()
 
 
-def teacher_weights(built: Job) -> dict[str, Any]:
+def teacher_weights(models: Models) -> dict[str, Any]:
     """Each teacher's weights on the devices as abstract arrays; of a cached teacher only its head."""
     abstract = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
     by_name = {}
-    for name, model in {} if built.own else built.teachers.items():
+    for name, model in () if models.is_self else models.teachers.items():
         params = jax.tree.map(abstract, model.shapes, model.shardings)
-        cached = bool(built.experiment.teacher.models[name].cache)
-        by_name[name] = {n: params[n] for n in heads.names(model.config)} if cached else params
+        by_name[name] = {n: params[n] for n in heads.names(model.config)} if model.cache else params
     return by_name
 
 

@@ -16,17 +16,17 @@ def lines(p: Plan) -> list[str]:
     flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
     launcher = f"none; with a launcher's: bash launch/host.sh --chip {p.topology.generation.name} -- plan ..."
     models = [
-        (name, model, "the student's EMA" if p.job.own else e.teacher.models[name].path)
-        for name, model in p.job.teachers.items()
+        (name, model, "the student's EMA" if p.job.models.is_self else e.teacher.models[name].path)
+        for name, model in p.job.models.teachers.items()
     ]
     text = [
         f"slice     {p.topology.sentence()}",
         f"flags     {f'{len(flags)} in LIBTPU_INIT_ARGS' if flags else launcher}",
         f"mesh      {mesh}",
-        *(f"          {note}" for note in p.job.notes),
+        *(f"          {note}" for note in p.job.models.notes),
         *(
             f"{name:9} {path}, {number(parameter_count(model.config))} parameters"
-            for name, model, path in [*models, ("student", p.job.student, e.student.path)]
+            for name, model, path in [*models, ("student", p.job.models.student, e.student.path)]
         ),
         f"batch     {e.data.batch} x {e.data.length} = {p.tokens:,} tokens, micro-batches: {e.optim.micro_batches}, "
         f"remat: {e.run.remat}",

@@ -176,8 +176,9 @@ def _fitted(e: Experiment, topology: Topology) -> Experiment | None:
 
 def _large_teacher(job: Job) -> bool:
     """Whether a teacher that runs in the step is larger than the student: it may pay to give it an axis of its own."""
-    online = [job.teachers[name].config for name, block in job.experiment.teacher.models.items() if not block.cache]
-    return any(parameter_count(config) > parameter_count(job.student.config) for config in online)
+    models = job.models
+    online = [] if models.is_self else [model.config for model in models.teachers.values() if not model.cache]
+    return any(parameter_count(config) > parameter_count(models.student.config) for config in online)
 
 
 def overrides(asked: Experiment, e: Experiment) -> list[str]:

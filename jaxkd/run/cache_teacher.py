@@ -10,17 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Hidden, PyTree
 from jaxkd.data import loader
 from jaxkd.evals.payload import payload_kl
 from jaxkd.models import flops, heads
 from jaxkd.run import load
-from jaxkd.run.job import Job, Model
-from jaxkd.run.teacher import described, layouts, reduced
+from jaxkd.run.open_models import Model, Models
+from jaxkd.run.teacher import cache_facts, cache_layouts, reduced
 from jaxkd.runtime import multihost
 from jaxkd.teachers import codec
 from jaxkd.teachers.online import online
@@ -33,44 +34,43 @@ _WRITTEN_AGAIN = 1 / 3  # of a text's tokens: draws part after the first that ro
 _SEED = 0  # of what is drawn: a cache serves runs of any seed
 
 
-class Maker(NamedTuple):
-    """The live teacher, made into what is stored."""
+class Recorder(NamedTuple):
+    """The online teacher, and how its signal is stored."""
 
     params: PyTree
-    make: dict[str, Callable[[PyTree, Batch], Any]]  # per split: arrays [B L ...]
-    loss: Callable[[PyTree, Batch, Any], jax.Array]  # [B L] nats that a payload is from the teacher
+    signals: Mapping[str, Callable[[PyTree, Batch], Any]]  # per split: arrays [B L ...], jitted
+    kl: Callable[[PyTree, Batch, Any], jax.Array]  # [B L] nats, of a payload from the teacher; jitted
+    layouts: dict[str, codec.Layout]  # per split
+    batch: int
+    sharding: NamedSharding  # of a batch
 
 
-def maker(job: Job, params: PyTree, name: str = "teacher") -> Maker:
-    """The live teacher, made into what `layouts` stores of it.
-
-    Args:
-        job: for the signal.
-        params: the teacher's.
-        name: of the teacher.
-    """
-    teacher = online(params, job.teachers[name].forward)
-    less = teacher if job.experiment.teacher.members else reduced(job, teacher, _SEED)
+def make_recorder(e: Experiment, models: Models, mesh: Mesh, name: str = "teacher") -> Recorder:
+    """Load a teacher, with what stores its signal."""
+    model = models.teachers[name]
+    teacher = online(load.put(load.host_params(model), model), model.forward)
+    reduced_teacher = teacher if e.teacher.members else reduced(e.teacher, models, teacher, _SEED)
 
     def hidden(params: PyTree, batch: Batch) -> Hidden:
         return Hidden(teacher.signal(params, batch).head.hidden)
 
-    # A row's draws follow from its domain's name: the same whichever domains a job has, and in whatever order.
-    called = jnp.asarray([zlib.crc32(domain.encode()) & 0x7FFFFFFF for domain in job.domains], jnp.int32)
+    # Draws depend on the domain's name, not on its number: the same whichever other domains a recipe has.
+    name_ids = jnp.asarray([zlib.crc32(domain.encode()) & 0x7FFFFFFF for domain in e.data.domains], jnp.int32)
 
-    def told(params: PyTree, batch: Batch) -> Any:
-        batch = batch._replace(domain=called[batch.domain])
-        given = {"step": jnp.zeros((), jnp.int32)} if "step" in less.requires else {}
-        found = less.signal(params, batch, **given)
-        return codec.Text(*[getattr(found, name) for name in codec.Text._fields]) if less.writes else found
+    def drawn(params: PyTree, batch: Batch) -> Any:
+        batch = batch._replace(domain=name_ids[batch.domain])
+        options = {"step": jnp.zeros((), jnp.int32)} if "step" in reduced_teacher.requires else {}
+        signal = reduced_teacher.signal(params, batch, **options)
+        return codec.Text(*[getattr(signal, n) for n in codec.Text._fields]) if reduced_teacher.writes else signal
 
-    def loss(params: PyTree, batch: Batch, payload: Any) -> jax.Array:
-        return payload_kl(teacher.signal(params, batch).head, payload, job.tokenizer.vocab)
+    def kl(params: PyTree, batch: Batch, payload: Any) -> jax.Array:
+        return payload_kl(teacher.signal(params, batch).head, payload, models.vocab)
 
-    train = hidden if less is teacher else told
-    # Whole rows, since a host writes those that its devices hold.
-    whole = lambda make: jax.jit(make, out_shardings=batch_sharding(job.mesh))
-    return Maker(params, {"train": whole(train), "valid": whole(hidden)}, jax.jit(loss))
+    sharding = batch_sharding(mesh)
+    rows = lambda function: jax.jit(function, out_shardings=sharding)  # whole rows: a host writes those it holds
+    signals = {"train": rows(hidden if reduced_teacher is teacher else drawn), "valid": rows(hidden)}
+    layouts = cache_layouts(e.teacher, models, e.data.length, name)
+    return Recorder(teacher.state, signals, jax.jit(kl), layouts, e.run.eval_batch, sharding)
 
 
 class _Hosts(NamedTuple):
@@ -94,13 +94,15 @@ def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
     return _Hosts(len(groups), groups.index(places[me]), first == me)
 
 
-def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
-    """Store the teacher's signal of all rows; blocks that are there are kept.
+def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progress: bool = True) -> Iterator[str]:
+    """Store the teacher's signal of all rows in `teacher.cache`; blocks that exist are kept.
 
-    All processes go through the same batches together; each group of them fills a block of its own with its share.
+    All processes go through the same batches together; each group of them fills its own block with its share.
 
     Args:
-        job: its `teacher.cache` is the directory.
+        e: the recipe.
+        models: opened on the mesh.
+        mesh: of all processes.
         rows: prepared.
         progress: show it on stderr.
 
@@ -111,12 +113,12 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
         ValueError: another writer is at it, or the directory holds something else.
         OSError: the disk is full; what was written stays.
     """
-    root = job.experiment.teacher.cache
+    root = e.teacher.cache
     sizes = {
         name: {"train": len(train), "valid": len(valid)}
         for name, train, valid in zip(rows.names, rows.train, rows.valid, strict=True)
     }
-    manifest = described(job, rows.fingerprints)
+    manifest = cache_facts(e.teacher, models, e.data, rows.fingerprints)
     started, process = time.perf_counter(), jax.process_index()
     with Writer(root, manifest, sizes, block=BLOCK, leader=process == 0) as writer:
         multihost.barrier("the cache is opened")
@@ -126,29 +128,27 @@ def write(job: Job, rows: load.Domains, progress: bool = True) -> Iterator[str]:
         measured: dict[str, float] = {}
         if todo:
             yield f"storing {total:,} rows in {len(todo):,} blocks of at most {BLOCK}"
-            params = load.teacher(job, "teacher")
-            measured = _fill(job, rows, maker(job, params), writer, todo, progress and process == 0)
+            measured = _fill(make_recorder(e, models, mesh), rows, writer, todo, progress and process == 0)
         multihost.barrier("the cache is written")
         if process == 0:
             writer.finish()
         multihost.barrier("the cache is finished")  # before one opens what is not marked complete yet
     took = time.perf_counter() - started
     if todo:
-        rate = total * job.experiment.data.length / took
+        rate = total * e.data.length / took
         yield f"stored in {took:,.0f} s, {rate:,.0f} tokens/s"
     for name, value in measured.items():
         yield f"{name}: KL of what is stored from the teacher {value:.2e} nats per token, over a batch"
-    yield from costs(job, rows, {"teacher": Store(root)})
+    yield from costs(e, models, rows, {"teacher": Store(root)})
 
 
 def _fill(
-    job: Job, rows: load.Domains, made: Maker, writer: Writer, todo: list[Block], progress: bool
+    recorder: Recorder, rows: load.Domains, writer: Writer, todo: list[Block], progress: bool
 ) -> dict[str, float]:
     """Compute and write blocks; returns the payload's KL per domain, of its first batch of training rows."""
-    place = batch_sharding(job.mesh)
-    batch = job.experiment.run.eval_batch
-    hosts = _hosts(batch, place)
-    where = loader.local_rows(batch, place)
+    batch, sharding = recorder.batch, recorder.sharding
+    hosts = _hosts(batch, sharding)
+    mine = loader.local_rows(batch, sharding)
     kls: dict[str, float] = {}
     # One split and so one program at a time: all groups of a round run the same.
     rounds = [
@@ -162,25 +162,27 @@ def _fill(
         block = blocks[min(hosts.mine, len(blocks) - 1)]
         payloads: list[bytes] = []
         domain = rows.names.index(block.domain)
-        for start in range(0, max(b.stop - b.start for b in blocks), len(where)):
-            wanted = np.minimum(block.start + start + np.arange(len(where)), block.stop - 1)
+        for start in range(0, max(b.stop - b.start for b in blocks), len(mine)):
+            wanted = np.minimum(block.start + start + np.arange(len(mine)), block.stop - 1)
             sources = rows.train if block.split == "train" else rows.valid
-            local = loader.read_rows(sources, np.full(len(where), domain), wanted)
-            placed = loader.to_devices(local, batch, where, place)
-            found = made.make[block.split](made.params, placed)
-            payloads += _encoded(layouts(job)[block.split], found, local["weights"])
+            local = loader.read_rows(sources, np.full(len(mine), domain), wanted)
+            placed = loader.to_devices(local, batch, mine, sharding)
+            signal = recorder.signals[block.split](recorder.params, placed)
+            payloads += _encoded(recorder.layouts[block.split], signal, local["weights"])
             if block.split == "train" and block.domain not in kls and hosts.groups == 1:
-                kls |= _measured(job, block, made, placed, payloads[-len(where) :])
-            bar.update(min(len(where), block.stop - block.start - start))
+                stored = codec.decode_rows(recorder.layouts["train"], payloads[-len(mine) :])
+                if not isinstance(stored, codec.Text):
+                    kls[block.domain] = _distance(recorder, placed, jax.tree.map(jnp.asarray, stored))
+            bar.update(min(len(mine), block.stop - block.start - start))
         if hosts.writes and hosts.mine < len(blocks):
             writer.write(block, payloads[: block.stop - block.start])
     bar.close()
     return kls
 
 
-def _encoded(layout: codec.Layout, found: Any, weights: np.ndarray) -> list[bytes]:
+def _encoded(layout: codec.Layout, signal: Any, weights: np.ndarray) -> list[bytes]:
     """Payloads of this process's rows of a batch."""
-    local = jax.tree.map(_local, found)
+    local = jax.tree.map(_local, signal)
     payloads = []
     for i in range(len(weights)):
         row = jax.tree.map(lambda x, i=i: x[i], local)
@@ -195,41 +197,28 @@ def _local(x: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def _measured(job: Job, block: Block, made: Maker, batch: Batch, payloads: list[bytes]) -> dict[str, float]:
-    stored = codec.decode_rows(layouts(job)[block.split], payloads)
-    if isinstance(stored, codec.Text):
-        return {}
-    return {block.domain: _distance(made, batch, jax.tree.map(jnp.asarray, stored))}
-
-
-def _distance(made: Maker, batch: Batch, payload: Any) -> float:
+def _distance(recorder: Recorder, batch: Batch, payload: Any) -> float:
     """Nats per token from the teacher."""
-    kl, live = made.loss(made.params, batch, payload), batch.weights != 0
+    kl, live = recorder.kl(recorder.params, batch, payload), batch.weights != 0
     return float(jnp.where(live, kl, 0.0).sum() / live.sum())
 
 
-def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
-    """Training rows of every domain read back, and held against the teacher run now.
-
-    Args:
-        job: for the teacher.
-        rows: of all domains; those in the store are looked at.
-        name: of the teacher.
-        store: its cache.
+def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, name: str, store: Store) -> str:
+    """Compare a cache with its teacher run now, on some training rows of every domain that is in it.
 
     Raises:
-        ValueError: when the cache is farther from the teacher than storing it again would be.
+        ValueError: the cache is farther from the teacher than storing the same rows again would be.
     """
     try:
-        params = load.teacher(job, name)
+        recorder = make_recorder(e, models, mesh, name)
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"{name} does not fit beside what is loaded ({str(error).splitlines()[0][:200]}), so its cache cannot be "
             "held against it here: run `jaxkd check` where it fits, and train with --no-check"
         ) from None
-    made, where = maker(job, params, name), f"the cache {store.root}"
-    found = [_again(job, rows, made, store, domain, row) for domain, row in _spots(rows, store, job)]
-    then, now = np.mean(found, 0)
+    where = f"the cache {store.root}"
+    distances = [_again(recorder, rows, store, domain, row) for domain, row in _spots(rows, store, recorder.batch)]
+    then, now = np.mean(distances, 0)
     if store.layout("train").signal == "token":
         if then < _WRITTEN_AGAIN:
             raise ValueError(
@@ -245,50 +234,43 @@ def spot_check(job: Job, rows: load.Domains, name: str, store: Store) -> str:
     return f"cache: {then:.2e} nats per token from the live teacher, {now:.2e} if stored again"
 
 
-def _spots(rows: load.Domains, store: Store, job: Job) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _spots(rows: load.Domains, store: Store, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of domain and row [B]: of each domain in the store the first row, the last, and some between."""
-    size = job.experiment.run.eval_batch
     served = np.asarray([d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]])
     count = -(-2 * len(served) // size) * size
-    place = np.arange(count)
-    domain, share = served[place % len(served)], place // len(served) / ((count - 1) // len(served))
+    spot = np.arange(count)
+    domain, share = served[spot % len(served)], spot // len(served) / ((count - 1) // len(served))
     row = np.rint(share * (np.asarray(rows.sizes)[domain] - 1)).astype(np.int64)
     yield from zip(domain.reshape(-1, size), row.reshape(-1, size), strict=True)
 
 
 def _again(
-    job: Job, rows: load.Domains, made: Maker, store: Store, domain: np.ndarray, row: np.ndarray
+    recorder: Recorder, rows: load.Domains, store: Store, domain: np.ndarray, row: np.ndarray
 ) -> tuple[float, float]:
-    """Nats per token from the teacher: of what is stored of rows [B], and of what would be now.
+    """Nats per token from the teacher, of rows [B]: as stored, and as they would be stored now.
 
-    Of text the share of the stored tokens that are written again, and 1.
+    For text: the share of the stored tokens that the teacher writes again, and 1.
     """
-    layout, place = store.layout("train"), batch_sharding(job.mesh)
-    mine = loader.local_rows(len(row), place)
+    layout, sharding = store.layout("train"), recorder.sharding
+    mine = loader.local_rows(len(row), sharding)
     local = loader.read_rows(rows.train, domain[mine], row[mine])
-    batch = loader.to_devices(local, len(row), mine, place)
-    kept = [store.read(rows.names[d], "train", [r])[0] for d, r in zip(domain[mine], row[mine], strict=True)]
-    fresh = _encoded(layout, made.make["train"](made.params, batch), local["weights"])
-    stored, now = (codec.decode_rows(layout, payloads) for payloads in (kept, fresh))
+    batch = loader.to_devices(local, len(row), mine, sharding)
+    old = [store.read(rows.names[d], "train", [r])[0] for d, r in zip(domain[mine], row[mine], strict=True)]
+    fresh = _encoded(layout, recorder.signals["train"](recorder.params, batch), local["weights"])
+    stored, now = (codec.decode_rows(layout, payloads) for payloads in (old, fresh))
     if isinstance(stored, codec.Text) and isinstance(now, codec.Text):
         same = np.asarray(stored.targets == now.targets)[np.asarray(stored.weights) != 0]
         return float(same.mean()) if same.size else 1.0, 1.0
-    placed = (loader.to_devices({**local, "teacher": x}, len(row), mine, place).teacher for x in (stored, now))
-    then, again = (_distance(made, batch, x) for x in placed)
+    placed = (loader.to_devices({**local, "teacher": x}, len(row), mine, sharding).teacher for x in (stored, now))
+    then, again = (_distance(recorder, batch, x) for x in placed)
     return then, again
 
 
-def costs(job: Job, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator[str]:
-    """Bytes and operations of the teachers, a line or two each.
-
-    Args:
-        job: for the sizes.
-        rows: of the domains.
-        stores: the caches of those that have one.
-    """
-    e, length = job.experiment, job.experiment.data.length
+def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator[str]:
+    """Bytes and FLOPs of the teachers, a line or two each; `stores` holds the caches of those that have one."""
+    length = e.data.length
     per_step = e.data.batch * length
-    for name, model in job.teachers.items():
+    for name, model in models.teachers.items():
         whole = flops.body(model.config, length) + flops.head(model.config)
         if name not in stores:
             yield (

@@ -1,4 +1,4 @@
-"""What a job describes, made real: rows on disk, weights on devices."""
+"""Rows on disk, and weights on devices."""
 
 import math
 import sys
@@ -8,22 +8,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from jaxkd.config.schema import Experiment
-from jaxkd.core.sharding import batch_sharding
+from jaxkd.config.schema import DataBlock, StudentBlock
 from jaxkd.core.types import Batch, PyTree
 from jaxkd.data import build, loader
 from jaxkd.data.rows import Rows
 from jaxkd.data.sources import open_source
+from jaxkd.data.tokenize import Tokenizer
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses.divergences import next_token
 from jaxkd.models import heads, quantized, shrink, transformer
-from jaxkd.run.job import Job, Model
+from jaxkd.run.open_models import Model, Models
 from jaxkd.runtime import multihost
 
 _IMPORTANCE_ROWS = 2  # of each domain
-_PART = 0.8  # of a device's memory that a model may take there, beside its activations
+_MEMORY_SHARE = 0.8  # of a device's memory that parameters may take beside activations
 
 
 class Domains(NamedTuple):
@@ -36,44 +37,43 @@ class Domains(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Training rows per domain that are there to draw from."""
+        """Training rows per domain."""
         return [len(rows) for rows in self.train]
 
     @property
     def whole(self) -> list[int]:
-        """Training rows that each domain's whole text would give, beyond `data.train_rows` too: what rules weigh by."""
+        """Training rows per domain of the whole text, beyond `data.train_rows` too: mixture rules weigh by these."""
         return [p.whole_rows for p in self.prepared]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of each domain's rows: what a resumed run must find again."""
+        """Of each domain's rows; a resumed run must have the same."""
         return {p.name: p.fingerprint for p in self.prepared}
 
 
-def domains(job: Job, progress: bool = True) -> Domains:
-    """Build the rows that are not there yet, and open all of them.
+def domains(data: DataBlock, tokenizer: Tokenizer, progress: bool = True) -> Domains:
+    """Build the rows that do not exist yet, and open all of them.
 
-    Process 0 builds; then the others find its rows on a shared disk, or build the same ones on their own.
+    Process 0 builds first; then the others find its rows on a shared disk, or build the same ones on their own.
 
     Raises:
-        ValueError, FileNotFoundError, OSError: with one line on what is wrong with which domain.
+        ValueError, FileNotFoundError, OSError: one line that names the domain.
     """
-    kept = "stopped by a signal while rows were built: domains that are done are kept, and the same command goes on"
-    with multihost.interruptible(kept):
-        prepared = multihost.main_first("rows", lambda: _prepared(job, progress))
+    stopped = "stopped by a signal while rows were built: finished domains are kept; the same command continues"
+    with multihost.interruptible(stopped):
+        prepared = multihost.main_first("rows", lambda: _prepare(data, tokenizer, progress))
     multihost.assert_equal("the rows of the domains", {p.name: p.fingerprint for p in prepared})
     train = tuple(Rows(p.path, "train") for p in prepared)
     valid = tuple(Rows(p.path, "valid") for p in prepared)
-    return Domains(job.domains, tuple(prepared), train, valid)
+    return Domains(tuple(data.domains), tuple(prepared), train, valid)
 
 
-def _prepared(job: Job, progress: bool) -> list[build.Prepared]:
-    data = job.experiment.data
+def _prepare(data: DataBlock, tokenizer: Tokenizer, progress: bool) -> list[build.Prepared]:
     return [
         build.prepare(
             name,
             open_source(spec, data.text_key),
-            job.tokenizer,
+            tokenizer,
             data.length,
             data.train_rows,
             data.valid_rows,
@@ -86,22 +86,21 @@ def _prepared(job: Job, progress: bool) -> list[build.Prepared]:
 
 
 def held_out(
-    job: Job, rows: Domains, host_features: loader.HostFeatures = lambda rows: rows
+    rows: Domains, batch: int, sharding: NamedSharding, host_features: loader.HostFeatures = lambda rows: rows
 ) -> dict[str, Iterator[tuple[Batch, np.ndarray]]]:
-    """Each domain's held-out rows as batches on the devices, with the bytes of their targets; to be read once."""
-    place, size = batch_sharding(job.mesh), job.experiment.run.eval_batch
+    """Each domain's held-out rows as sharded batches, with the bytes of their targets; each is read once."""
     return {
-        name: loader.fixed_batches(valid, i, size, place, host_features)
+        name: loader.fixed_batches(valid, i, batch, sharding, host_features)
         for i, (name, valid) in enumerate(zip(rows.names, rows.valid, strict=True))
     }
 
 
 def put(params: PyTree, model: Model) -> PyTree:
-    """Host arrays, all or some of a model's, to their shards, as the model stores them."""
+    """Host arrays, all or some top-level names of a model, as sharded arrays in the dtype the model stores."""
     params = quantized.quantize(params) if model.quantized else params
     return jax.tree.map(
-        lambda x, shape, place: jax.make_array_from_callback(
-            shape.shape, place, lambda index: np.asarray(x[index], shape.dtype)
+        lambda x, shape, sharding: jax.make_array_from_callback(
+            shape.shape, sharding, lambda index: np.asarray(x[index], shape.dtype)
         ),
         params,
         {name: model.shapes[name] for name in params},
@@ -109,82 +108,72 @@ def put(params: PyTree, model: Model) -> PyTree:
     )
 
 
-def host_params(model: Model, seed: int, only: tuple[str, ...] | None = None) -> PyTree:
-    """A model's weights on the host: from its checkpoint, or random.
-
-    Args:
-        model: which.
-        seed: of random ones.
-        only: the top-level names that are wanted, None for all.
-    """
+def host_params(model: Model, only: tuple[str, ...] | None = None) -> PyTree:
+    """A model's weights on the host, in float32: from its checkpoint, or random; `only` some top-level names."""
     if model.checkpoint is not None:
         return model.checkpoint.load(np.float32, only)
-    params = jax.tree.map(np.asarray, transformer.init(model.config, jax.random.key(seed)))
+    params = jax.tree.map(np.asarray, transformer.init(model.config, jax.random.key(model.seed)))
     return params if only is None else {name: params[name] for name in only}
 
 
-def teacher_seed(e: Experiment, number: int) -> int:
-    """Of the random weights of the teacher with that number; the student has the one after the first."""
-    return e.run.seed + number + (number > 0)
+class Weights(NamedTuple):
+    """Parameters on their devices."""
 
-
-class Models(NamedTuple):
-    """Weights on their devices."""
-
-    teachers: dict[str, PyTree]  # by name; of cached ones the head alone, of a student that teaches itself nothing
+    teachers: dict[str, PyTree]  # by name; of cached ones the head alone; {} where the student is its own teacher
     student: PyTree | None
     kept_layers: tuple[int, ...] | None  # of the model that the student was cut from
 
 
-def teacher(job: Job, name: str) -> PyTree:
-    """A teacher's whole weights on their devices, whether it is cached or not."""
-    number = list(job.teachers).index(name)
-    return put(host_params(job.teachers[name], teacher_seed(job.experiment, number)), job.teachers[name])
+def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree], PyTree]:
+    """Every teacher's parameters, of cached ones the head; with `keep_host` the first one's on the host too.
+
+    Raises:
+        ValueError, FileNotFoundError: a file is damaged or does not fit.
+    """
+    placed: dict[str, PyTree] = {}
+    first: PyTree = None
+    for name, model in () if models.is_self else models.teachers.items():
+        keep = keep_host and not placed
+        names = heads.names(model.config) if model.cache else None
+        host = host_params(model, None if keep else names)
+        placed[name] = put(host if names is None else {n: host[n] for n in names}, model)
+        first = host if keep else first
+        del host
+    return placed, first
 
 
-def models(job: Job, rows: Domains, with_student: bool = True, progress: bool = True) -> Models:
-    """Load the teachers, of cached ones the head, and make the student's first parameters unless they are restored.
+def weights(models: Models, block: StudentBlock, rows: Domains, progress: bool = True) -> Weights:
+    """Load the teachers, and make the student's first parameters.
 
     Args:
-        job: what to load.
-        rows: prepared, for the choice of layers.
-        with_student: whether the student is wanted.
+        models: opened.
+        block: which layers the student keeps, or how many.
+        rows: for the choice of layers.
         progress: show it on stderr.
 
     Raises:
-        ValueError, FileNotFoundError: when a file is damaged or does not fit.
+        ValueError, FileNotFoundError: a file is damaged or does not fit.
     """
-    e = job.experiment
-    cut = with_student and e.student.path == "teacher"
-    teachers: dict[str, PyTree] = {}
-    host: PyTree = None
-    for number, (name, model) in enumerate(() if job.own else job.teachers.items()):
-        cut_here = cut and number == 0
-        whole = not e.teacher.models[name].cache
-        found = host_params(model, teacher_seed(e, number), None if whole or cut_here else heads.names(model.config))
-        teachers[name] = put(found if whole else {n: found[n] for n in heads.names(model.config)}, model)
-        host = found if cut_here else host
-        del found
-    if not with_student:
-        return Models(teachers, None, None)
-    if not cut:
-        host = host_params(job.student, e.run.seed + 1)
-    kept: tuple[int, ...] | None = e.student.layers or None
-    if e.student.keep:
-        found = _by_importance(job, rows, host, progress and multihost.is_main())
-        kept = tuple(
-            multihost.broadcast("layers", lambda: list(found))
-        )  # a near tie may fall otherwise on another host
+    cut = block.path == "teacher"
+    placed, host = teachers(models, keep_host=cut)
+    source = models.teacher if cut else models.student
+    host = host if cut else host_params(source)
+    kept: tuple[int, ...] | None = block.layers or None
+    if block.keep:
+        config = source.config if source.checkpoint is None else source.checkpoint.config  # with all its layers
+        chosen = _by_importance(config, block.keep, models.vocab, rows, host, progress and multihost.is_main())
+        # Near ties may be decided differently on another host.
+        kept = tuple(multihost.broadcast("layers", lambda: list(chosen)))
     if kept:
         host = shrink.keep_layers(host, kept)
-    return Models(teachers, put(host, job.student), kept)
+    return Weights(placed, put(host, models.student), kept)
 
 
-def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tuple[int, ...]:
+def _by_importance(
+    config: transformer.Config, keep: int, vocab: int, rows: Domains, host: PyTree, progress: bool
+) -> tuple[int, ...]:
     """Layers to keep, by the loss on the first training rows of each domain when each is left out."""
     depth = jax.tree.leaves(host["layers"])[0].shape[0]
-    side = job.teacher if job.experiment.student.path == "teacher" else job.student
-    config = side.config if side.checkpoint is None else side.checkpoint.config  # with all its layers
     # On one device and on the same rows whatever the mesh, so that the choice of layers does not depend on it.
     batches = [next(loader.fixed_batches(r, i, _IMPORTANCE_ROWS))[0] for i, r in enumerate(rows.train)]
     batch = jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts]), *batches)
@@ -193,7 +182,7 @@ def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tup
     def loss(params: PyTree, layer: jax.Array, batch: Batch) -> jax.Array:
         head = transformer.forward(config, shrink.without_layer(params, layer), batch).head
         value, _ = linear_divergence(
-            (next_token(),), head, None, batch.targets, batch.weights[None], (1.0,), vocab=job.tokenizer.vocab
+            (next_token(),), head, None, batch.targets, batch.weights[None], (1.0,), vocab=vocab
         )
         return value / batch.weights.sum()
 
@@ -203,21 +192,17 @@ def _by_importance(job: Job, rows: Domains, host: PyTree, progress: bool) -> tup
     scores = shrink.importance(lambda layer: float(loss(params, jnp.asarray(layer), batch)), depth, show)
     if not all(math.isfinite(s) for s in scores):
         raise ValueError("the loss is not finite when a layer is left out: check the teacher's weights")
-    return shrink.most_important(scores, job.experiment.student.keep)
+    return shrink.most_important(scores, keep)
 
 
 def check_one_device(host: PyTree, device: Any) -> None:
-    """See that a model can be tried on one device in float32, as `student.keep` does.
-
-    Args:
-        host: its arrays.
-        device: of JAX; one that does not know its memory has enough.
+    """Check that parameters fit on one JAX device in float32, as `student.keep` needs.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: they take more than a share of the memory that the device reports.
     """
     size, memory = 4 * sum(x.size for x in jax.tree.leaves(host)), device.memory_stats() or {}
-    if size > _PART * memory.get("bytes_limit", math.inf):
+    if size > _MEMORY_SHARE * memory.get("bytes_limit", math.inf):
         raise ValueError(
             f"student.keep tries the model without each layer on one device, where its {size / 2**30:.1f} GiB in "
             "float32 do not fit: name the layers (student.layers), or choose them where JAX_PLATFORMS=cpu"

@@ -15,13 +15,13 @@ from jax.experimental import multihost_utils
 from jaxkd.core import metrics
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Metrics, PyTree
-from jaxkd.data import loader
+from jaxkd.data import loader, rules
 from jaxkd.evals import compare
 from jaxkd.losses import group_dro
 from jaxkd.models import flops
 from jaxkd.run import load, preflight, program, restore
 from jaxkd.run.job import Job
-from jaxkd.run.mixing import Mixing
+from jaxkd.run.mixing import Mixing, make_gradients, make_losses
 from jaxkd.run.teacher import build_teacher, open_stores
 from jaxkd.runtime import files, log, multihost
 from jaxkd.runtime.phases import Phases
@@ -93,11 +93,14 @@ class Run:
         self.job, self.workdir, self.rows = job, workdir, rows
         self.seconds: list[float] = []  # of the present interval's steps
         self.rule_s: float | None = None  # that the rule took just before the next step
-        self.mixing = Mixing(job, rows)
-        self.stores = open_stores(job, rows.fingerprints)
-        self.checkpoints = restore.checkpoints(job.experiment, workdir)
+        e, models = job.experiment, job.models
+        make_measure = make_gradients if job.rule.measures is rules.Gradients else make_losses
+        measure = make_measure(models.student, models.vocab, rows, e.run, job.mesh)
+        self.mixing = Mixing(job.rule, rows, e.data, job.lr, measure)
+        self.stores = open_stores(e, models, rows.fingerprints)
+        self.checkpoints = restore.writer(e.run, workdir)
         self.finished = False
-        self.phases = Phases(workdir, job.experiment.run.stall_s, started or time.time(), jax.process_index())
+        self.phases = Phases(workdir, e.run.stall_s, started or time.time(), jax.process_index())
         try:
             self._load(say)
             self._define()
@@ -114,57 +117,55 @@ class Run:
         """The functions that the loop calls; nothing is compiled yet."""
         job = self.job
         self.start = {row["domain"]: row["student_nats"] for row in self._first_evaluation()}
-        self.step = program.jitted_step(job, self.teaching.train)
-        comparison = compare.make_comparison(job.student.forward, self.teaching.judged, job.tokenizer.vocab)
-        self.comparison = jax.jit(comparison)
-        self.flops = program.flops_of(job).model
+        self.step = program.jitted_step(job, self.teachers.train)
+        student, vocab = job.models.student, job.models.vocab
+        self.comparison = jax.jit(compare.make_comparison(student.forward, self.teachers.evaluation_signal, vocab))
+        self.flops = program.flops_of(job.experiment, job.models, job.objective.uses_teacher).model
 
     def _load(self, say: Callable[[str], None]) -> None:
         """The models, and the state: the newest checkpoint's, or the first one."""
-        job, rows = self.job, self.rows
-        found = restore.recover(job, self.workdir, self.checkpoints)
-        self.resumed = found is not None
-        self.models = load.models(job, rows, with_student=not self.resumed)
-        self.teaching = build_teacher(job, self.models.teachers, self.stores)
-        if found is None:
+        job, e = self.job, self.job.experiment
+        newest = restore.recover(self.checkpoints, job.state, e, self.workdir)
+        self.resumed = newest is not None
+        if newest is None:
+            weights = load.weights(job.models, e.student, self.rows)
             self.mixing.first()
-            self.state: TrainState = self._first_state()
-            self.tokens = 0
+            self.state: TrainState = self._first_state(weights.student)
+            self.tokens, self.kept_layers = 0, weights.kept_layers
+            self.teacher_params = weights.teachers
         else:
-            self.state = found.state
-            self._adopt(found.progress)
-            for line in found.warnings:
+            self.state, self.kept_layers = newest.state, None
+            self._adopt(newest.progress)
+            self.teacher_params, _ = load.teachers(job.models)
+            for line in newest.warnings:
                 say(line)
-            say(f"resuming at step {found.step} of {job.experiment.run.steps}")
-        self.models = self.models._replace(student=None)
+            say(f"resuming at step {newest.step} of {e.run.steps}")
+        self.teachers = build_teacher(e, job.models, self.teacher_params, self.stores, job.objective.uses_teacher)
         step = int(self.state.step)
-        self.faults = faults.Faults(
-            job.experiment.optim.skip_limit, step - int(optim.update_count(self.state.opt_state))
-        )
+        self.faults = faults.Faults(e.optim.skip_limit, step - int(optim.update_count(self.state.opt_state)))
         self.phases.restored(step)
 
     def loaded(self) -> preflight.Loaded:
-        """What is looked at before the first step."""
+        """What the checks before the first step look at."""
         student = self.state.params["student"]
         average = student if self.state.ema is None else self.state.ema
         return preflight.Loaded(
-            self.job, self.rows, self.models.teachers, self.teaching, student, average, self.comparison
+            self.job.models, self.rows, self.teacher_params, self.teachers, student, average, self.comparison
         )
 
-    def _first_state(self) -> TrainState:
-        job, run = self.job, self.job.experiment.run
+    def _first_state(self, student: PyTree) -> TrainState:
+        job, e = self.job, self.job.experiment
 
         def first(student: PyTree, key: jax.Array) -> TrainState:
             params = {"student": student, "objective": job.objective_init(key)}
-            weights = group_dro.init(self.mixing.mixture.sampling) if self.mixing.rule.group_dro else None
+            weights = group_dro.init(self.mixing.mixture.sampling) if job.rule.group_dro else None
             recent = None if job.state.recent is None else guard.init()
-            return init_state(params, job.tx, job.objective.trains, job.own, weights, recent)
+            return init_state(params, job.tx, job.objective.trains, e.teacher.is_self, weights, recent)
 
-        place = jax.tree.map(lambda leaf: leaf.sharding, job.state)
-        state = jax.jit(first, out_shardings=place)(self.models.student, jax.random.key(run.seed))
-        return state._replace(
-            params=state.params | {"objective": state.params["objective"] | restore.objective_params(job)}
-        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
+        state = jax.jit(first, out_shardings=shardings)(student, jax.random.key(e.run.seed))
+        earlier = restore.objective_params(e.student.objective_from, job.state.params["objective"])
+        return state._replace(params=state.params | {"objective": state.params["objective"] | earlier})
 
     def _adopt(self, progress: dict[str, Any]) -> None:
         if progress["rows"] != self.rows.fingerprints:
@@ -192,7 +193,7 @@ class Run:
             self.mixing.end,
             self.mixing.start,
             batch_sharding(self.job.mesh),
-            self.teaching.train.host_features,
+            self.teachers.train.host_features,
         )
 
     def _first_evaluation(self) -> list[compare.Row]:
@@ -211,19 +212,28 @@ class Run:
         """Student beside teacher on the held-out rows; raises `_Told`."""
         params = self.state.params["student"]
         average = params if self.state.ema is None else self.state.ema
-        known = (self.teaching.judge.state, self.state.step, average)
+        inputs = (self.teachers.evaluate.state, self.state.step, average)
 
         def compared(batch: Batch) -> compare.Sums:
             if interrupt():
                 raise _Told
             self.phases.alive()
-            return self.comparison(params, known, batch)
+            return self.comparison(params, inputs, batch)
 
         rows = compare.evaluate(
             compared,
-            load.held_out(self.job, self.rows, self.teaching.judge.host_features),
+            load.held_out(
+                self.rows,
+                self.job.experiment.run.eval_batch,
+                batch_sharding(self.job.mesh),
+                self.teachers.evaluate.host_features,
+            ),
             step,
-            {} if self.job.own else self.start if step else None,  # a teacher that moves leaves no gap to close
+            {}
+            if self.job.models.is_self
+            else self.start
+            if step
+            else None,  # a teacher that moves leaves no gap to close
         )
         if step == 0:
             self.start = {row["domain"]: row["student_nats"] for row in rows}
@@ -260,7 +270,7 @@ class Run:
                     self.finished = self._steps(step, run, output, interrupt, trace)
             with self.phases.during("checkpoint"):
                 self.checkpoints.wait()
-                restore.mark(self.job.experiment, self.workdir, self.checkpoints)
+                restore.mark(self.checkpoints, self.job.experiment.run, self.workdir)
             if not self.finished:
                 at = f"step {int(self.state.step)} of {run.steps}"
                 output.say(f"stopped by a signal: {at} is saved; the same command goes on from it")
@@ -286,7 +296,7 @@ class Run:
             batches = self._interval(step) if batches is None else batches
             with trace.step(step + 1), self.phases.once("compile"):
                 batch = next(batches)
-                self.state, measured = self.step(self.state, self.teaching.train.state, batch)
+                self.state, measured = self.step(self.state, self.teachers.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
             step, waiting = step + 1, (step + 1, measured)
@@ -307,7 +317,7 @@ class Run:
                     output.flush()
                     with self.phases.during("checkpoint"):
                         self.checkpoints.save(step, self.state, self._progress(), judged)
-                        restore.mark(self.job.experiment, self.workdir, self.checkpoints)
+                        restore.mark(self.checkpoints, self.job.experiment.run, self.workdir)
                 clock = time.perf_counter()
             if stop:
                 return False

@@ -1,50 +1,91 @@
-"""The mixture of a run: what its rule measures at an interval's end, and the shares that follow."""
+"""A run's mixture: what its rule measures at an interval's end, and the shares of the next interval."""
 
 import math
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxkd.config.schema import DataBlock, RunBlock
 from jaxkd.core import schedules
 from jaxkd.core.sharding import batch_sharding
-from jaxkd.core.types import PyTree
+from jaxkd.core.types import PyTree, Scalar
 from jaxkd.data import loader, mixture, rules
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
 from jaxkd.losses import group_dro
-from jaxkd.run import job as jobs
 from jaxkd.run import load
-from jaxkd.run.job import Job
+from jaxkd.run.open_models import Model
 from jaxkd.runtime import files, multihost
 from jaxkd.train.state import TrainState
+
+Measure = Callable[[PyTree, int], np.ndarray]
+"""`measure(student's parameters, interval)`: what a rule needs of the student, per domain or pair of domains."""
+
+
+def make_losses(student: Model, vocab: int, rows: load.Domains, run: RunBlock, mesh: Mesh) -> Measure:
+    """The student's nats per token on the held-out rows of each domain, [domains]; the whole mesh shares the rows."""
+    scoring = jax.jit(compare.make_scoring(student.forward, vocab))
+
+    def losses(params: PyTree, interval: int) -> np.ndarray:
+        nats = []
+        for batches in load.held_out(rows, run.eval_batch, batch_sharding(mesh)).values():
+            sums = jax.device_get([scoring(params, batch) for batch, _ in batches])
+            nats.append(math.fsum(float(v) for v, _ in sums) / math.fsum(float(n) for _, n in sums))
+        return np.asarray(nats)
+
+    return losses
+
+
+def make_gradients(student: Model, vocab: int, rows: load.Domains, run: RunBlock, mesh: Mesh) -> Measure:
+    """Inner products of the domains' loss gradients, [domains domains], of `run.eval_batch` training rows each."""
+    scoring = compare.make_scoring(student.forward, vocab)
+    gradient = jax.jit(
+        jax.grad(lambda params, batch: operator.truediv(*scoring(params, batch))), out_shardings=student.shardings
+    )
+    product = jax.jit(lambda a, b: jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b)))
+    size, sharding = run.eval_batch, batch_sharding(mesh)
+
+    def products(params: PyTree, interval: int) -> np.ndarray:
+        local, gradients = loader.local_rows(size, sharding), []
+        for d, train in enumerate(rows.train):
+            row = mixture.probe(d, len(train), run.seed, interval, size)[local]
+            values = loader.read_rows(rows.train, np.full(len(row), d), row)
+            gradients.append(gradient(params, loader.to_devices(values, size, local, sharding)))
+        pairs = [(i, j) for i in range(len(gradients)) for j in range(i + 1)]
+        matrix = np.zeros((len(gradients), len(gradients)))
+        for (i, j), value in zip(pairs, jax.device_get([product(gradients[i], gradients[j]) for i, j in pairs])):
+            matrix[i, j] = matrix[j, i] = value
+        return matrix
+
+    return products
+
+
+def check_rule(rule: rules.Rule, domains: int) -> None:
+    """Compute the first shares of a rule that measures nothing: the run it reads weights of must exist.
+
+    Raises:
+        ValueError, FileNotFoundError: it does not.
+    """
+    if not rule.measures:
+        rule.init([1] * domains, None)
 
 
 class Mixing:
     """The mixture of the present interval, and the rule that gives the next one."""
 
-    mixture: Mixture  # from `first` or `restore` on
+    mixture: Mixture  # set by `first` or `restore`
 
-    def __init__(self, job: Job, rows: load.Domains):
-        """Compile and decide nothing yet.
-
-        Args:
-            job: for the rule.
-            rows: prepared.
-        """
-        self._job, self._rows = job, rows
-        self.rule = jobs.rule(job)
-        scoring = compare.make_scoring(job.student.forward, job.tokenizer.vocab)
-        self._scoring = jax.jit(scoring)
-        slope = jax.grad(lambda params, batch: operator.truediv(*scoring(params, batch)))
-        self._slope = jax.jit(slope, out_shardings=job.student.shardings)
-        self._product = jax.jit(lambda a, b: jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b)))
-        self.gaps: rules.Gaps | None = None  # the newest of this process
+    def __init__(self, rule: rules.Rule, rows: load.Domains, data: DataBlock, lr: Scalar, measure: Measure):
+        """`measure` is `make_gradients` or `make_losses`, as the rule asks; it is compiled when first called."""
+        self.rule, self._rows, self._data, self._lr, self._measure = rule, rows, data, lr, measure
+        self.gaps: rules.Gaps | None = None  # as last measured by this process
 
     def first(self) -> None:
         """The mixture before the first step.
@@ -68,18 +109,17 @@ class Mixing:
     @property
     def start(self) -> int:
         """The present interval's first step."""
-        return self.mixture.interval * self._job.experiment.data.interval
+        return self.mixture.interval * self._data.interval
 
     @property
     def end(self) -> int:
         """The next interval's first step."""
-        return self.start + self._job.experiment.data.interval
+        return self.start + self._data.interval
 
     @property
     def _count(self) -> int:
         """Rows in an interval."""
-        data = self._job.experiment.data
-        return data.interval * data.batch
+        return self._data.interval * self._data.batch
 
     def saved(self) -> dict[str, Any]:
         """The mixture as JSON values; floats keep every bit."""
@@ -126,38 +166,20 @@ class Mixing:
         kept, interval = self.mixture.rule_state, self.mixture.interval + 1
         measured: Any = None
         if self.rule.measures is rules.Gradients:
-            measured = self._gradients(params, interval)
+            lr = float(schedules.value(self._lr, interval * self._data.interval))
+            measured = rules.Gradients(self._measure(params, interval), lr)
         elif self.rule.measures:
-            measured = self.gaps = self._gaps(params)
+            measured = self.gaps = self._gaps(self._measure(params, interval))
         sampling, state = self.rule.update(kept["rule"], measured, interval)
         self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(rule_state=kept | {"rule": state})
         self._agree()
         return time.perf_counter() - began
 
-    def _gradients(self, params: PyTree, interval: int) -> rules.Gradients:
-        """Products of the domains' gradients: a backward pass on training rows of each, over the whole mesh."""
-        job, count = self._job, len(self._rows.names)
-        size, place = job.experiment.run.eval_batch, batch_sharding(job.mesh)
-        where, found = loader.local_rows(size, place), []
-        for d, rows in enumerate(self._rows.train):
-            row = mixture.probe(d, len(rows), job.experiment.run.seed, interval, size)[where]
-            local = loader.read_rows(self._rows.train, np.full(len(row), d), row)
-            found.append(self._slope(params, loader.to_devices(local, size, where, place)))
-        pairs = [(i, j) for i in range(count) for j in range(i + 1)]
-        products = np.zeros((count, count))
-        for (i, j), value in zip(pairs, jax.device_get([self._product(found[i], found[j]) for i, j in pairs])):
-            products[i, j] = products[j, i] = value
-        return rules.Gradients(products, float(schedules.value(job.lr, interval * job.experiment.data.interval)))
-
-    def _gaps(self, params: PyTree) -> rules.Gaps:
-        """The student's losses on the held-out rows, sharded over the whole mesh, beside what the teacher's were."""
-        nats, kept = [], self.mixture.rule_state
-        for batches in load.held_out(self._job, self._rows).values():
-            sums = jax.device_get([self._scoring(params, batch) for batch, _ in batches])
-            nats.append(math.fsum(float(v) for v, _ in sums) / math.fsum(float(n) for _, n in sums))
-        student = np.asarray(nats)
+    def _gaps(self, student: np.ndarray) -> rules.Gaps:
+        """The student's losses now, beside the teacher's of the first evaluation."""
+        stored = self.mixture.rule_state
         teacher, teacher_bits, factor = (
-            np.asarray(kept[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
+            np.asarray(stored[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
         )
         return rules.Gaps(student, teacher, student * factor, teacher_bits)
 
@@ -168,7 +190,7 @@ class Mixing:
         if not average.size:
             return ""
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
-        told = {"mixture": self._job.experiment.data.mixture, "steps": int(state.step), "weights": weights}
+        told = {"mixture": self._data.mixture, "steps": int(state.step), "weights": weights}
         target = workdir / rules.DOMAIN_WEIGHTS
         if multihost.is_main():
             files.write_json(target, told)
@@ -206,5 +228,5 @@ class Mixing:
         if seconds is not None and self.rule.measures:
             row["rule_s"] = seconds
             if step_s is not None:
-                row["rule_share"] = seconds / (seconds + step_s * self._job.experiment.data.interval)
+                row["rule_share"] = seconds / (seconds + step_s * self._data.interval)
         return row

@@ -1,39 +1,136 @@
-"""Opening the models that an experiment names: headers, shapes and tokenizers, and that they belong together."""
+"""The models that an experiment names, opened but not loaded: configs, abstract parameters, shardings, tokenizers."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from jaxkd.config.schema import Experiment, from_mapping
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxkd.config import validate
+from jaxkd.config.schema import Experiment, StudentBlock, from_mapping
+from jaxkd.core import sharding
+from jaxkd.core.types import Forward, PyTree
 from jaxkd.data import tokenize
-from jaxkd.models import weights
+from jaxkd.models import quantized, transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.runtime import multihost
+from jaxkd.teachers import online
 
+VOCAB_MULTIPLE = 128
 _SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
 
 
-Side = tuple[weights.Checkpoint | None, Config]
-"""Where a model's weights are, None for random ones or a shape alone, and its config."""
+class Model(NamedTuple):
+    """A teacher or the student, without its arrays."""
+
+    config: Config
+    forward: Forward
+    shapes: PyTree  # ShapeDtypeStruct leaves
+    axes: PyTree  # logical axis names
+    shardings: PyTree
+    checkpoint: weights.Checkpoint | None = None  # None: random weights
+    source_layers: int = 0  # of the model that it is cut from
+    seed: int = 0  # of random weights
+    tokenizer: tokenize.Tokenizer | None = None  # the checkpoint's own
+    rules: sharding.Rules = sharding.RULES
+    dtype: Any = jnp.float32  # of activations
+    quantized: bool = False  # matrices stored as int8
+    cache: str = ""  # directory of a teacher's stored signal; empty: the model itself runs
+    notes: tuple[str, ...] = ()  # axes that the mesh does not divide
 
 
-def called(name: str) -> str:
-    """A teacher in messages."""
-    return name if name == "teacher" else f"teacher '{name}'"
+class Models(NamedTuple):
+    """Both sides of the distillation."""
+
+    student: Model
+    teachers: Mapping[str, Model]  # "teacher", or the members by name
+    tokenizer: tokenize.Tokenizer  # of the data
+    is_self: bool = False  # the student is its own teacher, and `teachers` holds the student's model
+
+    @property
+    def teacher(self) -> Model:
+        """The only teacher, or the first of several."""
+        return next(iter(self.teachers.values()))
+
+    @property
+    def vocab(self) -> int:
+        """True vocabulary size, without padded columns."""
+        return self.tokenizer.vocab
+
+    @property
+    def notes(self) -> list[str]:
+        """What the mesh could not shard."""
+        return sorted({note for model in (self.student, *self.teachers.values()) for note in model.notes})
 
 
-def teachers(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, Side]:
-    """Each teacher's checkpoint, None for one that has only a shape, and its config; `shapes` of those not to open."""
-    where = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
-    return {
-        name: _open(member.path, member.shape, where(name), shapes, e.data.length)
-        for name, member in e.teacher.models.items()
-    }
+_Source = tuple[weights.Checkpoint | None, Config]
+"""Where weights come from, None for random ones or a shape alone, and the whole model's config."""
 
 
-def student(e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, Config]) -> Side:
-    """The same of the student, or of the teacher that it is cut from."""
+def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Models:
+    """Read headers and tokenizers, check that they belong together, and describe every model on the mesh.
+
+    Args:
+        e: its blocks teacher, student, data and run.
+        mesh: where the arrays will be.
+        shapes: configs by path of models that are not on this machine; their tokenizer is only a size.
+
+    Raises:
+        ValueError, FileNotFoundError: a path is missing, or models and tokenizer do not fit together.
+    """
+    sources = teacher_sources(e, shapes)
+    source = _student_source(e, sources, shapes)
+    side = lambda name: name if name == "teacher" else f"teacher '{name}'"
+    by_side = {side(name): opened for name, opened in sources.items()} | {"student": source}
+    tokenizer, own = _tokenizers(e, by_side, shapes)
+
+    # All heads get the same number of columns, a multiple that the mesh divides.
+    multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
+    columns = -(-max(config.vocab for _, config in by_side.values()) // multiple) * multiple
+    model = partial(_model, mesh=mesh, columns=columns)
+    student = model(source, e.student.sharding, "float32", validate.DTYPES[e.run.dtype], e.run.remat, cut=e.student)
+    student = student._replace(seed=e.run.seed + 1, tokenizer=own.get("student"))
+    if not sources:
+        return Models(student, {"teacher": student._replace(checkpoint=None)}, tokenizer, is_self=True)
+    teachers = {}
+    for number, (name, opened) in enumerate(sources.items()):
+        block = e.teacher.models[name]
+        dtype = validate.DTYPES[validate.STORED[block.dtype]]
+        teacher = model(opened, block.sharding, block.dtype, dtype, teaches=True)
+        seed = e.run.seed + number + (number > 0)  # the one after the first teacher's is the student's
+        teachers[name] = teacher._replace(seed=seed, tokenizer=own.get(side(name)), cache=block.cache)
+    return Models(student, teachers, tokenizer)
+
+
+def teacher_sources(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, _Source]:
+    """Open each teacher's checkpoint; what the loader ignores in it is printed on stderr."""
+    key = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
+    return {n: _open(m.path, m.shape, key(n), shapes, e.data.length) for n, m in e.teacher.models.items()}
+
+
+def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Config], length: int) -> _Source:
+    if path in shapes:
+        return None, shapes[path]
+    if path != "random":
+        checkpoint = weights.open_checkpoint(path, length=length)
+        for note in checkpoint.notes if multihost.is_main() else ():
+            print(f"jaxkd: {key} {path}: {note}", file=sys.stderr)
+        return checkpoint, checkpoint.config
+    if not shape:
+        sizes = [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
+        raise ValueError(f"{key}.path is 'random', so {key}.shape must give the sizes: " + ", ".join(sizes))
+    config = from_mapping(Config, shape, f"{key}.shape")
+    if config.heads % config.kv_heads:
+        raise ValueError(f"{key}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
+    return None, config
+
+
+def _student_source(e: Experiment, teachers: Mapping[str, _Source], shapes: Mapping[str, Config]) -> _Source:
     if e.student.path != "teacher":
         return _open(e.student.path, e.student.shape, "student", shapes, e.data.length)
     if not teachers:
@@ -41,45 +138,23 @@ def student(e: Experiment, teachers: Mapping[str, tuple], shapes: Mapping[str, C
     return next(iter(teachers.values()))
 
 
-def _open(path: str, shape: Mapping[str, Any], where: str, shapes: Mapping[str, Config], length: int) -> Side:
-    if path in shapes:
-        return None, shapes[path]
-    if path != "random":
-        checkpoint = weights.open_checkpoint(path, length=length)
-        for note in checkpoint.notes if multihost.is_main() else ():
-            print(f"jaxkd: {where} {path}: {note}", file=sys.stderr)
-        return checkpoint, checkpoint.config
-    if not shape:
-        raise ValueError(f"{where}.path is 'random', so {where}.shape must say how large: " + ", ".join(_sizes()))
-    config = from_mapping(Config, shape, f"{where}.shape")
-    if config.heads % config.kv_heads:
-        raise ValueError(f"{where}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
-    return None, config
+# ------------------------------------------------------------------------------------ tokenizers
 
 
-def _sizes() -> list[str]:
-    return [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
-
-
-def tokenizers(
-    e: Experiment, known: Mapping[str, Side], shapes: Mapping[str, Config]
+def _tokenizers(
+    e: Experiment, by_side: Mapping[str, _Source], shapes: Mapping[str, Config]
 ) -> tuple[tokenize.Tokenizer, dict[str, tokenize.Tokenizer]]:
-    """The data's tokenizer, and those that models bring with them, by side.
-
-    Args:
-        e: the experiment.
-        known: every model's checkpoint and config, the first teacher first.
-        shapes: of models that are not opened; a tokenizer of theirs is a size.
+    """The data's tokenizer, and the checkpoints' own by side; `by_side` has the first teacher first.
 
     Raises:
         ValueError: when a model's ids are not the tokenizer's, or its context is shorter than a row.
     """
     if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
-        data = tokenize.of_size(min(config.vocab for _, config in known.values()))
+        data = tokenize.of_size(min(config.vocab for _, config in by_side.values()))
     else:
-        data = _tokenizer(e.data.tokenizer, next(iter(known.values()))[0])
+        data = _tokenizer(e.data.tokenizer, next(iter(by_side.values()))[0])
     own: dict[str, tokenize.Tokenizer] = {}
-    for side, (checkpoint, config) in known.items():
+    for side, (checkpoint, config) in by_side.items():
         _check_vocabulary(data, side, config)
         if checkpoint is not None and checkpoint.has_tokenizer:
             own[side] = _tokenizer("teacher", checkpoint)
@@ -122,3 +197,59 @@ def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, s
             f"the data's tokenizer and the {side}'s own have different vocabularies: {len(differ)} tokens have other "
             f"ids, such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
         )
+
+
+# ------------------------------------------------------------------------------- abstract models
+
+
+def _model(
+    source: _Source,
+    table: str,
+    stored: str,
+    dtype: Any,
+    remat: str = "none",
+    *,
+    mesh: Mesh,
+    columns: int,
+    cut: StudentBlock | None = None,
+    teaches: bool = False,
+) -> Model:
+    """A model on the mesh: `stored` is the dtype of its parameters, `dtype` of its activations."""
+    checkpoint, whole = source
+    config = dataclasses.replace(whole, layers=_depth(cut, whole.layers) if cut else whole.layers)
+    config = dataclasses.replace(config, vocab_multiple=columns)
+    if checkpoint is not None:
+        # A student cut from the file is loaded whole, and cut then.
+        checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(whole, vocab_multiple=columns))
+    shapes, axes = transformer.abstract(config)
+    if stored == "int8":
+        shapes, axes = quantized.abstract(shapes, axes)
+    else:
+        shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, validate.DTYPES[stored]), shapes)
+    forward: Forward = partial(transformer.forward, config, dtype=dtype, remat=remat)
+    rules = sharding.of_teacher(sharding.TABLES[table]) if teaches else sharding.TABLES[table]
+    if teaches and mesh.shape["teacher"] > 1:
+        forward = online.within(rules, forward)
+    return Model(
+        config,
+        forward,
+        shapes,
+        axes,
+        sharding.shardings(axes, shapes, mesh, rules),
+        checkpoint,
+        whole.layers,
+        rules=rules,
+        dtype=dtype,
+        quantized=stored == "int8",
+        notes=tuple(sharding.replicated_axes(axes, shapes, mesh, rules)),
+    )
+
+
+def _depth(student: StudentBlock, layers: int) -> int:
+    """The student's layers once some of the model's are left out."""
+    chosen, keep = student.layers, student.keep
+    if chosen and (list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < layers):
+        raise ValueError(f"student.layers {chosen} must be different and rising, from 0 to {layers - 1}")
+    if keep and not 1 <= keep <= layers:
+        raise ValueError(f"student.keep is {keep}, but the model it is cut from has {layers} layers")
+    return len(chosen) or keep or layers

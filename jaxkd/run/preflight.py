@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
+from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Forward, Head, PyTree
 from jaxkd.data import loader
@@ -16,8 +18,8 @@ from jaxkd.evals import compare
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses.divergences import next_token
 from jaxkd.run import cache_teacher, load
-from jaxkd.run.job import Job, Model
-from jaxkd.run.teacher import Teaching, build_teacher, open_stores
+from jaxkd.run.open_models import Model, Models
+from jaxkd.run.teacher import Teachers, build_teacher, open_stores
 from jaxkd.teachers.store import Store
 
 _PADDING = 8  # tokens put behind a row
@@ -31,49 +33,53 @@ Compare = Callable[[PyTree, Any, Batch], compare.Sums]
 
 
 class Loaded(NamedTuple):
-    """What a run has in its hands before its first step."""
+    """A run's models and rows before its first step."""
 
-    job: Job
+    models: Models
     rows: load.Domains
-    teachers: Mapping[str, PyTree]
-    teaching: Teaching
+    teacher_params: Mapping[str, PyTree]
+    teachers: Teachers
     student: PyTree
     average: PyTree  # `TrainState.ema`, or the student's parameters
     comparison: Compare  # the evaluation's, jitted
 
 
-def prepare(job: Job, rows: load.Domains) -> tuple[Loaded, dict[str, Store]]:
-    """What the checks look at, loaded as the run's first step would have it.
+def prepare(e: Experiment, models: Models, rows: load.Domains) -> tuple[Loaded, dict[str, Store]]:
+    """Load what the checks look at, as before a run's first step.
 
     Raises:
         ValueError, FileNotFoundError: when something cannot be loaded.
     """
-    stores = open_stores(job, rows.fingerprints)
-    models = load.models(job, rows)
-    taught = build_teacher(job, models.teachers, stores)
-    comparison = jax.jit(compare.make_comparison(job.student.forward, taught.judged, job.tokenizer.vocab))
-    return Loaded(job, rows, models.teachers, taught, models.student, models.student, comparison), stores
+    stores = open_stores(e, models, rows.fingerprints)
+    weights = load.weights(models, e.student, rows)
+    teachers = build_teacher(e, models, weights.teachers, stores)
+    comparison = compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab)
+    student = weights.student
+    return Loaded(models, rows, weights.teachers, teachers, student, student, jax.jit(comparison)), stores
 
 
-def run(loaded: Loaded, stores: Mapping[str, Store]) -> Iterator[str]:
-    """The checks, one after the other; each yields a line on what was seen.
+def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) -> Iterator[str]:
+    """The checks, one after the other; each yields a line on what it measured.
 
     Args:
         loaded: models and rows.
-        stores: the opened caches by the teacher's name; each is held against the live teacher.
+        stores: opened caches by teacher; each is compared with its teacher run now.
+        e: the recipe.
+        mesh: where the models are.
 
     Raises:
         ValueError: at the first that fails.
     """
-    job = loaded.job
-    yield _chat(job)
-    batch = _batch(loaded)
+    models = loaded.models
+    yield _chat(models)
+    batch = _batch(loaded, e.run.eval_batch, batch_sharding(mesh))
     yield from _losses(loaded, batch)
-    for name, model in {} if job.own else {n: m for n, m in job.teachers.items() if n not in stores}.items():
-        yield _forward(name, model, loaded.teachers[name], batch, job)
-    yield _forward("student", job.student, loaded.student, batch, job)
+    for name, model in () if models.is_self else models.teachers.items():
+        if name not in stores:
+            yield _forward(name, model, loaded.teacher_params[name], batch, models.vocab)
+    yield _forward("student", models.student, loaded.student, batch, models.vocab)
     for name, store in stores.items():
-        yield cache_teacher.spot_check(job, loaded.rows, name, store)
+        yield cache_teacher.spot_check(e, models, mesh, loaded.rows, name, store)
 
 
 # ------------------------------------------------------------------------------------ chat templates
@@ -109,9 +115,9 @@ def render(template: str, special: Mapping[str, str]) -> str:
         raise ValueError(f"a chat template cannot be rendered: {error}") from None
 
 
-def _chat(job: Job) -> str:
-    models = {**job.teachers, "student": job.student}
-    own = {side: model.tokenizer for side, model in models.items() if model.tokenizer is not None}
+def _chat(models: Models) -> str:
+    sides = {**models.teachers, "student": models.student}
+    own = {side: model.tokenizer for side, model in sides.items() if model.tokenizer is not None}
     templates = {side: tokenizer for side, tokenizer in own.items() if tokenizer.chat_template}
     if len({tokenizer.chat_template for tokenizer in templates.values()}) < 2:
         return f"chat template: {'the same for teacher and student' if templates else 'none'}"
@@ -137,22 +143,21 @@ def _chat(job: Job) -> str:
 # ------------------------------------------------------------------------------------- losses of real rows
 
 
-def _batch(loaded: Loaded) -> Batch:
-    """Held-out rows of all domains in turn, an evaluation batch of them, annotated for the judge."""
-    rows, job = loaded.rows, loaded.job
-    size, place = job.experiment.run.eval_batch, batch_sharding(job.mesh)
+def _batch(loaded: Loaded, size: int, sharding: NamedSharding) -> Batch:
+    """Held-out rows of all domains in turn, with what the evaluation's teacher needs of them."""
+    rows = loaded.rows
     domain = np.arange(size) % len(rows.names)
     row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
-    where = loader.local_rows(size, place)
+    where = loader.local_rows(size, sharding)
     local = loader.read_rows(rows.valid, domain[where], row[where])
-    return loader.to_devices(loaded.teaching.judge.host_features(local), size, where, place)
+    return loader.to_devices(loaded.teachers.evaluate.host_features(local), size, where, sharding)
 
 
 def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
     """Teacher and student on real rows, twice."""
-    job = loaded.job
-    known = (loaded.teaching.judge.state, jnp.zeros((), jnp.int32), loaded.average)
-    once, again = (jax.device_get(loaded.comparison(loaded.student, known, batch)) for _ in range(2))
+    models = loaded.models
+    inputs = (loaded.teachers.evaluate.state, jnp.zeros((), jnp.int32), loaded.average)
+    once, again = (jax.device_get(loaded.comparison(loaded.student, inputs, batch)) for _ in range(2))
     for name, first, second in zip(compare.Sums._fields, once, again, strict=True):
         if not np.array_equal(first, second, equal_nan=True):
             raise ValueError(
@@ -161,14 +166,14 @@ def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
             )
     yield "two passes: the same to the last bit"
     teacher, student = (float(x / once.tokens) for x in (once.teacher_nats, once.student_nats))
-    guess = math.log(job.tokenizer.vocab)
+    guess = math.log(models.vocab)
     for side, nats in (("teacher", teacher), ("student", student)):
         if not math.isfinite(nats):
             raise ValueError(
                 f"the {side}'s loss on held-out rows is {nats}: its weights are damaged, or its dtype too narrow"
             )
-    real = job.own or all(m.checkpoint is not None for m in job.teachers.values())
-    if real and not job.own and teacher >= guess:
+    real = models.is_self or all(m.checkpoint is not None for m in models.teachers.values())
+    if real and not models.is_self and teacher >= guess:
         raise ValueError(
             f"the teacher's loss on held-out rows is {teacher:.2f} nats per token, no better than guessing "
             f"({guess:.2f}): its weights are not what its config says, or the data is not text of its kind"
@@ -181,9 +186,8 @@ def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
     yield f"held-out rows: teacher {teacher:.3f}, student {student:.3f}, guessing {guess:.3f} nats per token"
 
 
-def _forward(side: str, model: Model, params: PyTree, batch: Batch, job: Job) -> str:
+def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) -> str:
     """A model's loss with padding behind its rows, and in float32."""
-    vocab = job.tokenizer.vocab
 
     @jax.jit
     def losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""A run's checkpoints: where they are, what a run goes on from, and the student in one of them."""
+"""A run's checkpoints: where they are, which one it resumes from, and the student in one of them."""
 
 import sys
 from pathlib import Path
@@ -6,138 +6,141 @@ from typing import Any
 
 import jax
 
-from jaxkd.config.schema import Experiment, leaves, plain
+from jaxkd.config.schema import Experiment, RunBlock, leaves, plain
 from jaxkd.core.types import PyTree
-from jaxkd.run.job import Job
 from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Recovered
 from jaxkd.train.retention import Keep, checkpoint_directory
+from jaxkd.train.state import TrainState
 
 
-def objective_params(job: Job) -> PyTree:
-    """What `student.objective_from` hands on: parameters of the objective's terms by name, none where it is empty.
+def objective_params(source: str, abstract: PyTree) -> PyTree:
+    """Parameters of the objective's terms by name, from the run that `student.objective_from` names; {} for none.
+
+    Args:
+        source: a run's workdir, its checkpoints' directory, or one checkpoint; may be empty.
+        abstract: `params["objective"]`, ShapeDtypeStruct leaves with shardings.
 
     Raises:
         ValueError: when no term has its name there, or its parameters have other shapes.
         FileNotFoundError: when there is no checkpoint.
     """
-    where, wanted = job.experiment.student.objective_from, job.state.params["objective"]
-    if not where:
+    if not source:
         return {}
     try:
-        path = checkpoint_directory(where)
-        # A run's workdir, where its checkpoints are, or one of them.
+        path = checkpoint_directory(source)
         inner = path / "checkpoints"
         folder = path.parent if path.name.isdigit() else inner if inner.is_dir() else path
         if not folder.is_dir():
-            raise FileNotFoundError(f"student.objective_from: {where} is no run's workdir and no checkpoint of one")
+            raise FileNotFoundError(f"student.objective_from: {source} is no run's workdir and no checkpoint of one")
         checkpoints = Checkpoints(folder, read_only=True)
-        read = lambda step: checkpoints.restore_objective(step, wanted)
+        read = lambda step: checkpoints.restore_objective(step, abstract)
         if path.name.isdigit():
             return read(int(path.name))
-        if (found := checkpoints.newest(read)) is None:
-            raise FileNotFoundError(f"student.objective_from: {where} has no checkpoint yet")
+        if (newest := checkpoints.newest(read)) is None:
+            raise FileNotFoundError(f"student.objective_from: {source} has no checkpoint yet")
     except ValueError as error:
         raise ValueError(f"student.objective_from: {error}") from None
-    return _said(found)[1]
+    return _report_damaged(newest)[1]
 
 
-def place_of_checkpoints(e: Experiment, workdir: Path) -> Path | str:
+def directory(run: RunBlock, workdir: Path) -> Path | str:
     """Where a run's checkpoints are."""
-    return e.run.checkpoints or workdir / "checkpoints"
+    return run.checkpoints or workdir / "checkpoints"
 
 
-def checkpoints(e: Experiment, workdir: Path) -> Checkpoints:
-    """A run's checkpoints, to be written.
+def writer(run: RunBlock, workdir: Path) -> Checkpoints:
+    """A run's checkpoints, opened for writing.
 
     Raises:
-        ValueError: when they cannot be where the config says.
+        ValueError: they cannot be where `run.checkpoints` says.
     """
-    keep = Keep(e.run.keep_checkpoints, e.run.keep_every, e.run.keep_best)
-    return Checkpoints(place_of_checkpoints(e, workdir), keep)
+    return Checkpoints(directory(run, workdir), Keep(run.keep_checkpoints, run.keep_every, run.keep_best))
 
 
-def recover(job: Job, workdir: Path, there: Checkpoints) -> Recovered | None:
-    """What a run goes on from: its newest whole checkpoint, None where it has made none.
+def recover(checkpoints: Checkpoints, abstract: TrainState, e: Experiment, workdir: Path) -> Recovered | None:
+    """The newest whole checkpoint, which the run resumes from; None where there is none yet.
 
     Raises:
-        ValueError: as `Checkpoints.recover`, or when the workdir marks checkpoints that are not where they should be.
+        ValueError: as `Checkpoints.recover`; or `run.checkpoints` lacks those that the workdir marks, or holds another
+            run's.
         OSError: as `Checkpoints.recover`.
     """
-    found, e = there.recover(job.state), job.experiment
+    newest = checkpoints.recover(abstract)
     if not e.run.checkpoints:
-        return found
+        return newest
     marked = [path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-    if found is None and marked:
+    if newest is None and marked:
         raise ValueError(
             f"{workdir} has made a checkpoint at step {max(map(int, marked))}, but there is none under "
-            f"{there.directory}: put it back or make it reachable, or begin anew in another --workdir"
+            f"{checkpoints.directory}: put it back or make it reachable, or begin anew in another --workdir"
         )
-    # A new machine goes on with an empty workdir: what is there must be this run's, and not another's.
-    if found is not None and not marked and found.progress.get("config") != identity(e)["config"]:
-        before, after = found.progress.get("config", {}), identity(e)["config"]
+    # A new machine resumes with an empty workdir: the checkpoints must be this run's.
+    if newest is not None and not marked and newest.progress.get("config") != identity(e)["config"]:
+        before, after = newest.progress.get("config", {}), identity(e)["config"]
         keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
         raise ValueError(
-            f"{there.directory} holds checkpoints of another run, whose {', '.join(keys[:6])} differ from this "
-            "config: give run.checkpoints another place, or resume in that run's own workdir"
+            f"{checkpoints.directory} holds checkpoints of another run, whose {', '.join(keys[:6])} differ from this "
+            "config: give run.checkpoints another directory, or resume in that run's own workdir"
         )
-    return found
+    return newest
 
 
 def identity(e: Experiment) -> dict[str, Any]:
-    """What a checkpoint says of its run where it is not in the workdir that belongs to it: the config, a leaf a key."""
+    """What a checkpoint outside the workdir records of its run: the config's leaves by dotted key."""
     return {"config": leaves(plain(e))} if e.run.checkpoints else {}
 
 
-def mark(e: Experiment, workdir: Path, there: Checkpoints) -> None:
-    """Say in the workdir which steps are whole where they are kept elsewhere: who looks there sees a trained run."""
-    if not e.run.checkpoints or jax.process_index():
+def mark(checkpoints: Checkpoints, run: RunBlock, workdir: Path) -> None:
+    """Record in the workdir which steps `run.checkpoints` holds: the workdir of a trained run is recognised by them."""
+    if not run.checkpoints or jax.process_index():
         return
-    marks, steps = workdir / "checkpoints", there.steps()
+    marks, steps = workdir / "checkpoints", checkpoints.steps()
     marks.mkdir(exist_ok=True)
     for old in marks.iterdir():
         if old.name.isdigit() and int(old.name) not in steps and [file.name for file in old.iterdir()] == [COMMITTED]:
-            (old / COMMITTED).unlink()  # a mark alone: a directory with anything else in it is a checkpoint
+            (old / COMMITTED).unlink()  # a directory with any other file in it is a checkpoint, and stays
             old.rmdir()
     for step in steps:
         (marks / str(step)).mkdir(exist_ok=True)
-        (marks / str(step) / COMMITTED).write_text(f"{there.directory / str(step)}\n", encoding="utf-8")
+        (marks / str(step) / COMMITTED).write_text(f"{checkpoints.directory / str(step)}\n", encoding="utf-8")
 
 
-def trained(job: Job, workdir: Path, step: int | str | None) -> tuple[int, PyTree, PyTree]:
-    """A run's student: the step of a checkpoint; its parameters; their average, where kept.
+def student(run: RunBlock, workdir: Path, abstract: TrainState, step: int | str | None) -> tuple[int, PyTree, PyTree]:
+    """A run's student from a checkpoint: the step, its parameters, and their running average or the same parameters.
 
     Args:
-        job: the run's.
-        workdir: the run's.
+        run: says where the checkpoints are.
+        workdir: of the run.
+        abstract: ShapeDtypeStruct leaves with shardings.
         step: a number, also as text; "best" for the lowest held-out loss, None for the newest.
 
     Raises:
         FileNotFoundError: when there is no checkpoint.
         ValueError: when it cannot be read, or none was evaluated and the best is asked for.
     """
-    there = Checkpoints(place_of_checkpoints(job.experiment, workdir), read_only=True)
+    checkpoints = Checkpoints(directory(run, workdir), read_only=True)
 
     def read(step: int) -> tuple[PyTree, PyTree]:
-        student = there.restore_student(step, job.state.params["student"])
-        return student, there.restore_average(step, job.state.ema) if job.own else student
+        params = checkpoints.restore_student(step, abstract.params["student"])
+        return params, params if abstract.ema is None else checkpoints.restore_average(step, abstract.ema)
 
     if step is not None:
-        number = numbered(there, workdir, str(step))
+        number = numbered(checkpoints, workdir, str(step))
         return number, *read(number)
-    if (found := there.newest(read)) is None:
+    if (newest := checkpoints.newest(read)) is None:
         raise FileNotFoundError(f"{workdir} has no checkpoint yet: `jaxkd train` writes one")
-    chosen, (student, average) = _said(found)
-    return chosen, student, average
+    chosen, (params, average) = _report_damaged(newest)
+    return chosen, params, average
 
 
-def numbered(there: Checkpoints, workdir: Path, step: str) -> int:
-    """The step that `--step` names: a number, which need not be there, or "best" for the lowest held-out loss.
+def numbered(checkpoints: Checkpoints, workdir: Path, step: str) -> int:
+    """The step that `--step` names: a number, which need not exist, or "best" for the lowest held-out loss.
 
     Raises:
         ValueError: it is neither, or no step was evaluated.
     """
     if step == "best":
-        best = there.best()
+        best = checkpoints.best()
         if best is None:
             raise ValueError(
                 f"{workdir} has no checkpoint of a step that was evaluated: run.eval_every and run.checkpoint_every "
@@ -149,9 +152,9 @@ def numbered(there: Checkpoints, workdir: Path, step: str) -> int:
     return int(step)
 
 
-def _said(found: tuple[int, Any, dict[int, str]]) -> tuple[int, Any]:
-    """What was read of the newest whole checkpoint, once it is said that later ones are not."""
-    step, read, wrong = found
-    for why in wrong.values():
-        print(f"jaxkd: {why}; step {step} is used", file=sys.stderr)
-    return step, read
+def _report_damaged(newest: tuple[int, Any, dict[int, str]]) -> tuple[int, Any]:
+    """The newest whole checkpoint's step and content; later ones, which are damaged, are named on stderr."""
+    step, content, damaged = newest
+    for reason in damaged.values():
+        print(f"jaxkd: {reason}; step {step} is used", file=sys.stderr)
+    return step, content

@@ -35,18 +35,18 @@ def go(workdir: Path, step: str) -> list[str]:
         raise ValueError("`jaxkd rollback` renames directories from one process: start it on one host, by itself")
     jax.config.update("jax_platforms", "cpu")  # it needs no device, and a TPU's other hosts are not there
     with _alone(workdir):
-        there = Checkpoints(restore.place_of_checkpoints(e, workdir), read_only=True)
-        number = restore.numbered(there, workdir, step)
-        there.verify(number)
-        with contextlib.closing(restore.checkpoints(e, workdir)) as writer:
+        checkpoints = Checkpoints(restore.directory(e.run, workdir), read_only=True)
+        number = restore.numbered(checkpoints, workdir, step)
+        checkpoints.verify(number)
+        with contextlib.closing(restore.writer(e.run, workdir)) as writer:
             names = writer.rollback(number)
-            restore.mark(e, workdir, writer)
+            restore.mark(writer, e.run, workdir)
     if not names:
-        return [f"step {number} is whole and the newest under {there.directory}: nothing had to be set aside"]
+        return [f"step {number} is whole and the newest under {checkpoints.directory}: nothing had to be set aside"]
     done = ", ".join(f"{later} as {name}" for later, name in names.items())
     back = ", ".join(f"{name} to {later}" for later, name in names.items())
     return [
-        f"step {number} is whole, and the newest again. Set aside under {there.directory}: {done}",
+        f"step {number} is whole, and the newest again. Set aside under {checkpoints.directory}: {done}",
         f"the same `jaxkd train` goes on from step {number} and drops the lines of its logs after it; with other "
         "settings, such as a lower --config.optim.lr.peak, it needs --accept-changes",
         f"to undo this before that, rename {back}",

@@ -1,4 +1,4 @@
-"""The teacher that a job describes, made of loaded weights and an opened cache."""
+"""The teacher that a recipe describes, made of loaded weights and opened caches."""
 
 import dataclasses
 import hashlib
@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from jaxkd.config import validate
+from jaxkd.config.domains import teacher_weights
+from jaxkd.config.schema import DataBlock, Experiment, TeacherBlock
 from jaxkd.core.types import Batch, Output, PyTree
 from jaxkd.models import heads
-from jaxkd.run import job as jobs
-from jaxkd.run import load
-from jaxkd.run.job import Job
+from jaxkd.run.job import abstract_batch as rows_batch
+from jaxkd.run.open_models import Model, Models
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.cached import cached, recorded
@@ -21,113 +23,106 @@ from jaxkd.teachers.online import no_teacher, online, self_teacher
 from jaxkd.teachers.store import Store
 
 
-class Teaching(NamedTuple):
-    """The teacher twice, over the same arrays: as the student learns from it, and as it is judged beside it."""
+class Teachers(NamedTuple):
+    """The teacher twice, over the same arrays."""
 
-    train: Teacher
-    judge: Teacher  # always its whole distribution, on held-out rows
+    train: Teacher  # gives the signal that the objective learns from
+    evaluate: Teacher  # always the whole distribution, on held-out rows
 
-    def judged(self, known: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
-        """The judge's signal, from (its state, the step, `TrainState.ema` or the student's parameters)."""
-        state, step, average = known
-        given = {"step": step, "own": average}
-        return self.judge.signal(state, batch, **{name: given[name] for name in self.judge.requires if name in given})
+    def evaluation_signal(self, inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
+        """The signal of `evaluate`, from (its state, the step, `TrainState.ema` or the student's parameters)."""
+        state, step, average = inputs
+        options = {"step": step, "own": average}
+        wanted = {name: options[name] for name in self.evaluate.requires if name in options}
+        return self.evaluate.signal(state, batch, **wanted)
 
 
-def build_teacher(job: Job, params: Mapping[str, PyTree], stores: Mapping[str, Store]) -> Teaching:
-    """The job's teacher.
+def build_teacher(
+    e: Experiment, models: Models, params: Mapping[str, PyTree], stores: Mapping[str, Store], uses_teacher: bool = True
+) -> Teachers:
+    """The recipe's teacher.
 
     Args:
-        job: what was asked for.
+        e: its blocks teacher and data, and the run's length and seed.
+        models: opened.
         params: of each teacher by name; of a cached one its head.
-        stores: the opened caches of those that have one; without its store a cached teacher can be compiled, not run.
+        stores: opened caches by teacher; a cached teacher without its store can be compiled, not run.
+        uses_teacher: whether the objective does.
     """
-    t = job.experiment.teacher
-    if job.own:
-        judge = train = self_teacher(job.teacher.forward)
+    t, names = e.teacher, tuple(e.data.domains)
+    one = lambda name, split: _teacher(models.teachers[name], params[name], stores.get(name), split, names)
+    if models.is_self:
+        evaluate = train = self_teacher(models.teacher.forward)
     elif t.members:
-        judge, train = (
+        weigh = teacher_weights(t.members, names, e.run.steps)
+        train, evaluate = (
             ensemble.ensemble(
-                [_one(job, name, params[name], stores.get(name), split) for name in job.teachers],
-                jobs.shares(job),
-                geometric=t.average == "log_probabilities",
+                [one(name, split) for name in models.teachers], weigh, geometric=t.average == "log_probabilities"
             )
-            for split in ("valid", "train")
+            for split in ("train", "valid")
         )
     else:
-        judge, train = (_one(job, "teacher", params["teacher"], stores.get("teacher"), s) for s in ("valid", "train"))
-    if not any(model.cache for model in t.models.values()):
-        train = reduced(job, train, job.experiment.run.seed)
-    if not job.objective.uses_teacher and t.signal != "token":
-        train = no_teacher()._replace(state=judge.state)
-    return Teaching(train, judge)
+        train, evaluate = (one("teacher", split) for split in ("train", "valid"))
+    if not any(model.cache for model in models.teachers.values()):
+        train = reduced(t, models, train, e.run.seed)
+    if not uses_teacher and t.signal != "token":
+        train = no_teacher()._replace(state=evaluate.state)
+    return Teachers(train, evaluate)
 
 
-def _one(job: Job, name: str, params: PyTree, store: Store | None, split: str) -> Teacher:
-    """A model that teaches, live or from what is stored of it."""
-    model = job.teachers[name]
-    if not job.experiment.teacher.models[name].cache:
+def _teacher(model: Model, params: PyTree, store: Store | None, split: str, domains: tuple[str, ...]) -> Teacher:
+    """One model, online or from its cache."""
+    if not model.cache:
         return online(params, model.forward)
 
     def head(params: PyTree, hidden: jax.Array) -> Output:
         return heads.output(model.config, params, hidden.astype(model.dtype))
 
-    if store is None:
-        return recorded(params, head)
-    return cached(store, split, job.domains, params, head)
+    return recorded(params, head) if store is None else cached(store, split, domains, params, head)
 
 
-def reduced(job: Job, teacher: Teacher, seed: int) -> Teacher:
-    """A live teacher, less than its head where the job says so.
-
-    Args:
-        job: for the signal.
-        teacher: the live one.
-        seed: of what is drawn from it.
-    """
-    t, vocab = job.experiment.teacher, job.tokenizer.vocab
+def reduced(t: TeacherBlock, models: Models, teacher: Teacher, seed: int) -> Teacher:
+    """An online teacher cut down to the signal `t.signal`; `seed` is of what is drawn from it."""
     if t.signal == "top_k":
-        return signals.top_k(teacher, t.entries, t.temperatures, vocab)
+        return signals.top_k(teacher, t.entries, t.temperatures, models.vocab)
     if t.signal == "sampled":
-        return signals.sampled(teacher, t.entries, seed, vocab)
+        return signals.sampled(teacher, t.entries, seed, models.vocab)
     if t.signal == "token":
-        return signals.token(teacher.state, writing(job), seed)
+        return signals.token(teacher.state, writing(t, models), seed)
     return teacher
 
 
-def writing(job: Job) -> signals.Writing:
-    """How the teacher's own text is made."""
-    t, model = job.experiment.teacher, job.teacher
+def writing(t: TeacherBlock, models: Models) -> signals.Writing:
+    """How the teacher's own text is generated."""
+    model, tokenizer = models.teacher, models.tokenizer
     return signals.Writing(
-        model.config, t.prompt, t.temperatures[0], job.tokenizer.vocab, job.tokenizer.end, model.dtype, model.rules
+        model.config, t.prompt, t.temperatures[0], tokenizer.vocab, tokenizer.end, model.dtype, model.rules
     )
 
 
-def fingerprint(job: Job, name: str) -> str:
-    """Of a teacher's weights: its checkpoint's, or what random ones are made from."""
-    model = job.teachers[name]
+# ----------------------------------------------------------------------------------- caches
+
+
+def fingerprint(model: Model, shape: Mapping[str, Any]) -> str:
+    """Of a teacher's weights: its checkpoint's, or of the seed and `shape` of random ones."""
     if model.checkpoint is not None:
         return model.checkpoint.fingerprint
-    made = {"random": load.teacher_seed(job.experiment, list(job.teachers).index(name))}
-    return hashlib.sha256(json.dumps(made | dict(job.experiment.teacher.models[name].shape)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({"random": model.seed} | dict(shape)).encode()).hexdigest()
 
 
-def described(job: Job, rows: Mapping[str, str], name: str = "teacher") -> dict[str, Any]:
-    """What a cache must say of itself to serve this job.
-
-    Args:
-        job: for the signal and the sizes.
-        rows: fingerprint per domain.
-        name: of the teacher.
-    """
-    t = job.experiment.teacher
-    stored = {split: dataclasses.asdict(layout) for split, layout in layouts(job, name).items()}
+def cache_facts(
+    t: TeacherBlock, models: Models, data: DataBlock, rows: Mapping[str, str], name: str = "teacher"
+) -> dict[str, Any]:
+    """What the manifest of a teacher's cache must say to serve this recipe; `rows` is a fingerprint per domain."""
+    layouts = cache_layouts(t, models, data.length, name)
+    stored = {split: dataclasses.asdict(layout) for split, layout in layouts.items()}
     if t.members:
-        del stored["train"]["dtype"]  # any that hidden states are stored in will do
+        del stored["train"]["dtype"]  # an ensemble takes hidden states of any dtype
+    block = t.models[name]
     facts: dict[str, Any] = {
         "layouts": stored,
-        "teacher": {"fingerprint": fingerprint(job, name), "dtype": t.models[name].dtype},
-        "tokenizer": job.tokenizer.fingerprint,
+        "teacher": {"fingerprint": fingerprint(models.teachers[name], block.shape), "dtype": block.dtype},
+        "tokenizer": models.tokenizer.fingerprint,
         "rows": dict(rows),
     }
     if t.signal == "token":
@@ -135,63 +130,62 @@ def described(job: Job, rows: Mapping[str, str], name: str = "teacher") -> dict[
     return json.loads(json.dumps(facts))
 
 
-def layouts(job: Job, name: str = "teacher") -> dict[str, codec.Layout]:
-    """What is stored of a row: of held-out ones always the hidden states, as exact as the teacher computes them."""
-    t, length, vocab = job.experiment.teacher, job.experiment.data.length, job.tokenizer.vocab
-    width = job.teachers[name].config.embed
+def cache_layouts(t: TeacherBlock, models: Models, length: int, name: str = "teacher") -> dict[str, codec.Layout]:
+    """What is stored of a row: of held-out ones always the hidden states, in the teacher's compute dtype."""
+    width, vocab = models.teachers[name].config.embed, models.vocab
     signal = "hidden" if t.members else t.signal
-    stored = t.stored or codec.DTYPES[signal][0]
+    dtype = t.stored or codec.DTYPES[signal][0]
     train = {
-        "hidden": lambda: codec.Layout("hidden", length, width=width, dtype=stored),
-        "top_k": lambda: codec.Layout("top_k", length, vocab, t.entries, t.temperatures, dtype=stored),
+        "hidden": lambda: codec.Layout("hidden", length, width=width, dtype=dtype),
+        "top_k": lambda: codec.Layout("top_k", length, vocab, t.entries, t.temperatures, dtype=dtype),
         "sampled": lambda: codec.Layout("sampled", length, vocab, t.entries),
         "token": lambda: codec.Layout("token", length, vocab),
     }[signal]()
-    return {
-        "train": train,
-        "valid": codec.Layout("hidden", length, width=width, dtype=validate.STORED[t.models[name].dtype]),
-    }
+    valid = codec.Layout("hidden", length, width=width, dtype=validate.STORED[t.models[name].dtype])
+    return {"train": train, "valid": valid}
 
 
-def abstract_batch(job: Job) -> Batch:
+def abstract_batch(e: Experiment, models: Models, mesh: Mesh) -> Batch:
     """Shapes and shardings of a global batch, with what caches add to it."""
-    batch, found = jobs.abstract_batch(job), []
-    for name, model in job.experiment.teacher.models.items():
-        row = codec.empty(layouts(job, name)["train"]) if model.cache else None
-        found.append(None if isinstance(row, codec.Text) else row)  # text stands in the batch's own fields
-    place, rows = batch.row.sharding, job.experiment.data.batch
-    put = lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=place)
-    kept = jax.tree.map(put, tuple(found) if job.experiment.teacher.members else next(iter(found), None))
-    return batch._replace(teacher=kept if jax.tree.leaves(kept) else None)
+    batch = rows_batch(e.data, mesh)
+    payloads = []
+    for name, model in e.teacher.models.items():
+        row = codec.empty(cache_layouts(e.teacher, models, e.data.length, name)["train"]) if model.cache else None
+        payloads.append(None if isinstance(row, codec.Text) else row)  # text replaces the batch's own fields
+    leaf = lambda x: jax.ShapeDtypeStruct((e.data.batch, *x.shape), x.dtype, sharding=batch.row.sharding)
+    stored = jax.tree.map(leaf, tuple(payloads) if e.teacher.members else next(iter(payloads), None))
+    return batch._replace(teacher=stored if jax.tree.leaves(stored) else None)
 
 
-def open_stores(job: Job, rows: Mapping[str, str]) -> dict[str, Store]:
-    """The caches that the job names, each found to be of its teacher and of the rows that it serves.
+def open_stores(e: Experiment, models: Models, rows: Mapping[str, str]) -> dict[str, Store]:
+    """The caches that the recipe names, by teacher, each checked to be of its teacher and of the rows it serves.
 
     Args:
-        job: for the names.
+        e: its blocks teacher and data.
+        models: opened.
         rows: fingerprint per domain.
 
     Raises:
-        FileNotFoundError: there is none yet.
-        ValueError: one is of something else, incomplete or damaged; the message names both sides.
+        FileNotFoundError: a cache does not exist yet.
+        ValueError: it is of something else, incomplete or damaged; the message names both sides.
     """
-    found = {}
-    for name, model in job.experiment.teacher.models.items():
+    stores = {}
+    for name, model in e.teacher.models.items():
         if model.cache:
             served = {domain for domain, factor in getattr(model, "domains", {}).items() if factor} or set(rows)
-            found[name] = Store(model.cache)
-            found[name].expect(described(job, {d: f for d, f in rows.items() if d in served}, name))
-    return found
+            stores[name] = Store(model.cache)
+            fingerprints = {domain: f for domain, f in rows.items() if domain in served}
+            stores[name].expect(cache_facts(e.teacher, models, e.data, fingerprints, name))
+    return stores
 
 
 def bytes_per_device(params: Mapping[str, PyTree]) -> dict[str, int]:
-    """What each teacher's arrays take on the fullest device."""
-    total = {}
+    """Of each teacher's arrays on the device that holds most of them."""
+    totals = {}
     for name, tree in params.items():
         held: dict[Any, int] = {}
         for leaf in jax.tree.leaves(tree):
             for shard in leaf.addressable_shards:
                 held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-        total[name] = max(held.values(), default=0)
-    return total
+        totals[name] = max(held.values(), default=0)
+    return totals

@@ -54,7 +54,7 @@ def test_small_builds(method):
     shape = [f"--config.teacher.shape.{name}={size}" for name, size in sizes.items()]
     random = ["--config.teacher.path=random", "--config.data.tokenizer=bytes", "--config.run.mesh.data=1", *shape]
     built = job.build(read(f"small,{method}", *random))
-    assert built.student.config.layers == 15
+    assert built.models.student.config.layers == 15
     assert built.objective.uses_teacher == (method not in ("cpt", "doremi"))
 
 

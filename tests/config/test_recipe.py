@@ -214,8 +214,10 @@ def test_every_recipe_builds_abstractly(recipe):
         pytest.skip(str(error))
     from jaxkd.teachers.online import online
 
-    step = make_step(built.student.forward, online({}, built.teacher.forward), built.objective, built.tx)
-    state, metrics = jax.eval_shape(step, built.state, built.teacher.shapes, job.abstract_batch(built))
+    step = make_step(built.models.student.forward, online({}, built.models.teacher.forward), built.objective, built.tx)
+    state, metrics = jax.eval_shape(
+        step, built.state, built.models.teacher.shapes, job.abstract_batch(e.data, built.mesh)
+    )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), built.state)
     assert "loss" in metrics
 
@@ -254,9 +256,9 @@ def test_a_divergence_of_the_users_own(tmp_path, monkeypatch):
 
 def test_mixture_by_name():
     built = job.build(resolved("--config.data.mixture=code=3,manual=1"))
-    assert job.rule(built).init([10, 20], None)[0].tolist() == [0.75, 0.25]
-    assert job.rule(job.build(resolved())).init([10, 30], None)[0].tolist() == [0.25, 0.75]
-    assert job.rule(job.build(resolved("--config.data.mixture=ddk(alpha=0.3)"))).measures
+    assert built.rule.init([10, 20], None)[0].tolist() == [0.75, 0.25]
+    assert job.build(resolved()).rule.init([10, 30], None)[0].tolist() == [0.25, 0.75]
+    assert job.build(resolved("--config.data.mixture=ddk(alpha=0.3)")).rule.measures
     for name, message in (
         ("cod=1", "data.mixture.*cod"),
         ("unifrom", "data.mixture.*uniform"),
@@ -269,7 +271,7 @@ def test_mixture_by_name():
 
 def test_random_weights_follow_the_seed():
     built = job.build(resolved())
-    first, again, other = (host_params(built.teacher, seed) for seed in (0, 0, 1))
+    first, again, other = (host_params(built.models.teacher._replace(seed=seed)) for seed in (0, 0, 1))
     assert (first["embed"] == again["embed"]).all()
     assert (first["embed"] != other["embed"]).any()
 
@@ -363,7 +365,7 @@ def test_checkpoints_that_lie_where_marks_would_are_kept(tmp_path):
         (marks / step).mkdir(parents=True)
         for name in names:
             (marks / step / name).write_text("")
-    restore.mark(e, tmp_path, Checkpoints(elsewhere, read_only=True))
+    restore.mark(Checkpoints(elsewhere, read_only=True), e.run, tmp_path)
     assert sorted(path.name for path in marks.iterdir()) == ["20", "5"]
     assert (marks / "5" / "train").exists()
 

@@ -130,8 +130,8 @@ def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
     found, taps = [], ("layer_2", "query_3", "value_3")
     for this in (built(data=1), built(**sizes)):
         with jax.set_mesh(this.mesh):
-            params = load.teacher(this, "teacher")
-            found.append(jax.jit(functools.partial(this.teacher.forward, taps=taps))(params, batch(this, 0)))
+            params = load.teachers(this.models)[0]["teacher"]
+            found.append(jax.jit(functools.partial(this.models.teacher.forward, taps=taps))(params, batch(this, 0)))
     one, many = found
     lies = {"layer_2": (), "query_3": (None, "model"), "value_3": (None, "model")}
     for name, x in {"layer_2": many.head.hidden, **many.taps}.items():
@@ -144,11 +144,17 @@ def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     job = built(**sizes)
-    assert axes_of(job.teacher.shardings["layers"]) == axes_of(job.student.shardings) == {"data", "teacher", "model"}
-    assert axes_of(job.teacher.shardings["embed"]) == {"data", "model"}
+    assert (
+        axes_of(job.models.teacher.shardings["layers"])
+        == axes_of(job.models.student.shardings)
+        == {"data", "teacher", "model"}
+    )
+    assert axes_of(job.models.teacher.shardings["embed"]) == {"data", "model"}
     # As small a part of a layer as with a `model` axis that is twice as wide, its heads' widths and all.
     wide = built(data=2, model=4)
-    held = lambda job, name: job.teacher.shardings["layers"][name].shard_shape(job.teacher.shapes["layers"][name].shape)
+    held = lambda job, name: job.models.teacher.shardings["layers"][name].shard_shape(
+        job.models.teacher.shapes["layers"][name].shape
+    )
     assert [held(job, name) for name in ("q", "o", "up", "down")] == [
         held(wide, name) for name in ("q", "o", "up", "down")
     ]
@@ -165,10 +171,10 @@ def test_moments_are_shared_by_all_that_hold_the_same():
 
 def test_either_side_may_lie_whole_beside_the_model_axis():
     found = built("--config.teacher.sharding=replicated", data=4, model=2)
-    assert axes_of(found.teacher.shardings) == {"model"}
-    assert axes_of(found.student.shardings) == {"data", "model"}
+    assert axes_of(found.models.teacher.shardings) == {"model"}
+    assert axes_of(found.models.student.shardings) == {"data", "model"}
     found = built("--config.student.sharding=replicated", data=4, model=2)
-    assert axes_of(found.student.shardings) == {"model"}
+    assert axes_of(found.models.student.shardings) == {"model"}
     assert axes_of(jax.tree.map(lambda leaf: leaf.sharding, found.state.opt_state)) == {"data", "model"}
 
 
@@ -199,8 +205,8 @@ def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
     for sizes in ({"data": 1}, {"replica": 2, "data": 1, "context": 2, "model": 2}, {"data": 2, "teacher": 4}):
         this = built(**sizes)
         with jax.set_mesh(this.mesh):
-            teacher = teaching.build_teacher(this, {"teacher": load.teacher(this, "teacher")}, {}).train
-            student = load.put(load.host_params(this.student, 1), this.student)
+            teacher = teaching.build_teacher(this.experiment, this.models, load.teachers(this.models)[0], {}).train
+            student = load.put(load.host_params(this.models.student), this.models.student)
             places = jax.tree.map(lambda leaf: leaf.sharding, this.state)
             first = jax.jit(
                 functools.partial(init_state, tx=this.tx, names=this.objective.trains), out_shardings=places
@@ -216,7 +222,7 @@ def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
 
 def batch(this: job.Job, seed: int):
     """Random tokens, two documents a row."""
-    rng, shapes = np.random.default_rng(seed), job.abstract_batch(this)
+    rng, shapes = np.random.default_rng(seed), job.abstract_batch(this.experiment.data, this.mesh)
     rows, length = shapes.tokens.shape
     tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
     segments = np.where(np.arange(length) < length // 3, 1, 2).astype(np.int32)

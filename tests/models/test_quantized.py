@@ -100,10 +100,12 @@ def built(*overrides: str) -> job.Job:
 
 def test_a_job_quantises_its_teacher_after_the_student_was_cut_from_it():
     this = built("--config.teacher.dtype=int8", "--config.run.mesh.data=4", "--config.run.mesh.model=2")
-    models = load.models(this, load.Domains((), (), (), ()))  # not read: the layers are named
+    models = load.weights(
+        this.models, this.experiment.student, load.Domains((), (), (), ())
+    )  # not read: the layers are named
     teacher, weights = (
         models.teachers["teacher"]["layers"],
-        load.host_params(this.teacher, load.teacher_seed(this.experiment, 0)),
+        load.host_params(this.models.teacher),
     )
     assert {teacher[name].dtype for name in MATRICES} == {jnp.dtype("int8")}
     assert models.teachers["teacher"]["embed"].dtype == jnp.bfloat16
@@ -115,7 +117,7 @@ def test_a_job_quantises_its_teacher_after_the_student_was_cut_from_it():
     # 4 layers: 32 x (4 + 2 + 2 + 4) x 8 + 3 x 32 x 64 int8, a scale of four bytes per output channel, two norms.
     layer = 32 * 12 * 8 + 3 * 32 * 64 + 4 * (8 * 8 + 32 + 2 * 64 + 32) + 4 * 2 * 32
     one = built("--config.teacher.dtype=int8", "--config.run.mesh.data=1")
-    assert plan.device_bytes(plan.teacher_weights(one)) == 4 * layer + 2 * 32 * 384 + 4 * 32
+    assert plan.device_bytes(plan.teacher_weights(one.models)) == 4 * layer + 2 * 32 * 384 + 4 * 32
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,10 @@ def test_flops_equal_what_xla_counts_where_no_loop_repeats():
 )
 def test_a_teacher_costs_what_is_run_of_it(overrides, body, head):
     job = built(*overrides)
-    c = job.teacher.config
-    assert program.flops_of(job).teacher == 8 * 64 * (body * flops.body(c, 64) + head * flops.head(c))
+    c = job.models.teacher.config
+    assert program.flops_of(job.experiment, job.models, job.objective.uses_teacher).teacher == 8 * 64 * (
+        body * flops.body(c, 64) + head * flops.head(c)
+    )
 
 
 # -------------------------------------------------------------------------------- what is compiled
@@ -94,8 +96,8 @@ def test_a_cached_teacher_is_compiled_without_its_cache(signal):
     job = built(
         f"--config.teacher.signal={signal}", "--config.teacher.cache=gone", f"--config.objective.kd.divergence={term}"
     )
-    batch = teaching.abstract_batch(job)
-    layout = teaching.layouts(job)["train"]
+    batch = teaching.abstract_batch(job.experiment, job.models, job.mesh)
+    layout = teaching.cache_layouts(job.experiment.teacher, job.models, job.experiment.data.length)["train"]
     stored = codec.encode(layout, codec.empty(layout), np.zeros(layout.length, bool))
     rows = codec.decode_rows(layout, [stored] * 8)
     if signal == "token":
@@ -104,7 +106,7 @@ def test_a_cached_teacher_is_compiled_without_its_cache(signal):
         assert type(batch.teacher) is type(rows)
         same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), batch.teacher, rows)
         assert all(jax.tree.leaves(same))
-    teacher = teaching.build_teacher(job, plan.teacher_weights(job), {}).train
+    teacher = teaching.build_teacher(job.experiment, job.models, plan.teacher_weights(job.models), {}).train
     with jax.set_mesh(job.mesh):
         after, measured = jax.eval_shape(program.jitted_step(job, teacher), job.state, teacher.state, batch)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, job.state)

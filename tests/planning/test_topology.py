@@ -126,6 +126,6 @@ def test_models_are_known_by_name_directory_or_config(tmp_path):
 def test_a_pod_is_planned_from_names_alone():
     job = built("--config.data.tokenizer=not/here", recipe=POD)
     assert job.mesh.size == 8
-    assert job.tokenizer.vocab == 128_256
+    assert job.models.vocab == 128_256
     assert plan.device_bytes(job.state.params["student"]) == pytest.approx(4 * 1_235_814_400 / 8, rel=1e-3)
-    assert plan.device_bytes(plan.teacher_weights(job)) == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)
+    assert plan.device_bytes(plan.teacher_weights(job.models)) == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-3)

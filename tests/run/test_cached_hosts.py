@@ -13,16 +13,17 @@ import sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from jaxkd import caching, job, load, preflight
 from jaxkd.config.recipe import read_config
 from jaxkd.config.schema import experiment
+from jaxkd.run import cache_teacher, job, load, preflight
 built = job.build(experiment(read_config(sys.argv[3:])))
 with jax.set_mesh(built.mesh):
-    rows = load.domains(built)
-    for line in caching.write(built, rows, progress=False):
+    e, models = built.experiment, built.models
+    rows = load.domains(e.data, models.tokenizer)
+    for line in cache_teacher.write(e, models, built.mesh, rows, progress=False):
         print(line)
     if built.mesh.shape["data"] == 2:
-        for line in preflight.run(*preflight.prepare(built, rows)):
+        for line in preflight.run(*preflight.prepare(e, models, rows), e, built.mesh):
             print(line)
 """
 

@@ -16,12 +16,13 @@ from harness import tiny_arguments
 
 from jaxkd.config.recipe import read_config
 from jaxkd.config.schema import experiment
+from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Head, Output
 from jaxkd.data import loader
 from jaxkd.evals import compare
 from jaxkd.losses import divergences, objective
 from jaxkd.run import job, load
-from jaxkd.run.mixing import Mixing
+from jaxkd.run.mixing import Mixing, make_losses
 from jaxkd.teachers.online import online
 from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
@@ -57,11 +58,11 @@ def case(tmp_path_factory):
 
     def make(rule):
         built = job.build(experiment(read_config([*arguments, f"--config.data.mixture={rule}"])))
-        return built._replace(student=built.student._replace(forward=forward))
+        return built._replace(models=built.models._replace(student=built.models.student._replace(forward=forward)))
 
     made = make("uniform")
     with jax.set_mesh(made.mesh):
-        rows = load.domains(made, progress=False)
+        rows = load.domains(made.experiment.data, made.models.tokenizer, progress=False)
     counts = np.full((VOCAB, VOCAB), 0.01)
     for domain in rows.train:
         read = domain.read(range(len(domain)))
@@ -89,9 +90,12 @@ def gaps(case, programs, rule, seed):
 
         def look(state):
             judged = lambda batch: comparison(state.params["student"], teacher.state, batch)
-            return compare.evaluate(judged, load.held_out(made, rows), int(state.step))
+            return compare.evaluate(
+                judged, load.held_out(rows, made.experiment.run.eval_batch, batch_sharding(made.mesh)), int(state.step)
+            )
 
-        mixing = Mixing(made, rows)
+        measure = make_losses(made.models.student, VOCAB, rows, made.experiment.run, made.mesh)
+        mixing = Mixing(made.rule, rows, made.experiment.data, made.lr, measure)
         mixing.first()
         mixing.begin(look(state))
         while mixing.start < STEPS:

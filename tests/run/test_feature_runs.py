@@ -60,12 +60,16 @@ def test_every_feature_of_the_recipe_builds(name):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data", None)  # as wide as the model: spread like it
 
 
+def handed_on(e):
+    return restore.objective_params(e.student.objective_from, job.build(e).state.params["objective"])
+
+
 def train(e, rows, workdir, steps=3):
     """The first steps of a run, saved; its loop without the log."""
     run = loop.Run(job.build(e), workdir, rows, say=lambda line: None)
     first, losses = jax.tree.map(np.asarray, run.state.params), []
     for batch in itertools.islice(run._interval(0), steps):
-        run.state, metrics = run.step(run.state, run.teaching.train.state, batch)
+        run.state, metrics = run.step(run.state, run.teachers.train.state, batch)
         losses.append(float(metrics["loss"][0] / metrics["loss"][1]))
     run.checkpoints.save(steps, run.state, run._progress())
     run.checkpoints.close()
@@ -81,7 +85,7 @@ def test_ted_from_filters_to_the_student(two_domains, tmp_path):
     e = stage("stage1")
     built = job.build(e)
     with jax.set_mesh(built.mesh):
-        rows = load.domains(built, progress=False)
+        rows = load.domains(e.data, built.models.tokenizer, progress=False)
         first, last, losses = train(e, rows, tmp_path / "one")
         jax.tree.map(np.testing.assert_array_equal, last["student"], first["student"])
         assert losses[-1] < losses[0]
@@ -106,7 +110,7 @@ def test_ted_from_filters_to_the_student(two_domains, tmp_path):
         again.checkpoints.close()
 
     one = f"--config.student.objective_from={tmp_path / 'one' / 'checkpoints' / '3'}"
-    assert set(restore.objective_params(job.build(stage("stage2", one)))["ted"]) == set(filters)
+    assert set(handed_on(stage("stage2", one))["ted"]) == set(filters)
     wide, moved = "--config.teacher.shape.embed=48", "--config.objective.ted.feature=ted_match(layers={1: 3})"
     for more, error, message in (
         (["--config.student.objective_from=gone"], FileNotFoundError, "gone is no run's workdir"),
@@ -118,8 +122,8 @@ def test_ted_from_filters_to_the_student(two_domains, tmp_path):
         ([one, moved], ValueError, r"ted.teacher_layer_3 should be float32\[32, 32\], there is nothing"),
     ):
         with pytest.raises(error, match=message):
-            restore.objective_params(job.build(stage("stage2", *more)))
+            handed_on(stage("stage2", *more))
     e = stage("stage2", one)
     renamed = dataclasses.replace(e, objective={"other": e.objective["ted"]})
     with pytest.raises(ValueError, match=r"its terms with parameters are 'ted', asked for were 'other'"):
-        restore.objective_params(job.build(renamed))
+        handed_on(renamed)

@@ -31,11 +31,11 @@ def recipe(directory, *more):
 
 
 def test_a_window_as_long_as_the_rows_is_one_line(directory, capsys):
-    checkpoint, config = open_models.teachers(recipe(directory), {})["teacher"]
+    checkpoint, config = open_models.teacher_sources(recipe(directory), {})["teacher"]
     assert (config.max_length, len(checkpoint.notes)) == (64, 1)
     assert capsys.readouterr().err.splitlines() == [f"jaxkd: teacher {directory}: {checkpoint.notes[0]}"]
 
 
 def test_a_shorter_one_is_refused(directory):
     with pytest.raises(ValueError, match=r"sliding_window 64 .*data\.length"):
-        open_models.teachers(recipe(directory, "--config.data.length=65"), {})
+        open_models.teacher_sources(recipe(directory, "--config.data.length=65"), {})

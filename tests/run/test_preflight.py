@@ -15,8 +15,8 @@ from jaxkd.core.types import Batch
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.run import preflight
-from jaxkd.run.job import Job, Model
-from jaxkd.run.teacher import Teaching
+from jaxkd.run.open_models import Model, Models
+from jaxkd.run.teacher import Teachers
 from jaxkd.teachers.online import no_teacher
 
 CHATML = (
@@ -131,7 +131,7 @@ def test_a_broken_template_is_named():
 # ------------------------------------------------------------------------------- one forward pass
 
 CONFIG = Config(vocab=50, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=16, vocab_multiple=64)
-JOB = Job(*[None] * len(Job._fields))._replace(tokenizer=SimpleNamespace(vocab=50))
+MODELS = Models(None, {}, SimpleNamespace(vocab=50))
 
 
 def batch() -> Batch:
@@ -144,7 +144,7 @@ def batch() -> Batch:
 
 def looked_at(forward) -> str:
     return preflight._forward(
-        "teacher", Model(CONFIG, forward, *[None] * 4, 2), random_params(CONFIG, 0, 0.5), batch(), JOB
+        "teacher", Model(CONFIG, forward, None, None, None), random_params(CONFIG, 0, 0.5), batch(), 50
     )
 
 
@@ -176,7 +176,7 @@ def test_two_passes_that_differ_are_found():
     sums = lambda *_: preflight.compare.Sums(
         *[jnp.asarray(x) for x in (next(calls), *[1.0] * (len(preflight.compare.Sums._fields) - 1))]
     )
-    teaching = Teaching(no_teacher(), no_teacher())
-    loaded = preflight.Loaded(JOB, None, {}, teaching, {}, {}, sums)
+    teachers = Teachers(no_teacher(), no_teacher())
+    loaded = preflight.Loaded(MODELS, None, {}, teachers, {}, {}, sums)
     with pytest.raises(ValueError, match="two passes over the same rows differ"):
         list(preflight._losses(loaded, batch()))

@@ -75,7 +75,8 @@ def test_a_resumed_run_hears_of_sigterm_before_its_first_step(undisturbed, argum
 # jaxkd with an evaluation that takes its time: the first, before a step was made, or the second, after six.
 JUDGING = """
 import sys, time
-from jaxkd import load, main
+from jaxkd.cli import main
+from jaxkd.run import load
 held_out, calls = load.held_out, []
 
 def slowly(*arguments):
@@ -126,9 +127,10 @@ def test_sigterm_does_not_wait_for_an_evaluation(arguments, tmp_path, evaluation
 # jaxkd that says for which signals a Python handler was installed once jax.distributed had its own.
 WATCHED = """
 import signal, sys
-from jaxkd import main, processes
+from jaxkd.cli import main
+from jaxkd.runtime import multihost
 
-join, install, seen = processes.join, signal.signal, set()
+join, install, seen = multihost.join, signal.signal, set()
 
 def installing(number, handler):
     seen.add(signal.Signals(number).name)
@@ -139,7 +141,7 @@ def joined(*arguments, **options):
     signal.signal = installing
     return here
 
-processes.join = joined
+multihost.join = joined
 try:
     main.console(sys.argv[1:])
 finally:

@@ -12,7 +12,7 @@ from jaxkd.runtime import cluster
 # jaxkd with a text that comes slowly: the first domain is done at once, and the second would take twenty minutes.
 PROGRAM = """
 import itertools, sys, time
-from jaxkd import main
+from jaxkd.cli import main
 from jaxkd.data import build
 
 pack, sides = build.pack, itertools.count()
@@ -31,13 +31,14 @@ main.console(sys.argv[1:])
 # The same with weights that come slowly.
 LOADING = """
 import sys, time
-from jaxkd import load, main
+from jaxkd.cli import main
+from jaxkd.run import load
 
 def slowly(*arguments, **options):
     print("building", flush=True)
     time.sleep(60)
 
-load.models = slowly
+load.weights = slowly
 main.console(sys.argv[1:])
 """
 SAID = "stopped by a signal while rows were built: domains that are done are kept, and the same command goes on"
