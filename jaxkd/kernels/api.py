@@ -112,7 +112,7 @@ def linear_divergence(
     student: Head,
     teacher: Head | Ensemble | TopK | Sampled | None,
     targets: Int[jax.Array, "*tokens"],
-    weights: Float[jax.Array, "terms *tokens"],
+    weights: Float[jax.Array, " terms *tokens"],
     temperatures: tuple[Scalar | jax.Array, ...],
     *,
     vocab: int,
@@ -120,7 +120,7 @@ def linear_divergence(
     tails: tuple[float, ...] = (1.0,),
     chunk: int | None = None,
     implementation: str | None = None,
-) -> tuple[Float[jax.Array, ""], Float[jax.Array, "terms *tokens"]]:
+) -> tuple[Float[jax.Array, ""], Float[jax.Array, " terms *tokens"]]:
     """Weighted sum of divergences between a teacher's signal and a head, fused with the heads' matrix products.
 
         value = sum_i sum_n weights[i, n] D_i(p_n^(T_i), q_n^(T_i)),   fields[i, n] = D_i(...)
@@ -253,7 +253,7 @@ def linear_comparison(
     *,
     vocab: int,
     chunk: int | None = None,
-) -> Float[jax.Array, "rows *tokens"]:
+) -> Float[jax.Array, " rows *tokens"]:
     """Per-token divergences at temperature 1, and what both sides rank first.
 
     Args:

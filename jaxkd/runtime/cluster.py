@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import glob
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +32,7 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
 # Process counts set by launchers that do not tell JAX the coordinator's address.
 _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec", "SKYPILOT_NUM_NODES": "SkyPilot"}
 _SET_VARIABLES = f"set {', '.join(VARIABLES[:2])} and {VARIABLES[2]} in each process"
+_TPU_VARIABLES = ("TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_ACCELERATOR_TYPE")
 _JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -82,6 +85,16 @@ def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) 
                 f"{_SET_VARIABLES}"
             )
     return ProcessInfo("one")
+
+
+def avoid_absent_tpu() -> None:
+    """Set JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU; to be called before `import jax`.
+
+    Otherwise JAX loads libtpu to look for devices, and libtpu prints errors.
+    """
+    tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") or any(map(os.environ.get, _TPU_VARIABLES))
+    if not tpu and importlib.util.find_spec("libtpu") and not importlib.util.find_spec("jax_plugins"):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _explicit(environ: Mapping[str, str]) -> ProcessInfo:

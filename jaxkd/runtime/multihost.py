@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from jaxkd.runtime import cluster
+from jaxkd.runtime import cluster, extras
 
 T = TypeVar("T")
 
@@ -319,7 +319,9 @@ def _describe(error: BaseException) -> tuple[int, str]:
             f"a device is out of memory: {str(error).splitlines()[0][:200]}. More optim.micro_batches, "
             "run.remat=layer or more devices reduce what each needs; `jaxkd plan` reports what a step needs"
         )
-    expected = isinstance(error, ValueError | OSError | FloatingPointError)
+    if isinstance(error, ModuleNotFoundError):
+        error = extras.explain(error)
+    expected = isinstance(error, ValueError | OSError | FloatingPointError | extras.MissingExtra)
     if not expected or os.environ.get("JAXKD_TRACEBACK"):
         return 1 if expected else cluster.EXIT_INTERNAL, "".join(traceback.format_exception(error)).rstrip()
     text = str(error)

@@ -1,5 +1,6 @@
 """Process discovery: what the environment says, the roll call, and two real processes that join."""
 
+import fnmatch
 import json
 import os
 import socket
@@ -83,6 +84,28 @@ def test_timeouts_are_numbers(name, text, monkeypatch):
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: False)
     with pytest.raises(ValueError, match=f"{name}={text}"):
         cluster.join()
+
+
+@pytest.mark.parametrize(
+    ("modules", "devices", "variables", "expected"),
+    [
+        ({"libtpu"}, [], {}, "cpu"),
+        ({"libtpu"}, [], {"JAX_PLATFORMS": "proxy"}, "proxy"),
+        ({"libtpu"}, ["/dev/accel0"], {}, None),
+        ({"libtpu"}, [], {"TPU_WORKER_HOSTNAMES": "a,b"}, None),
+        ({"libtpu", "jax_plugins"}, [], {}, None),  # GPUs
+        (set(), [], {}, None),
+    ],
+)
+def test_libtpu_is_not_loaded_on_a_machine_without_a_tpu(modules, devices, variables, expected, monkeypatch):
+    for name in ("JAX_PLATFORMS", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_ACCELERATOR_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in modules or None)
+    monkeypatch.setattr("glob.glob", lambda pattern: [d for d in devices if fnmatch.fnmatch(d, pattern)])
+    cluster.avoid_absent_tpu()
+    assert os.environ.get("JAX_PLATFORMS") == expected
 
 
 # --------------------------------------------------------------------------------------- roll call
