@@ -109,6 +109,16 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
+def fails(*arguments: str) -> str:
+    """The one line on stderr of a command that fails."""
+    result = here(*arguments)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    complaint = [line for line in result.stderr.splitlines() if line.startswith("jaxkd: error:")]
+    assert len(complaint) == 1, result.stderr
+    return complaint[0]
+
+
 @contextlib.contextmanager
 def _compiled_once() -> Iterator[None]:
     """JAX's cache of programs, as processes of their own have it; other tests look at programs as they are compiled."""

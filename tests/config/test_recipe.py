@@ -1,23 +1,16 @@
 """Recipes, overrides and blocks: what they resolve to, and the key that an error names."""
 
 import dataclasses
-import errno
 import json
-import shutil
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
-from harness import REPOSITORY, here, tiny_arguments, write_domain
+from harness import REPOSITORY, fails, here, tiny_arguments
 
 from jaxkd.config import recipe as config
 from jaxkd.config.schema import Schedule, Term, experiment, plain
-from jaxkd.run import job, restore
-from jaxkd.run import workdir as workdirs
-from jaxkd.run.load import check_one_device, host_params
-from jaxkd.train.checkpoint import Checkpoints
+from jaxkd.run import job
 from jaxkd.train.step import make_step
 
 TINY = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
@@ -269,34 +262,7 @@ def test_mixture_by_name():
             job.build(resolved(f"--config.data.mixture={name}"))
 
 
-def test_random_weights_follow_the_seed():
-    built = job.build(resolved())
-    first, again, other = (host_params(built.models.teacher._replace(seed=seed)) for seed in (0, 0, 1))
-    assert (first["embed"] == again["embed"]).all()
-    assert (first["embed"] != other["embed"]).any()
-
-
 # ------------------------------------------------------------------------------- on the command line
-
-
-def fails(*arguments: str) -> str:
-    """The one line on stderr of a command that fails."""
-    result = here(*arguments)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    complaint = [line for line in result.stderr.splitlines() if line.startswith("jaxkd: error:")]
-    assert len(complaint) == 1, result.stderr
-    return complaint[0]
-
-
-def test_a_model_that_one_device_does_not_hold_is_not_tried_there():
-    """Otherwise student.keep would end in XLA's out-of-memory error at every start, whatever the mesh."""
-    model = {"embedding": jax.ShapeDtypeStruct((2**17, 4096), "bfloat16")}
-    device = lambda stats: SimpleNamespace(memory_stats=lambda: stats)
-    for enough in (None, {}, {"bytes_limit": 3 * 2**30}):
-        check_one_device(model, device(enough))
-    with pytest.raises(ValueError, match=r"student\.keep .* 2\.0 GiB"):
-        check_one_device(model, device({"bytes_limit": 2 * 2**30}))
 
 
 def test_errors_are_one_line(tmp_path, two_domains):
@@ -318,124 +284,8 @@ def test_errors_are_one_line(tmp_path, two_domains):
     assert "nothing" in fails("evaluate", "--workdir", str(tmp_path / "nothing"))
 
 
-def test_a_corrected_command_may_reuse_a_workdir_in_which_nothing_was_trained(tmp_path, two_domains):
-    e = resolved()
-    other = dataclasses.replace(e, run=dataclasses.replace(e.run, seed=5))
-    workdir = tmp_path / "run"
-    assert workdirs.claim(workdir, e, False) == []
-    (workdir / "evals.jsonl").write_text("of the first student")
-    assert workdirs.claim(workdir, other, False) == []
-    assert not (workdir / "evals.jsonl").exists()
-    (workdir / "checkpoints" / "3").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run\.seed"):
-        workdirs.claim(workdir, e, True)
-    longer = dataclasses.replace(other, run=dataclasses.replace(other.run, steps=99))
-    with pytest.raises(ValueError, match=r"run\.steps: 20 -> 99"):
-        workdirs.claim(workdir, longer, False)
-    assert workdirs.claim(workdir, longer, True) == ["run.steps: 20 -> 99"]
-    assert workdirs.saved_experiment(workdir) == other  # until `adopt`, which follows a successful start
-
-
-@pytest.mark.parametrize("text", ['{"model_type": "llama"}', '{"data": '])
-def test_another_programs_config_is_kept(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json"):
-        workdirs.claim(tmp_path, resolved(), True)
-    assert (tmp_path / "config.json").read_text() == text
-
-
-def test_logged_steps_are_kept_when_checkpoints_are_gone(tmp_path):
-    e = resolved()
-    other = dataclasses.replace(e, optim=dataclasses.replace(e.optim, clip=2.0))
-    workdirs.claim(tmp_path, e, False)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"optim\.clip"):
-        workdirs.claim(tmp_path, other, False)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-
-
-def test_checkpoints_that_lie_where_marks_would_are_kept(tmp_path):
-    """Marks of checkpoints that were moved elsewhere may lie beside whole checkpoints."""
-    e, elsewhere = resolved(), tmp_path / "elsewhere"
-    e = dataclasses.replace(e, run=dataclasses.replace(e.run, checkpoints=str(elsewhere)))
-    (elsewhere / "20").mkdir(parents=True)
-    (elsewhere / "20" / "commit_success.txt").write_text("")
-    marks = tmp_path / "checkpoints"
-    for step, names in {"5": ("commit_success.txt", "train"), "10": ("commit_success.txt",)}.items():
-        (marks / step).mkdir(parents=True)
-        for name in names:
-            (marks / step / name).write_text("")
-    restore.mark(Checkpoints(elsewhere, read_only=True), e.run, tmp_path)
-    assert sorted(path.name for path in marks.iterdir()) == ["20", "5"]
-    assert (marks / "5" / "train").exists()
-
-
-def test_one_process_at_a_time(tmp_path):
-    with (
-        workdirs.lock(tmp_path),
-        pytest.raises(ValueError, match=str(tmp_path)),
-        workdirs.lock(tmp_path),
-    ):
-        pass
-    with workdirs.lock(tmp_path):
-        pass
-
-
-def test_file_systems_without_locks(tmp_path, monkeypatch, capsys):
-    """Lustre without flock and NFS without a lock server: a warning, and the run goes on."""
-    for number in (errno.ENOSYS, errno.ENOLCK):
-        monkeypatch.setattr("fcntl.flock", lambda *_, number=number: (_ for _ in ()).throw(OSError(number, "no")))
-        with workdirs.lock(tmp_path):
-            pass
-        assert str(tmp_path / ".lock") in capsys.readouterr().err
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
-    with pytest.raises(OSError, match="Input/output error") as raised, workdirs.lock(tmp_path):
-        pass
-    assert raised.value.filename == str(tmp_path / ".lock")
-
-
-def test_a_damaged_config_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"data": ')
-    with pytest.raises(ValueError, match=r"config\.json"):
-        workdirs.saved_experiment(tmp_path)
-
-
-def test_no_git_is_no_error(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert workdirs.commit() is None
-
-
 def test_help_names_every_verb():
     result = here("--help")
     assert result.returncode == 0
     assert all(verb in result.stdout for verb in ("prepare", "train", "evaluate", "export", "report"))
     assert "--config.optim.lr.peak" in here("train", "--help").stdout
-
-
-@pytest.mark.slow
-def test_rows_that_changed_under_a_run_are_noticed(tmp_path):
-    text = write_domain(tmp_path / "a.jsonl", 3)
-    arguments = tiny_arguments({"a": text}, tmp_path / "rows", "--config.run.steps=2", "--config.run.eval_every=0")
-    workdir = ["--workdir", str(tmp_path / "run")]
-    assert here("train", *workdir, *arguments).returncode == 0
-    write_domain(text, 4)
-    assert "rows of a " in fails("train", *workdir, *arguments)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("mount"), reason="needs a small file system of its own")
-def test_a_full_disk_is_one_line(tmp_path, two_domains):
-    volume = tmp_path / "small"
-    volume.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(volume)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs is not allowed here")
-    try:
-        more = ["--config.run.steps=4", "--config.run.checkpoint_every=1", "--config.run.keep_checkpoints=9"]
-        arguments = tiny_arguments(two_domains, tmp_path / "rows", *more)
-        complaint = fails("train", "--workdir", str(volume / "run"), *arguments)
-        assert "the disk is full" in complaint
-    finally:
-        subprocess.run(["umount", "-l", str(volume)], check=False)
