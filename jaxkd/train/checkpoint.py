@@ -50,7 +50,6 @@ class Checkpoints:
         """
         self.directory = checkpoint_directory(directory)
         self._arrays = orbax_io.handler()
-        self._metrics: dict[int, float] = {}
         self._writing = self._reported = False
         self._manager = None if read_only else self._writer(keep or Keep())
 
@@ -58,8 +57,7 @@ class Checkpoints:
         if multihost.is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
         multihost.barrier("the directory of checkpoints", PATIENCE)
-        self._metrics = self._read_metrics()
-        return orbax_io.manager(self.directory, keep, self._metrics)
+        return orbax_io.manager(self.directory, keep, self._metric)
 
     def steps(self) -> list[int]:
         """Committed steps in ascending order, listed from disk.
@@ -82,19 +80,18 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest metric, the later one of equals; None when no step has one."""
-        lowest = lambda metrics: min(metrics, key=lambda step: (metrics[step], -step), default=None)
-        return multihost.broadcast("the best of the checkpoints", lambda: lowest(self._read_metrics()), PATIENCE)
 
-    def _read_metrics(self) -> dict[int, float]:
-        metrics = {}
-        for step in self.steps():
-            try:
-                metric = self._manifest(step).metric
-            except (ValueError, OSError):  # reported when the step itself is read
-                continue
-            if metric is not None:
-                metrics[step] = metric
-        return metrics
+        def lowest() -> int | None:
+            metrics = [(metric, -step) for step in self.steps() if (metric := self._metric(step)) is not None]
+            return -min(metrics)[1] if metrics else None
+
+        return multihost.broadcast("the best of the checkpoints", lowest, PATIENCE)
+
+    def _metric(self, step: int) -> float | None:
+        try:
+            return self._manifest(step).metric
+        except (ValueError, OSError):  # reported when the step itself is read
+            return None
 
     # ---------------------------------------------------------------------------------------- writing
 
@@ -126,11 +123,10 @@ class Checkpoints:
             check_free_space(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         progress = json.loads(json.dumps(progress))  # a copy: a thread writes it later
         body = manifest.build(step, state, progress, metric)
-        if body["metric"] is not None:
-            self._metrics[step] = body["metric"]
         items = orbax_io.items(parts(state), progress, body)
         try:
-            self._manager.save(step, args=items, force=True)  # without force Orbax may skip a step silently
+            # Without force Orbax may skip a step silently.
+            self._manager.save(step, args=items, metrics=body["metric"], force=True)
         except Exception as error:
             raise self._write_error(error) from error
         self._writing = True
@@ -194,8 +190,6 @@ class Checkpoints:
         if multihost.is_main():
             for later in sorted(names, reverse=True):  # newest first, so a kill leaves a shorter rollback
                 (self.directory / str(later)).rename(self.directory / names[later])
-        for later in names:
-            self._metrics.pop(later, None)
         multihost.barrier("later checkpoints to be set aside", PATIENCE)
         self._manager.reload()
         return names

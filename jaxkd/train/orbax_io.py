@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import options
+from orbax.checkpoint import checkpoint_managers, options
 
 from jaxkd.core.types import PyTree
 from jaxkd.train import manifest
 from jaxkd.train.checkpoint_errors import DamagedCheckpoint, call_orbax
-from jaxkd.train.retention import Keep, Retention
+from jaxkd.train.retention import Keep
 
 _PORTION = 2**30  # bytes that `portions` reads at a time
 
@@ -28,30 +28,45 @@ def handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class _Manager(ocp.CheckpointManager):
-    """A manager that does not ask JAX about preemption, on save or from its background thread.
+    """A manager that takes a step's metric from our manifest, and never asks JAX about preemption.
 
     `reached_preemption_sync_point` takes the last number that anybody asked with as the process's step, stops all
     processes one after the largest, and compares for equality only: the training loop alone may ask.
     """
 
+    def __init__(self, *args: Any, metric: Callable[[int], float | None], **options: Any):
+        self._metric = metric  # first, since Orbax reads the metrics of existing steps as it starts
+        super().__init__(*args, **options)
+
+    def metrics(self, step: int) -> float | None:
+        return self._metric(step)
+
     def reached_preemption(self, step: int) -> bool:
         return False
 
 
-def manager(directory: epath.Path, keep: Keep, metrics: Mapping[int, float]) -> ocp.CheckpointManager:
+def manager(directory: epath.Path, keep: Keep, metric: Callable[[int], float | None]) -> ocp.CheckpointManager:
     """Writes steps in the background and deletes those that are not kept.
 
     Args:
         directory: an existing one.
         keep: which steps are kept.
-        metrics: by step; read after every save.
+        metric: of an existing step, None where it has none; a new one's is the `metrics` of its save.
     """
+    policies: list[Any] = [checkpoint_managers.LatestN(keep.latest)]
+    if keep.every:
+        policies.append(checkpoint_managers.EveryNSteps(keep.every))
+    if keep.best:  # its last n of the descending order
+        lowest = checkpoint_managers.BestN(
+            get_metric_fn=lambda metric: metric, reverse=True, n=keep.best, keep_checkpoints_without_metrics=False
+        )
+        policies.append(lowest)
     # With named processes, barriers use the coordination service, which times out and says who is missing.
     everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
     return _Manager(
         directory,
         options=ocp.CheckpointManagerOptions(
-            preservation_policy=Retention(keep, metrics),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             atomicity_options=options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
@@ -65,6 +80,7 @@ def manager(directory: epath.Path, keep: Keep, metrics: Mapping[int, float]) -> 
             "mixture": ocp.JsonCheckpointHandler(),
             "manifest": ocp.JsonCheckpointHandler(),
         },
+        metric=metric,
     )
 
 

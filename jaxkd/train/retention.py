@@ -4,9 +4,9 @@ import errno
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
@@ -16,32 +16,7 @@ class Keep(NamedTuple):
 
     latest: int = 2
     every: int = 0  # multiples of this; 0 for none
-    best: int = 0  # those with the lowest metric
-
-    def of(self, steps: Sequence[int], metrics: Mapping[int, float]) -> set[int]:
-        """The steps that are kept.
-
-        Args:
-            steps: all that exist.
-            metrics: of the steps that were evaluated; of equal ones the later step is the better.
-        """
-        steps = sorted(steps)
-        measured = sorted((s for s in steps if s in metrics), key=lambda s: (metrics[s], -s))
-        multiples = [s for s in steps if self.every and s % self.every == 0]
-        return {*steps[-self.latest :], *multiples, *measured[: self.best]}
-
-
-class Retention:
-    """`Keep` as an Orbax preservation policy."""
-
-    def __init__(self, keep: Keep, metrics: Mapping[int, float]):
-        """`metrics` is read after every save."""
-        self._keep, self._metrics = keep, metrics
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's interface: whether each checkpoint is kept."""
-        steps = self._keep.of([checkpoint.step for checkpoint in checkpoints], self._metrics)
-        return [checkpoint.step in steps for checkpoint in checkpoints]
+    best: int = 0  # those with the lowest metric, the later one of equals
 
 
 def checkpoint_directory(directory: os.PathLike | str) -> epath.Path:

@@ -199,25 +199,26 @@ def test_donated_state_is_saved_as_it_was(tmp_path):
 # ----------------------------------------------------------------------------------------- what stays
 
 
-def test_which_steps_stay():
-    steps, metrics = range(10, 100, 10), {20: 1.0, 40: 3.0, 70: 2.0, 80: 2.0}
-    assert Keep(2).of(steps, metrics) == {80, 90}
-    assert Keep(1, best=2).of(steps, metrics) == {90, 20, 80}  # of equals the later
-    assert Keep(1, every=40).of(steps, {}) == {40, 80, 90}
-    assert Keep(3, every=50, best=1).of(steps, metrics) == {70, 80, 90, 50, 20}
-    assert Keep(20).of(steps, metrics) == set(steps)
-
-
-def test_the_newest_stays_when_losses_rise_and_the_best_too(tmp_path):
-    losses, keep = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 5.0}, Keep(1, every=3, best=1)
+def test_the_newest_the_best_and_multiples_are_kept(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 1.0, 6: 5.0, 7: 4.0}
+    keep = Keep(1, every=3, best=1)
     saved(tmp_path, 1, 2, 3, keep=keep, metrics=losses)
     again = Checkpoints(tmp_path, keep)  # another process knows the losses of the first one
     assert again.steps() == [2, 3]
-    for step in (4, 5):
+    for step in (4, 5, 6):
         again.save(step, state_of(step), {}, losses[step])
     again.wait()
-    assert (again.steps(), again.latest(), again.best()) == ([2, 3, 5], 5, 2)
+    assert (again.steps(), again.latest(), again.best()) == ([3, 5, 6], 6, 5)  # of equals the later
+    again.rollback(5)
+    again.save(7, state_of(7), {}, losses[7])
+    again.wait()
+    assert again.steps() == [3, 5, 7]
     again.close()
+
+
+def test_steps_without_a_metric_are_not_the_best(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4, keep=Keep(1, best=2), metrics={1: 2.0})
+    assert Checkpoints(tmp_path, read_only=True).steps() == [1, 4]
 
 
 def test_there_is_no_best_without_a_measurement(tmp_path):
