@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.config import objective
+from jaxkd.config import resolve
 from jaxkd.core.types import LOG_FLOOR, Head
 from jaxkd.data import rules
 from jaxkd.kernels.api import linear_divergence
@@ -81,7 +81,7 @@ def test_worked_rule(monkeypatch):
     exec(block, names)
     monkeypatch.setattr(rules, "by_excess", names["by_excess"], raising=False)
     monkeypatch.setattr(rules, "__all__", [*rules.__all__, "by_excess"])
-    rule = objective.call("by_excess(power=2.0)", rules, "data.mixture")
+    rule = resolve.call("by_excess(power=2.0)", rules, "data.mixture")
     assert rule.measures
     sampling, state = rule.init([10, 30, 60], None)
     np.testing.assert_allclose(sampling, [0.1, 0.3, 0.6])

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from jaxkd.config import domains, validate
-from jaxkd.config import objective as terms
-from jaxkd.config.schema import DataBlock, Experiment, MeshBlock, OptimBlock
+from jaxkd.config import resolve, validate
+from jaxkd.config.schema import DataBlock, Experiment, MeshBlock
 from jaxkd.core import sharding
 from jaxkd.core.types import Batch, Output, PyTree, Scalar
 from jaxkd.data import rules
@@ -23,7 +22,7 @@ from jaxkd.losses.objective import Objective
 from jaxkd.models.transformer import Config
 from jaxkd.run.open_models import Model, Models, open_models
 from jaxkd.train import guard, optim
-from jaxkd.train.state import TRAINED, TrainState, init_state, trainable
+from jaxkd.train.state import TRAINED, TrainState, abstract_state
 
 
 class Job(NamedTuple):
@@ -54,31 +53,35 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
     mesh = build_mesh(e.run.mesh, devices or jax.devices())
     validate.check(e, mesh.shape)
     models = open_models(e, mesh, shapes or {})
-    rule = domains.mixture_rule(e.data, e.teacher)
+    rule = resolve.mixture_rule(e.data, e.teacher)
     if e.teacher.members:
-        domains.teacher_weights(e.teacher.members, tuple(e.data.domains), e.run.steps)
-    lr = terms.scalar(e.optim.lr, e.run.steps, "optim.lr")
+        resolve.teacher_weights(e.teacher.members, tuple(e.data.domains), e.run.steps)
+    lr = resolve.scalar(e.optim.lr, e.run.steps, "optim.lr")
     configs = {"teacher": models.teacher.config, "student": models.student.config}
+    terms = resolve.terms(e.objective, e.run.steps, configs, e.teacher)
     objective = objectives.objective(
-        terms.build(e.objective, e.run.steps, configs, terms.signal_spec(e.teacher)),
+        terms,
         vocab=models.vocab,
         domains=tuple(e.data.domains),
         tails=e.teacher.temperatures,
         trains=("objective",) if e.student.frozen else TRAINED,
         measured=group_dro.MEASURED if rule.group_dro else {},
     )
-    objective_init = partial(objective.init, **_outputs(objective, models, abstract_batch(e.data, mesh)))
+    objective_init = partial(objective.init, **_outputs(objective, models, abstract_batch(e.data)))
     learned = jax.eval_shape(objective_init, jax.random.key(0))
     if e.student.frozen and not learned:
         raise ValueError("student.frozen leaves nothing to train: no term of the objective has parameters of its own")
-    shardings = _shardings(models.student, learned, mesh)
-    tx = _optimizer(e.optim, lr, models.student, trainable(shardings.params, objective.trains), mesh)
-    first = partial(init_state, tx=tx, names=objective.trains, averaged=e.teacher.is_self)
-    weights = group_dro.init(np.ones(len(e.data.domains))) if rule.group_dro else None
-    recent = guard.init() if e.optim.spike else None
-    params = {"student": models.student.shapes, "objective": learned}
-    state = _sharded(
-        jax.eval_shape(first, params, group_dro=weights, recent=recent), shardings, tx, objective.trains, mesh
+    axes, params, moments = _parameters(models.student, learned, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params) if mesh.shape["replica"] > 1 else None
+    tx = optim.build(e.optim, lr, axes, shardings, objective.trains)
+    state = abstract_state(
+        params,
+        moments,
+        tx,
+        objective.trains,
+        averaged=e.teacher.is_self,
+        group_dro=group_dro.init(np.ones(len(e.data.domains))) if rule.group_dro else None,
+        recent=guard.init() if e.optim.spike else None,
     )
     return Job(e, mesh, models, rule, objective, objective_init, tx, lr, state)
 
@@ -102,13 +105,12 @@ def fit_devices(e: Experiment) -> Experiment:
     return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
 
 
-def abstract_batch(data: DataBlock, mesh: Mesh) -> Batch:
-    """Shapes and shardings of a global batch."""
-    placed = sharding.batch_sharding(mesh)
+def abstract_batch(data: DataBlock, sharding: NamedSharding | None = None) -> Batch:
+    """Shapes of a global batch, with the sharding of its rows."""
 
     def leaf(name: str) -> Any:
         shape = (data.batch,) if name in ("row", "domain") else (data.batch, data.length)
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=placed)
+        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding)
 
     return Batch(**{name: leaf(name) for name in Batch._fields if name not in ("teacher", "aux")})
 
@@ -124,40 +126,18 @@ def _outputs(objective: Objective, models: Models, batch: Batch) -> dict[str, Ou
     }
 
 
-class _Shardings(NamedTuple):
-    """Of what is trained and its moments, both by "student" and "objective"."""
+def _parameters(student: Model, learned: PyTree, mesh: Mesh) -> tuple[dict[str, PyTree], ...]:
+    """Logical axes of what may train, its abstract arrays, and the shardings of its moments, by part of `params`.
 
-    params: dict[str, PyTree]
-    moments: dict[str, PyTree]
-
-
-def _shardings(student: Model, learned: PyTree, mesh: Mesh) -> _Shardings:
-    """Matrices that the objective learns are as wide as the model, so they are sharded as its `embed` is."""
-    axes = jax.tree.map(lambda x: ("embed", *[None] * (len(x.shape) - 1)) if len(x.shape) > 1 else (None,), learned)
-    by_table = lambda table: {
-        "student": sharding.shardings(student.axes, student.shapes, mesh, table),
-        "objective": sharding.shardings(axes, learned, mesh, table),
-    }
-    return _Shardings(by_table(student.rules), by_table(sharding.MOMENTS))
-
-
-def _optimizer(
-    o: OptimBlock, lr: Scalar, student: Model, shardings: PyTree, mesh: Mesh
-) -> optax.GradientTransformation:
-    """AdamW of what trains; what the objective learns does not decay: an identity pulled to 0 is another objective."""
-    axes = {"student": student.axes, "objective": jax.tree.map(lambda _: (), shardings["objective"])}
-    tx = optim.adamw(
-        lr, trainable(axes, tuple(shardings)), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip
+    Matrices that the objective learns are as wide as the model and sharded as its `embed` is; they do not decay: an
+    identity pulled to 0 would be another objective.
+    """
+    wide = jax.tree.map(lambda x: ("embed", *[None] * (len(x.shape) - 1)) if len(x.shape) > 1 else (None,), learned)
+    places = {"student": (student.axes, student.shapes), "objective": (wide, learned)}
+    placed, moments = (
+        {name: sharding.shardings(axes, shapes, mesh, table) for name, (axes, shapes) in places.items()}
+        for table in (student.rules, sharding.MOMENTS)
     )
-    return optim.with_gradient_shardings(tx, shardings) if mesh.shape["replica"] > 1 else tx
-
-
-def _sharded(shapes: TrainState, by: _Shardings, tx: Any, trains: tuple[str, ...], mesh: Mesh) -> TrainState:
-    """The train state's shapes with their shardings; all but parameters, moments and average is replicated."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, shapes.opt_state, trainable(by.moments, trains), transform_non_params=lambda _: replicated
-    )
-    placed = jax.tree.map(lambda _: replicated, shapes)._replace(params=by.params, opt_state=opt_state)
-    placed = placed._replace(ema=None if shapes.ema is None else by.params["student"])
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    leaf = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    params = {name: jax.tree.map(leaf, shapes, placed[name]) for name, (_, shapes) in places.items()}
+    return {"student": student.axes, "objective": jax.tree.map(lambda _: (), learned)}, params, moments

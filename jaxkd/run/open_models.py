@@ -116,18 +116,18 @@ def teacher_sources(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, _S
 def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Config], length: int) -> _Source:
     if path in shapes:
         return None, shapes[path]
-    if path != "random":
-        checkpoint = weights.open_checkpoint(path, length=length)
-        for note in checkpoint.notes if multihost.is_main() else ():
-            print(f"jaxkd: {key} {path}: {note}", file=sys.stderr)
-        return checkpoint, checkpoint.config
-    if not shape:
+    if path == "random":
         sizes = [f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING]
-        raise ValueError(f"{key}.path is 'random', so {key}.shape must give the sizes: " + ", ".join(sizes))
-    config = from_mapping(Config, shape, f"{key}.shape")
-    if config.heads % config.kv_heads:
-        raise ValueError(f"{key}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
-    return None, config
+        if not shape:
+            raise ValueError(f"{key}.path is 'random', so {key}.shape must give the sizes: " + ", ".join(sizes))
+        config = from_mapping(Config, shape, f"{key}.shape")
+        if config.heads % config.kv_heads:
+            raise ValueError(f"{key}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
+        return None, config
+    checkpoint = weights.open_checkpoint(path, length=length)
+    for note in checkpoint.notes if multihost.is_main() else ():
+        print(f"jaxkd: {key} {path}: {note}", file=sys.stderr)
+    return checkpoint, checkpoint.config
 
 
 def _student_source(e: Experiment, teachers: Mapping[str, _Source], shapes: Mapping[str, Config]) -> _Source:

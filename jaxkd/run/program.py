@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxkd.config import objective
+from jaxkd.config import resolve
 from jaxkd.config.schema import Experiment
 from jaxkd.core import schedules
 from jaxkd.core.types import Batch, Metrics, PyTree
@@ -47,7 +47,7 @@ def jitted_step(job: Job, teacher: Teacher) -> Any:
 def flops_of(e: Experiment, models: Models, uses_teacher: bool) -> flops.Step:
     """FLOPs of a step, counted from shapes: a cached body does not run, and heads only where a term needs them."""
     active = [t for t in e.objective.values() if t.divergence and t.weight != 0]
-    terms = [objective.call(t.divergence, divergences, "objective") for t in active]
+    terms = [resolve.call(t.divergence, divergences, "objective") for t in active]
     teacher_head = any(d.uses_teacher for d in terms)
     sides = []
     if models.is_self and uses_teacher:

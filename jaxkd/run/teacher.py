@@ -10,8 +10,9 @@ import jax
 from jax.sharding import Mesh
 
 from jaxkd.config import validate
-from jaxkd.config.domains import teacher_weights
+from jaxkd.config.resolve import teacher_weights
 from jaxkd.config.schema import DataBlock, Experiment, TeacherBlock
+from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Output, PyTree
 from jaxkd.models import heads
 from jaxkd.run.job import abstract_batch as rows_batch
@@ -147,7 +148,7 @@ def cache_layouts(t: TeacherBlock, models: Models, length: int, name: str = "tea
 
 def abstract_batch(e: Experiment, models: Models, mesh: Mesh) -> Batch:
     """Shapes and shardings of a global batch, with what caches add to it."""
-    batch = rows_batch(e.data, mesh)
+    batch = rows_batch(e.data, batch_sharding(mesh))
     payloads = []
     for name, model in e.teacher.models.items():
         row = codec.empty(cache_layouts(e.teacher, models, e.data.length, name)["train"]) if model.cache else None

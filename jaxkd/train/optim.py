@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from jaxkd.config.schema import OptimBlock
 from jaxkd.core.types import PyTree, Scalar
 
 
@@ -43,6 +44,17 @@ def adamw(
     steps = [optax.clip_by_global_norm(clip)] if clip else []
     steps.append(optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask))
     return optax.chain(*steps)
+
+
+def build(
+    o: OptimBlock, lr: Scalar, axes: dict[str, PyTree], shardings: dict[str, PyTree] | None, trains: tuple[str, ...]
+) -> optax.GradientTransformation:
+    """The optimiser of a recipe, for the parts of `params` that train; `shardings` are given where replicas exist."""
+    axes = {name: axes[name] for name in axes if name in trains}
+    tx = adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
+    if shardings is None:
+        return tx
+    return with_gradient_shardings(tx, {name: shardings[name] for name in axes})
 
 
 def with_gradient_shardings(tx: optax.GradientTransformation, shardings: PyTree) -> optax.GradientTransformation:

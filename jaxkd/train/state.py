@@ -1,11 +1,13 @@
 """The train state: with the mixture, all that the next step depends on and all that is checkpointed."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxkd.core.types import PyTree
 from jaxkd.train import guard
@@ -97,3 +99,32 @@ def init_state(
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trainable(params, names)), ema, group_dro, recent)
+
+
+def abstract_state(
+    params: dict[str, PyTree],
+    moments: dict[str, PyTree],
+    tx: optax.GradientTransformation,
+    names: tuple[str, ...] = TRAINED,
+    **parts: Any,
+) -> TrainState:
+    """Shapes and shardings of the train state: `init_state` of abstract arrays.
+
+    Args:
+        params: ShapeDtypeStruct leaves with shardings.
+        moments: shardings of the optimiser's moments, by the parts of `params`.
+        tx, names: as in `init_state`.
+        parts: the other arguments of `init_state`. Their arrays are replicated.
+    """
+    first = jax.tree.leaves(params)[0].sharding
+    replicated = NamedSharding(first.mesh, PartitionSpec())
+    whole = functools.partial(init_state, tx=tx, names=names, averaged=parts.pop("averaged", False))
+    shapes = jax.eval_shape(whole, params, **parts)
+    opt_state = optax.tree_utils.tree_map_params(
+        tx, lambda _, s: s, shapes.opt_state, trainable(moments, names), transform_non_params=lambda _: replicated
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    average = None if shapes.ema is None else shardings["student"]
+    placed = jax.tree.map(lambda _: replicated, shapes)
+    placed = placed._replace(params=shardings, opt_state=opt_state, ema=average)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)

@@ -222,7 +222,10 @@ def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
 
 def batch(this: job.Job, seed: int):
     """Random tokens, two documents a row."""
-    rng, shapes = np.random.default_rng(seed), job.abstract_batch(this.experiment.data, this.mesh)
+    rng, shapes = (
+        np.random.default_rng(seed),
+        job.abstract_batch(this.experiment.data, sharding.batch_sharding(this.mesh)),
+    )
     rows, length = shapes.tokens.shape
     tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
     segments = np.where(np.arange(length) < length // 3, 1, 2).astype(np.int32)

@@ -40,15 +40,13 @@ def test_a_term_is_of_one_kind():
     e = recipe("features.py")
     term = e.objective["feature"]
     both = dataclasses.replace(term, divergence="forward_kl")
-    with pytest.raises(
-        ValueError, match=r"objective.x must have either a divergence or a feature, got both 'forward_kl'"
-    ):
+    with pytest.raises(ValueError, match=r"objective\.x .*'forward_kl'"):
         job.build(dataclasses.replace(e, objective={"x": both}))
     warm = dataclasses.replace(term, temperature=2.0)
-    with pytest.raises(ValueError, match=r"objective.x.temperature is for divergences"):
+    with pytest.raises(ValueError, match=r"objective\.x\.temperature"):
         job.build(dataclasses.replace(e, objective={"x": warm}))
     still = dataclasses.replace(e, student=dataclasses.replace(e.student, frozen=True))
-    with pytest.raises(ValueError, match=r"student.frozen leaves nothing to train"):
+    with pytest.raises(ValueError, match=r"student\.frozen"):
         job.build(dataclasses.replace(still, objective={"ce": e.objective["ce"]}))
 
 
@@ -125,5 +123,5 @@ def test_ted_from_filters_to_the_student(two_domains, tmp_path):
             handed_on(stage("stage2", *more))
     e = stage("stage2", one)
     renamed = dataclasses.replace(e, objective={"other": e.objective["ted"]})
-    with pytest.raises(ValueError, match=r"its terms with parameters are 'ted', asked for were 'other'"):
+    with pytest.raises(ValueError, match=r"'ted'.*'other'"):
         handed_on(renamed)

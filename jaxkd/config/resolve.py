@@ -1,20 +1,24 @@
-"""From strings and schedules of a recipe to functions: divergences, features, rules, and the objective's terms."""
+"""From strings and schedules of a recipe to functions: the objective's terms, the mixture's rule, teachers' weights."""
 
 import ast
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from jaxkd.config.schema import Schedule, TeacherBlock, Term, nearest
+import numpy as np
+
+from jaxkd.config.schema import DataBlock, Member, Schedule, TeacherBlock, Term, nearest
 from jaxkd.core import schedules
 from jaxkd.core.types import Batch, Divergence, Head, Sampled, Scalar, TopK
+from jaxkd.data import rules
 from jaxkd.kernels.api import refusal, unstored
 from jaxkd.losses import divergences, features, objective
 from jaxkd.losses.feature_term import FeatureTerm
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
+from jaxkd.teachers import ensemble
 
 _RESERVED = (
     "loss",
@@ -107,8 +111,8 @@ def signal_spec(t: TeacherBlock) -> SignalSpec:
     return SignalSpec(kind, t.entries, t.temperatures, layers=t.signal == "head" and not t.members)
 
 
-def build(
-    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], signal: SignalSpec | None = None
+def terms(
+    block: Mapping[str, Term], steps: int, models: Mapping[str, Config], teacher: TeacherBlock
 ) -> dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]]:
     """Terms for `losses.objective.objective` from the recipe's block.
 
@@ -116,13 +120,13 @@ def build(
         block: terms by name.
         steps: of the run, for schedules.
         models: "student" and "teacher", to check the layers that features name.
-        signal: what the terms can learn from.
+        teacher: whose signal the terms learn from.
 
     Raises:
         ValueError: naming the key of a term that is inconsistent, or that this signal or these models cannot serve.
     """
-    signal = signal or SignalSpec()
-    terms: dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]] = {}
+    signal = signal_spec(teacher)
+    result: dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]] = {}
     for name, term in block.items():
         where = f"objective.{name}"
         _check(where, term)
@@ -138,7 +142,7 @@ def build(
                 raise ValueError(
                     f"{where}.temperature must be 1: '{term.divergence}' is defined on the untempered logits"
                 )
-            terms[name] = (weight, objective.match(divergence, temperature, term.standardize))
+            result[name] = (weight, objective.match(divergence, temperature, term.standardize))
         else:
             feature = call(term.feature, features, f"{where}.feature", FeatureTerm)
             _check_layers(where, feature, models)
@@ -152,8 +156,8 @@ def build(
                     f"{where}.feature needs the teacher's {', '.join(feature.teacher_taps)}, and this one has only "
                     "its last hidden states: take a single online teacher, or -1 for its layer"
                 )
-            terms[name] = (weight, feature)
-    return terms
+            result[name] = (weight, feature)
+    return result
 
 
 def _refusal(divergence: Divergence, term: Term, signal: SignalSpec) -> str | None:
@@ -205,3 +209,75 @@ def _check_layers(where: str, feature: FeatureTerm, models: Mapping[str, Config]
                 raise ValueError(
                     f"{where}.feature names layer {layer} of the {side}, which has layers 1 to {models[side].layers}"
                 ) from None
+
+
+# ---------------------------------------------------------------------------------- per domain
+
+
+def mixture_rule(data: DataBlock, teacher: TeacherBlock) -> rules.Rule:
+    """The rule that `data.mixture` spells: a call such as "ddk(alpha=0.5)", or fixed weights "code=2,math=1".
+
+    Raises:
+        ValueError: for an unknown rule or domain, or a rule that needs per-token losses this teacher does not give.
+    """
+    text, names = data.mixture, tuple(data.domains)
+    if "=" in text.partition("(")[0]:
+        return rules.fixed(_fixed_weights(text, names))
+    rule = call(text, rules, "data.mixture")
+    if not isinstance(rule, rules.Rule):
+        try:
+            rule = rule(names)
+        except ValueError as error:
+            raise ValueError(f"data.mixture: {error}") from None
+    if rule.group_dro and (signal_spec(teacher).kind is not Head or teacher.is_self):
+        kind = "is the student itself" if teacher.is_self else f"gives '{teacher.signal}'"
+        raise ValueError(
+            f"data.mixture '{text}' compares the student's loss on each token with the teacher's, and this teacher "
+            f"{kind}: use another teacher, with teacher.signal 'head' or 'hidden'"
+        )
+    return rule
+
+
+def _fixed_weights(text: str, names: Sequence[str]) -> list[float]:
+    weights = dict.fromkeys(names, 0.0)
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"data.mixture '{text}' must be a rule, such as ddk(alpha=0.5), or weights such as code=2,math=1"
+            ) from None
+        if name.strip() not in weights:
+            raise ValueError(f"data.mixture names no domain '{name.strip()}': {nearest(name, names)}")
+        weights[name.strip()] = value
+    return list(weights.values())
+
+
+def teacher_weights(members: Mapping[str, Member], names: Sequence[str], steps: int) -> ensemble.Weigh:
+    """The weight of each of several teachers in a row, by the step and the row's domain.
+
+    Raises:
+        ValueError: for an unknown domain, a weight that is negative or not finite, or a domain in which all weights
+            are 0 at some step.
+    """
+    scalars = [scalar(m.weight, steps, f"teacher.members.{name}.weight") for name, m in members.items()]
+    weigh = ensemble.shares(scalars, [m.domains for m in members.values()], names)
+    # The last evaluation is at step `steps`.
+    per_step = [np.broadcast_to(schedules.value(s, np.arange(steps + 1)), steps + 1) for s in scalars]
+    for domain in names:
+        total = np.zeros(steps + 1)
+        for (name, member), weights in zip(members.items(), per_step, strict=True):
+            weights = weights * (member.domains.get(domain, 0.0) if member.domains else 1.0)
+            if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
+                raise ValueError(
+                    f"teacher.members.{name} weighs {weights[bad][0]:g} in the domain '{domain}': a weight must be "
+                    "finite and not negative"
+                )
+            total += weights
+        if not total.all():
+            raise ValueError(
+                f"all teachers of the domain '{domain}' have weight 0 at step {int(np.argmin(total))} of {steps}: "
+                "give one of them a weight that stays above 0"
+            )
+    return weigh
