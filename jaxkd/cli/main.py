@@ -191,35 +191,11 @@ def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -
 
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Evaluate a run's student against its teacher on the held-out rows."""
-    workdir = Path(options.workdir)
-    e = saved_experiment(workdir)
-    from jaxkd.core.sharding import batch_sharding
-    from jaxkd.evals import compare
-    from jaxkd.run import job, load, restore, teacher
+    e = saved_experiment(Path(options.workdir))
+    from jaxkd.run import evaluate as evaluation
 
     multihost.join(single_ok=True)
-    import jax
-
-    built = job.build(job.fit_devices(e))
-    e, models = built.experiment, built.models
-    with jax.set_mesh(built.mesh), multihost.abort_on_error():
-        step, student, average = restore.student(e.run, workdir, built.state, options.step)
-        rows = load.domains(e.data, models.tokenizer)
-        stores = teacher.open_stores(e, models, rows.fingerprints)
-        teachers = teacher.build_teacher(e, models, load.teachers(models)[0], stores)
-        inputs = (teachers.evaluate.state, step, average)
-        comparison = jax.jit(compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab))
-        before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
-        start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
-        result = compare.evaluate(
-            lambda batch: comparison(student, inputs, batch),
-            load.held_out(rows, e.run.eval_batch, batch_sharding(built.mesh), teachers.evaluate.host_features),
-            step,
-            {} if models.is_self else start,
-        )
-    multihost.print_main(compare.table(result, start))
-    if multihost.is_main() and not any(row["step"] == step for row in before):
-        files.append_jsonl(workdir / "evals.jsonl", result)
+    multihost.print_main(evaluation.of_run(e, Path(options.workdir), options.step).text)
 
 
 def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:

@@ -97,6 +97,7 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
     rows = (undisturbed / "evals.jsonl").read_bytes()
     result = jaxkd("evaluate", "--workdir", str(undisturbed))
     assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("step 12 of ")
     mean = lines(undisturbed / "evals.jsonl")[-1]
     assert f"{mean['student_nats']:.3f}" in result.stdout
     assert (undisturbed / "evals.jsonl").read_bytes() == rows  # the step is there already
