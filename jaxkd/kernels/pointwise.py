@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxkd.core.types import LOG_FLOOR, Divergence, Ensemble, Head, Leading, Sampled, Side, TopK
 
 _SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
+_TIE = 1 + 4 * float(jnp.finfo(jnp.float32).eps)  # log-probabilities whose ratio is at most this are one
 
 
 class Softening(NamedTuple):
@@ -46,14 +47,19 @@ class Columns(NamedTuple):
         """[c v] -> [c] over the whole vocabulary."""
         return x.max(-1) if self.axis is None else jax.lax.pmax(x.max(-1), self.axis)
 
+    def min(self, x: jax.Array) -> jax.Array:
+        """[c v] -> [c] over the whole vocabulary."""
+        return x.min(-1) if self.axis is None else jax.lax.pmin(x.min(-1), self.axis)
+
     def argmax(self, z: jax.Array) -> jax.Array:
         """The first id with the largest entry, [c v] -> [c]."""
         z = self.mask(z, -jnp.inf)
         winner = self.ids[jnp.argmax(z, -1)]
         if self.axis is None:
             return winner
-        winner = jnp.where(z.max(-1) == self.max(z), winner, jnp.iinfo(jnp.int32).max)
-        return jax.lax.pmin(winner, self.axis)
+        # By index and not by equality with the maximum: XLA may compute `z` again with other rounding.
+        tops, winners = (jax.lax.all_gather(x, self.axis) for x in (z.max(-1), winner))
+        return jnp.take_along_axis(winners, jnp.argmax(tops, 0)[None], 0)[0]
 
     def local(self, ids: jax.Array) -> jax.Array:
         """Places of global ids among this device's entries; those of other devices are past the end."""
@@ -182,30 +188,51 @@ def teacher_log_probs(
     return jnp.maximum(total, LOG_FLOOR)
 
 
-def leading(lp: jax.Array, which: Leading, total=lambda x: x.sum(-1)) -> jax.Array:
-    """Whether each entry is among the teacher's most probable ones, ties with the last of them included.
+def leading(lp: jax.Array, which: Leading, columns: Columns | None = None) -> jax.Array:
+    """Whether each entry is among the teacher's most probable ones, ties with the last of them included [c v].
 
-    Bisection over the bits of -log p, which order as integers do: 31 sums per token find the exact threshold
-    without a sort, and sums are all that a split vocabulary has to exchange, 31 times one after the other.
+    XLA may compute `lp` again for this comparison, rounded differently from the array in which the last leading entry
+    was found: so entries are compared with a threshold that lies between that entry and the next.
+    """
+    return -lp <= top_threshold(lp, which, columns)[:, None]
+
+
+def top_threshold(lp: jax.Array, which: Leading, columns: Columns | None = None) -> jax.Array:
+    """-log p half-way from the last leading entry to the next, [c]; ties with the last are on its side.
+
+    Bisection over the bits of -log p, which order as integers do: 31 sums per token find the last leading entry
+    without a sort, and sums are all that a split vocabulary has to exchange, one after the other.
 
     Args:
-        lp: [c v] floored log-probabilities.
+        lp: [c v] log-probabilities, at least `LOG_FLOOR`, which is also what stands beyond the true vocabulary.
         which: how much mass, or how many entries.
-        total: [c v] -> [c] sum over the whole vocabulary.
+        columns: which entries these are; None where all are here.
     """
-    rank = jax.lax.bitcast_convert_type(jnp.maximum(-lp, 0.0), jnp.int32)
+    total, least = (columns.sum, columns.min) if columns else (lambda x: x.sum(-1), lambda x: x.min(-1))
+    rank = _bits(jnp.abs(jnp.minimum(lp, 0.0)))  # abs: -0.0 is a negative integer
     measure = jnp.exp(lp) if which.mass else jnp.ones_like(lp)
     goal = which.mass or float(which.entries)
+    lowest, steps = _bits(jnp.float32(-LOG_FLOOR)), 31
 
-    def halve(_, bounds):
-        few, enough = bounds
+    def halve(step, carry):
+        few, enough, beyond = carry
         middle = few + (enough - few) // 2
         reached = total(jnp.where(rank <= middle[:, None], measure, 0.0)) >= goal
-        return jnp.where(reached, few, middle), jnp.where(reached, middle, enough)
+        # A last step, in which nothing is left to halve, looks for the next entry: within the loop, where `rank` is
+        # the array that was bisected. Without a collective, which does not belong under a condition.
+        after = lambda: jnp.where(rank > enough[:, None], rank, lowest).min(-1, keepdims=True)
+        beyond = jax.lax.cond(step == steps, after, lambda: beyond)
+        return jnp.where(reached, few, middle), jnp.where(reached, middle, enough), beyond
 
-    all_of_them = jax.lax.bitcast_convert_type(jnp.float32(-LOG_FLOOR), jnp.int32)
-    bounds = jnp.full(lp.shape[0], -1), jnp.full(lp.shape[0], all_of_them)
-    return rank <= jax.lax.fori_loop(0, 31, halve, bounds)[1][:, None]
+    rows = lp.shape[0]
+    carry = jnp.full(rows, -1), jnp.full(rows, lowest), jnp.full((rows, 1), lowest)
+    _, last, beyond = jax.lax.fori_loop(0, steps + 1, halve, carry)
+    last, beyond = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in (last, least(beyond)))
+    return jnp.maximum((last + beyond) / 2, last * _TIE)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 # ------------------------------------------------------------------------------------------ the terms
@@ -254,7 +281,7 @@ def dense(
         lp = teacher_log_probs(z_teacher, temperature, softening.standardized, columns)
     values, slope, height = [], jnp.zeros_like(z), None
     for term, weight in terms:
-        head = None if term.head is None else leading(lp, term.head, lambda x: columns.sum(columns.mask(x, 0.0)))
+        head = None if term.head is None else leading(lp, term.head, columns)
         value, steep, rise = _slope(term, lp, lq, Side(hit, head), student.normaliser[:, 0], columns)
         values.append(value)
         if steep is not None:
@@ -305,7 +332,7 @@ def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Arra
         lp = _normalised(lp, counts)
     if term.support == "conditional":
         lq = _normalised(lq, counts)
-    head = None if term.head is None else leading(lp, term.head, lambda x: jnp.where(counts, x, 0.0).sum(-1))
+    head = None if term.head is None else leading(jnp.where(counts, lp, LOG_FLOOR), term.head)
     if term.support is None and stored.tail is not None:
         beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
         lp, lq = beside(lp, stored.tail), beside(lq, lq_tail)

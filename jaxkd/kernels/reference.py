@@ -40,8 +40,10 @@ def leading(lp: jax.Array, which) -> jax.Array:
     falling = -jnp.sort(-lp, axis=-1)
     measure = jnp.exp(falling) if which.mass else jnp.ones_like(falling)
     short = jnp.cumsum(measure, -1) < (which.mass or which.entries)
-    last = jnp.minimum(short.sum(-1, keepdims=True), lp.shape[-1] - 1)
-    return lp >= jnp.take_along_axis(falling, last, -1)
+    last = jnp.take_along_axis(falling, jnp.minimum(short.sum(-1, keepdims=True), lp.shape[-1] - 1), -1)
+    beyond = jnp.where(falling < last, falling, -jnp.inf).max(-1, keepdims=True)
+    # Half-way to the next entry: XLA may compute `lp` again, rounded differently from what was sorted.
+    return lp >= (last + beyond) / 2
 
 
 def _field(term: Divergence, lp, lq, hit, head=None, counts=None, normaliser=None) -> jax.Array:

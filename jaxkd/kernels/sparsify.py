@@ -62,19 +62,28 @@ def draw(head: Head, uniforms: Float[jax.Array, "*tokens N"], vocab: int) -> Sam
 
     def drawn(columns: Columns, z: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:
         up_to = jnp.cumsum(jnp.exp(z - columns.max(z)[:, None]), -1)
-        mass, before = up_to[:, -1:], jnp.zeros((z.shape[0], 1))
-        whole = mass
+        mass = whole = up_to[:, -1:]
         if columns.axis is not None:
-            each = jax.lax.all_gather(mass, columns.axis, axis=1, tiled=True)
-            before = jnp.sum(jnp.where(jnp.arange(each.shape[1]) < jax.lax.axis_index(columns.axis), each, 0.0), 1)
-            before, whole = before[:, None], each.sum(1, keepdims=True)
+            edges = jnp.cumsum(jax.lax.all_gather(mass, columns.axis, axis=1, tiled=True), -1)
+            whole = edges[:, -1:]
         # Below the whole mass even when the product rounds up, so that an entry without mass is never drawn.
-        goal = jnp.minimum(uniform * whole, jnp.nextafter(whole, 0.0)) - before
-        place = jax.vmap(partial(jnp.searchsorted, side="right"))(up_to, jnp.clip(goal, 0.0, jnp.nextafter(mass, 0.0)))
-        mine = (goal >= 0) & (goal < mass)
-        return _counted(columns.total(jnp.where(mine, columns.ids[place], 0)))
+        goal = jnp.minimum(uniform * whole, jnp.nextafter(whole, 0.0))
+        if columns.axis is None:
+            return _counted(columns.ids[_place(up_to, goal)])
+        # Every device finds the owner of a draw from the same numbers, so that it has exactly one: comparing `goal`
+        # less the mass before a device with that device's own mass rounds differently on either side of an edge.
+        owner, device = _place(edges, goal), jax.lax.axis_index(columns.axis)
+        before = jnp.where(device > 0, edges[:, device - 1], 0.0)[:, None]
+        here = columns.ids[_place(up_to, goal - before)]
+        return _counted(columns.total(jnp.where(owner == device, here, 0)))
 
     return Sampled(*_chunked(drawn, head, vocab, (uniforms,)))
+
+
+def _place(up_to: jax.Array, goal: jax.Array) -> jax.Array:
+    """Indices [c N] of the first entries with which the running sums [c v] exceed goals [c N], as if below the last."""
+    goal = jnp.clip(goal, 0.0, jnp.nextafter(up_to[:, -1:], 0.0))
+    return jax.vmap(partial(jnp.searchsorted, side="right"))(up_to, goal)
 
 
 def _counted(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

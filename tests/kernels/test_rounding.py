@@ -1,0 +1,81 @@
+"""Where float32 decides: the last of the leading entries, edges between devices, logits far above their spread."""
+
+import contextlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense import cast, dense, log_softmax, problem
+
+from jaxkd.core.sharding import make_mesh
+from jaxkd.core.types import LOG_FLOOR, Ensemble, Head, Leading
+from jaxkd.kernels import pointwise, sparsify
+from jaxkd.kernels.api import linear_divergence
+from jaxkd.losses import divergences as d
+
+VOCAB = 57  # of 64 columns
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
+def test_the_kth_entry_of_a_computed_teacher_leads(mesh):
+    """A geometric mean is elementwise arithmetic on logits, which XLA repeats where it is used, in another rounding."""
+    rng, tokens, k = np.random.default_rng(0), 296, 4
+    student, _, targets, _ = problem(tokens=tokens)
+    heads = tuple(Head(rng.normal(size=(tokens, n)), rng.normal(size=(n, 64)) * 0.5) for n in (24, 12, 8))
+    shares = np.float32(rng.dirichlet([1.0] * 3, tokens))
+    lps = [log_softmax((h.hidden @ h.unembed)[:, :VOCAB]) for h in (student, *heads)]
+    mean = log_softmax(sum(shares[:, i : i + 1] * lp for i, lp in enumerate(lps[1:])))
+    p, q = np.exp(mean), np.exp(lps[0])
+    ids = np.argsort(-p, -1)[:, :k]
+    p, q = (np.take_along_axis(x, ids, -1) for x in (p, q))
+    beside = lambda x: np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1)
+    expected = (beside(p) * np.log(beside(p) / beside(q))).sum(-1)
+    heads, weights = (student, Ensemble(heads, shares, True)), np.ones((1, tokens))
+    np.testing.assert_allclose(
+        dense((d.decoupled_topk(k),), *heads, targets, weights, (1.0,), VOCAB)[1][0], expected, rtol=1e-9
+    )
+
+    # LLVM's optimiser, which tests do without, is what contracts a product and a sum to one rounding.
+    @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
+    def fields(student, teacher, targets, weights):
+        call = (d.decoupled_topk(k),), student, teacher, targets, weights, (1.0,)
+        return linear_divergence(*call, vocab=VOCAB)[1][0]
+
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(*mesh)):
+        found = fields(*cast(heads, jnp.float32), jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=5e-6)
+
+
+def test_the_threshold_is_half_way_to_the_next_entry():
+    """In nats, so that beside certainty too rounding moves nothing in or out; entries at the floor are the last."""
+    lp = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [1 - 1e-7, 6e-8, 4e-8, 0.0], [0.25, 0.25, 0.25, 0.25]]))
+    lp = jnp.maximum(lp, LOG_FLOOR)
+    found = [np.asarray(pointwise.top_threshold(lp, which)) for which in (Leading(entries=1), Leading(mass=0.6))]
+    middle = lambda *p: -np.mean(np.log(p))
+    certain, even = middle(1.0, 6e-8), (middle(0.25) - LOG_FLOOR) / 2
+    np.testing.assert_allclose(found[0], [middle(0.4, 0.3), certain, even], rtol=1e-5)
+    np.testing.assert_allclose(found[1], [middle(0.3, 0.2), certain, even], rtol=1e-5)
+
+
+def test_entries_that_differ_by_rounding_are_ties():
+    lp = np.float32(np.log([[0.3, 0.2, 0.2, 0.2, 0.1]]))
+    lp[0, 2:4] = np.nextafter(lp[0, 1], [-9, 9], dtype=np.float32)
+    for k in (2, 3, 4):
+        assert pointwise.leading(jnp.asarray(lp), Leading(entries=k)).tolist() == [[True, True, True, True, False]]
+
+
+def test_a_draw_at_an_edge_between_devices_is_of_one_of_both():
+    _, teacher, _, _ = problem(tokens=64)
+    up_to = np.cumsum(np.exp(log_softmax((teacher.hidden @ teacher.unembed)[:, :VOCAB])), -1)
+    edges = up_to[:, 7:56:8, None]  # 8 columns a device
+    uniforms = np.float32(edges + np.arange(-6, 7) * 2.0**-24).reshape(64, -1)
+    with jax.set_mesh(make_mesh(1, 8)):
+        found = jax.jit(lambda head, u: sparsify.draw(head, u, VOCAB))(cast(teacher, jnp.float32), uniforms)
+    ids, counts = (np.asarray(x) for x in found)
+    assert ids.max() < VOCAB
+    assert (counts.sum(-1) == uniforms.shape[1]).all()
+    low, high = (np.take_along_axis(x, ids, -1)[..., None] for x in (np.pad(up_to, ((0, 0), (1, 0))), up_to))
+    near = ((low - 1e-6 <= uniforms[:, None]) & (uniforms[:, None] <= high + 1e-6)).any(-1)
+    assert near[counts > 0].all(), ids[(counts > 0) & ~near]
