@@ -339,6 +339,8 @@ def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Arra
         # The tail is many entries, of which none leads.
         head = None if head is None else beside(head, jnp.zeros_like(head[:, 0]))
         hit, counts = beside(hit, ~(hit & counts).any(-1)), beside(counts, jnp.ones_like(counts[:, 0]))
+    # What does not count must not reach phi: an infinite slope there would be NaN, times a cotangent of zero.
+    lp, lq = jnp.where(counts, lp, 0.0), jnp.where(counts, lq, 0.0)
     return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(hit, head))])
 
 

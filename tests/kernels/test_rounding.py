@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense import cast, dense, log_softmax, problem
+from dense import cast, close, dense, fused, log_softmax, problem, topk
 
 from jaxkd.core.sharding import make_mesh
-from jaxkd.core.types import LOG_FLOOR, Ensemble, Head, Leading
+from jaxkd.core.types import LOG_FLOOR, Ensemble, Head, Leading, TopK
 from jaxkd.kernels import pointwise, sparsify
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences as d
@@ -79,3 +79,15 @@ def test_a_draw_at_an_edge_between_devices_is_of_one_of_both():
     low, high = (np.take_along_axis(x, ids, -1)[..., None] for x in (np.pad(up_to, ((0, 0), (1, 0))), up_to))
     near = ((low - 1e-6 <= uniforms[:, None]) & (uniforms[:, None] <= high + 1e-6)).any(-1)
     assert near[counts > 0].all(), ids[(counts > 0) & ~near]
+
+
+@pytest.mark.parametrize("term", [d.renyi(2.0), d.alpha_divergence(2.0)])
+def test_filling_is_not_differentiated(term):
+    """A nearly uniform teacher at T < 1: p^2 / q of an entry that is none would overflow."""
+    student, teacher, targets, weights = problem(columns=512, spread=0.05)
+    entries = topk(teacher, 5, 512, (0.5,))
+    beside = lambda x, *last: np.concatenate([x, np.tile(last, (24, 1))], -1).astype(x.dtype)
+    filled = TopK(beside(entries.ids, -1, 9, 700), beside(entries.logprobs, -np.inf, -np.inf, 0.0), entries.tail)
+    rest = targets, weights, (0.5,), 512
+    got, want = (f((term,), student, x, *rest, tails=(0.5,)) for f, x in ((fused, filled), (dense, entries)))
+    close(got, want, weights != 0)
