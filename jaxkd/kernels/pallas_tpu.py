@@ -80,7 +80,7 @@ class _Rows(NamedTuple):
     """Numbers per token, each [N] outside of a kernel and [n 1] inside; packed as [R N], tokens along lanes."""
 
     target: Any
-    student: tuple  # log-normaliser at each temperature
+    student: tuple  # largest logit, and the log of sum exp((z - largest) / T) at each temperature
     teacher: tuple
     total: tuple = ()  # sum over the vocabulary of the weighted slopes, at each temperature
     weights: tuple = ()  # of each term
@@ -101,9 +101,11 @@ def _contributions(plan: Plan, tile: _Tile, temperatures, rows: _Rows, z, z_teac
     # Ids are exact in float32 up to 2^24.
     side = Side(is_target=rows.target.astype(jnp.int32) == tile.ids)
 
-    def log_probs(z, slot, normalisers):
-        scaled = jnp.where(tile.valid, z / temperatures[slot], -jnp.inf)
-        return jnp.maximum(scaled - normalisers[slot], LOG_FLOOR)
+    def log_probs(z, slot, normaliser):
+        # Not less their sum: it is as large as the logits, and so is its rounding.
+        top, *log_mass = normaliser
+        shifted = jnp.where(tile.valid, (z - top) / temperatures[slot], -jnp.inf)
+        return jnp.maximum(shifted - log_mass[slot], LOG_FLOOR)
 
     known: dict[int, tuple[jax.Array, jax.Array]] = {}
     for term, slot in zip(plan.terms, plan.slots, strict=True):
@@ -309,7 +311,7 @@ def _fitted(plan: Plan, student: Head) -> Plan:
 
 
 def _normalisers(plan: Plan, axis: str | None, inputs: dict) -> list[tuple]:
-    """Per head, its log-normaliser at each temperature, [N] each."""
+    """Per head, its largest logit and the log of sum exp((z - largest) / T) at each temperature, [N] each."""
     temperatures = inputs["temperatures"]
     width, heads = 1 + temperatures.shape[0], 2 if "teacher" in inputs else 1
     running = _per_token(partial(_normalise_kernel, plan), plan, inputs, heads * width)
@@ -318,7 +320,7 @@ def _normalisers(plan: Plan, axis: str | None, inputs: dict) -> list[tuple]:
         local, tops = tops, jax.lax.pmax(tops, axis)
         shares = [jnp.exp((local[side] - tops[side]) / temperatures[:, None]) for side in range(heads)]
         masses = jax.lax.psum([m * s for m, s in zip(masses, shares, strict=True)], axis)
-    return [tuple(tops[side] / temperatures[:, None] + jnp.log(masses[side])) for side in range(heads)]
+    return [(tops[side], *jnp.log(masses[side])) for side in range(heads)]
 
 
 def _sizes(plan: Plan) -> list[int]:
@@ -345,7 +347,8 @@ def forward(plan: Plan, slopes: bool, tokens, axis, student: Head, teacher, targ
     sums = sums if axis is None else jax.lax.psum(sums, axis)
     fields, steeps, totals, start = [], [], [], 0
     for term, slot, size in zip(plan.terms, plan.slots, sizes, strict=True):
-        extra = [normalisers[0][slot]] if term.normaliser else []
+        top, *log_mass = normalisers[0]
+        extra = [top / temperatures[slot] + log_mass[slot]] if term.normaliser else []
         field, pull = jax.vjp(term.combine, *sums[start : start + size], *extra)
         steep = pull(jnp.ones_like(field))
         fields.append(field)
@@ -365,8 +368,9 @@ def backward(plan: Plan, tokens, axis, student: Head, teacher, targets, weights,
     plan = _fitted(plan, student)
     inputs, targets = _prepared(plan, axis, student, teacher, targets, temperatures)
     slots, terms, heads = temperatures.shape[0], len(plan.terms), 2 if "teacher" in inputs else 1
-    ours, theirs = tuple(saved[:slots]), tuple(saved[slots : heads * slots])
-    totals, steep = saved[heads * slots :][:terms], tuple(saved[heads * slots + terms :])
+    width = 1 + slots  # rows of a head's normaliser
+    ours, theirs = tuple(saved[:width]), tuple(saved[width : heads * width])
+    totals, steep = saved[heads * width :][:terms], tuple(saved[heads * width + terms :])
     weighted = jnp.where(weights != 0, jnp.where(weights != 0, totals, 0.0) * weights, 0.0)
     total = [sum(weighted[i] for i in range(terms) if plan.slots[i] == slot) for slot in range(slots)]
     rows = _Rows(targets, ours, theirs, tuple(total), tuple(weights), steep)

@@ -135,33 +135,39 @@ def weighted_sum(weights: jax.Array, fields: jax.Array) -> jax.Array:
 
 
 class _Soft(NamedTuple):
-    """Softened logits [c v], -inf beyond the true vocabulary; what they were divided by; their normaliser [c 1]."""
+    """Softened logits [c v] relative to the largest; what they were divided by; the two parts of their normaliser.
 
-    z: jax.Array
+    log p = shifted - log_mass. The normaliser top + log_mass [c 1] is as large as the logits: subtracting it as one
+    number would lose the digits that subtracting `top` from the logits keeps.
+    """
+
+    shifted: jax.Array  # (z - max z) / divisor, -inf beyond the true vocabulary
     divisor: Any
-    normaliser: jax.Array
+    top: jax.Array  # max z / divisor
+    log_mass: jax.Array
 
-    def log_probs(self) -> jax.Array:
-        return jnp.maximum(self.z - self.normaliser, LOG_FLOOR)
+    def log_probs(self, floor: float = LOG_FLOOR) -> jax.Array:
+        return jnp.maximum(self.shifted - self.log_mass, floor)
 
 
-def _soften(z: jax.Array, temperature: Any, standardized: bool, columns: Columns) -> tuple[jax.Array, Any]:
-    divisor = temperature
-    if standardized:
-        # The mean cancels in the softmax; the spread is a per-token temperature, without a gradient.
-        counts = columns.mask(jnp.isfinite(z), False)
-        clean = jnp.where(counts, z, 0.0)
-        size = columns.sum(counts.astype(jnp.float32))
-        mean = columns.sum(clean) / size
-        variance = columns.sum(jnp.where(counts, jnp.square(clean - mean[:, None]), 0.0)) / size
-        divisor = temperature * jnp.maximum(jnp.sqrt(variance), _SMALLEST_SPREAD)[:, None]
-    return columns.mask(z / divisor, -jnp.inf), divisor
+def _divisor(z: jax.Array, temperature: Any, standardized: bool, columns: Columns) -> Any:
+    if not standardized:
+        return temperature
+    # The mean cancels in the softmax; the spread is a per-token temperature, without a gradient.
+    counts = columns.mask(jnp.isfinite(z), False)
+    clean = jnp.where(counts, z, 0.0)
+    size = columns.sum(counts.astype(jnp.float32))
+    mean = columns.sum(clean) / size
+    variance = columns.sum(jnp.where(counts, jnp.square(clean - mean[:, None]), 0.0)) / size
+    return temperature * jnp.maximum(jnp.sqrt(variance), _SMALLEST_SPREAD)[:, None]
 
 
 def _distribution(z: jax.Array, temperature: jax.Array | float, standardized: bool, columns: Columns) -> _Soft:
-    z, divisor = _soften(z, temperature, standardized, columns)
+    divisor = _divisor(z, temperature, standardized, columns)
+    z = columns.mask(z, -jnp.inf)
     top = columns.max(z)[:, None]
-    return _Soft(z, divisor, jnp.log(columns.sum(jnp.exp(z - top)))[:, None] + top)
+    shifted = (z - top) / divisor
+    return _Soft(shifted, divisor, top / divisor, jnp.log(columns.sum(jnp.exp(shifted)))[:, None])
 
 
 def teacher_log_probs(
@@ -175,7 +181,7 @@ def teacher_log_probs(
         weight = z.weights[:, t : t + 1]
         live = weight > 0  # false for NaN too
         soft = _distribution(jnp.where(live, logits_t, 0.0), temperature, standardized, columns)
-        lp = jnp.maximum(soft.z - soft.normaliser, 4 * LOG_FLOOR)  # finite, and far below what is floored in the end
+        lp = soft.log_probs(4 * LOG_FLOOR)  # finite, and far below what is floored in the end
         if z.geometric:
             part = jnp.where(live, jnp.where(live, weight, 0.0) * lp, 0.0)
             total = part if total is None else total + part
@@ -183,8 +189,7 @@ def teacher_log_probs(
             part = jnp.where(live, jnp.log(jnp.where(live, weight, 1.0)) + lp, 8 * LOG_FLOOR)
             total = part if total is None else jnp.logaddexp(total, part)
     if z.geometric:
-        total = _distribution(total, 1.0, False, columns)
-        total = total.z - total.normaliser
+        return _distribution(total, 1.0, False, columns).log_probs()
     return jnp.maximum(total, LOG_FLOOR)
 
 
@@ -282,7 +287,7 @@ def dense(
     values, slope, height = [], jnp.zeros_like(z), None
     for term, weight in terms:
         head = None if term.head is None else leading(lp, term.head, columns)
-        value, steep, rise = _slope(term, lp, lq, Side(hit, head), student.normaliser[:, 0], columns)
+        value, steep, rise = _slope(term, lp, lq, Side(hit, head), (student.top + student.log_mass)[:, 0], columns)
         values.append(value)
         if steep is not None:
             slope = slope + _weighted(weight, steep)
@@ -304,9 +309,11 @@ class _Stored(NamedTuple):
 
 
 def _normalised(lp: jax.Array, counts: jax.Array) -> jax.Array:
-    """`lp` with all the mass on the entries that count; 0 for the others, which nothing reads."""
-    total = jax.nn.logsumexp(lp, -1, keepdims=True, where=counts)
-    return jnp.where(counts, lp, 0.0) - jnp.where(jnp.isfinite(total), total, 0.0)
+    """`lp` with all the mass on the entries that count; the others are numbers that nothing reads."""
+    top = jnp.where(counts, lp, -jnp.inf).max(-1, keepdims=True)
+    lp = jnp.where(counts, lp - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+    mass = jnp.where(counts, jnp.exp(lp), 0.0).sum(-1, keepdims=True)
+    return lp - jnp.log(jnp.where(mass > 0, mass, 1.0))
 
 
 def _stored(teacher: TopK | Sampled, softening: Softening, temperature: jax.Array, vocab: int) -> _Stored:
@@ -367,7 +374,7 @@ def sparse(
         columns: which entries these are.
     """
     stored = _stored(teacher, softening, temperature, vocab)
-    z = columns.mask(z / temperature, -jnp.inf)
+    z = columns.mask(z, -jnp.inf)
     place, row = columns.local(jnp.where(stored.counts, stored.ids, -1)), jnp.arange(z.shape[0])[:, None]
     kept = columns.total(z.at[row, place].get(mode="fill", fill_value=0.0))
     kept = jnp.where(stored.counts, kept, -jnp.inf)
@@ -376,13 +383,14 @@ def sparse(
     others = z.at[row, place].set(-jnp.inf, mode="drop")
     top, top_kept = columns.max(others), kept.max(-1)
     top = jnp.where(jnp.isfinite(top), top, jnp.where(jnp.isfinite(top_kept), top_kept, 0.0))
-    share = jnp.exp(others - top[:, None])
+    share = jnp.exp((others - top[:, None]) / temperature)
     rest = columns.sum(share)
     highest = jnp.maximum(top, top_kept)
-    at_kept = jnp.exp(kept - highest[:, None])
-    mass = at_kept.sum(-1) + rest * jnp.exp(top - highest)
-    lq = jnp.maximum(kept - (highest + jnp.log(mass))[:, None], LOG_FLOOR)
-    lq_tail = jnp.maximum(jnp.log(rest) + (top - highest) - jnp.log(mass), LOG_FLOOR)
+    below, kept = (top - highest) / temperature, (kept - highest[:, None]) / temperature
+    at_kept = jnp.exp(kept)
+    mass = at_kept.sum(-1) + rest * jnp.exp(below)
+    lq = jnp.maximum(kept - jnp.log(mass)[:, None], LOG_FLOOR)
+    lq_tail = jnp.maximum(jnp.log(rest) + below - jnp.log(mass), LOG_FLOOR)
 
     values, slope, slope_tail = [], jnp.zeros_like(lq), jnp.zeros_like(lq_tail)
     hit = stored.ids == targets[:, None]
@@ -394,6 +402,6 @@ def sparse(
         slope, slope_tail = slope + _weighted(weight, steep[0]), slope_tail + _weighted(weight, steep[1])
     total = slope.sum(-1) + slope_tail
     within = jnp.where(rest > 0, slope_tail / jnp.where(rest > 0, rest, 1.0), 0.0)
-    dz = share * (within - jnp.exp(top - highest) / mass * total)[:, None]
+    dz = share * (within - jnp.exp(below) / mass * total)[:, None]
     at_kept = slope - at_kept * (total / mass)[:, None]
     return values, dz.at[row, place].set(at_kept, mode="drop") / temperature

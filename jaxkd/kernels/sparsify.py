@@ -45,8 +45,11 @@ def top_k(head: Head, entries: int, temperatures: tuple[float, ...], vocab: int)
             ids = jnp.take_along_axis(ids, best, 1)
         row = jnp.arange(z.shape[0])[:, None]
         others = z.at[row, columns.local(ids)].set(-jnp.inf, mode="drop")
+        # Relative to the largest logit before anything is divided or added, so that large logits round no worse.
+        top = columns.max(z)[:, None]
+        z, others = z - top, others - top
         tails = [_log_sum(columns, others / t) - _log_sum(columns, z / t) for t in temperatures]
-        return ids, values - _log_sum(columns, z)[:, None], jnp.stack(tails, -1)
+        return ids, (values - top) - _log_sum(columns, z)[:, None], jnp.stack(tails, -1)
 
     return TopK(*_chunked(chosen, head, vocab, ()))
 

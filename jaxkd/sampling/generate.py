@@ -129,5 +129,4 @@ def _draw(head: Head, keys: jax.Array, at: jax.Array, temperature: float, vocab:
         ids = jax.vmap(jax.random.categorical)(own, z / temperature)
     else:
         ids = jnp.argmax(z, -1)
-    chosen = jnp.take_along_axis(z, ids[:, None], 1)[:, 0]
-    return ids.astype(jnp.int32), chosen - jax.nn.logsumexp(z, -1)
+    return ids.astype(jnp.int32), jnp.take_along_axis(jax.nn.log_softmax(z, -1), ids[:, None], 1)[:, 0]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense import cast, close, dense, fused, log_softmax, problem, topk
+from test_pallas_tpu import tiled
 
 from jaxkd.core.sharding import make_mesh
 from jaxkd.core.types import LOG_FLOOR, Ensemble, Head, Leading, TopK
@@ -79,6 +80,45 @@ def test_a_draw_at_an_edge_between_devices_is_of_one_of_both():
     low, high = (np.take_along_axis(x, ids, -1)[..., None] for x in (np.pad(up_to, ((0, 0), (1, 0))), up_to))
     near = ((low - 1e-6 <= uniforms[:, None]) & (uniforms[:, None] <= high + 1e-6)).any(-1)
     assert near[counts > 0].all(), ids[(counts > 0) & ~near]
+
+
+def near_equality(offset, tokens=24, columns=256):
+    """Logits that float32 holds exactly, as heads whose products are exact, and so is what the float64 form sees."""
+    rng = np.random.default_rng(0)
+    z = np.float32(rng.normal(size=(tokens, columns)) * 3 + offset)
+    other = np.float32(z + rng.normal(size=z.shape) * max(1e-3, offset * 1e-6))
+    return [Head(np.eye(tokens), np.float64(x)) for x in (z, other)]
+
+
+KLS = (d.forward_kl(), d.reverse_kl())
+
+
+@pytest.mark.parametrize("signal", ["head", "blend", "top_k", "pallas"])
+@pytest.mark.parametrize("mesh", [None, (1, 8)])
+def test_large_logits_round_as_their_differences_do(signal, mesh):
+    student, teacher = near_equality(8000.0)
+    taught = {
+        "top_k": topk(teacher, 32, 250, (2.0,)),
+        "blend": Ensemble((teacher, teacher), np.full((24, 2), 0.5), True),
+    }
+    rest = (np.zeros(24, int), np.ones((2, 24)), (2.0, 2.0), 250)
+    solve = tiled if signal == "pallas" else fused
+    more = {"tails": (2.0,)} if signal == "top_k" else {}
+    call = KLS, student, taught.get(signal, teacher), *rest
+    got = solve(*call, mesh=None if mesh is None else make_mesh(*mesh), **more)
+    want = dense(*call, **more)
+    np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-6)
+    assert np.linalg.norm(got[2][1] - want[2][1]) < 1e-4 * np.linalg.norm(want[2][1])
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 8)])
+def test_stored_entries_of_large_logits(mesh):
+    _, teacher = near_equality(8000.0)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(*mesh)):
+        found = jax.jit(lambda head: sparsify.top_k(head, 8, (1.0, 3.0), 250))(cast(teacher, jnp.float32))
+    expected = topk(teacher, 8, 250, (1.0, 3.0))
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=2e-6)
+    np.testing.assert_allclose(found.tail, expected.tail, atol=2e-6)
 
 
 @pytest.mark.parametrize("term", [d.renyi(2.0), d.alpha_divergence(2.0)])

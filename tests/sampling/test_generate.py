@@ -10,7 +10,7 @@ import pytest
 from harness import collectives, random_params
 
 from jaxkd.core.sharding import make_mesh, shardings
-from jaxkd.core.types import Batch
+from jaxkd.core.types import Batch, Head
 from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config, RopeScaling
@@ -260,3 +260,10 @@ def test_the_real_teacher_knows_france():
     text = run(checkpoint.config, params, prompt, np.array([len(ids)], np.int32), row_keys([0]), **options)
     written = tokenizer.tokenizer.decode(text.tokens[0, len(ids) : text.lengths[0]].tolist())
     assert " Paris" in written, written
+
+
+def test_large_logits_cost_the_log_probabilities_no_digits():
+    z = np.float32([[8000.0, 8000.5, 7999.0]])
+    ids, lp = generate._draw(Head(jnp.ones((1, 1, 1)), jnp.asarray(z)), row_keys([0]), jnp.int32(1), 0.0, 3)
+    assert int(ids[0]) == 1
+    np.testing.assert_allclose(lp, [-np.log(np.exp(-0.5) + 1 + np.exp(-1.5))], rtol=1e-6)
