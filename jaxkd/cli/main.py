@@ -13,7 +13,7 @@ from typing import Any
 from jaxkd import __version__
 from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import experiment
-from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, saved_facts, see, versions
+from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, saved_facts, see
 from jaxkd.runtime import cluster, files, multihost
 
 _CONFIG_HELP = """\
@@ -203,7 +203,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
     from jaxkd.models import export as exporter
-    from jaxkd.run import job, restore
+    from jaxkd.run import job, model_card, restore
 
     multihost.join(single_ok=True)
     import jax
@@ -213,29 +213,17 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
     exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
     built = job.build(job.fit_devices(e))
-    tokenizer = built.models.tokenizer
     with jax.set_mesh(built.mesh):
         step, student, _ = restore.student(e.run, workdir, built.state, options.step)
         host = jax.device_get(student)
-    token = lambda number: None if number is None else tokenizer.tokenizer.id_to_token(number)
-    card = {
-        "name": workdir.name,
-        "teacher": e.teacher.path or " and ".join(m.path for m in e.teacher.members.values()),
-        "objective": {name: f"{t.divergence or t.feature}, weight {t.weight}" for name, t in e.objective.items()},
-        "data": dict(e.data.domains),
-        "steps": step,
-        "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
-        "versions": versions(),
-        "command": saved_facts(workdir).get("command", ""),
-    }
+    tokenizer = built.models.student.tokenizer or built.models.tokenizer
     directory = exporter.export(
         Path(options.output),
         built.models.student.config,
         host,
         tokenizer_json=tokenizer.json,
-        chat_template=tokenizer.chat_template,
-        special={"start": token(tokenizer.start), "end": token(tokenizer.end)},
-        card=card,
+        generation=tokenizer.generation,
+        card=model_card.facts(e, workdir, step),
         dtype=options.dtype,
         overwrite=options.overwrite,
         keep_out=keep_out,

@@ -7,13 +7,17 @@ token here and nowhere else.
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from jaxkd.models import generation
+from jaxkd.models.generation import Generation
+from jaxkd.runtime import files
 
 _END_OF_TEXT = "<|endoftext|>"
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF token types
@@ -56,7 +60,7 @@ class Tokenizer:
     start: int | None  # id before each document
     end: int | None  # id after each document
     fingerprint: str  # sha256 of the definition
-    chat_template: str | None = field(repr=False)
+    generation: Generation = field(repr=False)  # from the model's own files
     json: str = field(repr=False)  # the definition, as the `tokenizers` library writes it
 
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -92,6 +96,18 @@ class Tokenizer:
         """Text of token ids [n], control tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The default chat template."""
+        return self.generation.templates.get("default")
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and generation_config.json, which `from_directory` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / "tokenizer.json", self.json)
+        for name, content in generation.to_files(self.generation).items():
+            files.write_json(folder / name, content)
+
 
 def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
     """Bytes per token, from character offsets; tokens that share a character get the bytes that each holds."""
@@ -119,9 +135,7 @@ def _own_bytes(word: str) -> int:
     return 1 if _BYTE_WORD.fullmatch(word) else len(word)
 
 
-def _finish(
-    tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None, chat_template: str | None
-) -> Tokenizer:
+def _finish(tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None, settings: Generation) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     definition = tokenizer.to_str()
@@ -132,13 +146,15 @@ def _finish(
     if whole_text is not None:
         # Chat models name their turn markers as bos and eos; in pre-training this token separated documents.
         start = end = whole_text
+    if not settings.eos and end is not None:
+        settings = replace(settings, bos=start, eos=(end,))
     return Tokenizer(
         tokenizer=tokenizer,
         vocab=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         start=start,
         end=end,
         fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
-        chat_template=chat_template,
+        generation=settings,
         json=definition,
     )
 
@@ -196,27 +212,18 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
             added = tokenizers.AddedToken(word, special=kind == _CONTROL, normalized=False)
             (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
     start, end = (fields.get(f"tokenizer.ggml.{side}_token_id") for side in ("bos", "eos"))
-    return _finish(tokenizer, start, end, fields.get("tokenizer.chat_template"))
+    return _finish(tokenizer, start, end, generation.from_gguf(fields))
 
 
 def of_size(vocab: int) -> Tokenizer:
     """A placeholder with a number of ids and nothing else, for planning; it cannot encode."""
     empty = tokenizers.Tokenizer(models.BPE())
-    return Tokenizer(empty, vocab, None, None, hashlib.sha256(b"").hexdigest(), None, empty.to_str())
+    return Tokenizer(empty, vocab, None, None, hashlib.sha256(b"").hexdigest(), Generation(), empty.to_str())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def _marker(tokenizer: tokenizers.Tokenizer, files: list[dict[str, Any]], side: str) -> int | None:
+def _marker(tokenizer: tokenizers.Tokenizer, contents: list[dict[str, Any]], side: str) -> int | None:
     """Id of the first `{side}_token` or `{side}_token_id` in the files; `side` is "bos" or "eos"."""
-    for content in files:
+    for content in contents:
         word = content.get(f"{side}_token")
         word = word.get("content") if isinstance(word, dict) else word
         if isinstance(word, str) and tokenizer.token_to_id(word) is not None:
@@ -247,14 +254,9 @@ def from_directory(path: str | Path) -> Tokenizer:
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{definition} cannot be read as a tokenizer: {error}") from None
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
-    files = [_read_json(folder / name) for name in names]
-    template = files[0].get("chat_template")
-    if isinstance(template, list):  # several named templates
-        template = next((item["template"] for item in template if item.get("name") == "default"), None)
-    jinja = folder / "chat_template.jinja"
-    if jinja.is_file():
-        template = jinja.read_text(encoding="utf-8")
-    return _finish(tokenizer, _marker(tokenizer, files, "bos"), _marker(tokenizer, files, "eos"), template)
+    contents = [files.read_json(folder / name) for name in names if (folder / name).is_file()]
+    settings = generation.from_directory(folder, tokenizer.token_to_id)
+    return _finish(tokenizer, _marker(tokenizer, contents, "bos"), _marker(tokenizer, contents, "eos"), settings)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -268,4 +270,5 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([tokenizers.AddedToken(_END_OF_TEXT, special=True, normalized=False)])
-    return _finish(tokenizer, None, None, None)
+    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), _END_OF_TEXT)
+    return _finish(tokenizer, None, None, Generation(256, (256,), 256, tokens=marks))

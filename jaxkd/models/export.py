@@ -5,6 +5,7 @@ its jaxkd.json, are replaced.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,8 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from jaxkd.core.types import PyTree
-from jaxkd.models import families, formats
+from jaxkd.models import families, formats, generation
+from jaxkd.models.generation import Generation
 from jaxkd.models.transformer import Config
+from jaxkd.runtime import files
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _RECORD = "jaxkd.json"
@@ -27,10 +30,24 @@ _FILES = (
     "config.json",
     "generation_config.json",
     "model.safetensors.index.json",
+    "plain_tokenizer.py",
     "tokenizer.json",
     "tokenizer_config.json",
 )
 _STAGING = ".jaxkd-export-"
+# Transformers 5 loads any tokenizer.json beside a qwen2 model as Qwen2Tokenizer, which replaces the normalizer and the
+# pre-tokenizer by Qwen's. An entry for a class of the directory's own keeps it from doing so.
+_PLAIN_TOKENIZER = '''"""The tokenizer that tokenizer.json defines."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class PlainTokenizer(PreTrainedTokenizerFast):
+    pass
+'''
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GATE = "config.json"  # removed first and written last: an incomplete directory does not load
 
 
@@ -40,8 +57,7 @@ def export(
     params: PyTree,
     *,
     tokenizer_json: str,
-    chat_template: str | None,
-    special: Mapping[str, str | None],
+    generation: Generation,
     card: Mapping[str, Any],
     dtype: str = "float32",
     overwrite: bool = False,
@@ -54,10 +70,9 @@ def export(
         config: the decoder's; only the true vocabulary is written.
         params: fully addressable arrays.
         tokenizer_json: text of tokenizer.json.
-        chat_template: Jinja text, or `None`.
-        special: "start" and "end", the tokens around a document, as words; `None` for none.
+        generation: the student's; without a padding token the first end token is used.
         card: facts for the model card by name. A dict becomes a list, a list of dicts a table; "name" is
-            the title, "license" goes to the header and "command" into a code block.
+            the title, "license" and "base_model" go to the header and "command" into a code block.
         dtype: "float32" or "bfloat16", of the stored weights.
         overwrite: write even if `directory` holds other files; those are kept.
         keep_out: directories of the run (workdir, checkpoints) that `directory` must not be, contain or lie inside.
@@ -67,6 +82,7 @@ def export(
             others with the name of one to be written.
         ValueError: parameters, tokenizer and config do not match, a parameter is not finite, or `directory` is,
             contains or lies inside one of `keep_out`.
+        OSError: the disk is full or a file cannot be written; names `directory`, which is as it was before.
     """
     target = Path(directory).expanduser()
     if "://" in str(directory):
@@ -74,30 +90,28 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
     check_destination(target, overwrite, keep_out)
-    ids = _special_ids(config, tokenizer_json, special)
-    written = families.to_hf(config, dtype=dtype) | ids
+    texts = _small_files(config, tokenizer_json, generation, dtype)
+    texts["README.md"] = _card(target.resolve().name, card)
 
-    is_new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    for left_over in target.glob(f"{_STAGING}*"):  # from an export that was killed
-        shutil.rmtree(left_over)
+    new_directories = [path for path in (target, *target.parents) if not path.exists()]
     staging = target / f"{_STAGING}{os.getpid()}"
-    staging.mkdir()
     try:
-        formats.save_safetensors(staging, _tensors(config, params, DTYPES[dtype]))
-        _write_json(staging / "config.json", written)
-        _write_json(staging / "generation_config.json", ids)
-        _write_json(staging / "tokenizer_config.json", _tokenizer_config(config, chat_template, special))
-        (staging / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-        (staging / "README.md").write_text(_card(target.resolve().name, card), encoding="utf-8")
-        files = sorted(file.name for file in staging.iterdir())
-        _write_json(staging / _RECORD, {"files": files, "card": dict(card)})
-        _publish(staging, target)
+        with files.errors_name(target, "exporting to it"):
+            target.mkdir(parents=True, exist_ok=True)
+            for left_over in target.glob(f"{_STAGING}*"):  # from an export that was killed
+                shutil.rmtree(left_over)
+            staging.mkdir()
+            formats.save_safetensors(staging, _tensors(config, params, DTYPES[dtype]))
+            for name, text in texts.items():
+                (staging / name).write_text(text, encoding="utf-8")
+            names = sorted(file.name for file in staging.iterdir())
+            (staging / _RECORD).write_text(_json({"files": names, "card": dict(card)}), encoding="utf-8")
+            _publish(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
-        if is_new:
+        for path in new_directories:
             with contextlib.suppress(OSError):
-                target.rmdir()
+                path.rmdir()
         raise
     return target
 
@@ -163,8 +177,7 @@ def _publish(staging: Path, target: Path) -> None:
             f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
         )
     if old:
-        both = {"files": sorted({*new, *old} - {_RECORD})}
-        _write_json(staging / "list", both)
+        (staging / "list").write_text(_json({"files": sorted({*new, *old} - {_RECORD})}), encoding="utf-8")
         os.replace(staging / "list", target / _RECORD)
         for name in (_GATE, *old - {*new, _GATE}):
             (target / name).unlink(missing_ok=True)
@@ -195,8 +208,8 @@ def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, 
             yield tensor.hf.format(layer=layer), families.to_stored(tensor, array[inside]).astype(dtype)
 
 
-def _special_ids(config: Config, tokenizer_json: str, special: Mapping[str, str | None]) -> dict[str, int]:
-    """bos, eos and pad ids; raises if an id of the tokenizer has no row in the embedding."""
+def _small_files(config: Config, tokenizer_json: str, settings: Generation, dtype: str) -> dict[str, str]:
+    """Contents of the configs and the tokenizer by file name; raises if an id has no row in the embedding."""
     try:
         definition = json.loads(tokenizer_json)
     except ValueError as error:
@@ -206,41 +219,68 @@ def _special_ids(config: Config, tokenizer_json: str, special: Mapping[str, str 
     words |= {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
     if words and max(words.values()) >= config.vocab:
         raise ValueError(f"the tokenizer has ids up to {max(words.values())}, the model {config.vocab} rows")
-    ids: dict[str, int] = {}
-    for side, keys in (("start", ["bos_token_id"]), ("end", ["eos_token_id", "pad_token_id"])):
-        word = special.get(side)
-        if word is None:
-            continue
-        if word not in words:
-            raise ValueError(f"special token {side}={word!r} is not in the tokenizer")
-        ids |= dict.fromkeys(keys, words[word])
-    return ids
+    if missing := [text for text in settings.tokens.values() if text not in words]:
+        raise ValueError(f"special token {missing[0]!r} is not in the tokenizer")
+    if settings.pad is None and settings.eos:  # a new padding token would need an untrained row
+        settings = dataclasses.replace(settings, pad=settings.eos[0])
+    own = (settings.bos, *settings.eos, settings.pad)
+    if wrong := [number for number in own if number is not None and number >= config.vocab]:
+        raise ValueError(f"special token {wrong[0]} is beyond the model's {config.vocab} rows")
 
-
-def _tokenizer_config(config: Config, chat_template: str | None, special: Mapping[str, str | None]) -> dict[str, Any]:
-    start, end = special.get("start"), special.get("end")
-    # The end token is also the padding token: a new one would need an untrained embedding row.
-    tokens = {"bos_token": start, "eos_token": end, "pad_token": end, "chat_template": chat_template}
-    return {
+    by_id = {number: word for word, number in words.items()}
+    marks = {"eos_token": settings.eos[0] if settings.eos else None, "pad_token": settings.pad}
+    marks |= {} if settings.tokens else {"bos_token": settings.bos}
+    named = {name: by_id[number] for name, number in marks.items() if number in by_id}
+    settings = dataclasses.replace(settings, tokens={**named, **settings.tokens})
+    contents = generation.to_files(settings)
+    ids = {name: number for name, number in contents["generation_config.json"].items() if name in generation.IDS}
+    contents["config.json"] = families.to_hf(config, dtype=dtype) | ids
+    contents["tokenizer_config.json"] |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.max_length,
         "clean_up_tokenization_spaces": False,
-    } | {key: value for key, value in tokens.items() if value is not None}
+    }
+    plain = contents["config.json"]["model_type"] == "qwen2" and not _qwen2_tokenizer(definition, words)
+    if plain:
+        contents["tokenizer_config.json"]["auto_map"] = {"AutoTokenizer": [None, "plain_tokenizer.PlainTokenizer"]}
+    texts = {name: _json(content) for name, content in contents.items()} | {"tokenizer.json": tokenizer_json}
+    return texts | ({"plain_tokenizer.py": _PLAIN_TOKENIZER} if plain else {})
+
+
+def _qwen2_tokenizer(definition: Mapping[str, Any], words: Mapping[str, int]) -> bool:
+    """Whether transformers' Qwen2Tokenizer, built from its vocabulary and merges alone, is the same tokenizer."""
+    model, pre = definition.get("model", {}), definition.get("pre_tokenizer") or {}
+    options = (
+        "ignore_merges",
+        "byte_fallback",
+        "fuse_unk",
+        "dropout",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+    )
+    parts = pre.get("pretokenizers") or [{}]
+    return (
+        (model.get("type"), (definition.get("normalizer") or {}).get("type")) == ("BPE", "NFC")
+        and not any(model.get(name) for name in options)
+        and [part.get("type") for part in parts] == ["Split", "ByteLevel"]
+        and (parts[0].get("pattern"), parts[0].get("behavior")) == ({"Regex": _QWEN_WORDS}, "Isolated")
+        and not any(parts[1].get(name) for name in ("add_prefix_space", "use_regex"))
+        and "<|endoftext|>" in words  # its default unknown token, which it would add
+    )
 
 
 def _card(name: str, card: Mapping[str, Any]) -> str:
     """README.md: a YAML header, how to load the model, and the facts in the given order."""
-    header = ["---", "library_name: transformers", "tags:", "- knowledge-distillation"]
-    if "license" in card:
-        header.append(f"license: {json.dumps(card['license'])}")  # a JSON string is a YAML string
-    lines = [*header, "---", "", f"# {card.get('name', name)}", "", "A distilled language model."]
-    # Not AutoTokenizer: transformers 5 gives a Qwen model a Qwen tokenizer, whatever tokenizer.json says.
-    lines += ["", "```python", "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast", ""]
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- knowledge-distillation"]
+    # A JSON string is a YAML string.
+    header += [f"{key}: {json.dumps(card[key])}" for key in ("base_model", "license") if key in card]
+    lines = [*header, "---", "", f"# {card.get('name', name)}", "", "A distilled language model.", ""]
+    lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
-    lines += ['tokenizer = PreTrainedTokenizerFast.from_pretrained("path/to/this/directory")', "```", ""]
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")', "```", ""]
     facts = {key: value for key, value in card.items() if key not in ("name", "license")}
     plain = {key: value for key, value in facts.items() if not isinstance(value, Mapping | list)}
-    lines += [f"- {key}: {value}" for key, value in plain.items() if key != "command"]
+    lines += [f"- {key}: {_text(value)}" for key, value in plain.items() if key != "command"]
     if "command" in plain:
         lines += ["", "## command", "", "```", str(plain["command"]), "```"]
     for key in (key for key in facts if key not in plain):
@@ -248,16 +288,20 @@ def _card(name: str, card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _text(value: Any) -> str:
+    """A value of the card; floats with four digits."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _section(value: Mapping[str, Any] | list) -> list[str]:
     if isinstance(value, Mapping):
-        return [f"- {key}: {item}" for key, item in value.items()]
+        return [f"- {key}: {_text(item)}" for key, item in value.items()]
     if not all(isinstance(row, Mapping) for row in value):
-        return [f"- {item}" for item in value]
+        return [f"- {_text(item)}" for item in value]
     columns = list(dict.fromkeys(key for row in value for key in row))
-    rows = [[str(row.get(column, "")).replace("|", "\\|") for column in columns] for row in value]
+    rows = [[_text(row.get(column)).replace("|", "\\|") for column in columns] for row in value]
     return ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    file.write_text(text + "\n", encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"

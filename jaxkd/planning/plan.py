@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxkd.config.schema import SELF, Experiment, from_mapping
-from jaxkd.models import families, flops, formats, heads, weights
+from jaxkd.models import families, flops, heads, weights
 from jaxkd.models.transformer import Config
 from jaxkd.planning import oom, published
 from jaxkd.planning.hlo import Collective, Program
@@ -30,6 +30,7 @@ from jaxkd.run import job, program
 from jaxkd.run.job import Job
 from jaxkd.run.open_models import Models
 from jaxkd.run.teacher import abstract_batch, build_teacher
+from jaxkd.runtime import files
 
 _COST = {"all-reduce": 2.0, "all-to-all": 0.25}  # relative to an all-gather of as many bytes, on a bidirectional ring
 
@@ -175,7 +176,7 @@ def shapes(e: Experiment) -> dict[str, Config]:
         local = Path(block.path).expanduser()
         bundled = weights.KNOWN.get(block.path)
         if (local / "config.json").is_file() and not list(local.glob("*.safetensors")):
-            values = formats.read_json(local / "config.json")
+            values = files.read_json(local / "config.json")
             by_path[block.path] = families.from_hf(values, str(local / "config.json"), length=e.data.length)
         elif local.exists() or (bundled and importlib.util.find_spec(bundled.package)):
             continue

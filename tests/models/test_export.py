@@ -1,13 +1,15 @@
 """Exports: round trips through our own reader, destinations, and failures that leave nothing behind."""
 
+import errno
 import json
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxkd.models import families, weights
+from jaxkd.models import families, formats, weights
 from jaxkd.models.export import export
+from jaxkd.models.generation import Generation
 from jaxkd.models.transformer import Config
 
 TINY = Config(vocab=100, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, max_length=64)
@@ -21,8 +23,7 @@ TOKENIZER = json.dumps(
 )
 GIVEN = {
     "tokenizer_json": TOKENIZER,
-    "chat_template": "{{ messages }}",
-    "special": {"start": "<s>", "end": "</s>"},
+    "generation": Generation(98, (99, 3), 4, {"top_p": 0.8}, {"eos_token": "</s>"}, {"default": "{{ messages }}"}),
     "card": {
         "name": "a student",
         "license": "apache-2.0",
@@ -30,7 +31,8 @@ GIVEN = {
         "steps": 60,
         "command": "jaxkd train --config x.py",
         "versions": {"jax": "0.10.0"},
-        "evaluation": [{"domain": "code", "kl": 0.5}, {"domain": "a|b", "ce": 2.0}],
+        "base_model": "org/teacher",
+        "evaluation": [{"domain": "code", "kl": 0.123456}, {"domain": "a|b", "ce": 2.0}],
     },
 }
 
@@ -70,10 +72,12 @@ def test_small_files(tmp_path):
     directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
     read = lambda name: json.loads((directory / name).read_text())
     config, tokenizer = read("config.json"), read("tokenizer_config.json")
-    assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (100, 98, 99)
+    ids = {"bos_token_id": 98, "eos_token_id": [99, 3], "pad_token_id": 4}
+    assert config["vocab_size"] == 100
+    assert config.items() >= ids.items()
     assert (config["dtype"], config["torch_dtype"]) == ("float32", "float32")
-    assert read("generation_config.json") == {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99}
-    assert (tokenizer["bos_token"], tokenizer["eos_token"], tokenizer["pad_token"]) == ("<s>", "</s>", "</s>")
+    assert read("generation_config.json") == {"top_p": 0.8, **ids}
+    assert (tokenizer["eos_token"], tokenizer["pad_token"], tokenizer.get("bos_token")) == ("</s>", "w4", None)
     assert (tokenizer["model_max_length"], tokenizer["chat_template"]) == (64, "{{ messages }}")
     assert (directory / "tokenizer.json").read_text() == TOKENIZER
     assert read("jaxkd.json")["card"] == GIVEN["card"]
@@ -88,7 +92,9 @@ def test_card(tmp_path):
         "- steps: 60",
         "## command\n\n```\njaxkd train --config x.py\n```",
         "## versions\n\n- jax: 0.10.0",
-        "| domain | kl | ce |\n| --- | --- | --- |\n| code | 0.5 |  |\n| a\\|b |  | 2.0 |",
+        "| domain | kl | ce |\n| --- | --- | --- |\n| code | 0.1235 | - |\n| a\\|b | - | 2 |",
+        "pipeline_tag: text-generation\n",
+        'base_model: "org/teacher"\n',
     ):
         assert line in card
     bare = (export(tmp_path / "b", TINY, random(TINY), **GIVEN | {"card": {}}) / "README.md").read_text()
@@ -96,11 +102,32 @@ def test_card(tmp_path):
     assert "teacher" not in bare
 
 
-def test_without_special_tokens(tmp_path):
-    given = GIVEN | {"special": {"start": None, "end": None}, "chat_template": None}
-    directory = export(tmp_path / "a", TINY, random(TINY), **given)
-    assert json.loads((directory / "generation_config.json").read_text()) == {}
-    assert "bos_token" not in (directory / "tokenizer_config.json").read_text()
+@pytest.mark.parametrize(
+    ("settings", "ids", "marks"),
+    [
+        (Generation(), {}, {}),
+        # As a tokenizer without configs beside it: the words follow from the ids.
+        (Generation(98, (99,)), {"eos_token_id": 99, "pad_token_id": 99}, {"bos_token": "<s>", "pad_token": "</s>"}),
+        # The tokenizer has no bos_token although the model's config has an id for it, as Qwen's.
+        (Generation(98, (99,), 99, tokens={"eos_token": "</s>"}), {"bos_token_id": 98}, {"bos_token": None}),
+    ],
+)
+def test_missing_special_tokens(tmp_path, settings, ids, marks):
+    directory = export(tmp_path / "a", TINY, random(TINY), **GIVEN | {"generation": settings})
+    written = [json.loads((directory / f"{name}_config.json").read_text()) for name in ("generation", "tokenizer")]
+    assert written[0].items() >= ids.items()
+    assert {name: written[1].get(name) for name in marks} == marks
+    assert bool(written[0]) == bool(ids)
+
+
+def test_a_qwen2_model_with_another_tokenizer_names_its_class(tmp_path):
+    """Without it transformers 5 would split text as Qwen does; tests/parity compares the tokens."""
+    directory = export(tmp_path / "a", UNTIED, random(UNTIED), **GIVEN)
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_text())
+    module, name = tokenizer["auto_map"]["AutoTokenizer"][1].split(".")
+    assert f"class {name}" in (directory / f"{module}.py").read_text()
+    plain = export(tmp_path / "b", TINY, random(TINY), **GIVEN)
+    assert "auto_map" not in (plain / "tokenizer_config.json").read_text()
 
 
 def test_replaces_an_earlier_export_only(tmp_path):
@@ -198,12 +225,32 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     np.testing.assert_array_equal(kept["norm"], random(TINY)["norm"])
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_full_disk(tmp_path, monkeypatch, earlier):
+    target = tmp_path / "models" / "student"
+    if earlier:
+        export(target, TINY, random(TINY), **GIVEN)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def save(directory, tensors, *_):
+        (directory / "0.part").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(formats, "save_safetensors", save)
+    with pytest.raises(OSError, match="No space left") as caught:
+        export(target, TINY, random(TINY, 1), **GIVEN)
+    assert caught.value.filename == str(target)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert earlier or not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"dtype": "int8"}, "int8"),
         ({"tokenizer_json": "{"}, "tokenizer_json"),
-        ({"special": {"start": "<bos>", "end": None}}, "<bos>"),
+        ({"generation": Generation(tokens={"bos_token": "<bos>"})}, "<bos>"),
+        ({"generation": Generation(eos=(100,))}, "100"),
         (
             {"tokenizer_json": json.dumps({"model": {"vocab": {"a": 100}}})},
             "100",

@@ -1,15 +1,18 @@
 """An export of the real teacher in transformers: model, tokenizer and chat template."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from jaxkd.data import tokenize
 from jaxkd.models import transformer
 from jaxkd.models.export import export
 from jaxkd.models.transformer import Config
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
@@ -26,14 +29,12 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def exported(teacher, tmp_path_factory):
     tokenizer = teacher.tokenizer
-    words = {side: tokenizer.tokenizer.id_to_token(getattr(tokenizer, side)) for side in ("start", "end")}
     return export(
         tmp_path_factory.mktemp("export") / "student",
         teacher.config,
         teacher.params,
         tokenizer_json=tokenizer.json,
-        chat_template=tokenizer.chat_template,
-        special=words,
+        generation=tokenizer.generation,
         card={"teacher": "smollm2-135m-instruct"},
     )
 
@@ -52,20 +53,59 @@ def test_tokenizer(exported, teacher):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist()
         assert theirs(text)["input_ids"] == ids.tolist()  # adds no special tokens
         assert theirs.decode(ids) == ours.decode(ids) == text
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.start, ours.end, ours.end)
+    settings = ours.generation
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (
+        settings.bos,
+        *settings.eos,
+        settings.pad,
+    )
     assert theirs.model_max_length == teacher.config.max_length
     assert len(theirs) == ours.vocab
 
 
-def test_tokenizer_beside_another_architecture(teacher, tmp_path):
-    """The class that the card names; AutoTokenizer would pre-tokenize as Qwen does."""
-    config = Config(teacher.config.vocab, 8, 1, 1, 1, 8, 8, qkv_bias=True)
-    given = {"tokenizer_json": teacher.tokenizer.json, "chat_template": None, "special": {}, "card": {}}
-    directory = export(tmp_path / "student", config, transformer.init(config, jax.random.key(0)), **given)
-    assert "PreTrainedTokenizerFast.from_pretrained" in (directory / "README.md").read_text()
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
-    for text, (ids, _) in zip(TEXTS, teacher.tokenizer.encode(TEXTS)):
-        assert theirs(text)["input_ids"] == ids.tolist()
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["smollm2", "bytes", "qwen"])
+def test_auto_tokenizer(teacher, tmp_path, kind, name):
+    """Transformers 5 replaces a qwen2 model's pre-tokenizer by Qwen's, unless the export says otherwise."""
+    options = {"mistral": {"embed": 9, "heads": 2}, "qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(
+        kind, {}
+    )
+    fields = teacher.checkpoint.tokenizer_fields | {"tokenizer.ggml.pre": "qwen2"}
+    tokenizer = {"smollm2": teacher.tokenizer, "bytes": tokenize.byte_tokenizer(), "qwen": tokenize.from_gguf(fields)}[
+        name
+    ]
+    config = Config(
+        **{"embed": 8, "heads": 1, **options}, vocab=tokenizer.vocab, layers=1, kv_heads=1, head_dim=8, mlp=8
+    )
+    params = jax.tree.map(np.asarray, transformer.init(config, jax.random.key(0)))
+    given = {"tokenizer_json": tokenizer.json, "generation": tokenizer.generation, "card": {}}
+    directory = export(tmp_path / "student", config, params, **given)
+    assert json.loads((directory / "config.json").read_text())["model_type"] == kind
+    assert (directory / "plain_tokenizer.py").exists() == (kind == "qwen2" and name != "qwen")
+    raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for theirs in (transformers.AutoTokenizer.from_pretrained(directory),
+                   transformers.PreTrainedTokenizerFast.from_pretrained(directory)):  # fmt: skip
+        assert len(theirs) == tokenizer.vocab
+        for text in [*TEXTS, "<|im_start|>user\nhi<|im_end|>\n"]:
+            assert theirs(text, add_special_tokens=False)["input_ids"] == raw.encode(text, add_special_tokens=False).ids
+
+
+def test_generation_ends_at_the_models_own_token(exported):
+    """And at the end token alone: a model that always says one word stops there or goes on to the limit."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    prompt = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
+
+    def written(word):
+        only = tokenizer.convert_tokens_to_ids(word)
+
+        def force(ids, scores):
+            return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([only]), 0.0)
+
+        options = {"max_new_tokens": 5, "do_sample": False, "logits_processor": [force]}
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options).shape[1] - prompt.shape[1]
+
+    assert (written("<|im_end|>"), written("<|im_start|>")) == (1, 5)
 
 
 def test_chat_template(exported):
@@ -81,4 +121,4 @@ def test_our_own_reader(exported, teacher):
     again = tokenize.from_directory(exported)
     assert again.fingerprint == teacher.tokenizer.fingerprint
     assert (again.start, again.end, again.vocab) == (0, 0, teacher.tokenizer.vocab)
-    assert again.chat_template == teacher.tokenizer.chat_template
+    assert again.generation == teacher.tokenizer.generation

@@ -8,6 +8,7 @@ import pytest
 
 from jaxkd.models import weights
 from jaxkd.models.export import export
+from jaxkd.models.generation import Generation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -56,7 +57,7 @@ MODELS = {
 }
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 100))
 TOKENIZER = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
-GIVEN = {"tokenizer_json": TOKENIZER, "chat_template": None, "special": {}, "card": {}}
+GIVEN = {"tokenizer_json": TOKENIZER, "generation": Generation(), "card": {}}
 
 
 def random_model(name):

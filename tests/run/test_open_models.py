@@ -8,6 +8,7 @@ from harness import REPOSITORY, random_params
 from jaxkd.config.recipe import read_config
 from jaxkd.config.schema import experiment
 from jaxkd.models.export import export
+from jaxkd.models.generation import Generation
 from jaxkd.models.transformer import Config
 from jaxkd.run import open_models
 
@@ -18,7 +19,7 @@ WINDOWED = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "s
 def directory(tmp_path):
     config = Config(257, 32, 2, 4, 2, 8, 64, max_length=128)
     tokenizer = json.dumps({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}})
-    given = {"tokenizer_json": tokenizer, "chat_template": None, "special": {}, "card": {}}
+    given = {"tokenizer_json": tokenizer, "generation": Generation(), "card": {}}
     export(tmp_path / "m", config, random_params(config, 0), **given)
     file = tmp_path / "m" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | WINDOWED))

@@ -1,0 +1,57 @@
+"""What an export's model card says of the run."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxkd.config.schema import SELF, Experiment, Schedule
+from jaxkd.models import weights
+from jaxkd.run.workdir import saved_facts, versions
+from jaxkd.runtime import files
+
+
+def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
+    """The card's facts by name, for `models.export`; what is unknown is left out."""
+    record, teacher = saved_facts(workdir), e.teacher
+    student = record.get("student", {})
+    origin = (
+        teacher.path or next(iter(teacher.members.values())).path if e.student.path == "teacher" else e.student.path
+    )
+    layers = student.get("kept_layers") or e.student.layers
+    o = e.optim
+    card = {
+        "name": workdir.name,
+        "base_model": None if origin in ("random", SELF) else _hub_name(origin),
+        "teacher": teacher.path or " and ".join(member.path for member in teacher.members.values()),
+        "parameters": f"{student['parameters']:,}" if "parameters" in student else None,
+        "kept layers": f"{', '.join(map(str, layers))} of the base model, counted from 0" if layers else None,
+        "optimiser": f"AdamW, learning rate {_scalar(o.lr)}, b1 {o.b1:g}, b2 {o.b2:g}, "
+        f"weight decay {o.weight_decay:g}, gradient norm clipped to {o.clip:g}",
+        "batch": f"{e.data.batch} rows of {e.data.length} tokens",
+        "steps": step,
+        "objective": {name: _term(term) for name, term in e.objective.items()},
+        "data": dict(e.data.domains),
+        "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
+        "versions": versions(),
+        "command": record.get("command"),
+    }
+    return {name: value for name, value in card.items() if value not in (None, [])}
+
+
+def _hub_name(path: str) -> str:
+    """`path` as a model hub knows it, without the directories of this machine."""
+    if path in weights.KNOWN:
+        return weights.KNOWN[path].hub
+    return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) else Path(path).name
+
+
+def _scalar(value: float | Schedule) -> str:
+    if not isinstance(value, Schedule):
+        return f"{value:g}"
+    end = "" if value.schedule == "constant" else f" to {value.end:g}"
+    return f"{value.schedule} from {value.peak:g}{end}, {value.warmup} warm-up steps"
+
+
+def _term(term: Any) -> str:
+    heated = f", temperature {_scalar(term.temperature)}" if term.divergence else ""
+    return f"{term.divergence or term.feature}, weight {_scalar(term.weight)}{heated}"
