@@ -1,7 +1,7 @@
 """The door to the loss kernels: shapes in, the right implementation chosen, chunks sized."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from jaxkd.core.types import Divergence, Ensemble, Head, Sampled, Scalar, TopK
 from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
+from jaxkd.kernels.mesh import AXES, Axes
 from jaxkd.kernels.pointwise import Softening
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
@@ -97,14 +98,15 @@ def _softenings(
 _pallas = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)
 
 
-def _flat(signal: Any, tokens: tuple[int, ...]) -> Any:
+def _flat(signal: Any, tokens: tuple[int, ...], axes: Axes = AXES) -> Any:
     """With one token axis instead of several."""
     if isinstance(signal, Head):
-        return signal._replace(hidden=mesh.flatten(signal.hidden, tokens))
+        return signal._replace(hidden=mesh.flatten(signal.hidden, tokens, axes=axes))
     if isinstance(signal, Ensemble):
-        weights = mesh.flatten(signal.weights, tokens).astype(jnp.float32)
-        return dataclasses.replace(signal, heads=tuple(_flat(head, tokens) for head in signal.heads), weights=weights)
-    return jax.tree.map(lambda x: mesh.flatten(jnp.asarray(x), tokens), signal)
+        weights = mesh.flatten(signal.weights, tokens, axes=axes).astype(jnp.float32)
+        heads = tuple(_flat(head, tokens, axes) for head in signal.heads)
+        return dataclasses.replace(signal, heads=heads, weights=weights)
+    return jax.tree.map(lambda x: mesh.flatten(jnp.asarray(x), tokens, axes=axes), signal)
 
 
 def linear_divergence(
@@ -120,6 +122,7 @@ def linear_divergence(
     tails: tuple[float, ...] = (1.0,),
     chunk: int | None = None,
     implementation: str | None = None,
+    axes: Axes = AXES,
 ) -> tuple[Float[jax.Array, ""], Float[jax.Array, " terms *tokens"]]:
     """Weighted sum of divergences between a teacher's signal and a head, fused with the heads' matrix products.
 
@@ -144,46 +147,113 @@ def linear_divergence(
             (each side its own, without a gradient; arXiv 2403.01427); () is no.
         tails: the temperatures of `TopK.tail`, in its order.
         chunk: tokens at a time on a device; None sizes it from the shapes and `CHUNK_BYTES`.
-        implementation: "reference" (dense, autodiff), "xla", "pallas_tpu", or None: Pallas on a TPU where it moves
-            fewer bytes and its extra products take no longer (`kernels.traffic.prefer_pallas`), else XLA's form.
+        implementation: "reference" (dense, autodiff), "xla" (None is the same), or "pallas_tpu", taken by name
+            alone: no TPU has timed it yet.
+        axes: which axes of the current mesh split tokens and vocabulary.
 
     Raises:
         ValueError: for an unknown implementation, a missing teacher, sizes that disagree, or a term that the
             teacher's signal cannot serve.
     """
-    standardized = standardized or (False,) * len(terms)
-    _check(terms, student, teacher, vocab, implementation)
-    _check_counts(terms, student, teacher, targets, weights, temperatures, standardized)
-    stored = tuple(
-        _tail(term, teacher, temperature, standard, tails)
-        if term.uses_teacher and isinstance(teacher, TopK | Sampled)
-        else 0
-        for term, temperature, standard in zip(terms, temperatures, standardized, strict=True)
-    )
-    shape: tuple[int, ...] = targets.shape
-    flat_student, flat_teacher = _flat(student, shape), _flat(teacher, shape)
-    flat_targets = mesh.flatten(targets, shape)
-    flat_weights = mesh.flatten(weights, shape, 1).astype(jnp.float32)
+    call = _Call.of(terms, student, teacher, targets, temperatures, vocab, standardized, tails, axes, weights)
+    flat_weights = mesh.flatten(weights, targets.shape, 1, axes).astype(jnp.float32)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"unknown kernel implementation '{implementation}'; there are {known}")
     if implementation == "reference":
         value, fields = reference.linear_divergence(
-            terms, vocab, flat_student, flat_teacher, flat_targets, flat_weights, temperatures, standardized, stored
+            terms, vocab, call.student, call.teacher, call.targets, flat_weights, *call.per_term
         )
-        return value, mesh.unflatten(fields, shape, 1)
-    distinct, softenings, slots = _softenings(temperatures, standardized, stored)
-    tiled, reason, sizes = _tiled(tuple(terms), softenings, slots, vocab, flat_student, flat_teacher)
-    if implementation == "pallas_tpu" and tiled is None:
-        raise ValueError(reason)
-    heads = len(teacher.heads) if isinstance(teacher, Ensemble) else 1
-    chunk = chunk or chunk_size(sizes.tokens, sizes.columns, sizes.student, teachers=heads)
-    scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
-    arrays = (flat_student, flat_teacher, flat_targets, flat_weights, scalars)
-    fewer = implementation is None and traffic.prefer_pallas(sizes, chunk, traffic.current_chip())
-    if tiled is not None and (fewer or implementation == "pallas_tpu"):
-        value, fields = _pallas(tiled, *arrays)
+    elif implementation == "pallas_tpu":
+        value, fields = _pallas(call.tiled(), call.student, call.teacher, call.targets, flat_weights, call.temperatures)
     else:
-        plan = xla.Plan(tuple(terms), slots, softenings, vocab, chunk)
-        value, fields = xla.divergence(plan, *arrays)
-    return value, mesh.unflatten(jax.lax.stop_gradient(fields), shape, 1)
+        value, fields = xla.divergence(
+            call.plan(chunk), call.student, call.teacher, call.targets, flat_weights, call.temperatures
+        )
+    return value, mesh.unflatten(jax.lax.stop_gradient(fields), targets.shape, 1, axes)
+
+
+def token_values(
+    terms: tuple,
+    student: Head,
+    teacher: Head | Ensemble | TopK | Sampled | None,
+    targets: Int[jax.Array, "*tokens"],
+    temperatures: tuple[Scalar | jax.Array, ...] = (),
+    *,
+    vocab: int,
+    standardized: tuple[bool, ...] = (),
+    tails: tuple[float, ...] = (1.0,),
+    chunk: int | None = None,
+    axes: Axes = AXES,
+) -> Float[jax.Array, " terms *tokens"]:
+    """Divergences of every token, differentiable: for losses that are not linear in them.
+
+        values[i, n] = D_i(p_n^(T_i), q_n^(T_i))
+
+    Such are DPO, PPO's clipped ratio, SimPO and likelihood matching, which need a sequence's sum before they know a
+    token's weight. The cotangent of `values` is exactly what `linear_divergence` calls weights, so the backward pass is
+    its one pass, with the logits made a second time: one product of the student's (and the teacher's) head more, and
+    memory as flat. A token whose cotangent is zero has no part in the gradient, whatever stands there. Differentiable
+    once.
+
+    Args:
+        terms, student, teacher, targets, vocab, standardized, tails, chunk, axes: as `linear_divergence`.
+        temperatures: one a term; () is 1 for all.
+
+    Raises:
+        ValueError: as `linear_divergence`.
+    """
+    temperatures = temperatures or (1.0,) * len(terms)
+    call = _Call.of(terms, student, teacher, targets, temperatures, vocab, standardized, tails, axes)
+    fields = xla.values(call.plan(chunk), call.student, call.teacher, call.targets, call.temperatures)
+    return mesh.unflatten(fields, targets.shape, 1, axes)
+
+
+class _Call(NamedTuple):
+    """A checked call with one token axis, and what is static about it."""
+
+    terms: tuple
+    student: Head
+    teacher: Any
+    targets: jax.Array
+    temperatures: jax.Array  # the distinct ones
+    slots: tuple[int, ...]
+    softenings: tuple[Softening, ...]
+    per_term: tuple[tuple, tuple[bool, ...], tuple[int, ...]]  # temperature, standardised, place of the tail
+    vocab: int
+    axes: Axes
+
+    @classmethod
+    def of(cls, terms, student, teacher, targets, temperatures, vocab, standardized, tails, axes, weights=None):
+        standardized = standardized or (False,) * len(terms)
+        _check(terms, student, teacher, vocab)
+        _check_counts(terms, student, teacher, targets, weights, temperatures, standardized)
+        stored = tuple(
+            _tail(term, teacher, temperature, standard, tails)
+            if term.uses_teacher and isinstance(teacher, TopK | Sampled)
+            else 0
+            for term, temperature, standard in zip(terms, temperatures, standardized, strict=True)
+        )
+        distinct, softenings, slots = _softenings(temperatures, standardized, stored)
+        scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
+        flat = [_flat(signal, targets.shape, axes) for signal in (student, teacher)]
+        flat_targets = mesh.flatten(targets, targets.shape, axes=axes)
+        per_term = (tuple(temperatures), tuple(standardized), stored)
+        return cls(tuple(terms), *flat, flat_targets, scalars, slots, softenings, per_term, vocab, axes)
+
+    def plan(self, chunk: int | None) -> xla.Plan:
+        """Of the XLA form."""
+        device = mesh.share(self.targets.shape[0], self.student.unembed.shape[1], self.axes)
+        heads = len(self.teacher.heads) if isinstance(self.teacher, Ensemble) else 1
+        chunk = chunk or chunk_size(device.tokens, device.columns, self.student.unembed.shape[0], teachers=heads)
+        return xla.Plan(self.terms, self.slots, self.softenings, self.vocab, chunk, axes=self.axes)
+
+    def tiled(self) -> pallas_tpu.Plan:
+        """Of the Pallas form."""
+        plan, reason, _ = _tiled(self.terms, self.softenings, self.slots, self.vocab, self.student, self.teacher)
+        if plan is None or self.axes != AXES:
+            raise ValueError(reason or "pallas_tpu knows the axes of core.sharding.make_mesh alone: use 'xla'")
+        return plan
 
 
 def refusal(term: Divergence, signal: type, standardized: bool = False) -> str | None:
@@ -268,7 +338,7 @@ def linear_comparison(
         [len(terms) + 5, *tokens], the last five as `RANKED` names them: each side's largest probability, whether both
         have it at one id, and whether that id is the target, 1 or 0.
     """
-    _check(terms, student, teacher, vocab, None)
+    _check(terms, student, teacher, vocab)
     shape: tuple[int, ...] = targets.shape
     flat_targets = mesh.flatten(targets, shape)
     device = mesh.share(flat_targets.shape[0], student.unembed.shape[1])
@@ -284,9 +354,7 @@ def _equal(a, b) -> bool:
     return isinstance(a, number) and isinstance(b, number) and bool(a == b)
 
 
-def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str | None) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown kernel implementation '{implementation}'; there are {', '.join(IMPLEMENTATIONS)}")
+def _check(terms, student: Head, teacher: Any, vocab: int) -> None:
     if teacher is None and any(term.uses_teacher for term in terms):
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
     columns = student.unembed.shape[1]
@@ -308,11 +376,13 @@ def _check(terms, student: Head, teacher: Any, vocab: int, implementation: str |
 
 
 def _check_counts(terms, student: Head, teacher: Any, targets, weights, temperatures, standardized) -> None:
-    given = {"weights": weights.shape[0], "temperatures": len(temperatures), "standardized": len(standardized)}
+    given = {"temperatures": len(temperatures), "standardized": len(standardized)}
+    given |= {} if weights is None else {"weights": weights.shape[0]}
     for name, count in given.items():
         if count != len(terms):
             raise ValueError(f"{len(terms)} terms need as many {name}, got {count}")
-    tokens = [("the student's hidden states", student.hidden.shape[:-1]), ("weights", weights.shape[1:])]
+    tokens = [("the student's hidden states", student.hidden.shape[:-1])]
+    tokens += [] if weights is None else [("weights", weights.shape[1:])]
     signal = [teacher.hidden] if isinstance(teacher, Head) else teacher
     if isinstance(teacher, Ensemble):
         signal = [teacher.weights, *(head.hidden for head in teacher.heads)]

@@ -12,9 +12,25 @@ from jax.sharding import PartitionSpec as P
 
 from jaxkd.core.types import Ensemble, Head, Sampled, TopK
 
-LENGTH_AXIS, ROW_AXES, VOCAB_AXIS = "context", ("replica", "data", "teacher"), "model"
-TOKEN_AXES = (LENGTH_AXIS, *ROW_AXES)
-"""In the order in which flat tokens lie over them: see `flatten`."""
+
+class Axes(NamedTuple):
+    """Which axes of the current mesh split a loss's arrays; axes that the mesh does not have are passed over.
+
+    Rows of tokens (or flat tokens) lie over `tokens`, a row's length over `length`, the vocabulary over `vocab`.
+    """
+
+    tokens: tuple[str, ...] = ("replica", "data", "teacher")
+    vocab: str = "model"
+    length: str = "context"
+
+    @property
+    def over(self) -> tuple[str, ...]:
+        """The axes that tokens lie over, in the order in which flat tokens do: see `flatten`."""
+        return (self.length, *self.tokens)
+
+
+AXES = Axes()
+"""Of the meshes that `core.sharding.make_mesh` makes."""
 
 
 class Share(NamedTuple):
@@ -30,34 +46,34 @@ def _sizes() -> dict[str, int]:
     return {} if mesh.empty else dict(mesh.shape)
 
 
-def share(tokens: int, columns: int) -> Share:
+def share(tokens: int, columns: int, axes: Axes = AXES) -> Share:
     """One device's part of a call under the current mesh (`jax.set_mesh`).
 
     Raises:
         ValueError: the mesh's axes are not known, or do not divide the call.
     """
     sizes = _sizes()
-    others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in (*TOKEN_AXES, VOCAB_AXIS)]
+    others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in (*axes.over, axes.vocab)]
     if others:
         raise ValueError(
-            f"the loss kernel knows the mesh axes {', '.join(TOKEN_AXES)} (tokens) and {VOCAB_AXIS} (vocabulary), and "
-            f"this mesh has {', '.join(others)}: see sharding.make_mesh"
+            f"this mesh has {', '.join(others)}, and {axes} does not name them: say which axes tokens and the "
+            "vocabulary lie over, such as axes=Axes(tokens=('fsdp',), vocab='tensor')"
         )
-    over, model = _token_axes(sizes), sizes.get(VOCAB_AXIS, 1)
+    over, model = _token_axes(sizes, axes), sizes.get(axes.vocab, 1)
     parts = math.prod(sizes[name] for name in over)
     if tokens % parts or columns % model:
-        lies = " x ".join(f"{name}={sizes[name]}" for name in over or ("data",) if name in sizes)
+        lies = " x ".join(f"{name}={sizes[name]}" for name in over or axes.tokens[:1] if name in sizes)
         raise ValueError(
-            f"{tokens} tokens x {columns} columns do not divide over {lies} x {VOCAB_AXIS}={model} devices"
+            f"{tokens} tokens x {columns} columns do not divide over {lies} x {axes.vocab}={model} devices"
         )
     return Share(tokens // parts, columns // model, model > 1)
 
 
-def _token_axes(sizes: dict[str, int]) -> tuple[str, ...]:
-    return tuple(name for name in TOKEN_AXES if sizes.get(name, 1) > 1)
+def _token_axes(sizes: dict[str, int], axes: Axes) -> tuple[str, ...]:
+    return tuple(name for name in axes.over if sizes.get(name, 1) > 1)
 
 
-def flatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0) -> jax.Array:
+def flatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0, axes: Axes = AXES) -> jax.Array:
     """One token axis in the place of several, in an order in which every token stays on its device.
 
     Where devices share the tokens of a row, the first part of all rows comes first, then the second: rows one behind
@@ -69,27 +85,27 @@ def flatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0) -> jax.Array:
         axis: of the first of them.
     """
     before, after = x.shape[:axis], x.shape[axis + len(tokens) :]
-    if (parts := _length_parts(tokens)) > 1:
+    if (parts := _length_parts(tokens, axes)) > 1:
         rows, length = tokens
         x = jnp.moveaxis(x.reshape(*before, rows, parts, length // parts, *after), axis + 1, axis)
     return x.reshape(*before, math.prod(tokens), *after)
 
 
-def unflatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0) -> jax.Array:
+def unflatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0, axes: Axes = AXES) -> jax.Array:
     """What `flatten` was given, from what it returned."""
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    if (parts := _length_parts(tokens)) > 1:
+    if (parts := _length_parts(tokens, axes)) > 1:
         rows, length = tokens
         x = jnp.moveaxis(x.reshape(*before, parts, rows, length // parts, *after), axis, axis + 1)
     return x.reshape(*before, *tokens, *after)
 
 
-def _length_parts(tokens: tuple[int, ...]) -> int:
-    parts = _sizes().get(LENGTH_AXIS, 1)
+def _length_parts(tokens: tuple[int, ...], axes: Axes) -> int:
+    parts = _sizes().get(axes.length, 1)
     return parts if len(tokens) == 2 and tokens[1] % parts == 0 else 1
 
 
-def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...]) -> Any:
+def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...], axes: Axes = AXES) -> Any:
     """`body(tokens, axis, *arrays)` on each device's share, or plainly where there is one device.
 
     `tokens` and `axis` name the mesh axes that tokens and the vocabulary are split over, () and None where they are
@@ -102,8 +118,8 @@ def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...])
         outputs: the same words, and "hidden" [N D], "unembed" [D V], "bias" [V], "nothing".
     """
     sizes = _sizes()
-    tokens = _token_axes(sizes)
-    axis = VOCAB_AXIS if sizes.get(VOCAB_AXIS, 1) > 1 else None
+    tokens = _token_axes(sizes, axes)
+    axis = axes.vocab if sizes.get(axes.vocab, 1) > 1 else None
     arrays = [array for _, array in inputs]
     if not tokens and axis is None:
         return body((), None, *arrays)

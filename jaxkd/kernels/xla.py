@@ -42,6 +42,7 @@ class Plan(NamedTuple):
     vocab: int
     chunk: int
     frozen: bool = False  # the head gets no gradient, and costs no product for one
+    axes: mesh.Axes = mesh.AXES
 
 
 Teacher = Head | Ensemble | TopK | Sampled | None
@@ -181,23 +182,30 @@ def _inputs(student: Head, teacher: Teacher, targets, weights, temperatures) -> 
 def divergence(plan: Plan, student: Head, teacher: Teacher, targets, weights, temperatures):
     """See `kernels.api.linear_divergence`."""
     arguments = _inputs(student, teacher, targets, weights, temperatures)
-    (fields,) = mesh.run(partial(_fields, plan), arguments, ("rows",))
+    (fields,) = mesh.run(partial(_fields, plan), arguments, ("rows",), plan.axes)
     return weighted_sum(weights, fields), fields
 
 
 def _forward(plan: Plan, *arguments):
-    student, teacher, targets, weights, temperatures = jax.tree.map(
-        lambda x: x.value, arguments, is_leaf=lambda x: hasattr(x, "perturbed")
-    )
-    # A head that nothing differentiates (a frozen one) costs neither its product nor its buffer.
+    plan, arguments = _without_frozen_head(plan, arguments)
+    gradient, fields = _gradient(plan, *arguments)
+    return (weighted_sum(arguments[3], fields), fields), (gradient, fields)
+
+
+def _without_frozen_head(plan: Plan, arguments: tuple) -> tuple[Plan, tuple]:
+    """The values of a `custom_vjp`'s arguments, and a plan without the product of a head that is not differentiated."""
     perturbed = jax.tree.map(lambda x: x.perturbed, arguments[0], is_leaf=lambda x: hasattr(x, "perturbed"))
-    plan = plan._replace(frozen=not (perturbed.unembed or perturbed.bias))
+    values = jax.tree.map(lambda x: x.value, arguments, is_leaf=lambda x: hasattr(x, "perturbed"))
+    return plan._replace(frozen=not (perturbed.unembed or perturbed.bias)), values
+
+
+def _gradient(plan: Plan, student: Head, teacher: Teacher, targets, weights, temperatures):
+    """The gradient of sum(weights * fields) in the student's head, as a tuple of its first three, and the fields."""
     head = ("nothing", "nothing") if plan.frozen else ("unembed", "nothing" if student.bias is None else "bias")
     inputs = _inputs(student, teacher, targets, weights, temperatures)
-    fields, *gradient = mesh.run(partial(_fields_and_gradient, plan), inputs, ("rows", "hidden", *head))
+    fields, *gradient = mesh.run(partial(_fields_and_gradient, plan), inputs, ("rows", "hidden", *head), plan.axes)
     like = (student.hidden, student.unembed, student.bias)
-    gradient = tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True))
-    return (weighted_sum(weights, fields), fields), (gradient, fields)
+    return tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True)), fields
 
 
 def _backward(plan: Plan, residuals, cotangents):
@@ -212,7 +220,33 @@ def _backward(plan: Plan, residuals, cotangents):
 divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def values(plan: Plan, student: Head, teacher: Teacher, targets, temperatures):
+    """See `kernels.api.token_values`."""
+    nothing = jnp.zeros((len(plan.terms), targets.shape[0]), jnp.float32)
+    arguments = _inputs(student, teacher, targets, nothing, temperatures)
+    return mesh.run(partial(_fields, plan), arguments, ("rows",), plan.axes)[0]
+
+
+def _values_forward(plan: Plan, *arguments):
+    plan, arguments = _without_frozen_head(plan, arguments)
+    # Residuals are arrays: whether the head is frozen is in their structure.
+    return values(plan, *arguments), (None if plan.frozen else (), arguments)
+
+
+def _values_backward(plan: Plan, residuals, cotangent):
+    frozen, (student, teacher, targets, temperatures) = residuals
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None, None
+    # A token whose value does not matter has a cotangent of zero, and so no weight: NaN there changes nothing.
+    gradient, _ = _gradient(plan._replace(frozen=frozen is None), student, teacher, targets, cotangent, temperatures)
+    return Head(*gradient), None, None, None
+
+
+values.defvjp(_values_forward, _values_backward, symbolic_zeros=True)
+
+
 def compare(plan: Plan, student: Head, teacher: Head | Ensemble, targets: jax.Array) -> jax.Array:
     """See `kernels.api.linear_comparison`."""
     inputs = [("signal", student), ("signal", teacher), ("tokens", targets)]
-    return mesh.run(partial(_comparison, plan), inputs, ("rows",))[0]
+    return mesh.run(partial(_comparison, plan), inputs, ("rows",), plan.axes)[0]
