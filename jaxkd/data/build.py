@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tqdm import tqdm
 
 from jaxkd.data.corpus import Corpus, collect, divide
 from jaxkd.data.pack import Row, Tokens, pack
@@ -31,6 +30,7 @@ from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
 from jaxkd.runtime import files, locks
+from jaxkd.runtime.progress import bar as progress_bar
 
 FORMAT = 3
 """Version of rows, splits and order: raise it when one of them changes, so that old datasets are not reused."""
@@ -140,7 +140,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         facts, count = self._facts, 0
         title = f"{facts['name']}: {split}"
         total = self._caps[split] or None
-        for row in tqdm(self._sides[split](), title, total=total, disable=not self._progress, unit=" rows"):
+        for row in progress_bar(self._sides[split](), title, total, "rows", shown=self._progress):
             yield count, row
             count += 1
             facts["tokens"] += int((row["segments"] > 0).sum())

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from jaxkd.data.sources import Source
+from jaxkd.runtime.progress import bar as progress_bar
 
 
 class Corpus(NamedTuple):
@@ -61,7 +61,7 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, progress: bool
     offsets, order, group = array.array("q", [0]), array.array("Q"), array.array("Q")
     duplicates = 0
     title = f"{name}: reading"
-    for document in tqdm(source.documents(), title, unit=" documents", disable=not progress, leave=False):
+    for document in progress_bar(source.documents(), title, unit="documents", shown=progress, leave=False):
         folded = " ".join(document.text.split()).casefold().encode("utf-8", "replace")
         digest = hashlib.sha256(folded).digest()[:16]
         if not folded:

@@ -1,7 +1,6 @@
 """A teacher's signal of every row, computed once and stored: `jaxkd cache`, and what it costs and saves."""
 
 import math
-import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from tqdm import tqdm
 
 from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
@@ -23,6 +21,7 @@ from jaxkd.run import load
 from jaxkd.run.open_models import Model, Models
 from jaxkd.run.teacher import cache_facts, cache_layouts, reduced
 from jaxkd.runtime import multihost
+from jaxkd.runtime.progress import bar as progress_bar
 from jaxkd.teachers import codec
 from jaxkd.teachers.online import online
 from jaxkd.teachers.shards import Block
@@ -157,7 +156,7 @@ def _fill(
         for same in [[block for block in todo if block.split == split]]
         for i in range(0, len(same), hosts.groups)
     ]
-    bar = tqdm(total=sum(b.stop - b.start for b in todo), unit=" rows", file=sys.stderr, disable=not progress)
+    bar = progress_bar(title="cache", total=sum(b.stop - b.start for b in todo), unit="rows", shown=progress)
     for blocks in rounds:
         block = blocks[min(hosts.mine, len(blocks) - 1)]
         payloads: list[bytes] = []

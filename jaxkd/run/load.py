@@ -1,7 +1,6 @@
 """Rows on disk, and weights on devices."""
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from jaxkd.config.schema import DataBlock, StudentBlock
 from jaxkd.core.types import Batch, PyTree
@@ -22,6 +20,7 @@ from jaxkd.losses.divergences import next_token
 from jaxkd.models import heads, quantized, shrink, transformer
 from jaxkd.run.open_models import Model, Models
 from jaxkd.runtime import multihost
+from jaxkd.runtime.progress import bar as progress_bar
 
 _IMPORTANCE_ROWS = 2  # of each domain
 _MEMORY_SHARE = 0.8  # of a device's memory that parameters may take beside activations
@@ -188,7 +187,7 @@ def _by_importance(
 
     check_one_device(host, jax.local_devices()[0])
     params = jax.tree.map(jnp.asarray, host)
-    show: Any = lambda items: tqdm(items, "leaving out each layer", file=sys.stderr, disable=not progress, leave=False)
+    show: Any = lambda items: progress_bar(items, "leaving out each layer", unit="layers", shown=progress, leave=False)
     scores = shrink.importance(lambda layer: float(loss(params, jnp.asarray(layer), batch)), depth, show)
     if not all(math.isfinite(s) for s in scores):
         raise ValueError("the loss is not finite when a layer is left out: check the teacher's weights")

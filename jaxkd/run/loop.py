@@ -285,6 +285,8 @@ class Run:
         waiting: tuple[int, Metrics] | None = None
         clock = time.perf_counter()
         batches = None
+        if step < run.steps:
+            output.compiling()
         while step < run.steps:
             if step == self.mixing.end:
                 if waiting is not None:

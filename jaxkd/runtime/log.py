@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tqdm import tqdm
 
-from jaxkd.runtime import files, multihost
+from jaxkd.runtime import files, multihost, progress
 
 _QUEUE = 64  # rows that may wait for the disk before the training loop blocks
 _FLUSH = 30.0  # seconds between two flushes of TensorBoard's events
-_REDRAW = 0.5  # seconds between two drawings of the bar
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -171,16 +169,8 @@ class TrainLog:
                 _drop_after(path, last)
             self._writer = _Writer(_Board(workdir / "tensorboard", step + 1))
         # Created last, so that errors above are not printed on the bar's line.
-        self._bar = tqdm(
-            total=steps,
-            initial=step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            smoothing=0.1,
-            mininterval=_REDRAW,
-            disable=not writes,
-        )
+        self._bar = progress.bar(title="train", total=steps, unit="steps", initial=step, shown=writes, at_once=True)
+        self._shares: dict[str, float] = {}
 
     def _put(self, path: Path, prefixes: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
         if self._writer is not None:
@@ -200,6 +190,13 @@ class TrainLog:
         self._bar.set_postfix_str(f"loss {loss}, {row['tokens_per_s']:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
         self._put(self._metrics, ["train"], [row] if write else [])
+
+    def compiling(self) -> None:
+        """Announce the first step, which includes the compilation."""
+        self._bar.clear()
+        if self._writer is not None:
+            print("train: compiling the step", file=sys.stderr, flush=True)
+        self._bar.refresh()
 
     def restart_evaluation(self, step: int) -> None:
         """Drop the rows of an evaluation that was interrupted at `step`."""
@@ -224,6 +221,11 @@ class TrainLog:
         """Write the mixture of an interval before its first step, and wait until it is on disk."""
         self._put(self._mixture, ["mixture"], [row])
         self._settle()
+        shares = {name.removeprefix("share/"): x for name, x in row.items() if name.startswith("share/")}
+        if shares != self._shares and isinstance(self._bar, progress.Lines):
+            text = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+            print(f"train: shares from step {row['step']}: {text}", file=sys.stderr, flush=True)
+        self._shares = shares
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -13,7 +13,7 @@ import pytest
 from harness import REPOSITORY, here, tiny_arguments
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxkd.runtime import files, log
+from jaxkd.runtime import files, log, progress
 
 
 def line(step: int, **more) -> dict:
@@ -248,3 +248,37 @@ def test_a_run_whose_disk_fills_up_says_so_and_saves_nothing_that_is_not_written
     assert last.startswith("jaxkd: error: No space left on device")
     assert last.endswith(str(written))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == ["2"]
+
+
+def test_without_a_terminal_there_are_lines_now_and_then(capsys, monkeypatch, tmp_path):
+    clock = [100.0]
+    monkeypatch.setattr("jaxkd.runtime.progress.time.monotonic", lambda: clock[0])
+    bar = progress.bar(title="train", total=100, unit="steps", initial=10, at_once=True)
+    for step in range(11, 51):
+        clock[0] += 2.0
+        bar.set_postfix_str(f"loss {step}.0, 7 tokens/s")
+        bar.update()
+    bar.close()
+    said = capsys.readouterr().err
+    assert "\r" not in said
+    assert said.splitlines() == [  # one for the first step, then one in 30 seconds
+        "train: 11 of 100 steps, loss 11.0, 7 tokens/s, 02:58 left",
+        "train: 26 of 100 steps, loss 26.0, 7 tokens/s, 02:28 left",
+        "train: 41 of 100 steps, loss 41.0, 7 tokens/s, 01:58 left",
+        "train: 50 of 100 steps, loss 50.0, 7 tokens/s, 01:40 left",
+    ]
+    assert list(progress.bar(range(3), "reading", unit="documents")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""  # over before a line was due
+
+
+def test_the_shares_of_an_interval_and_the_compilation_are_said_without_a_terminal(tmp_path, capsys):
+    output = log.TrainLog(tmp_path, 10, 0, 0)
+    for step, share in ((0, 0.25), (5, 0.25), (10, 0.5)):
+        output.mixture({"step": step, "share/code": share, "share/math": 1 - share})
+    output.compiling()
+    output.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "train: shares from step 0: code 25.0%, math 75.0%",
+        "train: shares from step 10: code 50.0%, math 50.0%",
+        "train: compiling the step",
+    ]
