@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxkd.core.types import Divergence, Ensemble, Head, Sampled, Scalar, TopK
+from jaxkd.core.types import Divergence, Ensemble, Head, Sampled, Scalar, Side, TopK
 from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
 from jaxkd.kernels.mesh import AXES, Axes
 from jaxkd.kernels.pointwise import Softening
@@ -354,7 +354,54 @@ def _equal(a, b) -> bool:
     return isinstance(a, number) and isinstance(b, number) and bool(a == b)
 
 
+def _check_kinds(terms: Any, student: Any, teacher: Any) -> None:
+    """See that each argument is of the kind that its place asks for, before shapes are compared.
+
+    Raises:
+        TypeError: logits instead of a head, a divergence that was not called, or what is none.
+        ValueError: an unembedding [V D], or a `phi` or `combine` that returns other shapes than it must.
+    """
+    for name, head in (("student", student), ("teacher", teacher)):
+        if hasattr(head, "shape"):
+            raise TypeError(
+                f"{name} is an array {tuple(head.shape)}: give Head(hidden [*tokens D], unembed [D V]), whose logits "
+                "are made in chunks, and not logits"
+            )
+    if not isinstance(student, Head):
+        raise TypeError(f"student is a {type(student).__name__}: give a Head")
+    if teacher is not None and not isinstance(teacher, Head | Ensemble | TopK | Sampled):
+        raise TypeError(f"teacher is a {type(teacher).__name__}: give a Head, Ensemble, TopK, Sampled or None")
+    heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,) if isinstance(teacher, Head) else ()
+    for name, head in (("student", student), *(("teacher", head) for head in heads)):
+        width, shape = head.hidden.shape[-1], tuple(head.unembed.shape)
+        if len(shape) != 2 or shape[0] != width:
+            turned = "; it is [V D]: transpose it" if len(shape) == 2 and shape[1] == width else ""
+            raise ValueError(
+                f"{name}.unembed is {list(shape)}, and hidden states of width {width} need [D V], [{width}, V]{turned}"
+            )
+    for term in terms:
+        _check_divergence(term)
+
+
+def _check_divergence(term: Any) -> None:
+    if not isinstance(term, Divergence):
+        name = getattr(term, "__name__", type(term).__name__)
+        called = f": call it, {name}()" if callable(term) else ""
+        raise TypeError(f"a term is {name}, and not a Divergence{called}")
+    array, flags = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3), bool)
+    sums = jax.eval_shape(lambda lp, lq, flag: term.phi(lp, lq, Side(flag, flag)), array, array, flags)
+    if not isinstance(sums, tuple) or any(getattr(x, "shape", None) != (2, 3) for x in sums):
+        got = [list(getattr(x, "shape", ())) for x in sums] if isinstance(sums, tuple) else type(sums).__name__
+        raise ValueError(f"phi must return a tuple of arrays like lp, [N v] each, and returned {got} for [2, 3]")
+    rows = [jax.ShapeDtypeStruct((2,), jnp.float32)] * (len(sums) + term.normaliser)
+    value = jax.eval_shape(term.combine, *rows)
+    if getattr(value, "shape", None) != (2,):
+        got = list(value.shape) if hasattr(value, "shape") else type(value).__name__
+        raise ValueError(f"combine maps {len(rows)} sums [N] to nats [N], and returned {got} for sums of [2]")
+
+
 def _check(terms, student: Head, teacher: Any, vocab: int) -> None:
+    _check_kinds(terms, student, teacher)
     if teacher is None and any(term.uses_teacher for term in terms):
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
     columns = student.unembed.shape[1]

@@ -1,0 +1,36 @@
+"""Arguments of the kernels that are of another kind: each error names what was given and what is expected."""
+
+import jax.numpy as jnp
+import pytest
+
+from jaxkd.core.types import Divergence, Head
+from jaxkd.kernels.api import _check_kinds
+from jaxkd.losses import divergences as d
+
+# The checker itself: while tests run, its callers' annotations refuse some of these first.
+HEAD = Head(jnp.zeros((6, 4)), jnp.zeros((4, 9)))
+
+
+@pytest.mark.parametrize(
+    ("terms", "student", "teacher", "error", "names"),
+    [
+        ((d.forward_kl(),), HEAD._replace(unembed=jnp.zeros((9, 4))), HEAD, ValueError, r"student\.unembed.*V D"),
+        ((d.forward_kl(),), HEAD, HEAD._replace(unembed=jnp.zeros((9, 4))), ValueError, r"teacher\.unembed.*V D"),
+        ((d.forward_kl(),), HEAD, HEAD._replace(unembed=jnp.zeros((5, 9))), ValueError, r"teacher\.unembed"),
+        ((d.forward_kl(),), jnp.zeros((6, 9)), HEAD, TypeError, "student.*Head"),
+        ((d.forward_kl(),), HEAD, jnp.zeros((6, 9)), TypeError, "teacher.*Head"),
+        ((d.forward_kl(),), HEAD, {"hidden": 0}, TypeError, "teacher.*dict"),
+        ((d.forward_kl,), HEAD, HEAD, TypeError, r"forward_kl\(\)"),
+        (("forward_kl",), HEAD, HEAD, TypeError, "Divergence"),
+        ((Divergence(lambda lp, lq, side: lp - lq),), HEAD, HEAD, ValueError, "phi.*tuple"),
+        ((Divergence(lambda lp, lq, side: (lp.sum(-1),)),), HEAD, HEAD, ValueError, r"phi.*\[2\]"),
+        ((Divergence(lambda lp, lq, side: (lp,), lambda s: s.sum()),), HEAD, HEAD, ValueError, r"combine.*\[\]"),
+    ],
+)
+def test_what_is_wrong_is_named(terms, student, teacher, error, names):
+    with pytest.raises(error, match=names):
+        _check_kinds(terms, student, teacher)
+
+
+def test_every_divergence_passes():
+    _check_kinds(tuple(getattr(d, name)() for name in ("forward_kl", "next_token", "z_loss")), HEAD, HEAD)
