@@ -26,8 +26,9 @@ The recipe is a Python file with get_config(argument); any key of docs/config.md
 _SOURCES_HELP = """
 A domain's source (--config.data.domains.NAME=SOURCE) is one of
   builtin:code, builtin:manual, builtin:legal, builtin:scripture, builtin:dialogue, builtin:math
-  a .jsonl, .parquet or text file, a folder of them, or a glob (text in the field data.text_key)
+  a file (.jsonl, .json, .csv, .parquet, .txt, also .gz or .zst; any other text), a folder of such data, or a glob
   tfds:NAME or tfds:NAME:SPLIT, a TFDS dataset on this machine, or its directory
+  any of these with ::FIELD, the field that holds the text (data.text_key is for those without; docs/data.md)
   empty (--config.data.domains.NAME=), which removes a domain of the recipe
 """
 
@@ -45,7 +46,8 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
         training = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
         print(
             f"{p.name}: {training} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
-            f"({p.duplicates:,} duplicates dropped), {'built in' if p.built else 'already in'} {p.path}"
+            f"({p.duplicates:,} duplicates dropped, {p.bad:,} bad records left out), "
+            f"{'built in' if p.built else 'already in'} {p.path}"
         )
 
 

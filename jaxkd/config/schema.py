@@ -121,10 +121,21 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
+class Domain:
+    """The text of a domain."""
+
+    source: Annotated[str, "file, folder, glob, `builtin:NAME` or `tfds:NAME`: see `jaxkd prepare --help`"]
+    field: Annotated[str, "field of a record that holds the text, such as `data.text`; empty: `data.text_key`"] = ""
+    validation: Annotated[
+        str, "source of the held-out rows; empty: the split that file names tell, or else `data.valid_share`"
+    ] = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataBlock:
     """Text, rows and the mixture of domains."""
 
-    domains: Annotated[Mapping[str, str], "source of text per domain: see `jaxkd prepare --help`"]
+    domains: Annotated[Mapping[str, str | Domain], "per domain its source, `SOURCE` or `SOURCE::FIELD`, or a block"]
     batch: Annotated[int, "rows in a global batch"]
     length: Annotated[int, "tokens in a row"]
     directory: Annotated[str, "where prepared rows are kept"] = "rows"
@@ -138,6 +149,14 @@ class DataBlock:
     train_rows: Annotated[int, "limit of training rows per domain; 0: none"] = 0
     valid_rows: Annotated[int, "limit of held-out rows per domain; 0: none"] = 0
     valid_share: Annotated[float, "share of the text that is held out"] = 0.05
+    bad_records: Annotated[
+        float, "share of a domain's records that may be bad or null; they are counted and left out"
+    ] = 0.05
+
+    @property
+    def sources(self) -> Mapping[str, Domain]:
+        """The domains, each as a block."""
+        return {name: d if isinstance(d, Domain) else Domain(d) for name, d in self.domains.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint.
 
-The fingerprint covers the text, the tokenizer and every setting, and names the directory: an existing directory is
-reused, a changed domain is written beside the old one. TFDS writes into a temporary directory and renames it at the
-end, so an interrupted build leaves no dataset behind.
+The fingerprint covers the text itself, the tokenizer and every setting, and names the directory: an existing directory
+is reused, a changed domain is written beside the old one. Names, places and times of files do not count; they only tell
+whether a text has to be read again. TFDS writes into a temporary directory and renames it at the end, so an interrupted
+build leaves no dataset behind.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from jaxkd.data.corpus import Corpus, collect, divide
+from jaxkd.data.corpus import Corpus, Reading, collect, divide
 from jaxkd.data.pack import Row, Tokens, pack
 from jaxkd.data.permute import hash_key
 from jaxkd.data.sources import Source
@@ -49,7 +50,8 @@ class Prepared(NamedTuple):
     train_rows: int
     valid_rows: int
     documents: int  # distinct documents of the source
-    duplicates: int  # documents left out because the same text came before
+    duplicates: int  # documents left out because another one has the same text
+    bad: int  # records left out because they hold no text
     tokens: int  # tokens in the rows, without padding
     bytes: int  # text bytes of the rows' targets
     whole_rows: int  # of the whole training text: an estimate where `train_rows` reached its limit
@@ -152,17 +154,34 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         facts[f"{split}_rows"] = count
 
 
-def _fingerprint(source: Source, tokenizer: Tokenizer, choices: dict[str, Any]) -> str:
+def _fingerprint(text: str, tokenizer: Tokenizer, choices: dict[str, Any]) -> str:
     facts = {
         "format": FORMAT,
-        "source": source.fingerprint,
+        "text": text,
         "tokenizer": [tokenizer.fingerprint, tokenizer.start, tokenizer.end],
         **choices,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _check(name: str, length: int, caps: tuple[int, int], valid_share: float) -> None:
+def _recall(path: epath.Path) -> Reading | None:
+    """What an earlier reading of a source with the same stamp has shown."""
+    try:
+        return Reading(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _record(path: epath.Path, reading: Reading) -> None:
+    text = json.dumps(reading._asdict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in str(path):  # object stores replace a file in one request
+        path.write_text(text, encoding="utf-8")
+    else:
+        files.write_text(Path(path), text)
+
+
+def _check(name: str, length: int, caps: tuple[int, int], valid_share: float, bad_records: float) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"domain name {name!r} must be made of letters, digits, '_', '.' and '-'")
     if length < 2:
@@ -171,29 +190,23 @@ def _check(name: str, length: int, caps: tuple[int, int], valid_share: float) ->
         raise ValueError(f"train_rows and valid_rows must be 0 (no limit) or more, got {caps[0]} and {caps[1]}")
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must be between 0 and 1, got {valid_share}")
+    if not 0 <= bad_records < 1:
+        raise ValueError(f"bad_records must be at least 0 and below 1, got {bad_records}")
 
 
 def _whole_rows(facts: Mapping[str, Any]) -> int:
-    """Rows of the whole training text, from its bytes and the rows'; 0 where an older jaxkd did not keep its bytes."""
-    limit, made = facts["caps"]["train"], int(facts["train_rows"])
-    if not limit or made < limit:
-        return made
-    size = int(facts.get("train_bytes", 0))
-    return max(made, round(size * (made + facts["valid_rows"]) / facts["bytes"])) if size else 0
+    """Rows of the whole training text, estimated by bytes where the rows are limited."""
+    limit, rows = facts["caps"]["train"], int(facts["train_rows"])
+    if not limit or rows < limit:
+        return rows
+    return max(rows, round(int(facts["train_bytes"]) * (rows + facts["valid_rows"]) / facts["bytes"]))
 
 
-def _amend(path: epath.Path, **facts: int) -> None:
-    text = json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts)
-    if "://" in str(path):  # object stores replace a file in one request
-        path.write_text(text, encoding="utf-8")
-    else:
-        files.write_text(Path(path), text)
-
-
-def _read_prepared(name: str, path: epath.Path, fingerprint: str, built: bool) -> Prepared:
+def _read_prepared(name: str, path: epath.Path, fingerprint: str, reading: Reading, built: bool) -> Prepared:
     try:
         facts = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
-        numbers = {key: int(facts[key]) for key in Prepared._fields[3:9]} | {"whole_rows": _whole_rows(facts)}
+        numbers = {key: int(facts[key]) for key in ("train_rows", "valid_rows", "documents", "tokens", "bytes")}
+        numbers |= {"whole_rows": _whole_rows(facts), "duplicates": reading.duplicates, "bad": reading.bad}
         same = facts["fingerprint"] == fingerprint and (path / "dataset_info.json").is_file()
     except (OSError, ValueError, KeyError, TypeError):
         same = False
@@ -211,6 +224,7 @@ def prepare(
     valid_rows: int,
     directory: epath.PathLike,
     valid_share: float = 0.05,
+    bad_records: float = 0.05,
     seed: int = 0,
     progress: bool = True,
 ) -> Prepared:
@@ -223,70 +237,95 @@ def prepare(
         length: tokens in a row.
         train_rows, valid_rows: limits, filled from random documents; 0 is no limit.
         directory: parent of all datasets.
-        valid_share: share of the text that goes to validation, in whole groups of documents.
+        valid_share: share of the text that goes to validation, in whole groups of documents, unless the source has a
+            validation text of its own.
+        bad_records: share of the records that may hold no text; they are left out.
         seed: of the documents' order and split.
         progress: show it on stderr.
 
     Raises:
-        ValueError: an argument outside its range, too little text, or a damaged dataset directory.
+        ValueError: an argument outside its range, too little text, too many bad records, or a damaged directory.
         OSError: the directory cannot be written; a full disk leaves no partial dataset.
     """
-    _check(name, length, (train_rows, valid_rows), valid_share)
+    _check(name, length, (train_rows, valid_rows), valid_share, bad_records)
     caps = {"train": train_rows, "valid": valid_rows}
     choices = {"length": length, "caps": caps, "valid_share": valid_share, "seed": seed}
-    fingerprint = _fingerprint(source, tokenizer, choices)
     root = epath.Path(directory).expanduser()
-    config = tfds.core.BuilderConfig(name=f"{name}-{fingerprint[:12]}")
-    path = root / PackedRows.name / config.name / _VERSION
-    locked = functools.partial(_locked, root / f".{config.name}.lock")
-    if path.exists():
-        found = _read_prepared(name, path, fingerprint, built=False)
-        if not found.whole_rows:
-            print(f"{name}: rows of an older jaxkd, reading the text once more for its whole size", file=sys.stderr)
-            with locked(), _spool(path.parent) as file:
-                corpus = collect(source, file, seed, name, progress)
-                _amend(path / "metadata.json", train_bytes=corpus.size(divide(corpus, valid_share)[0]))
-            found = _read_prepared(name, path, fingerprint, built=False)
-        return found
-    with files.errors_name(root, f"preparing domain {name!r}"), locked(), _spool(path.parent) as file:
-        if path.exists():  # by another process, while this one waited
-            return _read_prepared(name, path, fingerprint, built=False)
-        corpus = collect(source, file, seed, name, progress)
-        corpus.require_two_groups(f"domain {name!r} ({source.spec})")
-        facts = {"name": name, "spec": source.spec, "fingerprint": fingerprint, **choices}
-        facts |= {"documents": len(corpus.order), "duplicates": corpus.duplicates, "tokens": 0, "bytes": 0}
-        divided = dict(zip(caps, divide(corpus, valid_share)))
-        facts["train_bytes"] = corpus.size(divided["train"])
-        sides = {
-            split: functools.partial(_pack_side, corpus, chosen, tokenizer, length, caps[split], seed)
-            for split, chosen in divided.items()
-        }
-        with _quiet():
-            builder = PackedRows(
-                length=length,
-                sides=sides,
-                caps=caps,
-                facts=facts,
-                progress=progress,
-                data_dir=str(root),
-                config=config,
-                file_format="array_record",
-            )
-            built = _write(builder, path)
+    stamp = hashlib.sha256(f"{FORMAT} {source.stamp}".encode()).hexdigest()
+    recorded = root / PackedRows.name / ".texts" / f"{stamp[:32]}.json"
+
+    def reused(reading: Reading | None) -> Prepared | None:
+        if reading is None:
+            return None
+        reading.require_good(name, bad_records)
+        fingerprint = _fingerprint(reading.digest, tokenizer, choices)
+        path = _path(root, name, fingerprint)
+        return _read_prepared(name, path, fingerprint, reading, built=False) if path.exists() else None
+
+    for note in source.notes if progress else ():
+        print(f"{name}: {note}", file=sys.stderr)
+    if prepared := reused(_recall(recorded)):
+        return prepared
+    with files.errors_name(root, f"preparing domain {name!r}"), _locked(root / f".{name}.lock"), _spool(root) as file:
+        if prepared := reused(_recall(recorded)):  # by another process, while this one waited
+            return prepared
+        corpus = collect(source, file, seed, name, bad_records, progress)
+        reading = corpus.reading
+        if reading.bad and progress:
+            skipped = f"{reading.bad:,} of {reading.records:,} records are bad and left out"
+            print(f"{name}: {skipped}; the first is {reading.first_bad}", file=sys.stderr)
+        fingerprint = _fingerprint(reading.digest, tokenizer, choices)
+        path = _path(root, name, fingerprint)
+        built = not path.exists() and _build(name, source, corpus, tokenizer, path, choices, fingerprint, progress)
+        _record(recorded, reading)
     if progress and built:
         print(f"{name}: rows written to {path}", file=sys.stderr)
-    return _read_prepared(name, path, fingerprint, built)
+    return _read_prepared(name, path, fingerprint, reading, built)
 
 
-def _write(builder: PackedRows, path: epath.Path) -> bool:
-    """Write the rows; False if another host finished the same ones first."""
-    with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
-        try:
-            builder.download_and_prepare(download_dir=downloads)
-        except Exception:
-            if not path.exists():
-                raise
-            return False  # on a file system whose locks do not reach the other host
+def _path(root: epath.Path, name: str, fingerprint: str) -> epath.Path:
+    return root / PackedRows.name / f"{name}-{fingerprint[:12]}" / _VERSION
+
+
+def _build(
+    name: str,
+    source: Source,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    path: epath.Path,
+    choices: dict[str, Any],
+    fingerprint: str,
+    progress: bool,
+) -> bool:
+    """Pack and write the rows; False if another host finished the same ones first."""
+    caps, length, seed = choices["caps"], choices["length"], choices["seed"]
+    divided = dict(zip(caps, divide(corpus, choices["valid_share"], f"domain {name!r} ({source.spec})")))
+    facts = {"name": name, "spec": source.spec, "fingerprint": fingerprint, **choices, "tokens": 0, "bytes": 0}
+    facts |= {"documents": len(corpus.order), "train_bytes": int(corpus.size[divided["train"]].sum())}
+    sides = {
+        split: functools.partial(_pack_side, corpus, chosen, tokenizer, length, caps[split], seed)
+        for split, chosen in divided.items()
+    }
+    for unfinished in path.parent.glob("incomplete.*"):  # TFDS's name for what a killed build left
+        unfinished.rmtree(missing_ok=True)
+    with _quiet():
+        builder = PackedRows(
+            length=length,
+            sides=sides,
+            caps=caps,
+            facts=facts,
+            progress=progress,
+            data_dir=str(path.parents[2]),
+            config=tfds.core.BuilderConfig(name=path.parent.name),
+            file_format="array_record",
+        )
+        with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
+            try:
+                builder.download_and_prepare(download_dir=downloads)
+            except Exception:
+                if not path.exists():
+                    raise
+                return False  # on a file system whose locks do not reach the other host
     return True
 
 
@@ -304,10 +343,8 @@ def _locked(lock: epath.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spool(parent: epath.Path) -> Iterator[BinaryIO]:
-    """A temporary file beside the rows; removes what a killed build left there."""
+    """A temporary file on the disk of the rows."""
     parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in parent.glob("incomplete.*"):  # TFDS's name for them
-        unfinished.rmtree(missing_ok=True)
     with tempfile.TemporaryFile(dir=None if "://" in str(parent) else parent) as file:
         yield cast(BinaryIO, file)
 

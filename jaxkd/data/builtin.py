@@ -18,18 +18,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-
-class Document(NamedTuple):
-    """A text. All documents of a group go to the same split."""
-
-    group: str
-    text: str
+from jaxkd.data.records import Document
 
 
 class Builtin(NamedTuple):
     """A text domain."""
 
-    version: Callable[[], str]  # of what it is read from
+    version: Callable[[], str]  # while it is the same, so is the text
     documents: Callable[[], Iterator[Document]]
 
 
@@ -62,19 +57,20 @@ def _folder(package: _Package) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _installed(package: _Package) -> Callable[[], str]:
+def _installed(package: _Package, *needs: str) -> Callable[[], str]:
     def version() -> str:
-        _folder(package)
+        folder = _folder(package)
         try:
-            return f"{package.name}=={importlib.metadata.version(package.name)}"
-        except importlib.metadata.PackageNotFoundError:
-            raise _missing(package, "has no version") from None
+            versions = [f"{name}=={importlib.metadata.version(name)}" for name in (package.name, *needs)]
+        except importlib.metadata.PackageNotFoundError as error:
+            raise _missing(package, f"cannot be used ({error})") from None
+        return f"{' '.join(versions)} in {folder}"
 
     return version
 
 
 def _python() -> str:
-    return f"{platform.python_implementation()} {platform.python_version()}"
+    return f"{platform.python_implementation()} {platform.python_version()} in {sysconfig.get_path('stdlib')}"
 
 
 def _standard_library() -> Iterator[tuple[Path, Path]]:
@@ -230,5 +226,5 @@ BUILTIN = {
     "legal": Builtin(_installed(_LEGAL), _legal),
     "scripture": Builtin(_installed(_SCRIPTURE), _scripture),
     "dialogue": Builtin(_installed(_DIALOGUE), _dialogue),
-    "math": Builtin(_installed(_MATH), _math),
+    "math": Builtin(_installed(_MATH, "sympy"), _math),
 }

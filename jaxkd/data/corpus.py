@@ -7,37 +7,47 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from jaxkd.data.records import BadRecord, Document
 from jaxkd.data.sources import Source
 from jaxkd.runtime.progress import bar as progress_bar
 
+_SAMPLE = 100  # records after which a source of bad ones alone is given up
 
-class Corpus(NamedTuple):
-    """Distinct documents, spooled to a temporary file and indexed by small arrays."""
 
-    file: BinaryIO
-    offsets: np.ndarray  # int64 [documents + 1]
-    order: np.ndarray  # uint64 [documents], a keyed hash of the text
-    group: np.ndarray  # uint64 [documents], a keyed hash of the group's name
-    duplicates: int
+class Reading(NamedTuple):
+    """What reading a source once has shown: kept, so that an unchanged source is not read again."""
 
-    def require_two_groups(self, what: str) -> None:
-        """Raises ValueError when there are fewer than two groups, one to train and one to validate on."""
-        groups = len(np.unique(self.group))
-        if groups < 2:
+    digest: str  # sha256 of all that rows depend on: the distinct texts, their groups and split, in any order
+    records: int
+    duplicates: int  # documents left out because another one has the same text
+    bad: int  # records left out because they hold no text
+    first_bad: str  # where the first one is, and what is wrong with it; "" for none
+
+    def require_good(self, name: str, share: float) -> None:
+        """Raises ValueError when more than a share of a domain's records are bad."""
+        if self.bad > share * self.records:
             raise ValueError(
-                f"{what} has {len(self.order)} distinct documents in {groups} groups; 2 groups are needed, one to "
-                "train and one to validate on: split the text into more documents (files, or lines of JSONL)"
+                f"domain {name!r}: {self.bad:,} of the {self.records:,} records read are bad, which is more than "
+                f"data.bad_records={share} allows; the first is {self.first_bad}"
             )
 
-    def size(self, chosen: np.ndarray) -> int:
-        """Bytes of the documents with these indices."""
-        return int(np.diff(self.offsets)[chosen].sum())
+
+class Corpus(NamedTuple):
+    """Distinct documents, spooled to a temporary file and indexed by small arrays [documents]."""
+
+    file: BinaryIO
+    start: np.ndarray  # int64, in the file
+    size: np.ndarray  # int64, bytes
+    order: np.ndarray  # uint64, a keyed hash of the text
+    group: np.ndarray  # uint64, a keyed hash of the group's name, or of the text
+    held_out: np.ndarray  # bool: of the source's own validation text
+    reading: Reading
 
     def texts(self, chosen: np.ndarray) -> Iterator[str]:
         """Documents by index, one after another."""
         for i in chosen:
-            self.file.seek(self.offsets[i])
-            yield self.file.read(self.offsets[i + 1] - self.offsets[i]).decode()
+            self.file.seek(self.start[i])
+            yield self.file.read(self.size[i]).decode()
 
 
 def _keyed(text: bytes, seed: int) -> int:
@@ -45,53 +55,105 @@ def _keyed(text: bytes, seed: int) -> int:
     return int.from_bytes(keyed.digest(), "little")
 
 
-def collect(source: Source, file: BinaryIO, seed: int, name: str, progress: bool) -> Corpus:
+def _identity(document: Document, text: bytes, held_out: bool) -> int:
+    """128 bits of a document's text, group and split."""
+    group = b"-" if document.group is None else b"+" + document.group.encode("utf-8", "replace")
+    hashed = hashlib.blake2b(b"%d%d " % (held_out, len(group)) + group, digest_size=16)
+    hashed.update(text)
+    return int.from_bytes(hashed.digest(), "little")
+
+
+def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: float, progress: bool) -> Corpus:
     """Read all documents once, drop duplicates and empty ones, and write the others to `file`.
 
-    Two documents are duplicates when they agree in all but case and white space.
+    Two documents are duplicates when they agree in all but case and white space. One in the validation text is kept
+    before one in the training text. Otherwise the first is kept, but among documents without a group, whose order
+    depends on the names of files, the one with the smallest hash.
 
     Args:
         source: of the text.
         file: receives the text.
         seed: of the documents' order and split.
-        name: the domain's, for the progress bar.
+        name: the domain's, for messages.
+        bad_records: share of the records that may be bad.
         progress: show it on stderr.
+
+    Raises:
+        ValueError: more records are bad.
     """
-    seen: set[bytes] = set()
-    offsets, order, group = array.array("q", [0]), array.array("Q"), array.array("Q")
-    duplicates = 0
-    title = f"{name}: reading"
-    for document in progress_bar(source.documents(), title, unit="documents", shown=progress, leave=False):
+    index: dict[bytes, int] = {}
+    identity: list[int] = []
+    start, size, order, group = (array.array(kind) for kind in "qqQQ")
+    duplicates = records = bad = held_out = end = 0
+    first_bad = ""
+    sides = [(True, source.validation), (False, source.documents)]
+    stream = ((side, document) for side, documents in sides if documents for document in documents())
+    for side, document in progress_bar(stream, f"{name}: reading", unit="documents", shown=progress, leave=False):
+        records += 1
+        if isinstance(document, BadRecord):
+            bad, first_bad = bad + 1, first_bad or f"{document.where}: {document.why}"
+            if not bad_records or bad == records == _SAMPLE:
+                break
+            continue
         folded = " ".join(document.text.split()).casefold().encode("utf-8", "replace")
-        digest = hashlib.sha256(folded).digest()[:16]
         if not folded:
             continue
-        if digest in seen:
-            duplicates += 1
-            continue
-        seen.add(digest)
         # Lone surrogates, which JSON can spell, have no UTF-8 form.
-        offsets.append(offsets[-1] + file.write(document.text.encode("utf-8", "replace")))
-        order.append(_keyed(digest, seed))
-        group.append(_keyed(document.group.encode("utf-8", "replace"), seed))
+        text = document.text.encode("utf-8", "replace")
+        digest, mine = hashlib.sha256(folded).digest()[:16], _identity(document, text, side)
+        number = index.setdefault(digest, len(index))
+        if number < len(identity):
+            duplicates += 1
+            if document.group is not None or (number < held_out) != side or mine >= identity[number]:
+                continue
+            identity[number], start[number], size[number] = mine, end, len(text)
+        else:
+            held_out += side
+            identity.append(mine)
+            start.append(end)
+            size.append(len(text))
+            order.append(_keyed(digest, seed))
+            own = b"text " + digest if document.group is None else document.group.encode("utf-8", "replace")
+            group.append(_keyed(own, seed))
+        end += file.write(text)
     file.flush()
-    return Corpus(file, np.array(offsets, np.int64), np.array(order, np.uint64), np.array(group, np.uint64), duplicates)
+    total = f"{len(identity)} {sum(identity)}"  # a sum, which no order of reading changes
+    reading = Reading(hashlib.sha256(total.encode()).hexdigest(), records, duplicates, bad, first_bad)
+    reading.require_good(name, bad_records)
+    places = (np.array(start, np.int64), np.array(size, np.int64))
+    keys = (np.array(order, np.uint64), np.array(group, np.uint64))
+    return Corpus(file, *places, *keys, np.arange(len(identity)) < held_out, reading)
 
 
-def divide(corpus: Corpus, share: float) -> tuple[np.ndarray, np.ndarray]:
+def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and of the validation documents, in order of use; a group's documents stay together.
 
-    Groups go to validation in the order of their hash while they fit into the share of the text; if none fits, the
-    smallest does. So one huge group cannot take the training text, and neither split is empty.
+    Where the source has a validation text of its own, that is the validation. Otherwise groups go to validation in the
+    order of their hash while they fit into the share of the text; if none fits, the smallest does. So one huge group
+    cannot take the training text, and neither split is empty.
+
+    Raises:
+        ValueError: there is too little text for both, naming `what` has it.
     """
-    groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
-    size = np.bincount(member, weights=np.diff(corpus.offsets)).astype(np.int64)
-    room, valid = int(share * size.sum()), np.zeros(len(groups), bool)
-    for number in range(len(groups)):
-        if size[number] <= room:
-            valid[number] = True
-            room -= int(size[number])
-    if not valid.any():
-        valid[np.argmin(size)] = True
     ordered = np.argsort(corpus.order, kind="stable")
-    return ordered[~valid[member[ordered]]], ordered[valid[member[ordered]]]
+    valid = corpus.held_out
+    if not valid.any():
+        groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
+        if len(groups) < 2:
+            raise ValueError(
+                f"{what} has {len(corpus.order)} distinct documents in {len(groups)} groups; 2 groups are needed, one "
+                "to train and one to validate on: split the text into more documents (files, or records), or name a "
+                "validation text"
+            )
+        size = np.bincount(member, weights=corpus.size).astype(np.int64)
+        room, chosen = int(share * size.sum()), np.zeros(len(groups), bool)
+        for number in range(len(groups)):
+            if size[number] <= room:
+                chosen[number] = True
+                room -= int(size[number])
+        if not chosen.any():
+            chosen[np.argmin(size)] = True
+        valid = chosen[member]
+    elif valid.all():
+        raise ValueError(f"{what} has no training documents that are not in its validation text as well")
+    return ordered[~valid[ordered]], ordered[valid[ordered]]

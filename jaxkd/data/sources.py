@@ -2,44 +2,27 @@
 
     builtin:NAME          a text domain that needs no download
     tfds:NAME[:SPLIT]     any TFDS dataset in ArrayRecord form, by name or by directory
-    PATH                  a .jsonl, .parquet or text file, a folder of them, or a glob
+    PATH                  a file of data or text, a folder of data files, or a glob
 
-Opening a source reads no text: its fingerprint comes from versions, names, sizes and times, so that an
-unchanged domain is recognised at once.
+Any of them may end with `::FIELD`, the field that holds the text. Opening a source reads no text.
 """
 
-import glob
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxkd.data.builtin import BUILTIN, Document
+from etils import epath
 
-_PROSE = {".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".toml", ".yaml", ".yml"}
-_PROGRAMS = {
-    ".py",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".java",
-    ".js",
-    ".ts",
-    ".go",
-    ".rs",
-    ".rb",
-    ".sh",
-    ".sql",
-}
-TEXT_SUFFIXES = frozenset(_PROSE | _PROGRAMS)
-SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+from jaxkd.data import paths, records
+from jaxkd.data.builtin import BUILTIN
+from jaxkd.data.records import BadRecord, Document
+
+Documents = Callable[[], Iterator[Document | BadRecord]]
 
 
 @dataclass(frozen=True)
@@ -47,33 +30,40 @@ class Source:
     """Text that can be read, once or more."""
 
     spec: str
-    fingerprint: str  # sha256; another text has another one
-    documents: Callable[[], Iterator[Document]]
+    stamp: str  # sha256 of names, sizes, times and versions: while it is the same, so is the text
+    documents: Documents
+    validation: Documents | None = None  # text of its own to validate on
+    notes: tuple[str, ...] = ()  # a line each on what is not read, and on splits
 
 
-def open_source(spec: str, text_key: str = "text") -> Source:
+def open_source(spec: str, field: str = "text", validation: str = "") -> Source:
     """Open a source; its text is read when `documents` is called.
 
     Args:
-        spec: `builtin:NAME`, `tfds:NAME[:SPLIT]`, or a file, folder or glob.
-        text_key: the field that holds the text, in JSONL, Parquet and TFDS.
+        spec: `builtin:NAME`, `tfds:NAME[:SPLIT]`, or a file, folder or glob; perhaps with `::FIELD`.
+        field: the field that holds the text where `spec` names none; dots go into nested records.
+        validation: another source to validate on; "" for the split that a folder's file names tell, or none.
 
     Raises:
         FileNotFoundError: no such path, package or dataset.
         ValueError: an unknown name, or an unsupported file type.
     """
-    if spec.startswith("builtin:"):
-        return _open_builtin(spec)
-    if spec.startswith("tfds:"):
-        return _open_tfds(spec, text_key)
-    return _open_files(spec, text_key)
+    spec, _, own_field = spec.partition("::")
+    open_kind = {"builtin": _open_builtin, "tfds": _open_tfds}.get(spec.partition(":")[0], _open_files)
+    source = open_kind(spec, own_field or field)
+    if not validation:
+        return source
+    held_out = open_source(validation, own_field or field)
+    notes = (*source.notes, *(f"{validation}: {note}" for note in held_out.notes))
+    stamp = _hash(source.stamp, held_out.stamp)
+    return Source(spec, stamp, source.documents, held_out.documents, notes)
 
 
 def _hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _open_builtin(spec: str) -> Source:
+def _open_builtin(spec: str, field: str) -> Source:
     name = spec.removeprefix("builtin:")
     if name not in BUILTIN:
         raise ValueError(f"{spec!r} is not a built-in text domain: there are {', '.join(sorted(BUILTIN))}")
@@ -81,116 +71,21 @@ def _open_builtin(spec: str) -> Source:
     return Source(spec, _hash("builtin", name, domain.version()), domain.documents)
 
 
-# Files
+def _open_files(spec: str, field: str) -> Source:
+    found = paths.find(spec)
+    stats = [(str(path.absolute()), path.stat()) for path in (*found.train, *found.validation)]
+    facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
 
+    def reading(paths: list[Path]) -> Documents:
+        return lambda: itertools.chain.from_iterable(records.read(path, field) for path in paths)
 
-def _find_files(spec: str) -> list[tuple[str, Path]]:
-    """(relative name, path) of the files of a path or glob, sorted."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"{path} is of an unsupported kind: {_supported()}")
-        return [(path.name, path)]
-    if path.is_dir():
-        root, found = path, [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
-    elif glob.has_magic(spec):
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    else:
-        raise FileNotFoundError(f"{spec} does not exist: give a file, a folder, a glob, builtin:NAME or tfds:NAME")
-    files = sorted(
-        (str(file.relative_to(root)), file)
-        for file in found
-        if file.is_file() and file.suffix.lower() in SUFFIXES and not _hidden(file.relative_to(root))
+    return Source(
+        spec,
+        _hash("files", field, len(found.train), facts),
+        reading(found.train),
+        reading(found.validation) if found.validation else None,
+        found.notes,
     )
-    if not files:
-        raise FileNotFoundError(f"{spec} has no text to read: {_supported()}")
-    return files
-
-
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
-
-
-def _supported() -> str:
-    return "files can be .jsonl, .parquet or text (" + " ".join(sorted(TEXT_SUFFIXES)) + ")"
-
-
-def _open_files(spec: str, text_key: str) -> Source:
-    files = _find_files(spec)
-    facts = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files]
-
-    def documents() -> Iterator[Document]:
-        for name, path in files:
-            if path.suffix.lower() == ".jsonl":
-                yield from _read_jsonl(name, path, text_key)
-            elif path.suffix.lower() == ".parquet":
-                yield from _read_parquet(name, path, text_key)
-            else:
-                yield Document(name, _read_text(path))
-
-    return Source(spec, _hash("files", text_key, facts), documents)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
-
-
-def _text_of(record: Any, text_key: str, where: str) -> str:
-    """The text field of a record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with a field {text_key!r}, found {type(record).__name__}")
-    if text_key not in record:
-        raise ValueError(
-            f"{where}: no field {text_key!r}, the fields are {_names(record)}: set text_key to one of them"
-        )
-    text = record[text_key]
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "replace")
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: field {text_key!r} is {type(text).__name__}, not text")
-    return text
-
-
-def _names(names: Any) -> str:
-    return ", ".join(repr(name) for name in sorted(map(str, names))) or "none"
-
-
-def _read_jsonl(name: str, path: Path, text_key: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{where}: not valid JSON ({error})") from None
-            yield Document(f"{name}:{number}", _text_of(record, text_key, where))
-
-
-def _read_parquet(name: str, path: Path, text_key: str) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-    with file:
-        if text_key not in file.schema_arrow.names:
-            raise ValueError(
-                f"{path}: no column {text_key!r}, the columns are {_names(file.schema_arrow.names)}: "
-                "set text_key to one of them"
-            )
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                yield Document(f"{name}:{number}", _text_of({text_key: text}, text_key, f"{path}, row {number}"))
 
 
 # TFDS
@@ -227,7 +122,7 @@ def _tfds_builder(name: str) -> Any:
     return builder
 
 
-def _open_tfds(spec: str, text_key: str) -> Source:
+def _open_tfds(spec: str, field: str) -> Source:
     match = _TFDS_SPEC.fullmatch(spec)
     if not match:
         raise ValueError(f"{spec!r} does not name a TFDS dataset: write tfds:NAME or tfds:NAME:SPLIT")
@@ -237,10 +132,11 @@ def _open_tfds(spec: str, text_key: str) -> Source:
     try:
         rows, size = info.splits[split].num_examples, info.splits[split].num_bytes
     except Exception:  # a wrong name and a wrong slice raise different things
-        raise ValueError(f"{spec}: no split {split!r}, the splits are {_names(info.splits)}") from None
-    if text_key not in info.features:
+        raise ValueError(f"{spec}: no split {split!r}, the splits are {records.names(info.splits)}") from None
+    if field not in info.features and field.split(".")[0] not in info.features:
         raise ValueError(
-            f"{spec}: no feature {text_key!r}, the features are {_names(info.features)}: set text_key to one of them"
+            f"{spec}: no feature {field!r}, the features are {records.names(info.features)}: name one (::FIELD after "
+            "it, or data.text_key)"
         )
     try:
         data = builder.as_data_source(split=split)
@@ -249,8 +145,12 @@ def _open_tfds(spec: str, text_key: str) -> Source:
             f"{spec} is not stored as ArrayRecord: prepare it again with file_format='array_record'"
         ) from None
 
-    def documents() -> Iterator[Document]:
-        for number in range(len(data)):
-            yield Document(f"{split}:{number}", _text_of(data[number], text_key, f"{spec}, example {number}"))
+    def documents() -> Iterator[Document | BadRecord]:
+        examples = ((f"{spec}, example {number}", data[number]) for number in range(len(data)))
+        return records.documents(examples, field)
 
-    return Source(spec, _hash("tfds", info.full_name, split, text_key, rows, size), documents)
+    stats = [(path.name, path.stat()) for path in sorted(epath.Path(builder.data_path).iterdir())]
+    facts = [(name, stat.length, stat.mtime) for name, stat in stats]
+    return Source(
+        spec, _hash("tfds", info.full_name, str(builder.data_path), split, field, rows, size, facts), documents
+    )

@@ -71,16 +71,17 @@ def _prepare(data: DataBlock, tokenizer: Tokenizer, progress: bool) -> list[buil
     return [
         build.prepare(
             name,
-            open_source(spec, data.text_key),
+            open_source(domain.source, domain.field or data.text_key, domain.validation),
             tokenizer,
             data.length,
             data.train_rows,
             data.valid_rows,
             data.directory,
             valid_share=data.valid_share,
+            bad_records=data.bad_records,
             progress=progress,
         )
-        for name, spec in data.domains.items()
+        for name, domain in data.sources.items()
     ]
 
 

@@ -30,7 +30,7 @@ def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
         "batch": f"{e.data.batch} rows of {e.data.length} tokens",
         "steps": step,
         "objective": {name: _term(term) for name, term in e.objective.items()},
-        "data": dict(e.data.domains),
+        "data": {name: domain.source for name, domain in e.data.sources.items()},
         "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
         "versions": versions(),
         "command": record.get("command"),

@@ -9,7 +9,7 @@ import pytest
 from harness import REPOSITORY, fails, here, tiny_arguments
 
 from jaxkd.config import recipe as config
-from jaxkd.config.schema import Schedule, Term, experiment, plain
+from jaxkd.config.schema import Domain, Schedule, Term, experiment, plain
 from jaxkd.run import job
 from jaxkd.train.step import make_step
 
@@ -49,6 +49,8 @@ def resolved(*overrides: str):
             {"manual": "builtin:manual", "en.wiki": "x"},
         ),
         (["data.domains={'a': 'x'}", "data.domains.b={c,d}.txt"], "data.domains", {"a": "x", "b": "{c,d}.txt"}),
+        (["data.domains.code.validation=y"], "data.sources.code", Domain("builtin:code", "", "y")),
+        (["data.domains.a.source=x", "data.domains.a.field=b.c"], "data.sources.a", Domain("x", "b.c")),
     ],
 )
 def test_overrides(overrides, key, value):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import gzip
 import json
 import os
 import signal
@@ -18,8 +19,8 @@ import pytest
 from corpus import sentences, write_jsonl
 
 from jaxkd.data import build
-from jaxkd.data.builtin import Document
 from jaxkd.data.pack import Tokens
+from jaxkd.data.records import BadRecord, Document
 from jaxkd.data.rows import Rows
 from jaxkd.data.sources import Source, open_source
 from jaxkd.data.tokenize import byte_tokenizer
@@ -27,8 +28,9 @@ from jaxkd.data.tokenize import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 
 
-def source_of(documents, fingerprint="f"):
-    return Source("made up", fingerprint, lambda: iter([Document(*document) for document in documents]))
+def source_of(documents, stamp="f", validation=None):
+    reading = lambda texts: lambda: iter([t if isinstance(t, BadRecord) else Document(*t) for t in texts])
+    return Source("made up", stamp, reading(documents), reading(validation) if validation else None)
 
 
 def prepare(documents, directory, **options):
@@ -147,13 +149,81 @@ def test_the_same_build_gives_the_same_rows(tmp_path):
     assert not np.array_equal(tokens[0], tokens[2])
 
 
+def test_identity_is_content(tmp_path):
+    """Touched, renamed, copied, compressed, divided otherwise: the text is the same, and so are the rows."""
+    texts = [*sentences(50), "The same words", "the SAME  words"]  # which of two variants stays is no matter of names
+    path = write_jsonl(tmp_path / "text.jsonl", texts)
+    first = prepare(open_source(str(path)), tmp_path / "rows")
+    assert first.duplicates == 1
+
+    def same(path):
+        again = prepare(open_source(str(path)), tmp_path / "rows")
+        assert again == first._replace(built=False)
+
+    os.utime(path, ns=(1, 1))
+    same(path)
+    path.rename(tmp_path / "renamed.jsonl")
+    same(tmp_path / "renamed.jsonl")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "b.jsonl", texts[:20])
+    write_jsonl(folder / "a.json", texts[20:])
+    same(folder)
+    with gzip.open(tmp_path / "text.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "renamed.jsonl").read_text())
+    same(tmp_path / "text.jsonl.gz")
+    elsewhere = prepare(open_source(str(folder)), tmp_path / "other rows")
+    assert elsewhere.fingerprint == first.fingerprint
+    stored = [Rows(p.path, "valid").read(range(p.valid_rows))["tokens"] for p in (first, elsewhere)]
+    np.testing.assert_array_equal(*stored)
+    times = (folder / "b.jsonl").stat()
+    write_jsonl(folder / "b.jsonl", ["w" + text[1:] for text in texts[:19]] + ["x" + texts[19][1:]])  # of the same size
+    os.utime(folder / "b.jsonl", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert prepare(open_source(str(folder)), tmp_path / "rows").fingerprint != first.fingerprint
+
+
+def test_a_validation_text_of_its_own_is_held_out_and_not_trained_on(tmp_path):
+    held_out = ["Held out", "in both texts", "and this"]
+    training = [(None, text[:30]) for text in dict.fromkeys(sentences(20))] + [(None, "In  both texts")]
+    prepared = prepare(source_of(training, "f", [(None, text) for text in held_out]), tmp_path, length=64)
+    assert stored_documents(prepared.path, "valid") == set(held_out)
+    assert stored_documents(prepared.path, "train") == {text for _, text in training[:-1]}
+    assert (prepared.documents, prepared.duplicates) == (23, 1)
+    with pytest.raises(ValueError, match=r"'made'.*no training documents"):
+        prepare(source_of([(None, "held OUT")], "g", [(None, "Held out")]), tmp_path)
+
+
+def test_bad_records_are_counted_up_to_a_share(tmp_path, capfd):
+    documents = [(None, text) for text in sentences(18)]
+    bad = [BadRecord("x.jsonl, line 3", "null"), BadRecord("x.jsonl, line 9", "cut")]
+    source = source_of([*documents[:9], *bad, *documents[9:]])
+    prepared = prepare(source, tmp_path, bad_records=0.1, progress=True)
+    assert (prepared.documents, prepared.bad) == (18, 2)
+    assert "made: 2 of 20 records are bad and left out; the first is x.jsonl, line 3: null" in capfd.readouterr().err
+    for share in (0.09, 0.0):  # known without another reading, too
+        with pytest.raises(ValueError, match=r"'made': 2 of the 20 .*data\.bad_records.* line 3: null"):
+            prepare(dataclasses.replace(source, documents=lambda: iter(())), tmp_path, bad_records=share)
+    with pytest.raises(ValueError, match=r"'made': 1 of the 10 .*data\.bad_records"):
+        prepare(source, tmp_path / "none allowed", bad_records=0.0)
+
+    def wrong_field():
+        yield from [BadRecord("x", "no field")] * 100
+        raise AssertionError("read on")
+
+    with pytest.raises(ValueError, match=r"100 of the 100 .*no field"):
+        prepare(Source("made up", "g", wrong_field), tmp_path)
+
+
 def test_fingerprint_covers_everything(tmp_path):
-    source = source_of([(str(i), text) for i, text in enumerate(sentences(60))])
+    documents = [(str(i), text) for i, text in enumerate(sentences(60))]
+    source = source_of(documents)
     other_tokenizer = dataclasses.replace(TOKENIZER, fingerprint="other")
     base = {"length": 32, "train_rows": 4, "valid_rows": 2, "valid_share": 0.1, "seed": 0}
     variants = [
         (source, TOKENIZER, base),
-        (dataclasses.replace(source, fingerprint="other"), TOKENIZER, base),
+        (source_of([*documents[:-1], ("59", documents[-1][1].upper())], "another text"), TOKENIZER, base),
+        (source_of([*documents[:-1], ("other", documents[-1][1])], "another group"), TOKENIZER, base),
+        (source_of(documents, "a validation text", [("held out", "other words")]), TOKENIZER, base),
         (source, other_tokenizer, base),
         (source, dataclasses.replace(TOKENIZER, start=None), base),
         *[
@@ -198,7 +268,7 @@ def test_killed_build(tmp_path):
     prepared = prepare(open_source(str(path)), tmp_path / "rows")
     assert prepared.built
     assert len(Rows(prepared.path, "train")) == prepared.train_rows
-    assert [file.name for file in (tmp_path / "rows" / "packed_rows").glob("*/*")] == ["2.0.0"]
+    assert [file.name for file in (tmp_path / "rows" / "packed_rows").glob("[!.]*/*")] == ["2.0.0"]
 
 
 def test_two_builds_at_once_are_one(tmp_path):
@@ -283,8 +353,8 @@ def test_a_side_without_rows(tmp_path):
     assert left_in(tmp_path) == []
 
 
-def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path, capfd):
-    """Natural shares follow the text and not the limit; rows of an older jaxkd, which kept no size, learn it."""
+def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path):
+    """Natural shares follow the text and not the limit."""
     documents = [(str(i), text) for i, text in enumerate(dict.fromkeys(sentences(400)))]
     whole = prepare(documents, tmp_path)
     assert whole.whole_rows == whole.train_rows
@@ -293,16 +363,6 @@ def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path, capfd):
     assert few.whole_rows == pytest.approx(whole.train_rows, rel=0.05)
     roomy = prepare(documents, tmp_path, train_rows=10_000, valid_rows=4)
     assert roomy.whole_rows == roomy.train_rows == whole.train_rows
-    file = few.path / "metadata.json"
-    facts = json.loads(file.read_text())
-    del facts["train_bytes"]
-    file.write_text(json.dumps(facts))
-    capfd.readouterr()
-    again = prepare(documents, tmp_path, train_rows=20, valid_rows=4)
-    assert again == few._replace(built=False)
-    assert "rows of an older jaxkd, reading the text once more" in capfd.readouterr().err
-    prepare(documents, tmp_path, train_rows=20, valid_rows=4)
-    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -312,6 +372,7 @@ def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path, capfd):
         ({"length": 1}, "length=1"),
         ({"train_rows": -1}, "train_rows"),
         ({"valid_share": 1.0}, "valid_share"),
+        ({"bad_records": 1.0}, "bad_records"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):

@@ -68,9 +68,11 @@ def test_dialogue():
 def test_math():
     if importlib.util.find_spec("sympy") is None:
         pytest.skip("sympy is not installed")
+    read("math", 0)
+    source = open_source("builtin:math")
     random.seed(1)
     state = random.getstate()
-    documents = read("math", 300)
+    documents = list(itertools.islice(source.documents(), 300))
     assert random.getstate() == state
     assert documents == read("math", 300)
     assert len({document.group for document in documents}) == 300

@@ -1,0 +1,127 @@
+"""Which files a path, a folder or a glob stands for, and which of them are the validation text."""
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxkd.data import records
+
+_ABOUT = re.compile(
+    r"(licen[cs]e|copying|notice|readme|changelog|citation|requirements|dataset_(infos?|dict))(?![a-z])"
+)
+"""Names of files about data, whatever their format."""
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+_SHOWN = 5  # names in a note
+
+
+class Files(NamedTuple):
+    """The files of one source."""
+
+    train: list[Path]
+    validation: list[Path]  # where the names tell splits apart
+    notes: tuple[str, ...]  # a line each on what was not read, and on splits
+
+
+def find(spec: str) -> Files:
+    """The data files of a path, a folder or a glob.
+
+    A folder stands for the data files in it and below, links followed, without hidden ones; a glob stands for what it
+    matches, and for files of other text only where it ends with their suffix.
+
+    Raises:
+        FileNotFoundError: nothing there, nothing to read, or a link to a data file that does not exist.
+        ValueError: a single file of a format that cannot be read.
+    """
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if records.suffix(path.name) not in (*records.DATA, *records.TEXT):
+            raise ValueError(f"{path} is of an unsupported kind: {_supported()}")
+        return Files([path], [], ())
+    if path.is_dir():
+        root, matches, asked = path, [path], ""
+    elif glob.has_magic(spec):
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        matches, asked = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))], path.name
+    else:
+        raise FileNotFoundError(f"{spec} does not exist: give a file, a folder, a glob, builtin:NAME or tfds:NAME")
+    chosen: list[Path] = []
+    others: list[Path] = []
+    for file in itertools.chain.from_iterable(map(_below, matches)):
+        if not file.exists() and (_wanted(file, asked) or not file.suffix):  # a file, or perhaps a folder, of data
+            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which does not exist")
+        (chosen if _wanted(file, asked) else others).append(file)
+    if not chosen:
+        raise FileNotFoundError(f"{spec} has no data to read: {_supported()}")
+    files = _by_split(root, chosen := _distinct(chosen))
+    read = {os.path.realpath(file) for file in chosen}
+    others = [file for file in others if os.path.realpath(file) not in read]
+    note = [f"not read, as no data: {_listed(root, others)}"] if others else []
+    return files._replace(notes=(*note, *files.notes))
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """The file, or all files in a folder, hidden ones left out; each folder once, however many links lead to it."""
+    if not path.is_dir():
+        yield path
+        return
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in sorted(names) if real not in seen and not name.startswith("."))
+        seen.add(real)
+
+
+def _distinct(files: Iterable[Path]) -> list[Path]:
+    """Each file once, however many links lead to it."""
+    return list({os.path.realpath(file): file for file in reversed(list(files))}.values())[::-1]
+
+
+def _wanted(file: Path, asked: str) -> bool:
+    kind = records.suffix(file.name)
+    if kind in records.TEXT and kind not in records.DATA:
+        return asked.lower().removesuffix(".gz").removesuffix(".zst").endswith(kind)
+    return kind in records.DATA and not (_ABOUT.match(file.name.lower()) and not _ABOUT.match(asked.lower()))
+
+
+def _by_split(root: Path, files: list[Path]) -> Files:
+    """Training and validation files, where some are named for training and others for validation or a test."""
+    by_split: dict[str, list[Path]] = {split: [] for split in ("", *_SPLITS)}
+    for file in files:
+        by_split[_split(file.relative_to(root))].append(file)
+    if not by_split["train"] or not (by_split["validation"] or by_split["test"]):
+        return Files(files, [], ())
+    notes = []
+    if by_split["validation"]:
+        notes.append(f"validation rows are of {_listed(root, by_split['validation'])}")
+    if by_split["test"]:
+        notes.append(f"not read, as a test split: {_listed(root, by_split['test'])}")
+    return Files(by_split["train"] + by_split[""], by_split["validation"], tuple(notes))
+
+
+def _split(relative: Path) -> str:
+    """The split that a data file's name or one of its folders names, or ""."""
+    if records.suffix(relative.name) not in records.DATA:
+        return ""
+    parts = re.split(r"[-_. ]", relative.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[0])
+    words = {*map(str.lower, relative.parts[:-1]), parts[0], parts[-1]}
+    return next((split for split, spellings in _SPLITS.items() if words & set(spellings)), "")
+
+
+def _listed(root: Path, files: list[Path]) -> str:
+    names = [str(file.relative_to(root)) for file in files]
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _supported() -> str:
+    others = " ".join(kind for kind in records.TEXT if kind not in records.DATA)
+    return f"data files are {' '.join(records.DATA)}, each also .gz or .zst; by name or glob also {others}"

@@ -1,0 +1,260 @@
+"""Documents out of files: JSON Lines, JSON, CSV, Parquet and plain text, each also compressed (.gz, .zst).
+
+A record without text is a `BadRecord`, which `corpus.collect` counts; a file that cannot be read is a ValueError.
+"""
+
+import codecs
+import contextlib
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+DATA = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+"""Suffixes of data files: those that are read from a folder."""
+
+_PROSE = (".md", ".rst", ".tex", ".html", ".xml", ".toml", ".yaml", ".yml")
+_PROGRAMS = (".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
+TEXT = (".txt", *_PROSE, *_PROGRAMS)
+"""Suffixes of files that are one document each."""
+
+COMPRESSED = (".gz", ".zst")
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_TURNS = ({"role", "content"}, {"from", "value"})  # keys of a chat's turns
+
+
+class Document(NamedTuple):
+    """A text. Documents of one group go to the same split; without a group a document is its own."""
+
+    group: str | None
+    text: str
+
+
+class BadRecord(NamedTuple):
+    """A record that holds no text."""
+
+    where: str
+    why: str
+
+
+Record = tuple[str, Any]
+"""Where it is, and its value: a mapping, or a ValueError that says why it cannot be read."""
+
+
+def suffix(name: str) -> str:
+    """The suffix that names a file's format, without that of its compression, in lower case."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
+    """The documents of a file.
+
+    Args:
+        path: of a suffix in `DATA` or `TEXT`, perhaps compressed.
+        field: holds the text of a record; dots go into nested records.
+
+    Raises:
+        ValueError: a damaged file, a table without the column, or records of a chat.
+    """
+    kind = suffix(path.name)
+    try:
+        with _opened(path) as stream:
+            if stream.peek(2).startswith(_UTF16):
+                raise ValueError(f"{path} is UTF-16 text: convert it to UTF-8 first")
+            if kind in TEXT:
+                yield _whole_text(stream, path)
+            else:
+                reader = {".csv": _csv, ".parquet": _parquet, ".json": _json}.get(kind, _json_lines)
+                yield from documents(reader(stream, path, field), field)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file's content, decompressed, as a buffered reader."""
+    if path.suffix.lower() == ".gz":
+        with gzip.open(path) as file:
+            yield file
+    elif path.suffix.lower() == ".zst":
+        import pyarrow
+
+        with io.BufferedReader(cast(io.RawIOBase, pyarrow.CompressedInputStream(str(path), "zstd"))) as file:
+            try:
+                yield file
+            except OSError as error:  # pyarrow's for a damaged frame
+                raise ValueError(f"{path} is damaged: {error}") from None
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadRecord]:
+    """The text of each record.
+
+    Raises:
+        ValueError: a record holds a chat, and no text in the field.
+    """
+    for where, record in records:
+        if isinstance(record, ValueError):
+            yield BadRecord(where, str(record))
+            continue
+        try:
+            yield Document(None, _text(record, field))
+        except ValueError as error:
+            if chat := _chat(record):
+                raise ValueError(
+                    f"{where}: {chat!r} holds the turns of a chat, which cannot be read as text: write each "
+                    "conversation as one text, such as by the tokenizer's chat template, and name its field "
+                    "(PATH::FIELD, or data.text_key)"
+                ) from None
+            yield BadRecord(where, str(error))
+
+
+def _text(record: Any, field: str) -> str:
+    """A record's text. Raises ValueError where it has none."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it is {_kind(record)} and not an object with a field {field!r}")
+    value, path = record, [field] if field in record else field.split(".")
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(
+                f"it has no field {field!r}, its fields are {_fields(record)}: name one (PATH::FIELD, or data.text_key)"
+            )
+        value = value[key]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"its field {field!r} is not UTF-8") from None
+    if not isinstance(value, str):
+        raise ValueError(f"its field {field!r} is {_kind(value)} and not text")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    words = {type(None): "null", bool: "a truth value", list: "a list", dict: "an object", str: "text"}
+    return words.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def names(of: Iterable[Any]) -> str:
+    """Names in a message."""
+    return ", ".join(repr(name) for name in sorted(map(str, of))) or "none"
+
+
+def _fields(record: dict[str, Any]) -> str:
+    """The fields of a record and of the records in it."""
+    return names(
+        name
+        for key, value in record.items()
+        for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])
+    )
+
+
+def _chat(record: Any) -> str:
+    """The field of a record that holds the turns of a chat, or ""."""
+    for name, value in record.items() if isinstance(record, dict) else ():
+        turn = value[0] if isinstance(value, list) and value else None
+        if isinstance(turn, dict) and any(keys <= turn.keys() for keys in _TURNS):
+            return name
+    return ""
+
+
+def _whole_text(stream: Any, path: Path) -> Document | BadRecord:
+    try:
+        return Document(None, stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRecord(str(path), f"not UTF-8 text (byte {error.start})")
+
+
+def _parsed(data: bytes) -> Any:
+    """A JSON value, or the ValueError that says why it is none."""
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_int=float)  # int refuses numbers of thousands of digits
+    except UnicodeDecodeError:
+        return ValueError("not UTF-8")
+    except RecursionError:
+        return ValueError("nested too deeply")
+    except ValueError as error:
+        return ValueError(f"not valid JSON ({error})")
+
+
+def _json_lines(stream: Any, path: Path, field: str) -> Iterator[Record]:
+    if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # a JSON array under this name
+        yield from _json(stream, path, field)
+    else:
+        yield from _lines(stream, path)
+
+
+def _lines(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
+    number = 0
+    for line in lines:
+        for part in line.rstrip(b"\r\n").split(b"\r"):  # a string in JSON has no line ends, so any of them will do
+            number += 1
+            if part.strip():
+                yield f"{path}, line {number}", _parsed(part)
+
+
+def _json(stream: Any, path: Path, field: str) -> Iterator[Record]:
+    """Of one array of records, one record, or lines after all, as many files named .json have."""
+    data = stream.read()
+    value = _parsed(data)
+    if isinstance(value, ValueError):
+        yield from _lines(io.BytesIO(data), path)
+    elif isinstance(value, list):
+        yield from ((f"{path}, record {number}", record) for number, record in enumerate(value, 1))
+    else:
+        yield str(path), value
+
+
+def _csv(stream: Any, path: Path, field: str) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)
+    # Bytes that are not UTF-8 come back in `documents`, which refuses them record by record.
+    lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    reader = csv.DictReader(lines)
+    try:
+        _require_column(path, field, field, reader.fieldnames or ())
+        for record in reader:
+            value = record[field]
+            yield f"{path}, line {reader.line_num}", {field: value and value.encode("utf-8", "surrogateescape")}
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
+    finally:
+        lines.detach()  # it would close the stream
+
+
+def _require_column(path: Path, field: str, column: str, columns: Iterable[str]) -> None:
+    if column not in columns:
+        raise ValueError(
+            f"{path}: no column {field!r}, the columns are {names(columns)}: name one (PATH::FIELD, or data.text_key)"
+        )
+
+
+def _parquet(stream: Any, path: Path, field: str) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        compressed = path.suffix.lower() in COMPRESSED
+        with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if compressed else path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:  # the first records tell a chat by its turns
+                yield from ((str(path), record) for record in _first(file) if _chat(record))
+            _require_column(path, field, field if field in columns else field.split(".")[0], columns)
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", record
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
+
+
+def _first(file: Any) -> list[Any]:
+    return next((batch.to_pylist() for batch in file.iter_batches(batch_size=1)), [])
