@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Forward, Head, PyTree
-from jaxkd.data import loader
+from jaxkd.data import chat, loader
 from jaxkd.evals import compare
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses.divergences import next_token
@@ -91,40 +91,15 @@ CONVERSATION = (
 )
 
 
-def render(template: str, special: Mapping[str, str]) -> str:
-    """A fixed conversation as a chat template writes it, with the turn of the model begun.
-
-    Args:
-        template: Jinja, as in tokenizer_config.json.
-        special: texts of `bos_token` and the like.
-
-    Raises:
-        ValueError: when it cannot be rendered.
-    """
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    world.globals["raise_exception"] = refuse
-    try:
-        return world.from_string(template).render(messages=CONVERSATION, add_generation_prompt=True, **special)
-    except TemplateError as error:
-        raise ValueError(f"a chat template cannot be rendered: {error}") from None
-
-
 def _chat(models: Models) -> str:
     sides = {**models.teachers, "student": models.student}
     own = {side: model.tokenizer for side, model in sides.items() if model.tokenizer is not None}
-    templates = {side: tokenizer for side, tokenizer in own.items() if tokenizer.chat_template}
-    if len({tokenizer.chat_template for tokenizer in templates.values()}) < 2:
-        return f"chat template: {'the same for teacher and student' if templates else 'none'}"
-    text = lambda t, number: "" if number is None else t.tokenizer.id_to_token(number)
+    templates = {side: (t.chat_template, t.generation.tokens) for side, t in own.items() if t.chat_template}
+    if all(each == next(iter(templates.values())) for each in templates.values()):
+        return f"chat template: {'the same for teacher and student' if len(templates) > 1 else 'none to compare'}"
     rendered = {
-        side: render(t.chat_template or "", {"bos_token": text(t, t.start), "eos_token": text(t, t.end)})
-        for side, t in templates.items()
+        side: chat.render(template, CONVERSATION, tokens=tokens, source=f"the {side}", add_generation_prompt=True)
+        for side, (template, tokens) in templates.items()
     }
     (first, expected), *others = rendered.items()
     for side, other in others:
