@@ -13,7 +13,7 @@ from typing import Any
 from jaxkd import __version__
 from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import experiment
-from jaxkd.run.workdir import adopt, claim, lock, saved_experiment, saved_facts, see
+from jaxkd.run.workdir import claim, lock, saved_experiment, saved_facts, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
 _CONFIG_HELP = """\
@@ -74,7 +74,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             return [changes, held.enter_context(lock(workdir))]
 
         changes, mark = multihost.broadcast("workdir", take)
-        see(workdir, mark)
+        wait_for_lock(workdir, mark)
         if (kept_in := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
             multihost.print_main(f"compiled programs: {kept_in}")
         for note in built.models.notes:
@@ -85,12 +85,12 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
             for change in changes:
                 multihost.print_main(f"changed: {change}")
             if multihost.is_main():
-                adopt(workdir, e)
+                write_config(workdir, e)
                 known = saved_facts(workdir) if run.resumed else {}
                 kept = run.kept_layers or known.get("student", {}).get("kept_layers")
-                found = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
-                files.write_json(workdir / "run.json", found)
-                for line in metadata.models(e.teacher, found, built.models.student.source_layers, kept):
+                facts = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
+                files.write_json(workdir / "run.json", facts)
+                for line in metadata.model_lines(e.teacher, facts, built.models.student.source_layers):
                     print(line)
             if not run.resumed and not options.no_check:
                 with run.phases.during("check"):

@@ -1,4 +1,4 @@
-"""A teacher's signal of every row, computed once and stored: `jaxkd cache`, and what it costs and saves."""
+"""`jaxkd cache`: a teacher's signal of every row, computed once and stored; its cost and what it saves."""
 
 import math
 import time
@@ -28,9 +28,9 @@ from jaxkd.teachers.shards import Block
 from jaxkd.teachers.store import Store, Writer
 
 BLOCK = 256
-"""Rows in a file, and the most that an interruption loses; every file has 128 KiB that are not payload."""
-_WRITTEN_AGAIN = 1 / 3  # of a text's tokens: draws part after the first that rounding decides otherwise
-_SEED = 0  # of what is drawn: a cache serves runs of any seed
+"""Rows per file: the most that an interruption loses. A file has 128 KiB of overhead."""
+_SAME_TEXT = 1 / 3  # of the tokens must come again: sampled texts diverge where rounding decides a draw otherwise
+_SEED = 0  # of draws; not the run's, since a cache serves runs of any seed
 
 
 class Recorder(NamedTuple):
@@ -73,24 +73,23 @@ def make_recorder(e: Experiment, models: Models, mesh: Mesh, name: str = "teache
 
 
 class _Hosts(NamedTuple):
-    """Which process writes what: groups of processes that hold the same rows of a batch share one block."""
+    """Groups of processes that hold the same rows of a batch; each group fills one block at a time."""
 
     groups: int
-    mine: int
-    writes: bool  # one process of each group does
+    mine: int  # this process's group
+    writes: bool  # whether this process writes for its group
 
 
 def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
     by_row = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
-    held: dict[int, set[int]] = {}
+    by_process: dict[int, set[int]] = {}
     device: Any
     for device, index in by_row.devices_indices_map((batch,)).items():
-        held.setdefault(device.process_index, set()).update(range(batch)[index[0]])
-    places = {process: tuple(sorted(rows)) for process, rows in held.items()}
-    groups = sorted(set(places.values()))
-    me = jax.process_index()
-    first = min(process for process, rows in places.items() if rows == places[me])
-    return _Hosts(len(groups), groups.index(places[me]), first == me)
+        by_process.setdefault(device.process_index, set()).update(range(batch)[index[0]])
+    rows = {process: tuple(sorted(held)) for process, held in by_process.items()}
+    groups, me = sorted(set(rows.values())), jax.process_index()
+    first = min(process for process in rows if rows[process] == rows[me])
+    return _Hosts(len(groups), groups.index(rows[me]), first == me)
 
 
 def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progress: bool = True) -> Iterator[str]:
@@ -106,11 +105,11 @@ def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progres
         progress: show it on stderr.
 
     Yields:
-        lines on what was written.
+        lines for the console.
 
     Raises:
-        ValueError: another writer is at it, or the directory holds something else.
-        OSError: the disk is full; what was written stays.
+        ValueError: another process is writing it, or the directory holds something else.
+        OSError: the disk is full; blocks that were written stay.
     """
     root = e.teacher.cache
     sizes = {
@@ -122,7 +121,7 @@ def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progres
     with Writer(root, manifest, sizes, block=BLOCK, leader=process == 0) as writer:
         multihost.barrier("the cache is opened")
         todo = writer.missing()
-        multihost.barrier("the cache is counted")  # before one writes what another has not looked for yet
+        multihost.barrier("the cache is counted")  # all look for missing blocks before any is written
         total = sum(block.stop - block.start for block in todo)
         measured: dict[str, float] = {}
         if todo:
@@ -131,13 +130,12 @@ def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progres
         multihost.barrier("the cache is written")
         if process == 0:
             writer.finish()
-        multihost.barrier("the cache is finished")  # before one opens what is not marked complete yet
-    took = time.perf_counter() - started
+        multihost.barrier("the cache is finished")  # it is marked complete before any process opens it
+    seconds = time.perf_counter() - started
     if todo:
-        rate = total * e.data.length / took
-        yield f"stored in {took:,.0f} s, {rate:,.0f} tokens/s"
+        yield f"stored in {seconds:,.0f} s, {total * e.data.length / seconds:,.0f} tokens/s"
     for name, value in measured.items():
-        yield f"{name}: KL of what is stored from the teacher {value:.2e} nats per token, over a batch"
+        yield f"{name}: KL from the teacher to the stored signal {value:.2e} nats per token, over a batch"
     yield from costs(e, models, rows, {"teacher": Store(root)})
 
 
@@ -149,7 +147,7 @@ def _fill(
     hosts = _hosts(batch, sharding)
     mine = loader.local_rows(batch, sharding)
     kls: dict[str, float] = {}
-    # One split and so one program at a time: all groups of a round run the same.
+    # In a round all groups run the same program, so blocks of one split go together.
     rounds = [
         same[i : i + hosts.groups]
         for split in ("train", "valid")
@@ -213,24 +211,24 @@ def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, na
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(
             f"{name} does not fit beside what is loaded ({str(error).splitlines()[0][:200]}), so its cache cannot be "
-            "held against it here: run `jaxkd check` where it fits, and train with --no-check"
+            "compared with it here: run `jaxkd check` where it fits, and train with --no-check"
         ) from None
     where = f"the cache {store.root}"
     distances = [_again(recorder, rows, store, domain, row) for domain, row in _spots(rows, store, recorder.batch)]
     then, now = np.mean(distances, 0)
     if store.layout("train").signal == "token":
-        if then < _WRITTEN_AGAIN:
+        if then < _SAME_TEXT:
             raise ValueError(
-                f"{where} holds text that this teacher does not write: {then:.0%} of its tokens come again; delete the "
+                f"{where} holds text that this teacher does not write: it repeats {then:.0%} of the tokens; delete the "
                 "directory and run `jaxkd cache`"
             )
-        return f"cache: {then:.0%} of the text is written again"
+        return f"cache: the teacher repeats {then:.0%} of the text"
     if not then <= 1.5 * now + 0.01:
         raise ValueError(
-            f"{where} is {then:.3f} nats per token from this teacher, and a new one would be {now:.3f}: it was made by "
+            f"{where} is {then:.3f} nats per token from this teacher, a new one would be {now:.3f}: it was written by "
             "other weights or another forward pass; delete it and run `jaxkd cache`"
         )
-    return f"cache: {then:.2e} nats per token from the live teacher, {now:.2e} if stored again"
+    return f"cache: {then:.2e} nats per token from its teacher, {now:.2e} if stored again"
 
 
 def _spots(rows: load.Domains, store: Store, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -273,8 +271,8 @@ def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str
         whole = flops.body(model.config, length) + flops.head(model.config)
         if name not in stores:
             yield (
-                f"{name}, live: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step, "
-                f"{_planned(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
+                f"{name}, online: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step, "
+                f"{_device_bytes(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
             )
             continue
         store = stores[name]
@@ -288,11 +286,11 @@ def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str
         yield (
             f"{name}, saved: {saved / 1e6:,.1f} MFLOP a token, {saved * per_step / 1e9:,.1f} GFLOP a step and "
             f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps; its head takes "
-            f"{_planned(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
+            f"{_device_bytes(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
         )
 
 
-def _planned(model: Model, names: Collection[str]) -> int:
+def _device_bytes(model: Model, names: Collection[str]) -> int:
     """Bytes of a model's parameters on each device, from their shapes."""
     leaves = zip(
         jax.tree.leaves({name: model.shapes[name] for name in names}),

@@ -1,4 +1,4 @@
-"""A run from its first evaluation to its last: the loop around the one step."""
+"""The training loop, from a run's first evaluation to its last."""
 
 import contextlib
 import math
@@ -31,44 +31,43 @@ from jaxkd.train.state import TrainState, init_state
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM, turned into a question that all processes ask at the same places."""
+    """Polls for Ctrl-C and SIGTERM; all processes poll at the same points and get the same answer."""
 
     def __init__(self) -> None:
-        """Nothing has been asked for yet."""
-        self._asked, self._questions = False, 0
+        self._ctrl_c, self._polls = False, 0
 
     def __call__(self) -> bool:
-        """Whether to save and stop now; the same in all processes."""
-        # Numbered from 1 in every process's life, and not by steps: JAX has all stop at one more than the largest
-        # number before the signal, and looks for nothing but equality. Before the first question that is 1.
-        self._questions += 1
-        told = multihost_utils.reached_preemption_sync_point(self._questions)
-        return told or (self._asked and not multihost.is_multihost())
+        """Whether to save and stop now."""
+        # JAX stops every process at the poll after the largest number that any of them had reached, compared by
+        # equality: so numbers count this process's polls, from 1, and not steps.
+        self._polls += 1
+        signalled = multihost_utils.reached_preemption_sync_point(self._polls)
+        return signalled or (self._ctrl_c and not multihost.is_multihost())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """The first Ctrl-C asks, a second one interrupts at once."""
+        """Take the first Ctrl-C as a request to stop; a second one raises KeyboardInterrupt."""
 
-        def ask(number: int, frame: Any) -> None:
-            if self._asked:
+        def request(number: int, frame: Any) -> None:
+            if self._ctrl_c:
                 raise KeyboardInterrupt
-            self._asked = True
+            self._ctrl_c = True
             if multihost.is_multihost():
-                signal.raise_signal(signal.SIGTERM)  # which JAX tells all processes
+                signal.raise_signal(signal.SIGTERM)  # JAX passes it on to all processes
 
-        before = signal.signal(signal.SIGINT, ask)
+        before = signal.signal(signal.SIGINT, request)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
 
 
-class _Told(Exception):
-    """To stop, in the middle of an evaluation."""
+class _Stopped(Exception):
+    """A signal came in the middle of an evaluation."""
 
 
 class Run:
-    """A training run's moving parts; `go` advances them to the last step."""
+    """A training run: what it has loaded and how far it is; `go` trains it to the last step."""
 
     def __init__(
         self,
@@ -78,21 +77,21 @@ class Run:
         say: Callable[[str], None] = print,
         started: float | None = None,
     ):
-        """Load the models, restore the newest checkpoint, compile nothing yet.
+        """Load the models, or restore the newest checkpoint. Nothing is compiled yet.
 
         Args:
             job: what to run.
             workdir: where everything is written.
             rows: prepared.
             say: prints a line.
-            started: `time.time()` at which the process began, None for now.
+            started: `time.time()` when the process began, None for now.
 
         Raises:
-            ValueError: when the checkpoint is of other rows, or none of them can be read.
+            ValueError: the checkpoint is of other rows, or no checkpoint can be read.
         """
         self.job, self.workdir, self.rows = job, workdir, rows
-        self.seconds: list[float] = []  # of the present interval's steps
-        self.rule_s: float | None = None  # that the rule took just before the next step
+        self.seconds: list[float] = []  # per step of the current interval
+        self.rule_s: float | None = None  # seconds that the rule took just before the next step
         e, models = job.experiment, job.models
         make_measure = make_gradients if job.rule.measures is rules.Gradients else make_losses
         measure = make_measure(models.student, models.vocab, rows, e.run, job.mesh)
@@ -109,33 +108,33 @@ class Run:
             raise
 
     def close(self) -> None:
-        """Let go of the checkpoints, whose threads would otherwise complain behind an error's own line."""
+        """Close the checkpoints, whose threads would otherwise print after an error's own line."""
         self.checkpoints.close()
         self.phases.close(self.finished)
 
     def _define(self) -> None:
-        """The functions that the loop calls; nothing is compiled yet."""
+        """Jit what the loop calls."""
         job = self.job
-        self.start = {row["domain"]: row["student_nats"] for row in self._first_evaluation()}
+        self.start = {row["domain"]: row["student_nats"] for row in self._evaluation(0)}
         self.step = program.jitted_step(job, self.teachers.train)
         student, vocab = job.models.student, job.models.vocab
         self.comparison = jax.jit(compare.make_comparison(student.forward, self.teachers.evaluation_signal, vocab))
         self.flops = program.flops_of(job.experiment, job.models, job.objective.uses_teacher).model
 
     def _load(self, say: Callable[[str], None]) -> None:
-        """The models, and the state: the newest checkpoint's, or the first one."""
+        """Load the teachers, and the state: the newest checkpoint's, or the initial one."""
         job, e = self.job, self.job.experiment
         newest = restore.recover(self.checkpoints, job.state, e, self.workdir)
         self.resumed = newest is not None
         if newest is None:
             weights = load.weights(job.models, e.student, self.rows)
             self.mixing.first()
-            self.state: TrainState = self._first_state(weights.student)
+            self.state: TrainState = self._initial_state(weights.student)
             self.tokens, self.kept_layers = 0, weights.kept_layers
             self.teacher_params = weights.teachers
         else:
             self.state, self.kept_layers = newest.state, None
-            self._adopt(newest.progress)
+            self._restore_progress(newest.progress)
             self.teacher_params, _ = load.teachers(job.models)
             for line in newest.warnings:
                 say(line)
@@ -153,7 +152,7 @@ class Run:
             self.job.models, self.rows, self.teacher_params, self.teachers, student, average, self.comparison
         )
 
-    def _first_state(self, student: PyTree) -> TrainState:
+    def _initial_state(self, student: PyTree) -> TrainState:
         job, e = self.job, self.job.experiment
 
         def first(student: PyTree, key: jax.Array) -> TrainState:
@@ -167,23 +166,23 @@ class Run:
         earlier = restore.objective_params(e.student.objective_from, job.state.params["objective"])
         return state._replace(params=state.params | {"objective": state.params["objective"] | earlier})
 
-    def _adopt(self, progress: dict[str, Any]) -> None:
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
         if progress["rows"] != self.rows.fingerprints:
             changed = [n for n, f in self.rows.fingerprints.items() if progress["rows"].get(n) != f]
             raise ValueError(
-                f"the rows of {', '.join(changed) or 'some domains'} are not those that {self.workdir} was trained on: "
-                "the text, the tokenizer or how rows are cut has changed; use a new --workdir"
+                f"the rows of {', '.join(changed) or 'some domains'} differ from those that {self.workdir} was trained "
+                "on: the text, the tokenizer or how rows are cut has changed; use a new --workdir"
             )
         self.mixing.restore(progress["mixture"])
         self.tokens = progress["tokens"]
 
     def _progress(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the train state, as JSON; floats keep every bit."""
-        known = {"mixture": self.mixing.saved(), "tokens": self.tokens, "rows": self.rows.fingerprints}
-        return known | restore.identity(self.job.experiment)
+        """What a checkpoint holds beside the train state, as JSON values that keep every bit of floats."""
+        progress = {"mixture": self.mixing.saved(), "tokens": self.tokens, "rows": self.rows.fingerprints}
+        return progress | restore.identity(self.job.experiment)
 
     def _interval(self, step: int) -> Iterator[Batch]:
-        """The present interval's batches from `step` on; nothing is read beyond its end."""
+        """The current interval's batches from `step` on; nothing is read beyond the interval."""
         return loader.batches(
             self.rows.train,
             self.mixing.mixture,
@@ -196,45 +195,28 @@ class Run:
             self.teachers.train.host_features,
         )
 
-    def _first_evaluation(self) -> list[compare.Row]:
-        """Rows of the one before the first step, where it has been made."""
-        return multihost.broadcast(
-            "first evaluation",
-            lambda: [row for row in files.read_jsonl(self.workdir / "evals.jsonl") if row["step"] == 0],
-        )
+    def _evaluation(self, step: int) -> list[compare.Row]:
+        """Logged rows of a step's evaluation; "mean" is the last of a complete one."""
+        read = lambda: [row for row in files.read_jsonl(self.workdir / "evals.jsonl") if row["step"] == step]
+        return multihost.broadcast(f"evaluation of step {step}", read)
 
-    def _evaluated(self, step: int) -> bool:
-        """Whether the evaluation of a step is there, whole."""
-        whole = lambda row: row["step"] == step and row["domain"] == "mean"
-        return multihost.broadcast("evaluated", lambda: any(map(whole, files.read_jsonl(self.workdir / "evals.jsonl"))))
-
-    def _judge(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
-        """Student beside teacher on the held-out rows; raises `_Told`."""
+    def _compare(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
+        """Student and teacher on the held-out rows; raises `_Stopped`."""
         params = self.state.params["student"]
         average = params if self.state.ema is None else self.state.ema
         inputs = (self.teachers.evaluate.state, self.state.step, average)
 
-        def compared(batch: Batch) -> compare.Sums:
+        def sums(batch: Batch) -> compare.Sums:
             if interrupt():
-                raise _Told
+                raise _Stopped
             self.phases.alive()
             return self.comparison(params, inputs, batch)
 
-        rows = compare.evaluate(
-            compared,
-            load.held_out(
-                self.rows,
-                self.job.experiment.run.eval_batch,
-                batch_sharding(self.job.mesh),
-                self.teachers.evaluate.host_features,
-            ),
-            step,
-            {}
-            if self.job.models.is_self
-            else self.start
-            if step
-            else None,  # a teacher that moves leaves no gap to close
-        )
+        size, sharding = self.job.experiment.run.eval_batch, batch_sharding(self.job.mesh)
+        held_out = load.held_out(self.rows, size, sharding, self.teachers.evaluate.host_features)
+        start = self.start if step else None
+        # The gap to a teacher that moves cannot be closed.
+        rows = compare.evaluate(sums, held_out, step, {} if self.job.models.is_self else start)
         if step == 0:
             self.start = {row["domain"]: row["student_nats"] for row in rows}
         return rows
@@ -246,8 +228,8 @@ class Run:
             profile: the first step to trace, and how many.
 
         Raises:
-            FloatingPointError: when too many losses or gradients were not finite; nothing of them is saved.
-            OSError: when a checkpoint could not be written.
+            FloatingPointError: too many losses or gradients were not finite; nothing of them is saved.
+            OSError: a checkpoint could not be written.
         """
         run, step = self.job.experiment.run, int(self.state.step)
         output = log.TrainLog(self.workdir, run.steps, step, self.mixing.start)
@@ -255,16 +237,15 @@ class Run:
         try:
             with interrupt.listening(), contextlib.closing(trace):
                 stop = interrupt()
-                if not stop and self._due(step) and not self._evaluated(step):
+                if not stop and self._due(step) and "mean" not in [row["domain"] for row in self._evaluation(step)]:
                     output.restart_evaluation(step)
                     stop = self._evaluate(output, step, interrupt) is None
                 if stop:
-                    output.say("stopped by a signal before a step was made: the same command begins where this one did")
+                    output.say("stopped by a signal before the first step: the same command starts over")
                     return False
-                self.mixing.begin(self._first_evaluation())
-                if not any(
-                    row["step"] == self.mixing.start for row in files.read_jsonl(self.workdir / "mixture.jsonl")
-                ):
+                self.mixing.begin(self._evaluation(0))
+                logged = [row["step"] for row in files.read_jsonl(self.workdir / "mixture.jsonl")]
+                if self.mixing.start not in logged:
                     output.mixture(self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro)))
                 with self.phases.during("steps"):
                     self.finished = self._steps(step, run, output, interrupt, trace)
@@ -273,15 +254,15 @@ class Run:
                 restore.mark(self.checkpoints, self.job.experiment.run, self.workdir)
             if not self.finished:
                 at = f"step {int(self.state.step)} of {run.steps}"
-                output.say(f"stopped by a signal: {at} is saved; the same command goes on from it")
-            if self.finished and (told := self.mixing.finish(self.state, self.workdir)):
-                output.say(told)
+                output.say(f"stopped by a signal: {at} is saved; the same command resumes from it")
+            if self.finished and (weights := self.mixing.finish(self.state, self.workdir)):
+                output.say(weights)
         finally:
             output.close()
         return self.finished
 
     def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt, trace: Profile) -> bool:
-        """A step's numbers are fetched once the next one is under way, and the batch after that is on its devices."""
+        """Train; a step's metrics are fetched when the next step is dispatched and the batch after it is on devices."""
         waiting: tuple[int, Metrics] | None = None
         clock = time.perf_counter()
         batches = None
@@ -307,18 +288,18 @@ class Run:
             stop = interrupt()
             save = step == run.steps or step % run.checkpoint_every == 0
             if stop or save or self._due(step):
-                # The step's own numbers come first: a state whose loss is NaN must not be saved.
+                # Checks the step's metrics first: a state whose loss is NaN must not be saved.
                 clock = self._record(output, *waiting, clock)
                 waiting = None
-                judged = None
-                # A process that was told to stop has no time for an evaluation; the next one makes it up.
+                held_out_nats = None
+                # After a signal there is no time for an evaluation; the resumed run makes it.
                 if self._due(step) and not stop:
-                    judged = self._evaluate(output, step, interrupt)
-                    stop = judged is None
+                    held_out_nats = self._evaluate(output, step, interrupt)
+                    stop = held_out_nats is None
                 if stop or save:
                     output.flush()
                     with self.phases.during("checkpoint"):
-                        self.checkpoints.save(step, self.state, self._progress(), judged)
+                        self.checkpoints.save(step, self.state, self._progress(), held_out_nats)
                         restore.mark(self.checkpoints, self.job.experiment.run, self.workdir)
                 clock = time.perf_counter()
             if stop:
@@ -326,7 +307,7 @@ class Run:
         return True
 
     def _reweigh(self, output: log.TrainLog) -> None:
-        """The next interval's mixture, and what it cost beside the steps of the last one."""
+        """Start the next interval, and log its mixture and what measuring for it cost."""
         seconds = self.mixing.advance(self.state.params["student"])
         step_s = statistics.median(self.seconds) if self.seconds else None
         line = self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro), seconds, step_s)
@@ -334,12 +315,12 @@ class Run:
         self.seconds, self.rule_s = [], line.get("rule_s")
 
     def _due(self, step: int) -> bool:
-        """Whether this step is evaluated: before, after, and every so often."""
+        """Whether there is an evaluation at this step."""
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
 
     def _record(self, output: log.TrainLog, step: int, measured: Metrics, clock: float) -> float:
-        """Fetch a step's metrics, log and check them; returns the time at which they were there."""
+        """Fetch a step's metrics, log and check them; returns the time at which they had arrived."""
         self.checkpoints.check()
         values = metrics.read(measured)
         now = time.perf_counter()
@@ -360,7 +341,7 @@ class Run:
         if self.mixing.rule.measures:
             shares = zip(self.rows.names, self.mixing.mixture.sampling.tolist(), strict=True)
             row |= {f"share/{name}": share for name, share in shares}
-        if self.rule_s is not None:  # before this step, and in none of the times above
+        if self.rule_s is not None:  # not part of the times above
             row["rule_s"], self.rule_s = self.rule_s, None
         broken = skipped or not math.isfinite(values["param_norm"])
         rows = faults.suspects(values, self._drawn(step)) if broken else {}
@@ -372,20 +353,20 @@ class Run:
         return now
 
     def _drawn(self, step: int) -> dict[str, list[int]]:
-        """The rows of a step of the present interval by their domains, the same in every process."""
+        """Rows of a step of the current interval, by domain."""
         e, mixing = self.job.experiment, self.mixing
         sizes = [len(rows) for rows in self.rows.train]
         interval = step - 1, mixing.end, mixing.start
         domain, row = loader.step_rows(sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
-        found = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
-        return {name: rows for name, rows in found.items() if rows}
+        by_domain = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
+        return {name: rows for name, rows in by_domain.items() if rows}
 
     def _evaluate(self, output: log.TrainLog, step: int, interrupt: Interrupt) -> float | None:
-        """Log an evaluation; returns the student's mean loss, by which checkpoints are compared; None: told to stop."""
+        """Evaluate and log; returns the student's mean loss, which ranks checkpoints, or None after a signal."""
         try:
             with self.phases.during("evaluation"):
-                rows = self._judge(step, interrupt)
-        except _Told:
+                rows = self._compare(step, interrupt)
+        except _Stopped:
             return None
         output.evaluation(rows)
         if step < self.job.experiment.run.steps:

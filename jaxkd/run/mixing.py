@@ -91,10 +91,10 @@ class Mixing:
         """The mixture before the first step.
 
         Raises:
-            ValueError, FileNotFoundError: when the rule does not fit the domains, or what it reads is not there.
+            ValueError, FileNotFoundError: the rule does not fit the domains, or the run that it reads is missing.
         """
         if self.rule.measures is rules.Gaps:
-            # Such a rule begins once the first evaluation is there; until then the pool is as it is.
+            # Such a rule starts from the first evaluation (`begin`); until then the domains' own sizes count.
             self.mixture = mixture.init(mixture.natural(self._rows.whole))
         else:
             sampling, state = self.rule.init(self._rows.whole, None)
@@ -102,13 +102,13 @@ class Mixing:
         self._agree()
 
     def _agree(self) -> None:
-        """Take the mixture of process 0: rows are drawn from it, and a last bit may differ between hosts."""
+        """Take the mixture of process 0: all hosts must draw the same rows, and last bits may differ between them."""
         if multihost.is_multihost():
             self.restore(multihost.broadcast("mixture", self.saved))
 
     @property
     def start(self) -> int:
-        """The present interval's first step."""
+        """The current interval's first step."""
         return self.mixture.interval * self._data.interval
 
     @property
@@ -128,50 +128,45 @@ class Mixing:
         return {**drawn, "rule_state": m.rule_state, "interval": m.interval}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `saved` gave."""
+        """Take over a mixture that `saved` returned."""
         sampling, drawn = np.asarray(saved["sampling"], np.float64), np.asarray(saved["drawn"], np.int64)
         self.mixture = Mixture(sampling, saved["rule_state"], drawn, saved["interval"])
 
     def begin(self, evaluation: Sequence[Mapping[str, Any]]) -> None:
-        """The first state of a rule that measures gaps, unless it has one.
-
-        Args:
-            evaluation: rows of the one before the first step, a domain each.
-        """
+        """The initial state of a rule that measures gaps, unless it has one; from the rows of step 0's evaluation."""
         if self.mixture.rule_state:
             return
-        found = {row["domain"]: row for row in evaluation}
-        column = lambda key: np.asarray([found[name][key] for name in self._rows.names], np.float64)
+        rows = {row["domain"]: row for row in evaluation}
+        column = lambda key: np.asarray([rows[name][key] for name in self._rows.names], np.float64)
         self.gaps = start = rules.Gaps(*(column(key) for key in rules.Gaps._fields))
         sampling, state = self.rule.init(self._rows.whole, start)
-        # The teacher's losses are measured once; bytes a token are the same for every student.
-        known = {"teacher_nats": start.teacher_nats, "teacher_bits_per_byte": start.teacher_bits_per_byte}
-        known["bits_per_nat"] = start.student_bits_per_byte / start.student_nats
-        state = {"rule": state, **{name: values.tolist() for name, values in known.items()}}
+        # The teacher's losses are measured once; bytes per token do not depend on the student.
+        constants = {"teacher_nats": start.teacher_nats, "teacher_bits_per_byte": start.teacher_bits_per_byte}
+        constants["bits_per_nat"] = start.student_bits_per_byte / start.student_nats
+        state = {"rule": state, **{name: values.tolist() for name, values in constants.items()}}
         self.mixture = self.mixture._replace(sampling=sampling, rule_state=state)
         self._agree()
 
     def advance(self, params: PyTree) -> float:
-        """Go on to the next interval, from what the student knows at its beginning.
-
-        Args:
-            params: the student's.
+        """Start the next interval, with what the rule measures of the student's parameters.
 
         Returns:
-            Seconds that this took, the wait for the steps before it left out.
+            Seconds that measuring took, without the wait for the steps before it.
         """
         if self.rule.measures:
             jax.block_until_ready(params)
         began = time.perf_counter()
-        kept, interval = self.mixture.rule_state, self.mixture.interval + 1
+        stored, interval = self.mixture.rule_state, self.mixture.interval + 1
         measured: Any = None
         if self.rule.measures is rules.Gradients:
             lr = float(schedules.value(self._lr, interval * self._data.interval))
             measured = rules.Gradients(self._measure(params, interval), lr)
         elif self.rule.measures:
             measured = self.gaps = self._gaps(self._measure(params, interval))
-        sampling, state = self.rule.update(kept["rule"], measured, interval)
-        self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(rule_state=kept | {"rule": state})
+        sampling, state = self.rule.update(stored["rule"], measured, interval)
+        self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(
+            rule_state=stored | {"rule": state}
+        )
         self._agree()
         return time.perf_counter() - began
 
@@ -184,16 +179,15 @@ class Mixing:
         return rules.Gaps(student, teacher, student * factor, teacher_bits)
 
     def finish(self, state: TrainState, workdir: Path) -> str:
-        """Store what a proxy run is for, the average of its weights; returns a line on it, empty for other rules."""
+        """Write a proxy run's averaged domain weights; returns a line for the console, "" for other rules."""
         moving = group_dro.columns(state.group_dro) or self.mixture.rule_state["rule"]
         average = np.asarray(moving.get("average", []), np.float64)
         if not average.size:
             return ""
         weights = dict(zip(self._rows.names, (average / average.sum()).tolist(), strict=True))
-        told = {"mixture": self._data.mixture, "steps": int(state.step), "weights": weights}
-        target = workdir / rules.DOMAIN_WEIGHTS
+        result = {"mixture": self._data.mixture, "steps": int(state.step), "weights": weights}
         if multihost.is_main():
-            files.write_json(target, told)
+            files.write_json(workdir / rules.DOMAIN_WEIGHTS, result)
         spelled = ",".join(f"{name}={weight:.4f}" for name, weight in weights.items())
         return f"weights of the domains, averaged: {spelled}; to draw by them: data.mixture='doremi(\"{workdir}\")'"
 
@@ -204,13 +198,13 @@ class Mixing:
         seconds: float | None = None,
         step_s: float | None = None,
     ) -> dict[str, Any]:
-        """What `mixture.jsonl` says of the present interval.
+        """The current interval's row of `mixture.jsonl`.
 
         Args:
             tokens: trained on before it.
             weights: of the domains in the loss, as from `group_dro.columns`.
-            seconds: that the rule took for it; None for the first interval.
-            step_s: seconds of a step of the interval before, the median; None where this process made none.
+            seconds: that measuring for it took; None for the first interval.
+            step_s: median seconds of a step of the previous interval; None where this process trained none.
         """
         m = self.mixture
         row: dict[str, Any] = {"step": self.start, "interval": m.interval, "tokens": tokens}

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxkd.config.schema import SELF, Experiment, Schedule
 from jaxkd.models import weights
-from jaxkd.run.workdir import saved_facts, versions
+from jaxkd.run.metadata import versions
+from jaxkd.run.workdir import saved_facts
 from jaxkd.runtime import files
 
 

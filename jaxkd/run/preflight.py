@@ -1,4 +1,4 @@
-"""What is looked at before a step is paid for: each failed check is one sentence that says what to do."""
+"""The checks before the first step; each failure is one sentence that says what to do."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +22,11 @@ from jaxkd.run.open_models import Model, Models
 from jaxkd.run.teacher import Teachers, build_teacher, open_stores
 from jaxkd.teachers.store import Store
 
-_PADDING = 8  # tokens put behind a row
+_PADDING = 8  # tokens appended to a row
 _WIDE = ("tokens", "targets", "weights", "segments", "positions")
-_SAME = 2e-3  # nats: what the order of sums may change in float32
-_PRECISION = 0.05  # nats per token that a compute dtype may cost beside float32
-_BEHIND = 0.02  # nats per token by which a teacher may be behind its student: noise of a few rows
+_SAME = 2e-3  # nats, that the order of summation may change in float32
+_PRECISION = 0.05  # nats per token that a compute dtype may cost against float32
+_BEHIND = 0.02  # nats per token by which a teacher may be worse than its student: noise of a few rows
 
 
 Compare = Callable[[PyTree, Any, Batch], compare.Sums]
@@ -108,11 +108,11 @@ def _chat(models: Models) -> str:
             at = next(i for i, (a, b) in pairs if a != b)
             near = lambda s, at=at: repr(s[max(at - 20, 0) : at + 20])
             raise ValueError(
-                f"the chat templates of {first} and {side} write the same conversation differently, from character "
-                f"{at} on: {near(expected)} and {near(other)}. A teacher judges a format that it does not know by its "
-                "strangeness: give both models one template, or add --no-check when the data has no chat in it"
+                f"the chat templates of {first} and {side} render the same conversation differently, from character "
+                f"{at} on: {near(expected)} and {near(other)}. On a format that it was not trained on, a teacher's "
+                "distribution is no target: give both models one template, or add --no-check where the data has no chat"
             )
-    return "chat template: other words, rendered alike"
+    return "chat templates: different, but they render the same text"
 
 
 # ------------------------------------------------------------------------------------- losses of real rows
@@ -136,59 +136,60 @@ def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
     for name, first, second in zip(compare.Sums._fields, once, again, strict=True):
         if not np.array_equal(first, second, equal_nan=True):
             raise ValueError(
-                f"two passes over the same rows differ in {name} ({first} and {second}): a teacher that is not "
-                "deterministic teaches noise, and no run can be repeated; look at XLA_FLAGS and the device"
+                f"two passes over the same rows differ in {name} ({first} and {second}): the program is not "
+                "deterministic, so no run can be repeated; check XLA_FLAGS and the device"
             )
-    yield "two passes: the same to the last bit"
+    yield "two passes: bitwise equal"
     teacher, student = (float(x / once.tokens) for x in (once.teacher_nats, once.student_nats))
     guess = math.log(models.vocab)
     for side, nats in (("teacher", teacher), ("student", student)):
         if not math.isfinite(nats):
             raise ValueError(
-                f"the {side}'s loss on held-out rows is {nats}: its weights are damaged, or its dtype too narrow"
+                f"the {side}'s loss on held-out rows is {nats}: its weights are damaged, or its dtype overflows"
             )
     real = models.is_self or all(m.checkpoint is not None for m in models.teachers.values())
     if real and not models.is_self and teacher >= guess:
         raise ValueError(
             f"the teacher's loss on held-out rows is {teacher:.2f} nats per token, no better than guessing "
-            f"({guess:.2f}): its weights are not what its config says, or the data is not text of its kind"
+            f"({guess:.2f}): its weights do not match its config, or it was not trained on text of this kind"
         )
     if real and teacher > student + _BEHIND:
         raise ValueError(
-            f"the teacher's loss on held-out rows is {teacher:.2f} nats per token and the student's {student:.2f}: the "
-            "student is ahead of what it should learn from. Swap them, or add --no-check if that is meant"
+            f"the teacher's loss on held-out rows is {teacher:.2f} nats per token, worse than the student's "
+            f"{student:.2f}: swap them, or add --no-check if that is intended"
         )
     yield f"held-out rows: teacher {teacher:.3f}, student {student:.3f}, guessing {guess:.3f} nats per token"
 
 
 def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) -> str:
-    """A model's loss with padding behind its rows, and in float32."""
+    """Compare a model's loss with that of padded rows, and with that in float32."""
 
     @jax.jit
     def losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def nats(forward: Forward, batch: Batch) -> jax.Array:
-            found = _nats(forward(params, batch).head, batch, vocab)[:, :length]
+        def mean_nats(forward: Forward, batch: Batch) -> jax.Array:
+            nats = _nats(forward(params, batch).head, batch, vocab)[:, :length]
             live = batch.weights[:, :length] != 0
-            return jnp.sum(jnp.where(live, found, 0.0)) / jnp.sum(live)
+            return jnp.sum(jnp.where(live, nats, 0.0)) / jnp.sum(live)
 
         length = batch.tokens.shape[1]
         longer: dict[str, Any] = {name: jnp.pad(getattr(batch, name), ((0, 0), (0, _PADDING))) for name in _WIDE}
         wide = partial(model.forward, dtype=jnp.float32)
-        return nats(model.forward, batch), nats(model.forward, batch._replace(**longer)), nats(wide, batch)
+        padded = batch._replace(**longer)
+        return mean_nats(model.forward, batch), mean_nats(model.forward, padded), mean_nats(wide, batch)
 
     plain, padded, wide = (float(x) for x in losses(params, batch._replace(teacher=None)))
     if abs(plain - padded) > (_SAME if plain == wide else _PRECISION):
         raise ValueError(
-            f"the {side}'s loss is {plain:.4f} nats per token, and {padded:.4f} with padding behind the same rows: "
-            "its forward pass lets padding reach the tokens"
+            f"the {side}'s loss is {plain:.4f} nats per token, and {padded:.4f} when the same rows are padded: its "
+            "forward pass attends to padding"
         )
     if abs(plain - wide) > _PRECISION:
         key = "run.dtype" if side == "student" else "teacher.dtype"
         raise ValueError(
-            f"the {side}'s loss is {plain:.3f} nats per token as it computes, and {wide:.3f} in float32: its precision "
-            f"is not enough; set {key}=float32, or weights that were made for it"
+            f"the {side}'s loss is {plain:.3f} nats per token in its dtype, and {wide:.3f} in float32: set "
+            f"{key}=float32, or use weights that were trained in this dtype"
         )
-    return f"{side}: padding changes its loss by {abs(plain - padded):.1e} nats, its dtype by {abs(plain - wide):.1e}"
+    return f"{side}: loss changed by {abs(plain - padded):.1e} nats by padding, {abs(plain - wide):.1e} by its dtype"
 
 
 def _nats(head: Head, batch: Batch, vocab: int) -> jax.Array:

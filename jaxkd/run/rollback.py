@@ -1,4 +1,4 @@
-"""Going back to a checkpoint on purpose: what came after it is set aside, and nothing is deleted."""
+"""`jaxkd rollback`: make an earlier checkpoint the newest; later ones are renamed, never deleted."""
 
 import contextlib
 import os
@@ -23,17 +23,17 @@ def go(workdir: Path, step: str) -> list[str]:
         step: a number, or "best".
 
     Returns:
-        What was done and how to go on, a line each.
+        Lines for the console: what was done, how to resume, how to undo it.
 
     Raises:
         FileNotFoundError: the workdir holds no run.
-        ValueError: there is no such step, it is damaged, or the run is still going on.
-        OSError: it cannot be read just now.
+        ValueError: there is no such step, it is damaged, or the run is still in progress.
+        OSError: storage does not answer.
     """
     e = saved_experiment(workdir)
     if cluster.detect(os.environ, "cpu", single_ok=True).size > 1:
         raise ValueError("`jaxkd rollback` renames directories from one process: start it on one host, by itself")
-    jax.config.update("jax_platforms", "cpu")  # it needs no device, and a TPU's other hosts are not there
+    jax.config.update("jax_platforms", "cpu")  # a TPU would wait for its other hosts
     with _alone(workdir):
         checkpoints = Checkpoints(restore.directory(e.run, workdir), read_only=True)
         number = restore.numbered(checkpoints, workdir, step)
@@ -42,34 +42,38 @@ def go(workdir: Path, step: str) -> list[str]:
             names = writer.rollback(number)
             restore.mark(writer, e.run, workdir)
     if not names:
-        return [f"step {number} is whole and the newest under {checkpoints.directory}: nothing had to be set aside"]
+        return [f"step {number} is already the newest whole checkpoint under {checkpoints.directory}"]
     done = ", ".join(f"{later} as {name}" for later, name in names.items())
     back = ", ".join(f"{name} to {later}" for later, name in names.items())
     return [
-        f"step {number} is whole, and the newest again. Set aside under {checkpoints.directory}: {done}",
-        f"the same `jaxkd train` goes on from step {number} and drops the lines of its logs after it; with other "
-        "settings, such as a lower --config.optim.lr.peak, it needs --accept-changes",
-        f"to undo this before that, rename {back}",
+        f"step {number} is the newest checkpoint again. Renamed under {checkpoints.directory}: {done}",
+        f"the same `jaxkd train` resumes from step {number} and drops later lines of its logs; with changed settings, "
+        "such as a lower --config.optim.lr.peak, it needs --accept-changes",
+        f"to undo this before resuming, rename {back}",
     ]
 
 
 @contextlib.contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """Keep `train` out of a workdir, in which none is going on: neither on this host nor on another."""
+    """Hold the workdir's lock.
+
+    Raises:
+        ValueError: `train` is in progress in it, on this host or another.
+    """
     how = "Stop it first: SIGTERM saves and ends it"
     beat = watchdog.live_heartbeat(workdir)
     try:
         host = (workdir / ".lock").read_text(encoding="utf-8").split()[0]
     except (OSError, IndexError):
         host = "a host"
-    if beat is not None and host != platform.node():  # of a run on this host the lock itself tells
+    if beat is not None and host != platform.node():  # on this host the lock decides
         raise ValueError(
-            f"a run is going on in {workdir}: {host} wrote heartbeat.json {time.time() - beat['time']:.0f} s ago, in "
-            f"the phase '{beat['phase']}'. {how}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
+            f"a run is in progress in {workdir}: {host} wrote heartbeat.json {time.time() - beat['time']:.0f} s ago, "
+            f"in the phase '{beat['phase']}'. {how}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
         )
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(lock(workdir))
         except ValueError:
-            raise ValueError(f"a run is going on in {workdir}, on this host. {how}") from None
+            raise ValueError(f"a run is in progress in {workdir}, on this host. {how}") from None
         yield

@@ -1,55 +1,40 @@
-"""A workdir belongs to one experiment: claiming it, its lock, its config.json and run.json."""
+"""A workdir belongs to one experiment: claiming it, locking it, and its config.json."""
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxkd import __version__
 from jaxkd.config.schema import Experiment, experiment, leaves, plain
 from jaxkd.runtime import files, locks
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "tensorflow-datasets",
-    "grain",
-    "tokenizers",
-)
-
-
-# What decides which rows a step sees: a run that changed it would repeat some rows and never see others.
+# These decide which rows a step sees: a run that changed them would repeat some rows and never see others.
 _ORDER = ("data.batch", "data.interval", "data.length", "data.mixture", "run.seed", "data.domains")
 
 
 def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
-    """See that a workdir is this experiment's, and make it so where nothing has been trained in it yet.
+    """Check that a workdir is this experiment's; one in which nothing was trained becomes so.
 
     Returns:
-        What a run with a checkpoint is about to change, a phrase each; `adopt` makes it so once the run is loaded.
+        What changes in a run that has been trained, a phrase each; `write_config` saves it once the run is loaded.
 
     Raises:
-        ValueError: it holds another experiment, or something that is none.
+        ValueError: it holds another experiment, or something else.
     """
     saved, config = workdir / "config.json", plain(e)
-    metrics = workdir / "metrics.jsonl"  # checkpoints may have been deleted or moved: logged steps are kept then too
+    metrics = workdir / "metrics.jsonl"  # counts as trained too: checkpoints may have been moved
     logged = metrics.exists() and metrics.stat().st_size > 0
     trained = logged or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
     if not saved.exists():
         others = (path.name for path in workdir.iterdir()) if workdir.exists() else ()
         if any(not name.startswith(files.PARTIAL) for name in others):
             raise ValueError(f"{workdir} is not empty and holds no jaxkd run (no config.json): use a new --workdir")
-        adopt(workdir, e)
+        write_config(workdir, e)
         return []
     try:
         values = files.read_json(saved)
@@ -66,8 +51,8 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
     if (changes or not saved.stat().st_size) and not trained:
         for name in ("evals.jsonl", "metrics.jsonl", "mixture.jsonl", "goodput.jsonl", "run.json"):
-            (workdir / name).unlink(missing_ok=True)  # of an experiment that never made a step
-        adopt(workdir, e)
+            (workdir / name).unlink(missing_ok=True)  # of an experiment that was never trained
+        write_config(workdir, e)
         return []
     fixed = [k for k in keys if k.startswith(_ORDER)]
     if fixed:
@@ -85,25 +70,25 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
 
 
 def _completed(values: Any) -> Any:
-    """A saved config with the defaults of keys that an older jaxkd did not know."""
+    """A saved config with defaults for keys that are newer than it."""
     try:
         return plain(experiment(values))
-    except ValueError:  # it knew others: the comparison will name them
+    except ValueError:  # it has keys that are gone: the comparison will name them
         return values
 
 
-def adopt(workdir: Path, e: Experiment) -> None:
-    """Write the experiment into its workdir."""
+def write_config(workdir: Path, e: Experiment) -> None:
+    """Save the experiment as config.json, making the workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(workdir / "config.json", plain(e))
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[str]:
-    """Keep a second command out of a run's workdir; gives what is in the lock's file, for `see`.
+    """Hold the workdir's lock; gives the content of the lock's file, for `wait_for_lock`.
 
     Raises:
-        ValueError: another one is training in it.
+        ValueError: another process holds it.
     """
     with (workdir / ".lock").open("a+") as file:
         if not locks.acquire(file, workdir / ".lock"):
@@ -116,16 +101,16 @@ def lock(workdir: Path) -> Iterator[str]:
         yield mark
 
 
-def see(workdir: Path, mark: str, seconds: float = 30.0) -> None:
-    """Wait until the lock that process 0 took is seen from here: a run's workdir is one directory for all hosts.
+def wait_for_lock(workdir: Path, mark: str, seconds: float = 30.0) -> None:
+    """Wait until this host sees the lock file that process 0 wrote: all hosts must share the workdir.
 
     Args:
         workdir: of the run.
-        mark: what `lock` gave.
-        seconds: that a network's file system may take.
+        mark: content that `lock` gave.
+        seconds: that a network file system may take.
 
     Raises:
-        ValueError: it is another directory.
+        ValueError: it never appears, so this host's workdir is another directory.
     """
     until = time.monotonic() + seconds
     while True:
@@ -134,17 +119,18 @@ def see(workdir: Path, mark: str, seconds: float = 30.0) -> None:
                 return
         if time.monotonic() > until:
             raise ValueError(
-                f"process 0 has made {workdir}, which is not to be seen on {platform.node()}: --workdir must be on "
-                "storage that every host sees, such as a mounted bucket or file system"
+                f"process 0 made {workdir}, but {platform.node()} does not see it: --workdir must be on storage that "
+                "every host shares, such as a mounted bucket or file system"
             )
         time.sleep(0.2)
 
 
 def saved_experiment(workdir: Path) -> Experiment:
-    """The experiment that a workdir was made by.
+    """The experiment in a workdir's config.json.
 
     Raises:
         FileNotFoundError: it holds no run.
+        ValueError: config.json is empty or torn.
     """
     path = workdir / "config.json"
     if not path.is_file():
@@ -164,21 +150,3 @@ def saved_facts(workdir: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError) as error:
         print(f"jaxkd: {error}: the run's command and kept layers are unknown", file=sys.stderr, flush=True)
         return {}
-
-
-def versions() -> dict[str, str]:
-    """Of Python, jaxkd and what its results depend on."""
-    found = {"python": platform.python_version(), "jaxkd": __version__}
-    return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def commit() -> str | None:
-    """Of the checkout that this code runs from; None where it is no checkout of its own, or there is no git."""
-    root = Path(__file__).resolve().parents[2]
-    git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
-    try:
-        if Path(git("rev-parse", "--show-toplevel").stdout.strip()).resolve() != root:
-            return None
-        return git("rev-parse", "HEAD").stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -121,7 +121,7 @@ def test_an_int8_teacher_is_cached_and_judged(place, arguments):
 def test_draws_train(place, arguments, cached):
     how = teacher(place, "drawn", signal="sampled", entries=12) if cached else ["--config.teacher.signal=sampled"]
     if cached:
-        assert "KL of what is stored" in good("cache", *arguments, *how, CE)
+        assert "KL from the teacher" in good("cache", *arguments, *how, CE)
     workdir = place / f"drawn-{cached}"
     good("train", "--workdir", str(workdir), *arguments, *how, CE)
     assert losses(workdir)[-1] < losses(workdir)[0]

@@ -58,7 +58,7 @@ def test_after_a_rollback_the_run_is_as_if_it_had_never_gone_further(run, tmp_pa
     before, arguments = run
     workdir = shutil.copytree(before, tmp_path / "run")
     done = here("rollback", "--workdir", str(workdir), "--step", "6")
-    assert "Set aside" in done.stdout, done.stderr
+    assert "9 as 9.aside" in done.stdout, done.stderr
     again = here("train", "--workdir", str(workdir), *arguments)
     assert again.returncode == 0, again.stderr
     assert "resuming at step 6 of 12" in again.stdout

@@ -99,7 +99,7 @@ def stopped(survived, two_domains, tmp_path_factory):
 def test_numbers_that_stay_broken_stop_the_run_early_and_save_nothing_more(stopped):
     workdir, result = stopped
     assert result.returncode == 1
-    assert "loss is nan at step 3, and the updates of steps 1, 2 were left out" in result.stderr
+    assert "loss is nan at step 3" in result.stderr
     assert "The last checkpoint is none yet" in result.stderr
     assert "Traceback" not in result.stderr
     assert [row["step"] for row in strict(workdir / "metrics.jsonl")] == [1, 2, 3]

@@ -64,7 +64,7 @@ def models(teacher: Path, student: Path) -> list[str]:
 def test_models_that_fit_are_told_so(place, arguments, exports):
     done = jaxkd("check", *arguments, *models(exports["late"], exports["early"]))
     assert done.returncode == 0, done.stderr
-    for expected in ("tokenizers", "two passes: the same", "held-out rows: teacher", "teacher: padding", "MFLOP"):
+    for expected in ("tokenizers", "two passes", "held-out rows: teacher", "teacher: loss changed", "MFLOP"):
         assert expected in done.stdout
 
 
@@ -73,7 +73,7 @@ def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(place, 
     command = ["train", "--workdir", str(place / "swapped"), *arguments, *models(exports["early"], exports["late"])]
     done = jaxkd(*command, "--config.run.steps=2")
     assert done.returncode == 1
-    assert "ahead of what it should learn from" in done.stderr
+    assert "worse than the student's" in done.stderr
     assert not (place / "swapped" / "metrics.jsonl").exists() or not lines(place / "swapped" / "metrics.jsonl")
     done = jaxkd(*command, "--config.run.steps=2", "--no-check")
     assert done.returncode == 0, done.stderr
@@ -114,7 +114,7 @@ def test_chat_templates_are_compared_by_what_they_write(place, arguments, export
         file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": text}))
     done = jaxkd("check", *arguments, *models(sides["late"], sides["early"]))
     if same:
-        assert "rendered alike" in done.stdout, done.stderr
+        assert "render the same text" in done.stdout, done.stderr
     else:
         assert done.returncode == 1
         assert "from character 0 on: '<|user|>" in done.stderr
@@ -150,7 +150,7 @@ def test_padding_that_reaches_the_tokens_is_found():
         output = transformer.forward(CONFIG, params, batch, dtype=dtype)
         return output._replace(head=output.head._replace(hidden=output.head.hidden * (1 + 0.1 * batch.tokens.shape[1])))
 
-    with pytest.raises(ValueError, match="lets padding reach the tokens"):
+    with pytest.raises(ValueError, match="attends to padding"):
         looked_at(leaks)
 
 
@@ -171,5 +171,5 @@ def test_two_passes_that_differ_are_found():
     )
     teachers = Teachers(no_teacher(), no_teacher())
     loaded = preflight.Loaded(MODELS, None, {}, teachers, {}, {}, sums)
-    with pytest.raises(ValueError, match="two passes over the same rows differ"):
+    with pytest.raises(ValueError, match="two passes"):
         list(preflight._losses(loaded, batch()))

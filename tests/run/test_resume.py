@@ -42,7 +42,7 @@ def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_pat
     if number != signal.SIGKILL:
         assert run.process.returncode == cluster.EXIT_STOPPED, output  # saved, and to be started again
         assert "Traceback" not in output
-        if "the same command goes on" not in output:
+        if "the same command resumes" not in output:
             pytest.fail(f"the run ended before the signal was noticed: {output[-500:]}")
     result = jaxkd("train", "--workdir", str(workdir), *arguments)
     assert result.returncode == 0, result.stderr
@@ -113,10 +113,10 @@ def test_sigterm_does_not_wait_for_an_evaluation(arguments, tmp_path, evaluation
     evaluations = workdir / "evals.jsonl"
     judged = {row["step"] for row in lines(evaluations)} if evaluations.exists() else set()
     if saved:
-        assert "stopped by a signal: step 6 of 12 is saved; the same command goes on" in output
+        assert "stopped by a signal: step 6 of 12 is saved" in output
         assert judged == {0}
     else:
-        assert "stopped by a signal before a step was made" in output
+        assert "stopped by a signal before the first step" in output
         assert not judged
     result = jaxkd("train", "--workdir", str(workdir), *more)
     assert result.returncode == 0, result.stderr

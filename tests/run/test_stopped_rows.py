@@ -41,7 +41,7 @@ def slowly(*arguments, **options):
 load.weights = slowly
 main.console(sys.argv[1:])
 """
-SAID = "stopped by a signal while rows were built: domains that are done are kept, and the same command goes on"
+SAID = "stopped by a signal while rows were built"
 
 
 class Building:
@@ -117,5 +117,5 @@ def test_a_signal_while_weights_are_loaded_ends_the_process(two_domains, tmp_pat
     """Which of a pod takes minutes, when thirty seconds are all that it has."""
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     run = Building(["train", "--workdir", str(tmp_path / "run"), *arguments], program=LOADING)
-    said = "jaxkd: stopped by a signal before a step was made: the same command begins where this one did"
+    said = "jaxkd: stopped by a signal before the first step"
     assert run.stop(0, number) == [(code, said)]

@@ -12,7 +12,7 @@ from harness import REPOSITORY, fails, here, tiny_arguments, write_domain
 
 from jaxkd.config import recipe
 from jaxkd.config.schema import experiment
-from jaxkd.run import job, restore
+from jaxkd.run import job, metadata, restore
 from jaxkd.run import workdir as workdirs
 from jaxkd.run.load import check_one_device, host_params
 from jaxkd.train.checkpoint import Checkpoints
@@ -106,7 +106,7 @@ def test_a_damaged_config_is_named(tmp_path):
 
 def test_no_git_is_no_error(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert workdirs.commit() is None
+    assert metadata.git_commit() is None
 
 
 def test_a_model_that_one_device_does_not_hold_is_not_tried_there():

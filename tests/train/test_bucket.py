@@ -88,7 +88,9 @@ def test_rollback_in_a_bucket(bucket, arguments, tmp_path):
 
     def attempt(directory: str) -> None:
         workdir = tmp_path / directory.rsplit("/", 1)[1]
-        workdirs.adopt(workdir, experiment(recipe.read_config([*arguments, f"--config.run.checkpoints={directory}"])))
+        workdirs.write_config(
+            workdir, experiment(recipe.read_config([*arguments, f"--config.run.checkpoints={directory}"]))
+        )
         with contextlib.closing(Checkpoints(directory, Keep(9))) as writer:
             for step, loss in ((3, 2.0), (6, 1.0), (9, 3.0)):
                 writer.save(step, state_of(step), {"tokens": step}, loss)
