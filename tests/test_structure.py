@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment, leaves, plain
+from jaxkd.config.schema import experiment, plain
+from jaxkd.report.records import leaves
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxkd"

@@ -13,7 +13,7 @@ from typing import Any
 from jaxkd import __version__
 from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import experiment
-from jaxkd.run.workdir import claim, lock, saved_experiment, saved_facts, wait_for_lock, write_config
+from jaxkd.run.workdir import claim, lock, saved_experiment, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
 _CONFIG_HELP = """\
@@ -57,6 +57,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.evals import compare
     from jaxkd.report import goodput, mixture
     from jaxkd.report import run as report
+    from jaxkd.report.records import write_run
     from jaxkd.run import job, load, loop, metadata, mixing, preflight, teacher
     from jaxkd.runtime import compile_cache, profiling
 
@@ -86,11 +87,10 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                 multihost.print_main(f"changed: {change}")
             if multihost.is_main():
                 write_config(workdir, e)
-                known = saved_facts(workdir) if run.resumed else {}
-                kept = run.kept_layers or known.get("student", {}).get("kept_layers")
-                facts = metadata.facts(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
-                files.write_json(workdir / "run.json", facts)
-                for line in metadata.model_lines(e.teacher, facts, built.models.student.source_layers):
+                kept = run.kept_layers or (saved_info(workdir).student.kept_layers if run.resumed else ())
+                record = metadata.info(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
+                write_run(workdir, record)
+                for line in metadata.model_lines(e.teacher, record, built.models.student.source_layers):
                     print(line)
             if not run.resumed and not options.no_check:
                 with run.phases.during("check"):

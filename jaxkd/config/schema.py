@@ -232,12 +232,20 @@ def plain(e: Experiment) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(e)))
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaf values of nested mappings, by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def changed(block: Any, prefix: str = "") -> list[str]:
+    """Dotted keys of a dataclass and the blocks inside whose values differ from their defaults."""
+    keys = []
+    for field in dataclasses.fields(block):
+        value, name = getattr(block, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            keys += changed(value, f"{name}.")
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                inside = dataclasses.is_dataclass(inner)
+                keys += changed(inner, f"{name}.{key}.") if inside else [f"{name}.{key}"]
+        elif value != field.default:
+            keys.append(name)
+    return keys
 
 
 # ------------------------------------------------------------------------------- from plain values

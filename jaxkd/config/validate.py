@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
-from jaxkd.config.schema import SELF, Experiment, TeacherBlock, leaves, nearest, plain
+from jaxkd.config.schema import SELF, Experiment, TeacherBlock, nearest, plain
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
+from jaxkd.report.records import leaves
 from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 

@@ -12,6 +12,7 @@ from jaxkd.core.sharding import constrain
 from jaxkd.core.types import Batch, Divergence, Forward, Output, PyTree
 from jaxkd.kernels.api import RANKED, linear_comparison, linear_divergence
 from jaxkd.losses.divergences import forward_kl, next_token
+from jaxkd.report.text import aligned
 
 Row = dict[str, Any]
 
@@ -186,10 +187,4 @@ def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
                 f"{row['student_bits_per_byte']:.3f}",
             ]
         )
-    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, width, strict=True)))
-        for line in lines
-    ]
-    text.insert(1, "-" * len(text[0]))
-    return "\n".join(text)
+    return aligned(lines)

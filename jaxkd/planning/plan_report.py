@@ -4,7 +4,7 @@ import os
 
 from jaxkd.models.transformer import parameter_count
 from jaxkd.planning.plan import Plan
-from jaxkd.report.charts import number
+from jaxkd.report.text import number
 
 
 def lines(p: Plan) -> list[str]:

@@ -1,49 +1,59 @@
-"""Line charts as inline SVG: axes, sensible ticks, a legend and tooltips; and the style sheet of their page.
+"""Line charts as inline SVG, without a script or another file; and the style sheet of their pages.
 
-Colours are CSS variables (`--c0` to `--c6`), so that one drawing serves light, dark and paper. They repeat
-after seven lines; the marker's shape does not repeat with them, and tells the lines apart for readers who do
-not see the colours.
+A chart is a function of its width, so that a grid can draw one twice: wide where it fills a row alone, and narrow for
+small screens. Colours are CSS variables, `--c0` to `--c6`, for light, dark and paper; the marker's shape repeats with
+another period than the colour.
 """
 
-import html
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxkd.report.text import escape, number
+
 COLORS = 7
-HOVER_POINTS = 120  # more tooltips than this on a line lie on top of each other
-MARKED_POINTS = 24  # up to so many points every one is drawn; beyond, the line is enough
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 10, 36  # the margins of a chart, in its own units
+MARKED_POINTS = 24  # a line with more points has no markers
+HOVER_COLUMNS = 48  # places of a chart that show their values
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36  # margins, in the units of the drawing
+NARROW, WIDE, HEIGHT = 440, 908, 250
+Chart = Callable[[int], str]
+"""Draws an HTML `<figure>` of a width."""
 
 STYLE = """
 :root { --back: #fff; --panel: #f6f7f9; --ink: #1b1f24; --soft: #5b6570; --edge: #d9dee4; --warn: #fff4e0;
-  --c0: #0072b2; --c1: #d55e00; --c2: #00875f; --c3: #b5548c; --c4: #b07800; --c5: #3a9fd8; --c6: #4d4d4d; }
+  --shade: #0003; --c0: #0072b2; --c1: #d55e00; --c2: #00875f; --c3: #b5548c; --c4: #b07800; --c5: #3a9fd8;
+  --c6: #4d4d4d; }
 @media screen and (prefers-color-scheme: dark) { :root { --back: #14171b; --panel: #1d2127; --ink: #e6e9ed;
-  --soft: #9aa5b1; --edge: #333a43; --warn: #3a2e14;
-  --c0: #5ab4f0; --c1: #ff8a4c; --c2: #2fc597; --c3: #e28fc0; --c4: #e8b13a; --c5: #9bd4f7; --c6: #c3c8ce; } }
+  --soft: #9aa5b1; --edge: #333a43; --warn: #3a2e14; --shade: #000a; --c0: #5ab4f0; --c1: #ff8a4c; --c2: #2fc597;
+  --c3: #e28fc0; --c4: #e8b13a; --c5: #9bd4f7; --c6: #c3c8ce; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); print-color-adjust: exact;
   font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 2.2rem 1.6rem 4rem; }
+a { color: var(--c0); }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .9rem; padding: 0 0 .3rem; border-bottom: 1px solid var(--edge); }
-h3 { font-size: .95rem; margin: 0 0 .4rem; }
+h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
 .kind { margin: 0; color: var(--soft); font-size: .85rem; }
 .lead { max-width: 78ch; margin: 0; font-size: 1.05rem; }
 .note { color: var(--soft); font-size: .85rem; max-width: 96ch; margin: .6rem 0 0; }
 .warning { background: var(--warn); border-left: 4px solid var(--c4); padding: .5rem .8rem; margin: 0 0 1em; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(185px, 1fr)); gap: .7rem; }
-.tiles { margin: 1.3rem 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); gap: .7rem; margin: 1.3rem 0 0; }
 .tiles div, .chart, .card, pre { background: var(--panel); border: 1px solid var(--edge); border-radius: 8px;
   padding: .7rem .85rem; break-inside: avoid; min-width: 0; }
 .tiles dt { color: var(--soft); font-size: .8rem; }
 .tiles dd { margin: .15rem 0 0; font-size: 1.2rem; font-weight: 600; white-space: nowrap; }
-.wide { overflow-x: auto; }
+.scroll { overflow-x: auto; background:
+  linear-gradient(90deg, var(--back) 40%, transparent) 0 0 / 48px 100% no-repeat local,
+  linear-gradient(270deg, var(--back) 40%, transparent) 100% 0 / 48px 100% no-repeat local,
+  linear-gradient(90deg, var(--shade), transparent) 0 0 / 16px 100% no-repeat,
+  linear-gradient(270deg, var(--shade), transparent) 100% 0 / 16px 100% no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .34rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; }
-th, td { white-space: nowrap; }
+th, td { padding: .34rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 .total td { font-weight: 650; border-top: 2px solid var(--soft); border-bottom: 0; }
@@ -52,42 +62,40 @@ th:first-child, td:first-child { text-align: left; }
 .facts th, .facts td { text-align: left; vertical-align: top; padding-left: 0; }
 .facts td { white-space: normal; overflow-wrap: anywhere; }
 .facts tr:last-child > * { border-bottom: 0; }
-.cards { columns: 330px; column-gap: .8rem; }
-.card { margin: 0 0 .8rem; }
-.card th { width: auto; }
+.cards { columns: 330px; column-gap: .8rem; margin-top: .8rem; }
+.card { margin: 0 0 .8rem; } .card h3 { margin-top: 0; } .card th { width: auto; }
 .card td { text-align: right; padding-right: 0; }
+summary { cursor: pointer; color: var(--c0); }
 pre { margin: 0 0 1rem; white-space: pre-wrap; overflow-wrap: anywhere; user-select: all;
   -webkit-user-select: all; font: .85rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.two, .three { display: grid; gap: .8rem; margin-bottom: .8rem; }
-.two { grid-template-columns: repeat(auto-fit, minmax(min(430px, 100%), 1fr)); }
-.three { grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
+.charts { display: grid; gap: .8rem; grid-template-columns: 1fr 1fr; }
+.row { grid-column: 1 / -1; } .alone { display: none; }
 .chart { margin: 0; }
 .chart > svg { display: block; width: 100%; height: auto; overflow: visible; }
 figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .3rem; }
+figcaption span { font-weight: 400; color: var(--soft); font-size: .85rem; }
 .empty { color: var(--soft); padding: 2rem 0; text-align: center; margin: 0; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .15rem 1rem; margin: .4rem 0 0; padding: 0; }
 .legend li { display: flex; align-items: center; gap: .35rem; font-size: .8rem; }
-.tick, .name { fill: var(--soft); font-size: 11px; }
-.grid { stroke: var(--edge); }
-.rule { stroke: var(--soft); }
+.tick { fill: var(--soft); font-size: 11px; }
+.grid { stroke: var(--edge); } .rule { stroke: var(--soft); }
 .line { fill: none; stroke: currentColor; stroke-width: 1.9; stroke-linejoin: round; stroke-linecap: round; }
-.faint { stroke-width: 1; opacity: .3; }
-.band { fill: currentColor; opacity: .16; }
-.dashed { stroke-dasharray: 5 5; }
-.mark { fill: currentColor; }
-.hollow { fill: var(--panel); stroke: currentColor; stroke-width: 1.6; }
+.faint { stroke-width: 1; opacity: .3; } .band { fill: currentColor; opacity: .16; } .dashed { stroke-dasharray: 5 5; }
+.mark { fill: currentColor; } .hollow { fill: var(--panel); stroke: currentColor; stroke-width: 1.6; }
 .area { fill: currentColor; fill-opacity: .78; shape-rendering: crispEdges; }
-.area:hover { fill-opacity: 1; }
-.inside { fill: var(--back); font-size: 11px; font-weight: 600; pointer-events: none; }
-.hit { fill: transparent; }
-.hit:hover { fill: currentColor; fill-opacity: .35; }
+.at > rect { fill: transparent; }
+.tip { visibility: hidden; pointer-events: none; font-size: 11px; } .at:hover .tip { visibility: visible; }
+.tip rect { fill: var(--back); stroke: var(--edge); } .tip text { fill: var(--ink); }
+.tip tspan[class] { fill: currentColor; }
 .s0 { color: var(--c0); } .s1 { color: var(--c1); } .s2 { color: var(--c2); } .s3 { color: var(--c3); }
+.s4 { color: var(--c4); } .s5 { color: var(--c5); } .s6 { color: var(--c6); }
+@media screen and (max-width: 760px) {
+  main { padding: 1.2rem .8rem 3rem; } .charts { grid-template-columns: 1fr; } .row { display: none; }
+  .alone { display: block; } .chart { padding: .6rem .5rem; } .tick { font-size: 13px; } .tip { font-size: 12px; } }
 @media print {
   body { font-size: 11px; } main { max-width: none; padding: 0; } h2 { break-after: avoid; }
   .tiles { grid-template-columns: repeat(5, 1fr); } .tiles dd { font-size: .8rem; } td { padding: .25rem; }
-  .wide { overflow: visible; } .wide table { font-size: .62rem; } .lead, .note { max-width: none; }
-  .two { grid-template-columns: 1fr 1fr; } .three { grid-template-columns: 1fr 1fr 1fr; } }
-.s4 { color: var(--c4); } .s5 { color: var(--c5); } .s6 { color: var(--c6); }
+  .scroll { overflow: visible; } .scroll table { font-size: .62rem; } .lead, .note { max-width: none; } }
 """
 
 
@@ -98,13 +106,13 @@ class Line(NamedTuple):
     x: Sequence[float]
     y: Sequence[float]
     style: int = 0
-    dashed: bool = False
-    raw: Sequence[float] | None = None  # the same before smoothing, drawn faintly behind and told by the tooltip
-    band: tuple[Sequence[float], Sequence[float]] | None = None  # from, to: how far several runs spread
+    dashed: bool = False  # a reference without markers; a single point is drawn over the whole width
+    raw: Sequence[float] | None = None  # the values before smoothing, drawn faintly
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # lower and upper edge
 
 
 class Axis(NamedTuple):
-    """A range of values laid on a range of pixels, with the ticks it shows."""
+    """A range of values laid on a range of pixels, with its ticks."""
 
     low: float
     high: float
@@ -121,71 +129,14 @@ class Axis(NamedTuple):
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """`value` for a reader: `digits` significant ones, 12.5k and 135M for large, 3e-4 for tiny values.
-
-    Args: value: any number; None and NaN give a dash. digits: significant digits kept.
-    """
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 1e-3:
-        mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
-        if "." in mantissa:
-            mantissa = mantissa.rstrip("0").rstrip(".")
-        text = f"{mantissa}e{int(exponent)}"
-    elif size < 1e4:
-        text = f"{value:.{max(digits - 1 - math.floor(math.log10(size)), 0)}f}"
-        if "." in text and (size >= 1000 or float(text) == int(float(text))):
-            text = text.rstrip("0").rstrip(".")
-    else:
-        power, suffix = next((p, s) for p, s in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if size >= p)
-        text = f"{value / power:.{digits}g}" if size < 1e15 else f"{value:.{digits - 1}e}"
-        text += suffix if size < 1e15 else ""
-    return text.replace("-", "−", 1) if value < 0 else text
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction as a percentage with one decimal; a dash for None and NaN."""
-    if fraction is None or not math.isfinite(fraction):
-        return "–"
-    return f"{100 * fraction:.1f} %".replace("-", "−")
-
-
-def fixed(value: float) -> str:
-    """Nats and bits for a table: three decimals, so that the digits stand below each other."""
-    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else number(value)
-
-
-def count(value: float) -> str:
-    """A whole number with its thousands apart."""
-    return f"{int(value):,}" if math.isfinite(value) else "–"
-
-
-def escape(value: object) -> str:
-    """Any value as text that is safe inside HTML, also inside an attribute's quotes."""
-    return html.escape(str(value), quote=True)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, last: bool = False) -> str:
-    """An HTML table of cells that are HTML already; the first column is text, the others are figures."""
-    cells = "".join(f"<th>{cell}</th>" for cell in head)
-    total = len(rows) - 1 if last else -1
-    body = "".join(
-        ('<tr class="total">' if index == total else "<tr>") + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
-        for index, row in enumerate(rows)
-    )
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """Round values (1, 2, 2.5 or 5 times a power of ten apart) that span `[low, high]`, its ends included.
+    """About `count` round values (1, 2, 2.5 or 5 times a power of ten apart) that span [low, high].
 
-    Args: low, high: the range, `low < high`. count: about how many. whole: integers only.
+    Args:
+        low: below `high`.
+        high: the range's other end.
+        count: about how many.
+        whole: integers only.
     """
     rough = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
@@ -197,7 +148,7 @@ def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten around `[low, high]`, with their 2 and 5 where there are at most three decades."""
+    """Powers of ten around [low, high], with their 2 and 5 over at most three decades."""
     first = math.floor(math.log10(low) + 1e-9)
     last = max(math.ceil(math.log10(high) - 1e-9), first + 1)
     if last - first > 3:
@@ -229,7 +180,7 @@ def smooth(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """At most `most` points: neighbours are averaged, and a group that holds a non-finite value keeps it."""
+    """At most `most` points, means of neighbours; a group with a non-finite value is not finite."""
     if len(x) <= most:
         return list(x), list(y)
     parts = np.array_split(np.arange(len(x)), most)
@@ -238,7 +189,7 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = 400) -> tuple[list[
 
 
 def limits(values: Iterable[float], zero: bool = False) -> tuple[float, float] | None:
-    """The range of the finite values, widened where it is a single point; None when there is none."""
+    """The range of the finite values, widened where it is a single point; None without any."""
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
         return None
@@ -251,23 +202,21 @@ def limits(values: Iterable[float], zero: bool = False) -> tuple[float, float] |
     return low, high
 
 
-def marker(style: int, x: float, y: float, radius: float = 3.2) -> str:
-    """The SVG of one drawn point: circle, square, triangle, diamond, then the same again, hollow."""
-    shape, hollow = style % 4, "hollow " if style // 4 % 2 else ""
-    attributes = f'class="{hollow}mark s{style % COLORS}"'
-    r = radius
-    if shape == 0:
+def marker(style: int, x: float, y: float, r: float = 3.2) -> str:
+    """A point: circle, square, triangle or diamond, then the same hollow."""
+    attributes = f'class="{"hollow " if style // 4 % 2 else ""}mark s{style % COLORS}"'
+    if style % 4 == 0:
         return f'<circle {attributes} cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"/>'
-    corners = {
-        1: [(-r, -r), (r, -r), (r, r), (-r, r)],
-        2: [(0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)],
-        3: [(0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)],
-    }[shape]
+    corners = (
+        ((-r, -r), (r, -r), (r, r), (-r, r)),
+        ((0, -1.3 * r), (1.2 * r, r), (-1.2 * r, r)),
+        ((0, -1.4 * r), (1.4 * r, 0), (0, 1.4 * r), (-1.4 * r, 0)),
+    )[style % 4 - 1]
     return f'<polygon {attributes} points="{" ".join(f"{x + a:.1f},{y + b:.1f}" for a, b in corners)}"/>'
 
 
 def path(points: Iterable[tuple[float, float] | None]) -> str:
-    """The `d` of an SVG path through the points, broken where one is None; a lone point is a dot."""
+    """The `d` of an SVG path through the points, broken at each None; a lone point is a dot."""
     parts, pen = [], "M"
     for point in points:
         if point is not None:
@@ -276,80 +225,105 @@ def path(points: Iterable[tuple[float, float] | None]) -> str:
     return "".join(parts)
 
 
-def curve(line: Line, x_axis: Axis, y_axis: Axis, unit: str) -> str:
-    """The SVG of one line: faint raw values, the curve, its markers, and tooltips on large targets."""
+def curve(line: Line, x_axis: Axis, y_axis: Axis) -> str:
+    """One line: its band, faint raw values, the curve and its markers."""
 
-    def place(values: Sequence[float]) -> list[tuple[float, float] | None]:
-        seen = (math.isfinite(v) and (v > 0 or not y_axis.log) for v in values)
-        return [(x_axis.at(a), y_axis.at(b)) if ok else None for a, b, ok in zip(line.x, values, seen)]
+    def pixels(values: Sequence[float]) -> list[tuple[float, float] | None]:
+        drawn = (math.isfinite(v) and (v > 0 or not y_axis.log) for v in values)
+        return [(x_axis.at(a), y_axis.at(b)) if ok else None for a, b, ok in zip(line.x, values, drawn)]
 
-    points = place(line.y)
-    color, dashes = f"s{line.style % COLORS}", " dashed" if line.dashed else ""
-    out = []
+    points, color, out = pixels(line.y), f"s{line.style % COLORS}", []
     if line.band is not None:
-        low, high = (place(edge) for edge in line.band)
-        around = [point for point in [*low, *reversed(high)] if point is not None]
-        out.append(f'<path class="band {color}" d="{path(around)}Z"/>')
+        lower, upper = map(pixels, line.band)
+        outline = [point for point in [*lower, *reversed(upper)] if point is not None]
+        out.append(f'<path class="band {color}" d="{path(outline)}Z"/>')
     if line.raw is not None:
-        out.append(f'<path class="line faint {color}" d="{path(place(line.raw))}"/>')
-    out.append(f'<path class="line {color}{dashes}" d="{path(points)}"/>')
-    if line.dashed:  # a reference line: the curve it belongs to carries the points
-        level = points[0] if len(points) == 1 else None
-        if level is not None:
-            out = [f'<path class="line {color}{dashes}" d="M{x_axis.start} {level[1]:.1f}H{x_axis.end}"/>']
-        return "".join(out)
-    if len(points) <= MARKED_POINTS:
+        out.append(f'<path class="line faint {color}" d="{path(pixels(line.raw))}"/>')
+    if line.dashed and len(points) == 1 and points[0] is not None:
+        return f'<path class="line {color} dashed" d="M{x_axis.start} {points[0][1]:.1f}H{x_axis.end}"/>'
+    out.append(f'<path class="line {color}{" dashed" if line.dashed else ""}" d="{path(points)}"/>')
+    if len(points) <= MARKED_POINTS and not line.dashed:
         out += [marker(line.style, *point) for point in points if point is not None]
-    stride = max(1, math.ceil(len(points) / HOVER_POINTS))
-    shown = sorted({*range(0, len(points), stride), len(points) - 1})
-    for index in shown:
-        point = points[index] if points else None
-        if point is None:
-            continue
-        text = f"{line.name}\nstep {number(line.x[index], 6)}: {number(line.y[index])} {unit}".rstrip()
-        if line.raw is not None:
-            text += f" (before smoothing {number(line.raw[index])})"
+    return "".join(out)
+
+
+def hover(lines: Sequence[Line], x_axis: Axis, y_axis: Axis, unit: str) -> str:
+    """Columns over the whole plot that show, under the pointer, the values of all lines at their step."""
+    steps = sorted({x for line in lines for x in line.x if x_axis.low <= x <= x_axis.high})
+    if len(steps) > HOVER_COLUMNS:
+        steps = [steps[round(i * (len(steps) - 1) / (HOVER_COLUMNS - 1))] for i in range(HOVER_COLUMNS)]
+    pixels = [x_axis.at(step) for step in steps]
+    edges = [x_axis.start, *((a + b) / 2 for a, b in pairwise(pixels)), x_axis.end]
+    out = []
+    for step, x, left, right in zip(steps, pixels, edges, edges[1:]):
+        rows = [f"step {number(step, 6)}"]
+        spans = [f"<tspan>{rows[0]}</tspan>"]
+        for line in lines:
+            index = bisect_left(line.x, step)  # thinned lines may have no point there: the next one
+            if index == len(line.x) or not math.isfinite(line.y[index]):
+                continue
+            value = f"{line.name}: {number(line.y[index])}{unit and ' '}{unit}"
+            value += f" (raw {number(line.raw[index])})" if line.raw is not None else ""
+            rows.append(f"■ {value}")
+            spans.append(f'<tspan class="s{line.style % COLORS}">■</tspan><tspan> {escape(value)}</tspan>')
+        width, height = 6.4 * max(map(len, rows)) + 12, 15 * len(rows) + 8
+        box = x + 8 if x < (x_axis.start + x_axis.end) / 2 else x - 8 - width
+        text = "".join(
+            f'<text x="{box + 6:.1f}" y="{y_axis.end + 15 * i + 15:.1f}">{span}</text>' for i, span in enumerate(spans)
+        )
+        top, size = y_axis.end, y_axis.start - y_axis.end
         out.append(
-            f'<circle class="hit {color}" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="6">'
-            f"<title>{escape(text)}</title></circle>"
+            f'<g class="at"><rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="{size}"/><g class="tip">'
+            f'<path class="rule" d="M{x:.1f} {top}v{size}"/>'
+            f'<rect x="{box:.1f}" y="{top}" width="{width:.0f}" height="{height}" rx="4"/>{text}</g></g>'
         )
     return "".join(out)
 
 
-def frame(x_axis: Axis, y_axis: Axis, x_name: str, y_name: str) -> str:
-    """The SVG of grid lines, tick labels and the axes' names."""
+def frame(x_axis: Axis, y_axis: Axis) -> str:
+    """Grid lines, tick labels and the name of the x axis."""
     out = []
     for value, text in zip(y_axis.ticks, tick_labels(y_axis.ticks)):
         y = y_axis.at(value)
         out.append(f'<path class="grid" d="M{x_axis.start:.1f} {y:.1f}H{x_axis.end:.1f}"/>')
-        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 7}" y="{y + 3.5:.1f}">{text}</text>')
+        out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y + 4:.1f}">{text}</text>')
     for value, text in zip(x_axis.ticks, tick_labels(x_axis.ticks)):
         x = x_axis.at(value)
         out.append(f'<path class="rule" d="M{x:.1f} {y_axis.start:.1f}v4"/>')
-        out.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{y_axis.start + 16:.1f}">{text}</text>')
+        out.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{y_axis.start + 17:.1f}">{text}</text>')
     out.append(f'<path class="rule" d="M{x_axis.start:.1f} {y_axis.start:.1f}H{x_axis.end:.1f}"/>')
-    middle = (y_axis.start + y_axis.end) / 2
-    out.append(
-        f'<text class="name" text-anchor="middle" x="{(x_axis.start + x_axis.end) / 2:.1f}" '
-        f'y="{y_axis.start + 31:.1f}">{escape(x_name)}</text>'
-        f'<text class="name" text-anchor="middle" transform="translate(11 {middle:.1f}) rotate(-90)">'
-        f"{escape(y_name)}</text>"
-    )
+    middle = (x_axis.start + x_axis.end) / 2
+    out.append(f'<text class="tick" text-anchor="middle" x="{middle:.1f}" y="{y_axis.start + 32:.1f}">step</text>')
     return "".join(out)
 
 
-def legend(lines: Sequence[Line]) -> str:
-    """One entry per line with its stroke and marker, as an HTML list that wraps."""
-    items = []
-    for line in lines:
-        dashes = " dashed" if line.dashed else ""
-        dot = "" if line.dashed or len(line.x) > MARKED_POINTS else marker(line.style, 13, 6)
-        items.append(
-            f'<li><svg width="26" height="12" aria-hidden="true">'
-            f'<path class="line s{line.style % COLORS}{dashes}" d="M1 6H25"/>{dot}</svg>'
-            f"{escape(line.name)}</li>"
-        )
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """A list of SVG swatches (26 by 12) and names that wraps."""
+    svg = '<svg width="26" height="12" aria-hidden="true">'
+    items = (f"<li>{svg}{drawing}</svg>{escape(name)}</li>" for drawing, name in entries)
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def swatch(line: Line) -> str:
+    """A short piece of a line, with its marker, for the legend."""
+    dashes = " dashed" if line.dashed else ""
+    dot = "" if line.dashed or len(line.x) > MARKED_POINTS else marker(line.style, 13, 6)
+    return f'<path class="line s{line.style % COLORS}{dashes}" d="M1 6H25"/>{dot}'
+
+
+def panel(title: str, unit: str, names: Iterable[str], drawing: str, width: int, below: str = "") -> str:
+    """The `<figure>` around a drawing of the standard height."""
+    label = escape(f"{title}: {', '.join(names)} over steps")
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}{unit and f" <span>{escape(unit)}</span>"}</figcaption>'
+        f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">{drawing}</svg>{below}</figure>'
+    )
+
+
+def x_axis_of(low: float, high: float, width: int) -> Axis:
+    """Steps over the width of a drawing, with ticks at whole ones."""
+    inside = [v for v in ticks(low, high, 6 if width == NARROW else 10, whole=True) if low - 1e-9 <= v <= high + 1e-9]
+    return Axis(low, high, LEFT, width - RIGHT, [v for v in inside if v >= 0])
 
 
 def figure(
@@ -360,35 +334,51 @@ def figure(
     zero: bool = False,
     log: bool = False,
     y_range: tuple[float, float] | None = None,
-    width: int = 520,
-    height: int = 270,
-) -> str:
-    """One chart over steps as an HTML `<figure>`; says so in words when nothing can be drawn.
+) -> Chart:
+    """A chart of lines over steps; it says so in words when there is nothing to draw.
 
-    Args: lines: the curves. unit: of the values. zero: the axis includes 0. log: logarithmic where the values
-    allow it. y_range: shared by several charts. width, height: of the drawing, in its own units.
+    Args:
+        title: shown above.
+        lines: the curves.
+        unit: of the values.
+        zero: the axis includes 0.
+        log: logarithmic where the values are positive and span more than a factor of 50.
+        y_range: shared by several charts.
     """
-    head = f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-    every = [v for line in lines for v in (*line.y, *(line.raw or ()), *(v for edge in line.band or () for v in edge))]
-    positive = [v for v in every if math.isfinite(v) and v > 0]
+    values = [v for line in lines for v in (*line.y, *(line.raw or ()), *(v for edge in line.band or () for v in edge))]
+    positive = [v for v in values if math.isfinite(v) and v > 0]
     log = log and len(positive) > 1 and max(positive) > 50 * min(positive)
-    span = y_range or limits(positive if log else every, zero and not log)
+    span = y_range or limits(positive if log else values, zero and not log)
     steps = limits(x for line in lines for x in line.x)
     if span is None or steps is None:
-        return head + '<p class="empty">No values to draw.</p></figure>'
+        return lambda width: (
+            f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="empty">No values.</p></figure>'
+        )
     y_ticks = log_ticks(*span) if log else ticks(*span)
-    x_low, x_high = steps
-    alone = {x for line in lines for x in line.x}
-    if len(alone) == 1:
-        x_low, x_high = min(alone) - 1, max(alone) + 1  # a single step stands in the middle
-    elif 0 < x_low < 0.1 * x_high:
-        x_low = 0.0
-    x_ticks = [v for v in ticks(x_low, x_high, 6, whole=True) if x_low - 1e-9 <= v <= x_high + 1e-9 and v >= 0]
-    x_axis = Axis(x_low, x_high, LEFT, width - RIGHT, x_ticks)
-    y_axis = Axis(y_ticks[0], y_ticks[-1], height - BOTTOM, TOP, y_ticks, log)
-    drawn = "".join(curve(line, x_axis, y_axis, unit) for line in lines)
-    axes = frame(x_axis, y_axis, "step", f"{unit}, log scale".strip(", ") if log else unit)
-    label = escape(f"{title}: {', '.join(line.name for line in lines)} over steps")
-    below = legend(lines) if len(lines) > 1 else ""
-    canvas = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">'
-    return f"{head}{canvas}{axes}{drawn}</svg>{below}</figure>"
+    y_axis = Axis(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, y_ticks, log)
+    low, high = steps
+    single = {x for line in lines for x in line.x}
+    if len(single) == 1:
+        low, high = min(single) - 1, max(single) + 1  # a single step stands in the middle
+    elif 0 < low < 0.1 * high:
+        low = 0.0
+    shown_unit = f"{unit}, log scale".strip(", ") if log else unit
+
+    def draw(width: int) -> str:
+        x_axis = x_axis_of(low, high, width)
+        curves = "".join(curve(line, x_axis, y_axis) for line in lines)
+        drawing = frame(x_axis, y_axis) + curves + hover(lines, x_axis, y_axis, unit if len(unit) < 3 else "")
+        below = legend((swatch(line), line.name) for line in lines) if len(lines) > 1 else ""
+        return panel(title, shown_unit, [line.name for line in lines], drawing, width, below)
+
+    return draw
+
+
+def grid(charts: Sequence[Chart]) -> str:
+    """Charts in two columns; of an odd number the first fills a row, and is drawn again for a single column."""
+    if not charts:
+        return ""
+    out = [chart(NARROW) for chart in charts]
+    if len(charts) % 2:
+        out[0] = f'<div class="row">{charts[0](WIDE)}</div><div class="alone">{out[0]}</div>'
+    return f'<div class="charts">{"".join(out)}</div>'

@@ -1,4 +1,4 @@
-"""Finished runs side by side: mean and spread over seeds, and which differences are more than that spread."""
+"""Finished runs side by side: mean and spread over seeds, and which differences exceed that spread."""
 
 import json
 import math
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
-from jaxkd.report.run import MEAN, Row, by_domain, leaves, missing, read_json, value_of
+from jaxkd.report.records import MEAN, Row, by_domain, leaves, missing, read_json, read_run, value_of
+from jaxkd.report.text import aligned
 from jaxkd.runtime import files
 
 METRICS = ("student_nats", "kl", "agreement")
+SHORT = {"student_nats": "student nats", "kl": "KL", "agreement": "agreement, %"}
 CONFIDENCE = 0.95
 
 
@@ -39,84 +41,87 @@ class Variant(NamedTuple):
     runs: tuple[Finished, ...]
 
     def values(self, domain: str, key: str) -> list[float]:
-        """A figure of the last evaluation, a run each."""
+        """A figure of the last evaluation of each run."""
         return [run.last(domain, key) for run in self.runs]
 
 
 class Comparison(NamedTuple):
-    """What can be held against each other, and what was left out of it."""
+    """Variants on the same rows, the one that the others are compared with, and why runs were left out."""
 
     variants: tuple[Variant, ...]
-    against: str
+    baseline: str
     domains: tuple[str, ...]  # the mean is the last
     left_out: tuple[str, ...]  # a sentence each
 
+    def difference(self, variant: Variant, domain: str, key: str) -> "Difference | None":
+        """A variant's difference from the baseline; None for the baseline itself."""
+        baseline = next(v for v in self.variants if v.name == self.baseline)
+        return None if variant is baseline else difference(variant.values(domain, key), baseline.values(domain, key))
 
-def gather(places: Sequence[Path], against: str | None = None) -> Comparison:
-    """Runs of several places as variants.
+
+def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparison:
+    """Runs as variants; the first variant is the baseline unless it is named.
 
     Args:
-        places: run directories, and directories that hold some, such as a sweep's.
-        against: the variant that the others are held against; the first one when None.
+        directories: of runs, or holding some, such as a sweep's.
+        baseline: name of a variant.
 
     Raises:
-        FileNotFoundError: a place holds no run.
+        FileNotFoundError: a directory holds no run.
         ValueError: no run is finished, or there is no such variant.
     """
     groups: dict[str, list[Finished]] = {}
     names: dict[str, str] = {}
     left_out, rows = [], None
-    for workdir in (run for place in places for run in _runs(Path(place))):
-        config, evals = read_json(workdir, "config.json"), files.read_jsonl(workdir / "evals.jsonl")
-        steps, seed = int(config["run"]["steps"]), int(config["run"]["seed"])
-        reached = max((int(row["step"]) for row in evals if row.get("domain") == MEAN), default=None)
-        if reached is None or reached < steps:
-            left_out.append(f"{workdir} is not finished: {_where(workdir, reached)} of {steps} steps")
+    for workdir in (run for directory in directories for run in _runs(Path(directory))):
+        try:
+            config, info = read_json(workdir, "config.json"), read_run(workdir)
+            evals, metrics = (files.read_jsonl(workdir / name) for name in ("evals.jsonl", "metrics.jsonl"))
+        except (FileNotFoundError, files.Torn) as error:
+            left_out.append(str(error))
             continue
-        found = {d["name"]: d.get("fingerprint") for d in read_json(workdir, "run.json")["domains"]}
-        rows = rows or found
-        if found != rows:
-            other = ", ".join(name for name in {**rows, **found} if rows.get(name) != found.get(name))
+        steps, seed = int(config["run"]["steps"]), int(config["run"]["seed"])
+        evaluated = max((int(row["step"]) for row in evals if row.get("domain") == MEAN), default=-1)
+        if evaluated < steps:
+            reached = max([evaluated, *(int(row["step"]) for row in metrics)], default=0)
+            left_out.append(f"{workdir} is not finished: {max(reached, 0)} of {steps} steps")
+            continue
+        fingerprints = {domain.name: domain.fingerprint for domain in info.domains}
+        rows = rows or fingerprints
+        if fingerprints != rows:
+            other = ", ".join(n for n in {**rows, **fingerprints} if rows.get(n) != fingerprints.get(n))
             left_out.append(f"{workdir} is of other rows than the first run: {other}")
             continue
         key = json.dumps({**config, "run": {**config["run"], "seed": 0}}, sort_keys=True)
-        run = Finished(workdir, seed, config, by_domain(evals), files.read_jsonl(workdir / "metrics.jsonl"))
-        same = [other for other in groups.get(key, ()) if other.seed == seed]
-        if same:
-            left_out.append(f"{workdir} is {same[0].workdir} once more: the same config and seed")
+        if same := [other for other in groups.get(key, ()) if other.seed == seed]:
+            left_out.append(f"{workdir} has the config and seed of {same[0].workdir}")
             continue
-        groups.setdefault(key, []).append(run)
+        groups.setdefault(key, []).append(Finished(workdir, seed, config, by_domain(evals), metrics))
         names.setdefault(key, _name(workdir))
     if not groups:
         raise ValueError("; ".join(left_out) or "no run is finished")
     taken = list(names.values())
-    named = {k: name if taken.count(name) == 1 else str(groups[k][0].workdir) for k, name in names.items()}
-    variants = tuple(Variant(named[k], tuple(sorted(runs, key=lambda r: r.seed))) for k, runs in groups.items())
-    known = [variant.name for variant in variants]
-    if against is not None and against not in known:
-        raise ValueError(f"there is no finished variant '{against}' to compare with: there are {', '.join(known)}")
+    unique = {k: name if taken.count(name) == 1 else str(groups[k][0].workdir) for k, name in names.items()}
+    variants = tuple(Variant(unique[k], tuple(sorted(runs, key=lambda r: r.seed))) for k, runs in groups.items())
+    if baseline is not None and baseline not in unique.values():
+        raise ValueError(f"there is no finished variant '{baseline}': there are {', '.join(unique.values())}")
     domains = tuple(variants[0].runs[0].evals)
-    return Comparison(variants, against or known[0], domains, tuple(left_out))
+    return Comparison(variants, baseline or variants[0].name, domains, tuple(left_out))
 
 
-def _runs(place: Path) -> Iterator[Path]:
-    """Run directories at a place or up to two levels below it, by name."""
-    found = [place] if (place / "config.json").is_file() else []
-    found = found or sorted(p.parent for depth in ("*", "*/*") for p in place.glob(f"{depth}/config.json"))
-    if not found:
-        raise FileNotFoundError(missing(place, "config.json"))
-    yield from found
+def _runs(directory: Path) -> Iterator[Path]:
+    """The directory itself if it is a run's, otherwise the runs up to two levels below it, by name."""
+    runs = [directory] if (directory / "config.json").is_file() else []
+    runs = runs or sorted(p.parent for depth in ("*", "*/*") for p in directory.glob(f"{depth}/config.json"))
+    if not runs:
+        raise missing(directory, "config.json")
+    yield from runs
 
 
 def _name(workdir: Path) -> str:
-    """What a sweep called the variant, or the directory's own name."""
+    """A sweep's name of the variant, or the directory's own."""
     resolved = workdir.resolve()
     return resolved.parent.name if re.fullmatch(r"seed-\d+", resolved.name) else resolved.name
-
-
-def _where(workdir: Path, evaluated: int | None) -> str:
-    steps = [int(row["step"]) for row in files.read_jsonl(workdir / "metrics.jsonl")]
-    return str(max([evaluated or 0, *steps]))
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -136,15 +141,15 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Difference(NamedTuple):
-    """Of two means, with the interval that holds the true one in 95 of 100 experiments like this."""
+    """A difference of two means and its 95% confidence interval."""
 
     value: float
-    low: float | None  # None where a side has a single run: nothing is known of the spread
+    low: float | None  # None where a side has a single run
     high: float | None
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
@@ -167,101 +172,95 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
     return Difference(value, value - half, value + half)
 
 
-def against(found: Comparison, variant: Variant, domain: str, key: str) -> Difference | None:
-    """A variant's difference from the one that all are held against; None for that one itself."""
-    reference = next(v for v in found.variants if v.name == found.against)
-    if variant is reference:
-        return None
-    return difference(variant.values(domain, key), reference.values(domain, key))
-
-
-def changes(found: Comparison) -> dict[str, dict[str, str]]:
-    """Keys of the config in which variants differ -> variant -> value."""
-    tables = {v.name: dict(leaves(v.runs[0].config)) for v in found.variants}
+def changes(c: Comparison) -> dict[str, dict[str, Any]]:
+    """Values by variant of the config's keys in which variants differ; "" where a config does not have the key."""
+    tables = {v.name: leaves(v.runs[0].config) for v in c.variants}
     keys = dict.fromkeys(key for table in tables.values() for key in table if key != "run.seed")
     values = {key: {name: table.get(key, "") for name, table in tables.items()} for key in keys}
-    return {key: by for key, by in values.items() if len(set(by.values())) > 1}
+    return {key: by for key, by in values.items() if any(value != by[c.baseline] for value in by.values())}
 
 
 # ------------------------------------------------------------------------------------ as text, as JSON
 
 
-def plus_minus(s: Spread, percent: bool = False) -> str:
-    """`mean ± std`, or the mean alone where there is one run."""
-    scale, digits = (100, 1) if percent else (1, 3)
+def plus_minus(s: Spread, key: str) -> str:
+    """`mean ± std` of a metric, or the mean alone of a single run; agreement in percent."""
+    scale, digits = (100, 1) if key == "agreement" else (1, 3)
     return f"{scale * s.mean:.{digits}f}" + ("" if s.std is None else f" ± {scale * s.std:.{digits}f}")
 
 
-def interval(d: Difference | None) -> str:
-    """`-0.031 [-0.050, -0.012] *`, the star where zero is outside."""
+def interval(d: Difference | None, key: str) -> str:
+    """`-0.031 [-0.050, -0.012] *`, the star where the interval excludes zero; agreement in percentage points."""
     if d is None:
         return ""
-    if d.low is None or d.high is None:
-        return f"{d.value:+.3f}"
-    return f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" + (" *" if d.beyond_noise else "")
+    scale, digits = (100, 1) if key == "agreement" else (1, 3)
+    value, *ends = (f"{scale * x:+.{digits}f}" for x in (d.value, d.low, d.high) if x is not None)
+    return f"{value} [{', '.join(ends)}]{' *' if d.beyond_noise else ''}" if ends else value
 
 
-def text(found: Comparison) -> str:
-    """Two aligned tables, of the means and of the domains, and what the marks mean."""
-    head = ["variant", "runs", "student nats", "KL", "agreement %", f"nats over {found.against}"]
-    main = [
-        [
-            v.name,
-            str(len(v.runs)),
-            *(plus_minus(spread(v.values(MEAN, key)), key == "agreement") for key in METRICS),
-            interval(against(found, v, MEAN, "student_nats")),
-        ]
-        for v in found.variants
-    ]
-    domains = [
-        [v.name, *(_marked(found, v, domain) for domain in found.domains if domain != MEAN)] for v in found.variants
-    ]
-    parts = [_aligned([head, *main]), "student nats by domain:", _aligned([["variant", *found.domains[:-1]], *domains])]
-    return "\n\n".join([*parts, note(found), *(f"left out: {line}" for line in found.left_out)])
+def short(d: Difference | None, key: str) -> str:
+    """` (-0.031 *)`: the difference without its interval, for a cell beside the value."""
+    without = re.sub(r" \[.*\]", "", interval(d, key))
+    return f" ({without})" if d is not None else ""
 
 
-def _marked(found: Comparison, variant: Variant, domain: str) -> str:
-    d = against(found, variant, domain, "student_nats")
-    star = " *" if d is not None and d.beyond_noise else ""
-    return plus_minus(spread(variant.values(domain, "student_nats"))) + star
+def text(c: Comparison) -> str:
+    """What differs, a table of means and one of domains, and what the marks mean."""
+    differing = [["setting", *(v.name for v in c.variants)]]
+    differing += [[key, *(str(by[v.name]) for v in c.variants)] for key, by in changes(c).items()]
+    means = [["variant", "runs"]]
+    for key in METRICS:
+        means[0] += [SHORT[key], *([f"over {c.baseline}"] if len(c.variants) > 1 else [])]
+    domains = [["variant", *c.domains[:-1]]]
+    for v in c.variants:
+        means.append([v.name, str(len(v.runs))])
+        for key in METRICS:
+            cells = [plus_minus(spread(v.values(MEAN, key)), key), interval(c.difference(v, MEAN, key), key)]
+            means[-1] += cells if len(c.variants) > 1 else cells[:1]
+        domains.append([v.name, *(cell(c, v, domain, "student_nats") for domain in c.domains[:-1])])
+    parts = [aligned(differing)] if len(differing) > 1 else []
+    parts += [aligned(means), "student nats by domain:", aligned(domains), note(c)]
+    return "\n\n".join([*parts, *(f"left out: {line}" for line in c.left_out)])
 
 
-def note(found: Comparison) -> str:
+def cell(c: Comparison, variant: Variant, domain: str, key: str) -> str:
+    """`mean ± std (difference *)` of a variant in a domain."""
+    return plus_minus(spread(variant.values(domain, key)), key) + short(c.difference(variant, domain, key), key)
+
+
+def note(c: Comparison) -> str:
     """What the figures are, and what a star does not say."""
-    count = len(found.domains) * (len(found.variants) - 1)
-    return (
-        f"Mean ± standard deviation over seeds, last evaluation. A star: the {CONFIDENCE:.0%} Welch interval of the "
-        f"difference from {found.against} leaves zero out. Nothing is corrected for the {count} differences looked at; "
-        "seeds change the order of rows, not the held-out ones, so this is the noise of training alone."
-    )
+    compared = len(c.domains) * (len(c.variants) - 1)
+    text = "Mean ± standard deviation over seeds, last evaluation."
+    if compared:
+        text += (
+            f" A star: the {CONFIDENCE:.0%} Welch interval of the difference from {c.baseline} excludes zero, without "
+            f"a correction for the {compared} differences per figure. Seeds change the order of rows, not the held-out "
+            "ones, so this is the noise of training alone."
+        )
+    return text
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    fill = lambda row: "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-    return "\n".join([fill(rows[0]), "-" * len(fill(rows[0])), *map(fill, rows[1:])])
-
-
-def as_json(found: Comparison) -> dict[str, Any]:
+def as_json(c: Comparison) -> dict[str, Any]:
     """Every figure of every domain."""
 
     def figures(variant: Variant, domain: str, key: str) -> dict[str, Any]:
-        facts: dict[str, Any] = spread(variant.values(domain, key))._asdict()
-        d = against(found, variant, domain, key)
-        return facts if d is None else facts | {"difference": d._asdict() | {"beyond_noise": d.beyond_noise}}
+        values: dict[str, Any] = spread(variant.values(domain, key))._asdict()
+        d = c.difference(variant, domain, key)
+        return values if d is None else values | {"difference": d._asdict() | {"beyond_noise": d.beyond_noise}}
 
     return {
-        "against": found.against,
+        "baseline": c.baseline,
         "confidence": CONFIDENCE,
-        "differs": changes(found),
+        "differs": changes(c),
         "variants": [
             {
                 "name": v.name,
                 "seeds": [run.seed for run in v.runs],
                 "runs": [str(run.workdir) for run in v.runs],
-                "domains": {d: {key: figures(v, d, key) for key in METRICS} for d in found.domains},
+                "domains": {d: {key: figures(v, d, key) for key in METRICS} for d in c.domains},
             }
-            for v in found.variants
+            for v in c.variants
         ],
-        "left_out": list(found.left_out),
+        "left_out": list(c.left_out),
     }

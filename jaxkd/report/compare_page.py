@@ -1,26 +1,29 @@
-"""A comparison of runs as one self-contained HTML page: tables, and curves with the spread over seeds as a band."""
+"""A comparison of runs as one HTML page: tables, and curves with the spread over seeds as a band."""
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jaxkd.report.charts import STYLE, Line, escape, figure, smooth, table, thin
+from jaxkd.report.charts import STYLE, Chart, Line, figure, grid, smooth, thin
 from jaxkd.report.compare import (
-    MEAN,
     METRICS,
+    SHORT,
     Comparison,
     Finished,
     Variant,
-    against,
+    cell,
     changes,
     interval,
     note,
     plus_minus,
     spread,
 )
-from jaxkd.report.run import PANEL, section, value_of
+from jaxkd.report.records import MEAN, value_of
+from jaxkd.report.run import value_text
+from jaxkd.report.text import document, escape, section, table
 from jaxkd.runtime import files
 
 TITLES = {
@@ -28,136 +31,128 @@ TITLES = {
     "kl": "KL(teacher || student), nats",
     "agreement": "Top-1 agreement with the teacher, %",
 }
-Series = tuple[Sequence[float], Sequence[float]]
-"""Steps and values."""
+Series = Callable[[Finished], tuple[Sequence[float], Sequence[float]]]
+"""Steps and values of a run."""
 
 
-def write(found: Comparison, target: Path) -> Path:
-    """Make the page; a reader sees the old one or the new one."""
-    files.write_text(target, page(found))
+def write(c: Comparison, target: Path) -> Path:
+    """Make the page at `target`, with links to the runs relative to it."""
+    files.write_text(target, page(c, target.parent))
     return target
 
 
-def page(found: Comparison) -> str:
-    """The whole page as text."""
-    runs = sum(len(v.runs) for v in found.variants)
-    warnings = "".join(f'<p class="warning">Left out: {escape(line)}.</p>' for line in found.left_out)
-    title = f"{', '.join(v.name for v in found.variants)}: comparison"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f'<header><p class="kind">jaxkd comparison</p><h1>{len(found.variants)} variants, {runs} runs</h1>'
-        f'<p class="lead">{lead(found)}</p></header>{warnings}'
-        + section("Means over domains", means(found), f'<p class="note">{escape(note(found))}</p>')
-        + section("By domain", *(by_domain(found, key) for key in METRICS))
-        + section("Curves", curves(found))
-        + section("What differs", differences(found))
-        + "</main></body></html>\n"
+def page(c: Comparison, directory: Path = Path()) -> str:
+    """The page as text; `directory` is the one that it is for."""
+    runs = sum(len(v.runs) for v in c.variants)
+    left_out = "".join(f'<p class="warning">Left out: {escape(line)}.</p>' for line in c.left_out)
+    return document(
+        f"{', '.join(v.name for v in c.variants)}: comparison",
+        STYLE,
+        f'<header><p class="kind">jaxkd comparison</p><h1>{len(c.variants)} variants, {runs} runs</h1>'
+        f'<p class="lead">{lead(c)}</p></header>{left_out}'
+        + section("What differs", differences(c))
+        + section("Means over domains", means(c), f'<p class="note">{escape(note(c))}</p>')
+        + section("By domain", *(by_domain(c, key) for key in METRICS))
+        + section("Curves", curves(c))
+        + section("Runs", links(c, directory)),
     )
 
 
-def lead(found: Comparison) -> str:
-    """In a sentence: which variants differ from the one they are held against by more than the seeds do."""
+def lead(c: Comparison) -> str:
+    """In a sentence: which variants differ from the baseline by more than the seeds do."""
+    if len(c.variants) == 1:
+        return "A single variant: there is nothing to compare it with."
     apart = []
-    for v in found.variants:
-        d = against(found, v, MEAN, "student_nats")
+    for v in c.variants:
+        d = c.difference(v, MEAN, "student_nats")
         if d is not None and d.beyond_noise:
             apart.append(f"{v.name} ({d.value:+.3f})")
-    said = f"differ from {found.against} in mean student nats by more than the noise of seeds"
-    return escape(f"{', '.join(apart)} {said}." if apart else f"No variant is seen to {said}.")
+    who = f"{', '.join(apart)} differ{'s' if len(apart) == 1 else ''}" if apart else "None differs"
+    return escape(f"{who} from {c.baseline} in mean student nats by more than the noise of seeds.")
 
 
-def means(found: Comparison) -> str:
-    """Variants by row: the means of the three figures, losses with their differences."""
+def links(c: Comparison, directory: Path) -> str:
+    """Variants by row, a link to each run's report, or to its directory where there is none."""
+
+    def link(run: Finished) -> str:
+        report = run.workdir / "report.html"
+        target = os.path.relpath(report if report.exists() else run.workdir, directory)
+        return f'<a href="{escape(Path(target).as_posix())}">seed {run.seed}</a>'
+
+    return table(["variant", "runs"], [[escape(v.name), ", ".join(map(link, v.runs))] for v in c.variants])
+
+
+def means(c: Comparison) -> str:
+    """Variants by row: the means of the three figures and their differences from the baseline."""
     head = ["variant", "runs"]
     for key in METRICS:
-        head += [escape(TITLES[key]), *([] if key == "agreement" else [f"over {escape(found.against)}"])]
+        head += [SHORT[key], f"over {escape(c.baseline)}"]
     rows = []
-    for v in found.variants:
-        cells = [escape(v.name), str(len(v.runs))]
+    for v in c.variants:
+        rows.append([escape(v.name), str(len(v.runs))])
         for key in METRICS:
-            cells.append(plus_minus(spread(v.values(MEAN, key)), key == "agreement"))
-            cells += [] if key == "agreement" else [_difference(found, v, MEAN, key)]
-        rows.append(cells)
+            d = c.difference(v, MEAN, key)
+            shown = escape(interval(d, key)) or "–"
+            rows[-1].append(plus_minus(spread(v.values(MEAN, key)), key))
+            rows[-1].append(f"<strong>{shown}</strong>" if d is not None and d.beyond_noise else shown)
     return table(head, rows)
 
 
-def _difference(found: Comparison, variant: Variant, domain: str, key: str) -> str:
-    d = against(found, variant, domain, key)
-    shown = escape(interval(d)) if d is not None else "–"
-    return f"<strong>{shown}</strong>" if d is not None and d.beyond_noise else shown
+def by_domain(c: Comparison, key: str) -> str:
+    """One figure: variants by row, domains by column, with differences from the baseline."""
+    rows = [[escape(v.name), *(cell(c, v, domain, key) for domain in c.domains)] for v in c.variants]
+    return f"<h3>{escape(TITLES[key])}</h3>" + table(["variant", *map(escape, c.domains)], rows)
 
 
-def by_domain(found: Comparison, key: str) -> str:
-    """One figure: variants by row, domains by column; a star where the difference is beyond the noise."""
-    rows = []
-    for v in found.variants:
-        cells = [escape(v.name)]
-        for domain in found.domains:
-            d = against(found, v, domain, key)
-            star = " *" if d is not None and d.beyond_noise else ""
-            cells.append(plus_minus(spread(v.values(domain, key)), key == "agreement") + star)
-        rows.append(cells)
-    return f'<h3 style="margin-top: 1.4rem">{escape(TITLES[key])}</h3>' + table(
-        ["variant", *map(escape, found.domains)], rows
-    )
-
-
-def differences(found: Comparison) -> str:
-    """The keys of the config in which the variants are not alike."""
-    rows = [[escape(key), *(escape(by[v.name]) or "–" for v in found.variants)] for key, by in changes(found).items()]
-    return table(["key", *(escape(v.name) for v in found.variants)], rows) if rows else ""
+def differences(c: Comparison) -> str:
+    """The keys of the config in which the variants differ."""
+    rows = [[escape(key), *(escape(value_text(by[v.name])) for v in c.variants)] for key, by in changes(c).items()]
+    return table(["setting", *(escape(v.name) for v in c.variants)], rows) if rows else ""
 
 
 # ------------------------------------------------------------------------------------------ curves
 
 
-def curves(found: Comparison) -> str:
-    """Evaluations and training terms over steps, a line a variant, with a band of one standard deviation."""
+def curves(c: Comparison) -> str:
+    """Evaluations and training terms over steps, a line per variant with a band of one standard deviation."""
+    styles = {v.name: style for style, v in enumerate(c.variants)}
 
-    def drawn(title: str, series: Callable[[Finished], Series], window: int = 1, **options) -> str:
-        lines = [band(v, style, series, window) for style, v in enumerate(found.variants)]
-        return figure(title, lines, **options)
+    def drawn(title: str, series: Series, of: Iterable[Variant] = c.variants, window: int = 1, **options) -> Chart:
+        return figure(title, [band(v, styles[v.name], series, window) for v in of], **options)
 
-    first = [
+    charts = [
         drawn(f"{TITLES[key]}, mean over domains", evaluated(MEAN, key, 100.0 if key == "agreement" else 1.0))
         for key in METRICS
     ]
-    first.append(drawn("Perplexity ratio to the teacher, largest over smallest domain", ratios))
-    for term in common_terms(found):
-        first.append(drawn(f"{term}, training", logged(term), 9, unit="nats per token"))
-    panels = [
-        drawn(f"{domain}, student nats", evaluated(domain, "student_nats"), width=PANEL[0], height=PANEL[1])
-        for domain in found.domains
-        if domain != MEAN
-    ]
-    return f'<div class="two">{"".join(first)}</div><div class="three">{"".join(panels)}</div>'
+    charts.append(drawn("Perplexity ratio to the teacher, largest over smallest domain", ratios))
+    for title, term, variants in logged_terms(c):
+        charts.append(drawn(f"{title}, training", logged(term), variants, 9, unit="nats per token"))
+    charts += [drawn(f"{d}, student nats", evaluated(d, "student_nats")) for d in c.domains if d != MEAN]
+    return grid(charts)
 
 
-def evaluated(domain: str, key: str, scale: float = 1.0) -> Callable[[Finished], Series]:
+def evaluated(domain: str, key: str, scale: float = 1.0) -> Series:
     """A figure of one domain over the evaluations of a run."""
 
-    def series(run: Finished) -> Series:
+    def series(run: Finished) -> tuple[list[float], list[float]]:
         rows = run.evals.get(domain, [])
         return [value_of(row, "step") for row in rows], [scale * value_of(row, key) for row in rows]
 
     return series
 
 
-def ratios(run: Finished) -> Series:
-    """How unevenly a student knows its domains: the largest perplexity ratio to the teacher over the smallest."""
+def ratios(run: Finished) -> tuple[list[float], list[float]]:
+    """The largest perplexity ratio of student to teacher over the smallest, over domains."""
     gaps: dict[float, list[float]] = {}
     for domain, rows in run.evals.items():
         for row in rows if domain != MEAN else ():
-            gaps.setdefault(value_of(row, "step"), []).append(
-                value_of(row, "student_nats") - value_of(row, "teacher_nats")
-            )
+            gap = value_of(row, "student_nats") - value_of(row, "teacher_nats")
+            gaps.setdefault(value_of(row, "step"), []).append(gap)
     steps = sorted(gaps)
     return steps, [math.exp(max(gaps[s]) - min(gaps[s])) for s in steps]
 
 
-def logged(term: str) -> Callable[[Finished], Series]:
+def logged(term: str) -> Series:
     """A metric over the training steps of a run."""
     return lambda run: (
         [value_of(row, "step") for row in run.metrics if term in row],
@@ -165,15 +160,27 @@ def logged(term: str) -> Callable[[Finished], Series]:
     )
 
 
-def common_terms(found: Comparison) -> list[str]:
-    """Terms of the objective that every run logs: losses with other terms are not of one kind."""
-    runs = [run for v in found.variants for run in v.runs]
-    keys = [{key for row in run.metrics for key in row} & set(run.config.get("objective") or {}) for run in runs]
-    return sorted(set.intersection(*keys)) if keys else []
+def logged_terms(c: Comparison) -> list[tuple[str, str, list[Variant]]]:
+    """Title, name and variants of the objective's terms; one entry per definition, whatever the weight.
+
+    Variants may give one name to different losses, such as forward and reverse KL, which belong on different axes.
+    """
+    groups: dict[str, dict[str, list[Variant]]] = {}
+    for variant in c.variants:
+        for name, term in (variant.runs[0].config.get("objective") or {}).items():
+            if all(any(name in row for row in run.metrics) for run in variant.runs):
+                settings = sorted((key, value) for key, value in term.items() if key != "weight" and value)
+                definition = ", ".join(str(x) if k in ("divergence", "feature") else f"{k} {x}" for k, x in settings)
+                groups.setdefault(name, {}).setdefault(definition, []).append(variant)
+    return [
+        (f"{name}: {definition}" if len(definitions) > 1 else name, name, variants)
+        for name, definitions in sorted(groups.items())
+        for definition, variants in definitions.items()
+    ]
 
 
-def band(variant: Variant, style: int, series: Callable[[Finished], Series], window: int) -> Line:
-    """A variant's mean over its runs, at the steps that all of them have, and one standard deviation around it."""
+def band(variant: Variant, style: int, series: Series, window: int) -> Line:
+    """The mean over a variant's runs at the steps that all of them have, and one standard deviation around it."""
     tables = [dict(zip(*series(run))) for run in variant.runs]
     steps = sorted(set.intersection(*(set(t) for t in tables)))
     window = window if len(steps) >= 24 else 1

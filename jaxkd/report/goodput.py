@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxkd.report.charts import escape, number, percent, table
+from jaxkd.report.text import escape, number, percent, table
 from jaxkd.runtime import files
 from jaxkd.runtime.goodput import END, FILE, LOAD, START, STEPS, Row
 

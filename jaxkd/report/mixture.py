@@ -1,150 +1,113 @@
-"""The report's part on the mixture: shares as a stacked area, perplexity ratios, epochs and weights by domain."""
+"""The report's section on the mixture: shares as stacked areas, perplexity ratios, epochs and weights by domain."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxkd.report.charts import (
-    BOTTOM,
-    COLORS,
-    LEFT,
-    MARKED_POINTS,
-    RIGHT,
-    TOP,
-    Axis,
-    Line,
-    escape,
-    figure,
-    frame,
-    number,
-    percent,
-    thin,
-    ticks,
-)
+from jaxkd.report import charts
+from jaxkd.report.charts import BOTTOM, COLORS, HEIGHT, TOP, Axis, Chart, Line, figure, thin
+from jaxkd.report.records import Row
+from jaxkd.report.text import escape, number, percent
 
-Row = dict[str, Any]
 SPANS = 150  # intervals that are drawn one by one; neighbours are averaged beyond
-SIZE = (520, 270)
 
 
-def cost(lines: Sequence[Row]) -> str:
-    """A sentence on what the rule's measurements cost, empty where it makes none.
-
-    Args: lines: of `mixture.jsonl`.
-    """
-    seconds = [row["rule_s"] for row in lines if "rule_s" in row]
-    shares = [row["rule_share"] for row in lines if "rule_share" in row]
+def cost(rows: Sequence[Row]) -> str:
+    """A sentence on the time of the rule's measurements, from rows of mixture.jsonl; empty without any."""
+    seconds = [row["rule_s"] for row in rows if "rule_s" in row]
+    shares = [row["rule_share"] for row in rows if "rule_share" in row]
     if not seconds:
         return ""
-    part = f", {percent(statistics.median(shares))} of the time of training" if shares else ""
-    return f"The rule measured {len(seconds)} times, in {number(statistics.median(seconds), 3)} s (median){part}."
+    part = f", {percent(statistics.median(shares))} of the training time" if shares else ""
+    median = number(statistics.median(seconds), 3)
+    return f"The mixture rule measured {len(seconds)} times, in {median} s (median){part}."
 
 
-def columns(lines: Sequence[Row], key: str, names: Sequence[str]) -> dict[str, list[float]]:
-    """Name -> its values over the lines, NaN where there is none; names without any are left out."""
-    found = {name: [float(row.get(f"{key}/{name}", math.nan)) for row in lines] for name in names}
-    return {name: values for name, values in found.items() if not all(map(math.isnan, values))}
+def columns(rows: Sequence[Row], key: str, names: Sequence[str]) -> dict[str, list[float]]:
+    """Values of `key/NAME` by name, NaN where a row has none; names without any are left out."""
+    by_name = {name: [float(row.get(f"{key}/{name}", math.nan)) for row in rows] for name in names}
+    return {name: values for name, values in by_name.items() if not all(map(math.isnan, values))}
 
 
 def ratios(evals: Sequence[Row], names: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
-    """Name -> steps and exp(student's - teacher's nats per token) of the evaluations."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    """Steps and perplexity ratios, exp(student nats - teacher nats), of the evaluations by name."""
+    by_name: dict[str, tuple[list[float], list[float]]] = {}
     for name in names:
         rows = {int(row["step"]): row for row in evals if row.get("domain") == name and "teacher_nats" in row}
         if rows:
             gaps = [rows[step]["student_nats"] - rows[step]["teacher_nats"] for step in sorted(rows)]
-            found[name] = [float(step) for step in sorted(rows)], [math.exp(min(gap, 700.0)) for gap in gaps]
-    return found
+            by_name[name] = [float(step) for step in sorted(rows)], [math.exp(min(gap, 700.0)) for gap in gaps]
+    return by_name
 
 
-def charts(lines: Sequence[Row], evals: Sequence[Row], last: int, style: Mapping[str, int]) -> str:
-    """The section's charts; nothing where no interval was recorded.
+def section(rows: Sequence[Row], evals: Sequence[Row], last: int, style: Mapping[str, int]) -> str:
+    """The charts and a note; empty without rows.
 
-    Args: lines: of mixture.jsonl. evals: of evals.jsonl. last: the run's last step. style: colour by domain.
+    Args:
+        rows: of mixture.jsonl.
+        evals: rows of evals.jsonl.
+        last: the run's last step.
+        style: colour by domain.
     """
-    lines = list({int(row["step"]): row for row in lines}.values())
-    if not lines:
+    rows = list({int(row["step"]): row for row in rows}.values())
+    if not rows:
         return ""
-    names = [name for name in style if f"share/{name}" in lines[0]]
-    steps = [float(row["step"]) for row in lines]
+    names = [name for name in style if f"share/{name}" in rows[0]]
+    steps = [float(row["step"]) for row in rows]
 
-    def curves(found: Mapping[str, Sequence[float]]) -> list[Line]:
-        # Colours repeat after so many: the markers that then tell lines apart are drawn where points are few.
-        most = MARKED_POINTS if len(names) > COLORS else 400
-        return [Line(name, *thin(steps, values, most), style[name]) for name, values in found.items()]
+    def lines(by_name: Mapping[str, Sequence[float]]) -> list[Line]:
+        # Where colours repeat, few enough points that markers are drawn.
+        most = charts.MARKED_POINTS if len(names) > COLORS else 400
+        return [Line(name, *thin(steps, values, most), style[name]) for name, values in by_name.items()]
 
-    measured = columns(lines, "ratio", names)
-    if measured:
-        ratio = curves(measured)
-    else:
-        ratio = [Line(name, x, y, style[name]) for name, (x, y) in ratios(evals, names).items()]
-    drawn = [stack("Shares that rows are drawn with", lines, names, max(float(last), steps[-1] + 1), style)]
+    ratio = lines(columns(rows, "ratio", names))
+    ratio = ratio or [Line(name, x, y, style[name]) for name, (x, y) in ratios(evals, names).items()]
+    drawn = [shares(rows, names, max(float(last), steps[-1] + 1), style)]
     if ratio:
         drawn.append(figure("Perplexity of the student over the teacher's", ratio, unit="ratio", log=True))
     for key, title in (("weight", "Weights in the loss"), ("average", "Weights, averaged over the steps so far")):
-        if found := columns(lines, key, names):
-            drawn.append(figure(title, curves(found), zero=True))
-    if len(lines) > 1:
-        drawn.append(figure("Epochs before each interval", curves(columns(lines, "epochs", names)), zero=True))
-    note = f'<p class="note">{escape(cost(lines))}</p>' if cost(lines) else ""
-    return f'<div class="two">{"".join(drawn)}</div>{note}'
+        if by_name := columns(rows, key, names):
+            drawn.append(figure(title, lines(by_name), zero=True))
+    if len(rows) > 1:
+        drawn.append(figure("Epochs before each interval", lines(columns(rows, "epochs", names)), zero=True))
+    return charts.grid(drawn) + (f'<p class="note">{escape(cost(rows))}</p>' if cost(rows) else "")
 
 
-def _spans(lines: Sequence[Row], names: Sequence[str], end: float) -> list[tuple[float, float, list[float]]]:
-    """Begin, end and shares of what is drawn as one column."""
-    begins = [float(row["step"]) for row in lines]
+def _spans(rows: Sequence[Row], names: Sequence[str], end: float) -> Iterator[tuple[float, float, list[float]]]:
+    """First step, end and shares of what is drawn as one column."""
+    begins = [float(row["step"]) for row in rows]
     ends = [*begins[1:], end]
-    shares = np.asarray([[float(row.get(f"share/{name}", 0.0)) for name in names] for row in lines])
-    return [
-        (begins[part[0]], ends[part[-1]], shares[part].mean(0).tolist())
-        for part in np.array_split(np.arange(len(lines)), min(len(lines), SPANS))
-    ]
+    values = np.asarray([[float(row.get(f"share/{name}", 0.0)) for name in names] for row in rows])
+    for part in np.array_split(np.arange(len(rows)), min(len(rows), SPANS)):
+        yield begins[part[0]], ends[part[-1]], values[part].mean(0).tolist()
 
 
-def stack(title: str, lines: Sequence[Row], names: Sequence[str], end: float, style: Mapping[str, int]) -> str:
-    """Shares over steps as bands on top of each other, the first domain at the bottom, as an HTML `<figure>`.
+def shares(rows: Sequence[Row], names: Sequence[str], end: float, style: Mapping[str, int]) -> Chart:
+    """Stacked shares of the domains over steps up to `end`, the first domain at the bottom."""
+    spans = list(_spans(rows, names, end))
+    y_axis = Axis(0.0, 100.0, HEIGHT - BOTTOM, TOP, [0.0, 25.0, 50.0, 75.0, 100.0])
+    begins = [begin for begin, _, _ in spans]
+    lines = [Line(n, begins, [100 * s[i] for *_, s in spans], style[n]) for i, n in enumerate(names)]
 
-    Args: lines: of mixture.jsonl. names: the domains. end: the last step drawn. style: colour by domain.
-    """
-    width, height = SIZE
-    begin = float(lines[0]["step"])
-    x_ticks = [v for v in ticks(begin, end, 6, whole=True) if begin <= v <= end]
-    x_axis = Axis(begin, end, LEFT, width - RIGHT, x_ticks)
-    y_axis = Axis(0.0, 100.0, height - BOTTOM, TOP, [0.0, 25.0, 50.0, 75.0, 100.0])
-    out, spans = [], _spans(lines, names, end)
-    for left, right, shares in spans:
-        below = 0.0
-        for name, share in zip(names, shares, strict=True):
-            # Edges are rounded, not sizes: what touches must leave no seam.
-            x, end_x = round(x_axis.at(left), 1), round(x_axis.at(right), 1)
-            high, low = round(y_axis.at(100 * (below + share)), 1), round(y_axis.at(100 * below), 1)
-            below += share
-            said = f"{name}\nsteps {number(left, 6)} to {number(right, 6)}: {percent(share)}"
-            out.append(
-                f'<rect class="area s{style[name] % COLORS}" x="{x:.1f}" y="{high:.1f}" '
-                f'width="{end_x - x:.1f}" height="{max(low - high, 0):.1f}">'
-                f"<title>{escape(said)}</title></rect>"
-            )
-    below = 0.0
-    for name, share in zip(names, spans[-1][2], strict=True):
-        middle = y_axis.at(100 * (below + share / 2))
-        below += share
-        if abs(y_axis.at(0.0) - y_axis.at(100 * share)) > 14:  # room for a line of text
-            out.append(
-                f'<text class="inside" text-anchor="end" x="{width - RIGHT - 6}" y="{middle + 4:.1f}">'
-                f"{escape(name)}</text>"
-            )
-    items = "".join(
-        f'<li><svg width="14" height="12" aria-hidden="true"><rect class="area s{style[name] % COLORS}" width="14" '
-        f'height="12"/></svg>{escape(name)}</li>'
-        for name in names
-    )
-    label = escape(f"{title}: {', '.join(names)} over steps")
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(out)}'
-        f'{frame(x_axis, y_axis, "step", "%")}</svg><ul class="legend">{items}</ul></figure>'
-    )
+    def draw(width: int) -> str:
+        x_axis, out = charts.x_axis_of(begins[0], end, width), []
+        for begin, stop, values in spans:
+            below = 0.0
+            for name, share in zip(names, values, strict=True):
+                # Edges are rounded, not sizes, so that neighbours leave no seam.
+                left, right = round(x_axis.at(begin), 1), round(x_axis.at(stop), 1)
+                high, low = round(y_axis.at(100 * (below + share)), 1), round(y_axis.at(100 * below), 1)
+                below += share
+                out.append(
+                    f'<rect class="area s{style[name] % COLORS}" x="{left:.1f}" y="{high:.1f}" '
+                    f'width="{right - left:.1f}" height="{max(low - high, 0):.1f}"/>'
+                )
+        swatches = (
+            (f'<rect class="area s{style[n] % COLORS}" x="6" width="14" height="12"/>', n) for n in reversed(names)
+        )
+        drawing = "".join(out) + charts.frame(x_axis, y_axis) + charts.hover(lines, x_axis, y_axis, "%")
+        return charts.panel("Shares that rows are drawn with", "%", names, drawing, width, charts.legend(swatches))
+
+    return draw

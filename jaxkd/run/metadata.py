@@ -1,75 +1,79 @@
-"""run.json: a run's command, versions, devices, models and rows."""
+"""The record of a run, run.json: its command, versions, devices, models and rows; and console lines on its models."""
 
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jaxkd import __version__
-from jaxkd.config.schema import TeacherBlock
+from jaxkd.config.schema import TeacherBlock, changed
 from jaxkd.models.transformer import parameter_count
+from jaxkd.report.records import DomainInfo, ModelInfo, RunInfo
+from jaxkd.report.text import number
 from jaxkd.run.job import Job
 from jaxkd.run.load import Domains
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "tokenizers")
 
 
-def facts(job: Job, rows: Domains, kept_layers, memory: dict[str, int], command: str) -> dict[str, Any]:
-    """The content of `run.json`; `memory` is bytes per device of each teacher."""
+def info(job: Job, rows: Domains, kept_layers: Sequence[int], memory: Mapping[str, int], command: str) -> RunInfo:
+    """The record of a run.
 
-    def side(model, path: str) -> dict[str, Any]:
-        return {"path": path, "parameters": parameter_count(model.config), "layers": model.config.layers}
+    Args:
+        job: the run's job.
+        rows: of all domains.
+        kept_layers: of the model that the student is cut from.
+        memory: bytes of each teacher's weights on a device.
+        command: that started it.
+    """
+
+    def model(side, path: str, **more) -> ModelInfo:
+        return ModelInfo(path, parameter_count(side.config), side.config.layers, **more)
 
     e = job.experiment
     paths = {"teacher": e.teacher.path} | {name: member.path for name, member in e.teacher.models.items()}
-    return {
-        "command": command,
-        "versions": versions(),
-        "git": git_commit(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "mesh": dict(job.mesh.shape),
-        "sharding_notes": list(job.models.notes),
-        "teachers": {
-            name: side(model, paths[name]) | {"bytes_per_device": memory.get(name, 0)}
-            for name, model in job.models.teachers.items()
-        },
-        "student": side(job.models.student, e.student.path) | {"kept_layers": kept_layers},
-        "domains": [
-            {
-                "name": p.name,
-                "train_rows": p.train_rows,
-                "whole_rows": p.whole_rows,  # of the whole text, which natural shares are by
-                "valid_rows": p.valid_rows,
-                "documents": p.documents,
-                "duplicates": p.duplicates,
-                "fingerprint": p.fingerprint,
-            }
-            for p in rows.prepared
-        ],
+    teachers = {
+        name: model(side, paths[name], bytes_per_device=memory.get(name, 0))
+        for name, side in job.models.teachers.items()
     }
+    return RunInfo(
+        command,
+        versions(),
+        git_commit(),
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        jax.process_count(),
+        dict(job.mesh.shape),
+        tuple(job.models.notes),
+        teachers,
+        model(job.models.student, e.student.path, kept_layers=tuple(kept_layers or ())),
+        tuple(DomainInfo(**{name: getattr(p, name) for name in DomainInfo._fields}) for p in rows.prepared),
+        tuple(changed(e)),
+    )
 
 
-def model_lines(t: TeacherBlock, facts: dict[str, Any], source_layers: int) -> list[str]:
-    """A line for the console per model, from `facts`; `source_layers` has the model that the student is cut from."""
+def model_lines(t: TeacherBlock, record: RunInfo, source_layers: int) -> list[str]:
+    """A console line per model: its size, and for teachers their signal and memory.
+
+    Args:
+        t: the teacher's block.
+        record: of the run.
+        source_layers: of the model that the student is cut from.
+    """
     lines = []
-    for name, side in facts["teachers"].items():
+    for name, model in record.teachers.items():
         cache = "" if t.is_self else t.models[name].cache
         signal = "hidden" if t.members and cache else t.signal
         how = f"{signal} from {cache}" if cache else "online" if signal == "head" else f"online {signal}"
-        path = "the student's own average" if t.is_self else side["path"]
-        memory = f"{side['bytes_per_device'] / 2**20:,.0f} MiB a device" if not t.is_self else "in the train state"
-        title = name if name == "teacher" else f"teacher {name}"
-        lines.append(
-            f"{title}: {path}, {side['layers']} layers, {side['parameters'] / 1e6:,.1f}M parameters, {how}, {memory}"
-        )
-    side = facts["student"]
-    of = f" of {source_layers}" if side["kept_layers"] else ""
-    size = f"{side['parameters'] / 1e6:,.1f}M parameters"
-    return [*lines, f"student: {side['path']}, {side['layers']}{of} layers, {size}"]
+        path = "the student's own average" if t.is_self else model.path
+        memory = "in the train state" if t.is_self else f"{model.bytes_per_device / 2**20:,.0f} MiB a device"
+        label = name if name == "teacher" else f"teacher {name}"
+        lines.append(f"{label}: {path}, {model.layers} layers, {number(model.parameters)} parameters, {how}, {memory}")
+    s = record.student
+    of = f" of {source_layers}" if s.kept_layers else ""
+    return [*lines, f"student: {s.path}, {s.layers}{of} layers, {number(s.parameters)} parameters"]
 
 
 def versions() -> dict[str, str]:

@@ -7,24 +7,23 @@ from typing import Any
 from jaxkd.config.schema import SELF, Experiment, Schedule
 from jaxkd.models import weights
 from jaxkd.run.metadata import versions
-from jaxkd.run.workdir import saved_facts
+from jaxkd.run.workdir import saved_info
 from jaxkd.runtime import files
 
 
 def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
     """The card's facts by name, for `models.export`; what is unknown is left out."""
-    record, teacher = saved_facts(workdir), e.teacher
-    student = record.get("student", {})
+    info, teacher = saved_info(workdir), e.teacher
     origin = (
         teacher.path or next(iter(teacher.members.values())).path if e.student.path == "teacher" else e.student.path
     )
-    layers = student.get("kept_layers") or e.student.layers
+    layers = info.student.kept_layers or e.student.layers
     o = e.optim
     card = {
         "name": workdir.name,
         "base_model": None if origin in ("random", SELF) else _hub_name(origin),
         "teacher": teacher.path or " and ".join(member.path for member in teacher.members.values()),
-        "parameters": f"{student['parameters']:,}" if "parameters" in student else None,
+        "parameters": f"{info.student.parameters:,}" if info.student.parameters else None,
         "kept layers": f"{', '.join(map(str, layers))} of the base model, counted from 0" if layers else None,
         "optimiser": f"AdamW, learning rate {_scalar(o.lr)}, b1 {o.b1:g}, b2 {o.b2:g}, "
         f"weight decay {o.weight_decay:g}, gradient norm clipped to {o.clip:g}",
@@ -34,9 +33,9 @@ def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
         "data": {name: domain.source for name, domain in e.data.sources.items()},
         "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
         "versions": versions(),
-        "command": record.get("command"),
+        "command": info.command,
     }
-    return {name: value for name, value in card.items() if value not in (None, [])}
+    return {name: value for name, value in card.items() if value not in (None, [], "")}
 
 
 def _hub_name(path: str) -> str:

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from jaxkd.config.schema import Experiment, RunBlock, leaves, plain
+from jaxkd.config.schema import Experiment, RunBlock, plain
 from jaxkd.core.types import PyTree
+from jaxkd.report.records import leaves
 from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Recovered
 from jaxkd.train.retention import Keep, checkpoint_directory
 from jaxkd.train.state import TrainState

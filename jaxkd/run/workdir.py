@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxkd.config.schema import Experiment, experiment, leaves, plain
+from jaxkd.config.schema import Experiment, experiment, plain
+from jaxkd.report.records import RunInfo, leaves, read_run
 from jaxkd.runtime import files, locks
 
 # These decide which rows a step sees: a run that changed them would repeat some rows and never see others.
@@ -143,10 +144,10 @@ def saved_experiment(workdir: Path) -> Experiment:
         raise ValueError(f"{error}: restore it, or repeat the run's `jaxkd train` command, which writes it") from None
 
 
-def saved_facts(workdir: Path) -> dict[str, Any]:
-    """What run.json holds; where it is missing, empty or torn, {} and a line on stderr."""
+def saved_info(workdir: Path) -> RunInfo:
+    """What run.json holds; where it is missing or damaged, an empty record and a line on stderr."""
     try:
-        return files.read_json(workdir / "run.json")
+        return read_run(workdir)
     except (FileNotFoundError, ValueError) as error:
         print(f"jaxkd: {error}: the run's command and kept layers are unknown", file=sys.stderr, flush=True)
-        return {}
+        return RunInfo()

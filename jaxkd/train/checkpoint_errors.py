@@ -2,7 +2,9 @@
 
 import errno
 import gc
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -64,9 +66,9 @@ def call_orbax(read: Callable[[], T]) -> T:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its class name."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    """The first line of an exception's message without TensorStore's dump of its spec; a class name if it is empty."""
+    text = re.sub(r" \[(?:tensorstore_spec|source locations)=.*", "", (str(error).strip().splitlines() or [""])[0])
+    return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
 
 
 def priority(error: Exception) -> int:

@@ -5,28 +5,32 @@ import re
 import statistics
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from jaxkd.cli.main import main
-from jaxkd.report import compare, compare_page
+from jaxkd.report import compare, compare_page, records
+from jaxkd.report.records import DomainInfo, RunInfo
+from jaxkd.runtime import files
 
 
-def write_run(workdir, seed, nats, steps=10, reached=None, fingerprint="f", mixture="natural"):
+def write_run(workdir, seed, nats, steps=10, reached=None, fingerprint="f", mixture="natural", kl="forward_kl"):
     """A run's files: two domains at `nats` and `nats + 1`, their mean between."""
     workdir.mkdir(parents=True)
-    config = {"objective": {"ce": {"weight": 1.0}}, "data": {"mixture": mixture}, "run": {"steps": steps, "seed": seed}}
-    (workdir / "config.json").write_text(json.dumps(config))
-    run = {"domains": [{"name": name, "fingerprint": fingerprint} for name in ("code", "math")]}
-    (workdir / "run.json").write_text(json.dumps(run))
+    objective = {"ce": {"weight": 1.0, "divergence": "next_token"}, "kd": {"weight": 0.2, "divergence": kl}}
+    config = {"objective": objective, "data": {"mixture": mixture}, "run": {"steps": steps, "seed": seed}}
+    files.write_json(workdir / "config.json", config)
+    domains = tuple(DomainInfo(name, fingerprint=fingerprint) for name in ("code", "math"))
+    records.write_run(workdir, RunInfo(domains=domains))
     reached = steps if reached is None else reached
     rows, last = [], nats
     for step, nats in ((0, 6.0), (reached, last)):
         for name, value in (("code", nats), ("math", nats + 1), ("mean", nats + 0.5)):
             rows.append({"step": step, "domain": name, "student_nats": value, "teacher_nats": 3.0})
             rows[-1] |= {"kl": value - 3.25, "agreement": 0.25}
-    (workdir / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = [{"step": step, "loss": 5.0 + seed, "ce": 5.0 + seed} for step in range(1, reached + 1)]
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    files.write_jsonl(workdir / "evals.jsonl", rows)
+    metrics = [{"step": step, "loss": 5.0 + seed, "ce": 5.0 + seed, "kd": 1.0} for step in range(1, reached + 1)]
+    files.write_jsonl(workdir / "metrics.jsonl", metrics)
     return workdir
 
 
@@ -42,7 +46,7 @@ def swept(tmp_path):
 
 def test_mean_spread_and_welch(swept):
     """Against numbers worked out by hand: variances 0.01 and 0.0004, three runs each."""
-    found = compare.gather([swept], against="kd")
+    found = compare.gather([swept], "kd")
     assert [(v.name, [run.seed for run in v.runs]) for v in found.variants] == [
         ("far", [0, 1, 2]),
         ("kd", [0, 1, 2]),
@@ -53,62 +57,71 @@ def test_mean_spread_and_welch(swept):
     s = compare.spread(kd.values("mean", "student_nats"))
     assert s == pytest.approx((4.6, 0.1, 3))
     assert compare.spread(far.values("math", "kl")).mean == pytest.approx(3.52 + 1 - 3.25)
-    d = compare.against(found, far, "mean", "student_nats")
+    d = found.difference(far, "mean", "student_nats")
     # s^2/n: 0.003333 and 0.000133; 2.16 degrees of freedom, t(0.975) = 4.01
     assert d.value == pytest.approx(-0.58)
     assert (d.high - d.low) / 2 == pytest.approx(4.01 * (0.01 / 3 + 0.0004 / 3) ** 0.5, rel=5e-3)
     assert d.beyond_noise
-    assert not compare.against(found, near, "mean", "student_nats").beyond_noise
-    assert compare.against(found, kd, "mean", "student_nats") is None
+    assert not found.difference(near, "mean", "student_nats").beyond_noise
+    assert found.difference(kd, "mean", "student_nats") is None
 
 
 def test_one_run_has_no_noise_to_compare_with():
     d = compare.difference([3.0], [4.0, 4.1])
     assert (d.value, d.low, d.high, d.beyond_noise) == (pytest.approx(-1.05), None, None, False)
-    assert compare.interval(d) == "-1.050"
+    assert compare.interval(d, "kl") == "-1.050"
+    assert compare.short(d, "kl") == " (-1.050)"
     assert compare.spread([3.0]) == (3.0, None, 1)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """2,000 experiments of three and four runs without a difference: the star may not shine in more than about 5%."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     draws = [compare.difference(rng.normal(size=3).tolist(), (3 * rng.normal(size=4)).tolist()) for _ in range(2000)]
     assert 0.02 < statistics.fmean(d.beyond_noise for d in draws) < 0.075
 
 
-def test_tables(swept):
-    text = compare.text(compare.gather([swept], against="kd"))
-    lines = {line.split()[0]: " ".join(line.split()) for line in text.splitlines() if line}
-    assert "far 3.520 ± 0.020 * 4.520 ± 0.020 *" in lines["far"]
-    assert re.search(r"far\s+3\s+4\.020 ± 0\.020\s+0\.770 ± 0\.020\s+25\.0 ± 0\.0\s+-0\.580 \[.*\] \*", text)
-    assert "Nothing is corrected for the 6 differences" in text
+def test_console_tables_begin_with_what_differs_and_show_the_starred_differences(swept):
+    text = compare.text(compare.gather([swept], "kd"))
+    differing, means, _, domains, note = (" ".join(part.split()) for part in text.split("\n\n"))
+    assert differing.endswith("data.mixture ddk(alpha=0.5) natural uniform")
+    assert re.search(r"far 3 4\.020 ± 0\.020 -0\.580 \[\S+, \S+\] \* 0\.770 ± 0\.020 -0\.580 .* \* 25\.0 ± 0\.0", means)
+    assert "far 3.520 ± 0.020 (-0.580 *) 4.520 ± 0.020 (-0.580 *)" in domains
+    assert "6 differences" in note
+
+
+def test_a_single_variant_is_compared_with_nothing(swept):
+    one = compare.gather([swept / "kd"])
+    assert "differences" not in compare.text(one)
+    assert "nothing to compare" in compare_page.page(one)
 
 
 def test_what_cannot_be_compared_is_named(swept):
     write_run(swept / "cut" / "seed-0", 0, 5.0, reached=7)
     write_run(swept / "other" / "seed-0", 0, 5.0, fingerprint="g")
     write_run(swept / "copy" / "seed-0", 0, 4.0)
+    (write_run(swept / "torn" / "seed-0", 0, 4.0) / "run.json").write_text("")
     found = compare.gather([swept])
     assert [v.name for v in found.variants] == ["copy", "far", "near"]
-    told = "\n".join(found.left_out)
-    assert "cut/seed-0 is not finished: 7 of 10 steps" in told
-    assert "other/seed-0 is of other rows than the first run: code, math" in told
-    assert re.search(r"kd/seed-0 is \S*copy/seed-0 once more", told)
+    left_out = "\n".join(found.left_out)
+    assert re.search(r"cut/seed-0 .* 7 of 10 steps", left_out)
+    assert re.search(r"other/seed-0 .*: code, math", left_out)
+    assert re.search(r"kd/seed-0 .* \S*copy/seed-0", left_out)
+    assert "torn/seed-0/run.json" in left_out
 
 
 def test_errors(swept, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*empty"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json in .*empty"):
         compare.gather([tmp_path / "empty"])
-    with pytest.raises(ValueError, match="no finished variant 'x' to compare with: there are far, kd, near"):
-        compare.gather([swept], against="x")
+    with pytest.raises(ValueError, match=r"'x'.* far, kd, near"):
+        compare.gather([swept], "x")
     alone = write_run(tmp_path / "half", 0, 5.0, reached=2)
-    with pytest.raises(ValueError, match="half is not finished: 2 of 10 steps"):
+    with pytest.raises(ValueError, match=r"half.* 2 of 10 steps"):
         compare.gather([alone])
 
 
 def test_json_and_page(swept, capsys):
+    (swept / "far" / "seed-0" / "report.html").write_text("")
     main(["compare", str(swept), "--baseline", "kd", "--json"])
     found = json.loads(capsys.readouterr().out)
     [far] = [v for v in found["variants"] if v["name"] == "far"]
@@ -118,11 +131,27 @@ def test_json_and_page(swept, capsys):
     page = (swept / "compare.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
     drawn = re.findall(r"<svg viewBox.*?</svg>", page, re.S)
-    assert len(drawn) == 7  # three figures, the ratios, one term, two domains
+    assert len(drawn) == 8  # three figures, the ratios, two terms, two domains
     for svg in drawn:
         ElementTree.fromstring(svg)
-    assert "far (-0.580)" in page
+    assert "far (-0.580) differs" in page
     assert "near (" not in page.split("</header>")[0]
+    assert re.findall("<h2>(.*?)</h2>", page)[0] == "What differs"
+    links = re.findall(r'<a href="(.*?)">', page)
+    assert links[0] == "far/seed-0/report.html"
+    assert all((swept / link).exists() for link in links)
+    assert len(links) == 9
+
+
+def test_a_term_that_is_another_loss_has_its_own_axis(tmp_path):
+    for name, kl in (("a", "forward_kl"), ("b", "reverse_kl"), ("c", "forward_kl")):
+        write_run(tmp_path / name, 0, 4.0, kl=kl, mixture=name)
+    terms = compare_page.logged_terms(compare.gather([tmp_path]))
+    assert [(title, [v.name for v in variants]) for title, _, variants in terms] == [
+        ("ce", ["a", "b", "c"]),
+        ("kd: forward_kl", ["a", "c"]),
+        ("kd: reverse_kl", ["b"]),
+    ]
 
 
 def test_band_is_one_deviation_around_the_mean(swept):

@@ -1,6 +1,5 @@
 """The report: one file that needs nothing else, tells the run's numbers, and survives incomplete runs."""
 
-import json
 import math
 import re
 from html.parser import HTMLParser
@@ -8,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxkd.report import charts
+from jaxkd.report import records
 from jaxkd.report import run as report
+from jaxkd.report.records import DomainInfo, ModelInfo, RunInfo
+from jaxkd.runtime import files
 
 CONFIG = {
     "student": {"layers": 15},
@@ -19,20 +20,21 @@ CONFIG = {
     "optim": {"lr": {"peak": 3e-4}},
     "run": {"steps": 60},
 }
-RUN = {
-    "command": "jaxkd train --config configs/quickstart.py",
-    "versions": {"jaxkd": "0.1.0", "python": "3.11.7", "jax": "0.10.0"},
-    "devices": "1 x cpu",
-    "mesh": {"data": 1, "model": 1},
-    "teacher": {"path": "smollm2", "parameters": 134_515_008, "layers": 30},
-    "student": {"parameters": 81_400_000, "layers": 15, "kept_layers": [0, 1, 2]},
-    "domains": [
-        {"name": "code", "train_rows": 3001, "valid_rows": 61, "documents": 512, "duplicates": 7},
-        {"name": "math", "train_rows": 4002, "valid_rows": 62, "documents": 513, "duplicates": 8},
-    ],
-    "sharding_notes": ["vocab is replicated"],
-    "git": "a2481da",
-}
+RUN = RunInfo(
+    command="jaxkd train --config configs/quickstart.py",
+    versions={"jaxkd": "0.1.0", "python": "3.11.7", "jax": "0.10.0"},
+    git="a2481da",
+    devices="1 x cpu",
+    mesh={"data": 1, "model": 1},
+    sharding_notes=("vocab is replicated",),
+    teachers={"teacher": ModelInfo("smollm2", 134_515_008, 30, 538_060_032)},
+    student=ModelInfo("teacher", 81_400_000, 15, kept_layers=(0, 1, 2)),
+    domains=(
+        DomainInfo("code", train_rows=3001, valid_rows=61, documents=512, duplicates=7),
+        DomainInfo("math", train_rows=4002, valid_rows=62, documents=513, duplicates=8),
+    ),
+    changed=("student.layers", "optim.lr.peak"),
+)
 
 
 def step(index: int, **changes) -> dict:
@@ -63,18 +65,18 @@ EVALS = evaluation(0, 6.071, None) + evaluation(60, 4.352, 0.5835)
 
 
 def workdir(tmp_path: Path, *, config=CONFIG, run=RUN, metrics=STEPS, evals=EVALS) -> Path:
-    place = tmp_path / "run-1"
-    place.mkdir(exist_ok=True)
-    (place / "config.json").write_text(json.dumps(config))
-    (place / "run.json").write_text(json.dumps(run))
+    directory = tmp_path / "run-1"
+    directory.mkdir(exist_ok=True)
+    files.write_json(directory / "config.json", config)
+    records.write_run(directory, run)
     for name, rows in (("metrics", metrics), ("evals", evals)):
         if rows is not None:
-            (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return place
+            files.write_jsonl(directory / f"{name}.jsonl", rows)
+    return directory
 
 
-def page_of(place: Path) -> str:
-    return report.write(place).read_text(encoding="utf-8")
+def page_of(directory: Path) -> str:
+    return report.write(directory).read_text(encoding="utf-8")
 
 
 class Reader(HTMLParser):
@@ -102,15 +104,15 @@ class Reader(HTMLParser):
 
 
 def test_page_is_whole_and_needs_nothing_else(tmp_path):
-    place = workdir(tmp_path)
-    text = page_of(place)
+    directory = workdir(tmp_path)
+    text = page_of(directory)
     tags = Reader(text).tags
     assert {"html", "style", "svg", "table", "pre"} <= {tag for tag, _ in tags}
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in tags}
     assert not {"src", "href", "srcset", "xlink:href", "onclick", "onload"} & {a for _, found in tags for a in found}
     assert not re.search(r"https?:|//[a-z]|url\(|@import|@font-face", text)
     assert "prefers-color-scheme: dark" in text
-    assert sorted(p.name for p in place.iterdir()) == [
+    assert sorted(p.name for p in directory.iterdir()) == [
         "config.json", "evals.jsonl", "metrics.jsonl", "report.html", "run.json",
     ]  # fmt: skip
 
@@ -119,51 +121,63 @@ def test_numbers_appear(tmp_path):
     text = page_of(workdir(tmp_path))
     lead = re.search(r'<p class="lead">(.*?)</p>', text).group(1)
     for part in (
-        "60 steps",
-        "61.4k tokens",
-        "fell from 6.071 to 4.352",
-        "3.125",
-        "58.4 %",
-        "2.571 to 0.852",
-        "40.0 %",
+        *("60 steps", "61.4k tokens", "fell from 6.071 to 4.352", "3.125", "58.4 %", "2.571 to 0.852", "40.0 %"),
     ):
         assert part in lead
     for part in (
-        "134.5M parameters",
-        "1.65 times fewer",
-        "0, 1, 2",
-        "1 x cpu",
-        "data 1 x model 1",
-        "a2481da",
-    ):
-        assert part in text
-    for part in (
-        "jax 0.10.0",
-        "vocab is replicated",
-        RUN["command"],
-        "3,001",
-        "7,003",
-        "512 tokens per second",
-    ):
-        assert part in text
-    for part in (
-        "<th>lr.peak</th><td>0.0003</td>",
-        "<th>kd.weight</th><td>0.2</td>",
-        "step 0 → step 60",
-        "2,048",
+        "<th>teacher</th><td>134.5M parameters, 30 layers, smollm2</td>",
+        "<th>student</th><td>81.4M parameters (1.65 times fewer), 15 layers",
+        *("0, 1, 2", "1 x cpu", "data 1 x model 1", "a2481da", "jax 0.10.0", "vocab is replicated", RUN.command),
+        *("3,001", "7,003", "512 tokens per second", "step 0 → step 60", "2,048"),
     ):
         assert part in text
     for title in (
-        "Loss and its terms",
-        "kd by domain",
-        "Learning rate",
-        "Gradient norm",
-        "Speed",
-        "KL(teacher || student)",
+        *("Loss and its terms", "kd by domain", "Learning rate", "Gradient norm", "Speed", "KL(teacher || student)"),
     ):
-        assert f"<figcaption>{title}</figcaption>" in text
+        assert f"<figcaption>{title}" in text
     assert "ce by domain" not in text  # the metrics have no ce/DOMAIN
-    assert "student\nstep 60: 4.352 nats per token</title>" in text
+
+
+def test_charts_show_values_under_the_pointer(tmp_path):
+    text = page_of(workdir(tmp_path))
+    mean = text[text.index("<figcaption>Mean over domains") :].partition("</figure>")[0]
+    column = mean[mean.index("step 60") :].partition("</g></g>")[0]
+    assert " student: 4.352<" in column
+    assert " teacher: 3.125<" in column
+
+
+def test_settings_that_differ_from_the_defaults_come_first(tmp_path):
+    part = page_of(workdir(tmp_path)).partition("<h2>Configuration</h2>")[2]
+    first, every = part.split("<details>")
+    assert re.findall(r"<th>(.*?)</th><td>(.*?)</td>", first) == [("student.layers", "15"), ("optim.lr.peak", "0.0003")]
+    assert "<th>kd.weight</th><td>0.2</td>" in every
+
+
+def test_several_teachers_are_all_named(tmp_path):
+    teachers = {"big": ModelInfo("a", 300, 3), "small": ModelInfo("b", 200, 2)}
+    text = page_of(workdir(tmp_path, run=RUN._replace(teachers=teachers, student=ModelInfo("", 100, 1))))
+    assert "<th>teacher big</th><td>300 parameters" in text
+    assert "<th>teacher small</th>" in text
+    assert "3.00 times fewer" in text
+
+
+def test_odd_charts_leave_no_hole(tmp_path):
+    """Of an odd number the first is drawn over the whole row, and once more for a single column."""
+    for metrics, wide in ((STEPS, 1), ([row | {"mfu": 0.5} for row in STEPS], 0)):
+        part = page_of(workdir(tmp_path, metrics=metrics)).partition("<h2>Training</h2>")[2].partition("</section>")[0]
+        assert part.count('<div class="row">') == part.count('<div class="alone">') == wide
+        assert (part.count("<figure") - wide) % 2 == wide
+        assert len(set(re.findall(r'<svg viewBox="0 0 (\d+)', part))) == 1 + wide
+
+
+def test_the_record_of_a_run_is_read_as_it_was_written(tmp_path):
+    records.write_run(tmp_path, RUN)
+    assert records.read_run(tmp_path) == RUN
+    files.write_json(tmp_path / "run.json", {"command": "train", "added_later": 1, "student": {"kept_layers": None}})
+    assert records.read_run(tmp_path) == RunInfo("train")  # of another version
+    (tmp_path / "run.json").write_text('{"comm')
+    with pytest.raises(files.Torn, match=r"run\.json"):
+        records.read_run(tmp_path)
 
 
 def test_terms_are_those_of_the_objective(tmp_path):
@@ -181,8 +195,8 @@ def test_a_rise_is_called_a_rise(tmp_path):
 
 def test_text_is_escaped(tmp_path):
     nasty = "<script>alert('x')</script>&\""
-    run = RUN | {"command": nasty, "git": nasty, "sharding_notes": [nasty], "versions": {"jaxkd": nasty}}
-    run["domains"] = [{"name": nasty, "train_rows": 1, "valid_rows": 1, "documents": 1, "duplicates": 0}]
+    run = RUN._replace(command=nasty, git=nasty, sharding_notes=(nasty,), versions={"jaxkd": nasty})
+    run = run._replace(domains=(DomainInfo(nasty),), teachers={nasty: ModelInfo(nasty)}, changed=(f"{nasty}.{nasty}",))
     evals = [row | {"domain": nasty} if row["domain"] == "code" else row for row in EVALS]
     metrics = [row | {f"kd/{nasty}": 1.0} for row in STEPS]
     text = page_of(workdir(tmp_path, config={nasty: {nasty: nasty}, **CONFIG}, run=run, metrics=metrics, evals=evals))
@@ -191,12 +205,15 @@ def test_text_is_escaped(tmp_path):
     Reader(text)
 
 
-@pytest.mark.parametrize("metrics", [None, [], STEPS[:1], [{"step": 3}], [step(1, loss=None, lr="fast")]])
+@pytest.mark.parametrize("metrics", [None, [], [{"step": 3}], [step(1, loss=None, lr="fast")]])
 @pytest.mark.parametrize("evals", [None, [], EVALS[:3], EVALS[:2]])
 def test_incomplete_runs_still_make_a_page(tmp_path, metrics, evals):
+    directory = workdir(tmp_path, metrics=metrics, evals=evals, config={}, run=RunInfo())
     if metrics is None and evals is None:
+        with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+            report.write(directory)
         return
-    text = page_of(workdir(tmp_path, metrics=metrics, evals=evals))
+    text = page_of(directory)
     Reader(text)
     assert not re.search(r"\b(nan|inf)\b", re.sub(r"<style>.*?</style>", "", text, flags=re.S))
     if not metrics:
@@ -207,11 +224,7 @@ def test_incomplete_runs_still_make_a_page(tmp_path, metrics, evals):
         assert "At step 0" in text
 
 
-def test_bare_run_file(tmp_path):
-    Reader(page_of(workdir(tmp_path, config={}, run={})))
-
-
-def test_values_that_are_not_finite_are_told_and_break_the_curve(tmp_path):
+def test_values_that_are_not_finite_are_reported_and_break_the_curve(tmp_path):
     metrics = [*STEPS[:30], *(step(i, loss=math.nan, grad_norm=math.inf) for i in range(31, 41)), *STEPS[40:]]
     text = page_of(workdir(tmp_path, metrics=metrics))
     assert "10 of 60 logged steps" in text
@@ -227,90 +240,18 @@ def test_latest_line_of_a_step_counts(tmp_path):
     assert "4.352" not in text
 
 
-def test_cut_last_line_is_left_out_and_a_broken_one_named(tmp_path):
-    place = workdir(tmp_path)
-    with (place / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 61, "lo')
-    report.write(place)
-    with (place / "metrics.jsonl").open("a") as file:
-        file.write("\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 61"):
-        report.write(place)
-    (place / "metrics.jsonl").write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1"):
-        report.write(place)
-
-
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
-def test_missing_file_is_named_with_the_command_that_makes_it(tmp_path, name):
-    place = workdir(tmp_path)
-    (place / name).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"no {name} in .*jaxkd train --config=CONFIG --workdir") as error:
-        report.write(place)
+def test_a_missing_or_damaged_file_is_named(tmp_path, name):
+    directory = workdir(tmp_path)
+    (directory / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name}.*jaxkd train") as error:
+        report.write(directory)
     assert "\n" not in str(error.value)
-    (place / name).write_text("{")
-    with pytest.raises(ValueError, match=f"{name} is not JSON"):
-        report.write(place)
-
-
-def test_neither_metrics_nor_evaluations(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl"):
-        report.write(workdir(tmp_path, metrics=None, evals=None))
+    (directory / name).write_text("{")
+    with pytest.raises(files.Torn, match=name):
+        report.write(directory)
 
 
 def test_long_runs_stay_small(tmp_path):
     target = report.write(workdir(tmp_path, metrics=[step(index) for index in range(1, 20_001)]))
     assert target.stat().st_size < 600_000
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
-        (3.1, 6.05, [3, 4, 5, 6, 7]),
-        (0, 3e-4, [0, 1e-4, 2e-4, 3e-4]),
-        (-2.5, 2.5, [-4, -2, 0, 2, 4]),
-        (0, 90_000, [0, 25_000, 50_000, 75_000, 100_000]),
-    ],
-)
-def test_ticks(low, high, expected):
-    assert charts.ticks(low, high) == pytest.approx(expected)
-
-
-def test_ticks_of_steps_are_whole():
-    assert charts.ticks(0, 3, 6, whole=True) == [0, 1, 2, 3]
-
-
-def test_tick_labels_agree_in_decimals():
-    assert charts.tick_labels([0, 0.25, 0.5]) == ["0.00", "0.25", "0.50"]
-    assert charts.tick_labels([0, 1e-4, 2e-4]) == ["0", "1e-4", "2e-4"]
-    assert charts.tick_labels([0, 25_000, 50_000]) == ["0", "25k", "50k"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.7, 45.0), (1.0, 10.0), (1e-3, 1e6), (2.0, 3.0)])
-def test_log_ticks_hold_the_range(low, high):
-    values = charts.log_ticks(low, high)
-    assert values == sorted(values)
-    assert values[0] <= low * 1.001
-    assert values[-1] >= high * 0.999
-    assert 2 <= len(values) <= 10
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"), (1.23456, "1.235"), (134_515_008, "134.5M"), (12_288, "12.29k"), (3e-4, "3e-4"),
-        (-0.5, "−0.5000"),
-        (2, "2"), (1024, "1024"), (math.nan, "–"), (None, "–"), (-math.inf, "−∞"), (1e20, "1.000e+20"),
-    ],
-)  # fmt: skip
-def test_number(value, text):
-    assert charts.number(value) == text
-
-
-def test_smooth_keeps_the_mean_and_the_gaps():
-    assert charts.smooth([2.0] * 9, 5) == pytest.approx([2.0] * 9)
-    smoothed = charts.smooth([1.0, math.nan, 3.0], 3)
-    assert smoothed[0] == 1.0
-    assert math.isnan(smoothed[1])
-    assert len(charts.smooth([1.0, 2.0], 10)) == 2

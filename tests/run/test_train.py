@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from harness import final_state, here, jaxkd, lines, logged
 
+from jaxkd.report import records
+
 GOLDEN = [  # loss, kd, ce of the first five steps of the tiny recipe on the two made-up domains
     (5.51489, 0.000811, 5.51448),
     (5.21797, 0.006745, 5.21460),
@@ -30,9 +32,13 @@ def test_a_run_writes_what_it_promises(undisturbed):
     last = evaluations[-1]
     assert last["student_nats"] < evaluations[2]["student_nats"] - 0.5
     assert last["teacher_nats"] == evaluations[2]["teacher_nats"]
-    run = json.loads((undisturbed / "run.json").read_text())
-    assert run["student"]["kept_layers"] == [0, 3]
-    assert run["command"].startswith("jaxkd train --workdir")
+    run = records.read_run(undisturbed)
+    assert run.student.kept_layers == (0, 3)
+    assert run.command.startswith("jaxkd train --workdir")
+    assert {"run.steps", "optim.lr.peak"} <= set(run.changed)
+    page = (undisturbed / "report.html").read_text()
+    assert "<th>teacher</th>" in page
+    assert "times fewer" in page
     assert list((undisturbed / "tensorboard").iterdir())
 
 

@@ -309,3 +309,12 @@ def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand
 
 if __name__ == "__main__":
     {"cannot_read": cannot_read, "cannot_write": cannot_write}[sys.argv[1]](Path(sys.argv[2]))
+
+
+def test_a_message_is_one_whole_sentence():
+    """TensorStore adds its spec, of a few hundred characters, which was cut in the middle of a word."""
+    spec = "[tensorstore_spec='{" + "context " * 60 + "}']"
+    reason = checkpoint_errors.first_line(ValueError(f'NOT_FOUND: Metadata at "x/.zarray" does not exist {spec}\nmore'))
+    assert reason == 'NOT_FOUND: Metadata at "x/.zarray" does not exist'
+    assert checkpoint_errors.first_line(ValueError("word " * 99)).endswith("word ...")
+    assert checkpoint_errors.first_line(ValueError()) == "ValueError"

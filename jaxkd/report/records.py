@@ -1,0 +1,128 @@
+"""The record that a run keeps of itself, run.json: its fields, writer and reader; and reading rows of its logs."""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxkd.runtime import files
+
+Row = dict[str, Any]
+"""One JSON object of metrics.jsonl, evals.jsonl or mixture.jsonl."""
+MEAN = "mean"
+"""The domain of evaluation rows that are means over the domains."""
+
+
+class ModelInfo(NamedTuple):
+    """A teacher or the student."""
+
+    path: str = ""
+    parameters: int = 0
+    layers: int = 0
+    bytes_per_device: int = 0  # of a teacher's weights
+    kept_layers: tuple[int, ...] = ()  # of the model that the student is cut from
+
+
+class DomainInfo(NamedTuple):
+    """What was read of a domain."""
+
+    name: str = "?"
+    train_rows: int = 0
+    whole_rows: int = 0  # of the whole text, which natural shares follow
+    valid_rows: int = 0
+    documents: int = 0
+    duplicates: int = 0
+    fingerprint: str = ""
+
+
+class RunInfo(NamedTuple):
+    """How a run was started, on what hardware, with which models, rows and settings."""
+
+    command: str = ""
+    versions: Mapping[str, str] = {}
+    git: str | None = None
+    devices: str = ""
+    processes: int = 1
+    mesh: Mapping[str, int] = {}
+    sharding_notes: tuple[str, ...] = ()
+    teachers: Mapping[str, ModelInfo] = {}
+    student: ModelInfo = ModelInfo()
+    domains: tuple[DomainInfo, ...] = ()
+    changed: tuple[str, ...] = ()  # dotted keys of the config whose values differ from the defaults
+
+
+def write_run(workdir: Path, info: RunInfo) -> None:
+    """Write run.json."""
+    values = info._asdict() | {
+        "teachers": {name: model._asdict() for name, model in info.teachers.items()},
+        "student": info.student._asdict(),
+        "domains": [domain._asdict() for domain in info.domains],
+    }
+    files.write_json(workdir / "run.json", values)
+
+
+def read_run(workdir: Path) -> RunInfo:
+    """Read run.json; fields that it does not have keep their defaults, others are ignored.
+
+    Raises:
+        FileNotFoundError, Torn: it is missing or damaged; the message names it.
+    """
+    values = read_json(workdir, "run.json")
+    info = _record(RunInfo, values)
+    return info._replace(
+        sharding_notes=tuple(info.sharding_notes),
+        teachers={name: _model(model) for name, model in info.teachers.items()},
+        student=_model(values.get("student", {})),
+        domains=tuple(_record(DomainInfo, domain) for domain in info.domains),
+        changed=tuple(info.changed),
+    )
+
+
+def _model(values: Mapping[str, Any]) -> ModelInfo:
+    model = _record(ModelInfo, values)
+    return model._replace(kept_layers=tuple(model.kept_layers or ()))
+
+
+def _record(kind: Any, values: Mapping[str, Any]) -> Any:
+    return kind(**{name: values[name] for name in kind._fields if name in values})
+
+
+def read_json(workdir: Path, name: str) -> Row:
+    """A JSON object of the workdir.
+
+    Raises:
+        FileNotFoundError: as `missing`.
+        Torn: it is damaged.
+    """
+    try:
+        return files.read_json(workdir / name)
+    except FileNotFoundError:
+        raise missing(workdir, name) from None
+
+
+def missing(workdir: Path, name: str) -> FileNotFoundError:
+    """The error for a file that is not there; it has the command that makes it."""
+    return FileNotFoundError(f"no {name} in {workdir}: `jaxkd train --config=CONFIG --workdir={workdir}` makes it")
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by dotted key; empty mappings are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def value_of(row: Row, key: str) -> float:
+    """The number under `key`, NaN where there is none."""
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def by_domain(evals: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of evals.jsonl by domain and in the order of steps, the mean last; of equal steps the later row counts."""
+    by_step: dict[str, dict[int, Row]] = {}
+    for row in evals:
+        by_step.setdefault(str(row.get("domain", "?")), {})[int(row["step"])] = row
+    names = [*(name for name in by_step if name != MEAN), *(name for name in by_step if name == MEAN)]
+    return {name: [by_step[name][step] for step in sorted(by_step[name])] for name in names}
