@@ -103,7 +103,7 @@ def _ready(name: str, form: Form, where: Path, count: int, both: bool, student: 
     batches = loader.batches(rows.train, mixture, 0, 4, 0, 64, 0, place, taught.train.host_features)
     step = jax.jit(plain)
     batch = next(batches)
-    jax.block_until_ready(step(state, taught.train.state, batch))
+    jax.block_until_ready(step(state, {}, taught.train.state, batch))
     whole = flops.body(models.teacher.config, 128) + flops.head(models.teacher.config)
     spent = 0 if not form.divergence else whole if not form.cached else 0
     if form.options.get("signal") == "hidden":
@@ -156,7 +156,7 @@ def table(where: Path, quick: bool) -> Iterator[dict]:
         for _ in range(rounds):
             for key, each in ready.items():
                 start = time.perf_counter()
-                jax.block_until_ready(each.step(state, each.state, next(each.batches)))
+                jax.block_until_ready(each.step(state, {}, each.state, next(each.batches)))
                 seconds[key].append(time.perf_counter() - start)
     base = seconds["sft", False]
 

@@ -205,7 +205,7 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     workdir = Path(options.workdir)
     e = saved_experiment(workdir)
     from jaxkd.models import export as exporter
-    from jaxkd.run import job, model_card, restore
+    from jaxkd.run import job, load, model_card, restore
 
     multihost.join(single_ok=True)
     import jax
@@ -216,7 +216,8 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
     exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
     built = job.build(job.fit_devices(e))
     with jax.set_mesh(built.mesh):
-        step, student, _ = restore.student(e.run, workdir, built.state, options.step)
+        frozen = load.frozen(e, built.models)
+        step, student, _ = restore.student(e.run, workdir, built.state, frozen, options.step)
         host = jax.device_get(student)
     tokenizer = built.models.student.tokenizer or built.models.tokenizer
     directory = exporter.export(

@@ -50,7 +50,6 @@ class Objective(NamedTuple):
     loss: Callable[..., tuple[jax.Array, Metrics]]
     uses_teacher: bool
     fields: Mapping[str, FeatureTerm] = _NONE  # the terms that need features
-    trains: tuple[str, ...] = ("student", "objective")  # keys of the train state's `params` that the step updates
     domains: tuple[str, ...] = ()  # names of the batch's domains in order
     terms: tuple[str, ...] = ()  # names of the terms in `value`
 
@@ -105,7 +104,6 @@ def objective(
     domains: tuple[str, ...],
     tails: tuple[float, ...] = (1.0,),
     chunk: int | None = None,
-    trains: tuple[str, ...] = ("student", "objective"),
     measured: Mapping[str, Vocab] = _NONE,
 ) -> Objective:
     """The weighted sum of named terms, those over the vocabulary in one kernel call.
@@ -122,7 +120,6 @@ def objective(
         domains: names of the batch's domains.
         tails: temperatures at which a top-k teacher's tail is stored.
         chunk: tokens at a time in the kernel; None sizes it.
-        trains: keys of `params` that the step updates; without "student" it has no backward pass.
         measured: further terms over the vocabulary that are reported but not minimised, in the same kernel call.
 
     Raises:
@@ -173,7 +170,7 @@ def objective(
 
     uses_teacher = any(t.divergence.uses_teacher for t in vocabulary.values())
     uses_teacher |= any(t.uses_teacher for t in features.values())
-    return Objective(functools.partial(_init, features), loss, uses_teacher, features, trains, domains, tuple(kept))
+    return Objective(functools.partial(_init, features), loss, uses_teacher, features, domains, tuple(kept))
 
 
 def _init(

@@ -216,7 +216,7 @@ def plan(built: Job, topology: Topology) -> Plan:
     step_flops = program.flops_of(e, models, uses_teacher)
     limit, state = topology.chip.hbm, built.state
     parts = {
-        "params": device_bytes((state.params, state.ema)),
+        "params": device_bytes((state.params, state.ema, built.frozen)),
         "optimizer": device_bytes(state.opt_state),
         "teacher": device_bytes(teacher.state),
     }
@@ -227,7 +227,7 @@ def plan(built: Job, topology: Topology) -> Plan:
     if arguments > limit:
         return too_large(arguments)
     with jax.set_mesh(built.mesh), _progress(f"compiling the step for {topology.name}"):
-        lowered = program.jitted_step(built, teacher).lower(state, teacher.state, batch)
+        lowered = program.jitted_step(built, teacher).lower(state, built.frozen, teacher.state, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:

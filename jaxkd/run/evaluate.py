@@ -42,7 +42,7 @@ def of_run(e: Experiment, workdir: Path, step: str | None) -> Evaluated:
     built = job.build(job.fit_devices(e))
     e, models = built.experiment, built.models
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
-        number, student, average = restore.student(e.run, workdir, built.state, step)
+        number, student, average = restore.student(e.run, workdir, built.state, load.frozen(e, models), step)
         before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
         rows = load.domains(e.data, models.tokenizer)

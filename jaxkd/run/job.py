@@ -22,7 +22,7 @@ from jaxkd.losses.objective import Objective
 from jaxkd.models.transformer import Config
 from jaxkd.run.open_models import Model, Models, open_models
 from jaxkd.train import guard, optim
-from jaxkd.train.state import TRAINED, TrainState, abstract_state
+from jaxkd.train.state import TrainState, abstract_state
 
 
 class Job(NamedTuple):
@@ -37,6 +37,7 @@ class Job(NamedTuple):
     tx: optax.GradientTransformation
     lr: Scalar
     state: TrainState  # ShapeDtypeStruct leaves with shardings
+    frozen: PyTree  # the student where it does not train, else {}; likewise
 
 
 def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Config] | None = None) -> Job:
@@ -64,26 +65,26 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
         vocab=models.vocab,
         domains=tuple(e.data.domains),
         tails=e.teacher.temperatures,
-        trains=("objective",) if e.student.frozen else TRAINED,
         measured=group_dro.MEASURED if rule.group_dro else {},
     )
     objective_init = partial(objective.init, **_outputs(objective, models, abstract_batch(e.data)))
     learned = jax.eval_shape(objective_init, jax.random.key(0))
     if e.student.frozen and not learned:
         raise ValueError("student.frozen leaves nothing to train: no term of the objective has parameters of its own")
-    axes, params, moments = _parameters(models.student, learned, mesh)
+    trained = models.student._replace(shapes={}, axes={}) if e.student.frozen else models.student
+    axes, params, moments = _parameters(trained, learned, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params) if mesh.shape["replica"] > 1 else None
-    tx = optim.build(e.optim, lr, axes, shardings, objective.trains)
+    tx = optim.build(e.optim, lr, axes, shardings)
     state = abstract_state(
         params,
         moments,
         tx,
-        objective.trains,
         averaged=e.teacher.is_self,
         group_dro=group_dro.init(np.ones(len(e.data.domains))) if rule.group_dro else None,
         recent=guard.init() if e.optim.spike else None,
     )
-    return Job(e, mesh, models, rule, objective, objective_init, tx, lr, state)
+    frozen = _abstract(models.student.shapes, models.student.shardings) if e.student.frozen else {}
+    return Job(e, mesh, models, rule, objective, objective_init, tx, lr, state, frozen)
 
 
 def build_mesh(sizes: MeshBlock, devices: list) -> Mesh:
@@ -138,6 +139,9 @@ def _parameters(student: Model, learned: PyTree, mesh: Mesh) -> tuple[dict[str, 
         {name: sharding.shardings(axes, shapes, mesh, table) for name, (axes, shapes) in places.items()}
         for table in (student.rules, sharding.MOMENTS)
     )
-    leaf = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    params = {name: jax.tree.map(leaf, shapes, placed[name]) for name, (_, shapes) in places.items()}
+    params = {name: _abstract(shapes, placed[name]) for name, (_, shapes) in places.items()}
     return {"student": student.axes, "objective": jax.tree.map(lambda _: (), learned)}, params, moments
+
+
+def _abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxkd.config.schema import DataBlock, StudentBlock
+from jaxkd.config.schema import DataBlock, Experiment, StudentBlock
 from jaxkd.core.types import Batch, PyTree
 from jaxkd.data import build, loader
 from jaxkd.data.rows import Rows
@@ -142,7 +142,9 @@ def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree]
     return placed, first
 
 
-def weights(models: Models, block: StudentBlock, rows: Domains, progress: bool = True) -> Weights:
+def weights(
+    models: Models, block: StudentBlock, rows: Domains, progress: bool = True, with_student: bool = True
+) -> Weights:
     """Load the teachers, and make the student's first parameters.
 
     Args:
@@ -150,12 +152,15 @@ def weights(models: Models, block: StudentBlock, rows: Domains, progress: bool =
         block: which layers the student keeps, or how many.
         rows: for the choice of layers.
         progress: show it on stderr.
+        with_student: False where a checkpoint has all of its parameters.
 
     Raises:
         ValueError, FileNotFoundError: a file is damaged or does not fit.
     """
-    cut = block.path == "teacher"
+    cut = with_student and block.path == "teacher"
     placed, host = teachers(models, keep_host=cut)
+    if not with_student:
+        return Weights(placed, None, None)
     source = models.teacher if cut else models.student
     host = host if cut else host_params(source)
     kept: tuple[int, ...] | None = block.layers or None
@@ -167,6 +172,15 @@ def weights(models: Models, block: StudentBlock, rows: Domains, progress: bool =
     if kept:
         host = shrink.keep_layers(host, kept)
     return Weights(placed, put(host, models.student), kept)
+
+
+def frozen(e: Experiment, models: Models) -> PyTree:
+    """The student's parameters that are in no checkpoint: all of them under `student.frozen`, else {}.
+
+    Raises:
+        ValueError, FileNotFoundError: what they were made from is damaged, or no longer there.
+    """
+    return weights(models, e.student, domains(e.data, models.tokenizer)).student if e.student.frozen else {}
 
 
 def _by_importance(

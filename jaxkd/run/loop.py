@@ -27,7 +27,7 @@ from jaxkd.runtime import files, log, multihost
 from jaxkd.runtime.phases import Phases
 from jaxkd.runtime.profiling import Profile
 from jaxkd.train import faults, guard, optim
-from jaxkd.train.state import TrainState, init_state
+from jaxkd.train.state import TrainState, assemble, init_state
 
 
 class Interrupt:
@@ -125,17 +125,17 @@ class Run:
         """Load the teachers, and the state: the newest checkpoint's, or the initial one."""
         job, e = self.job, self.job.experiment
         newest = restore.recover(self.checkpoints, job.state, e, self.workdir)
-        self.resumed = newest is not None
+        self.resumed, frozen = newest is not None, e.student.frozen
+        weights = load.weights(job.models, e.student, self.rows, with_student=frozen or not self.resumed)
+        self.teacher_params, self.kept_layers = weights.teachers, weights.kept_layers
+        self.frozen = weights.student if frozen else {}
         if newest is None:
-            weights = load.weights(job.models, e.student, self.rows)
             self.mixing.first()
-            self.state: TrainState = self._initial_state(weights.student)
-            self.tokens, self.kept_layers = 0, weights.kept_layers
-            self.teacher_params = weights.teachers
+            self.state: TrainState = self._initial_state({} if frozen else weights.student)
+            self.tokens = 0
         else:
-            self.state, self.kept_layers = newest.state, None
+            self.state = newest.state
             self._restore_progress(newest.progress)
-            self.teacher_params, _ = load.teachers(job.models)
             for line in newest.warnings:
                 say(line)
             say(f"resuming at step {newest.step} of {e.run.steps}")
@@ -144,12 +144,20 @@ class Run:
         self.faults = faults.Faults(e.optim.skip_limit, step - int(optim.update_count(self.state.opt_state)))
         self.phases.restored(step)
 
+    @property
+    def student(self) -> PyTree:
+        """The student's parameters now."""
+        return assemble(self.state.params["student"], self.frozen)
+
+    @property
+    def average(self) -> PyTree:
+        """Their running average, or the parameters themselves where none is kept."""
+        return self.student if self.state.ema is None else assemble(self.state.ema, self.frozen)
+
     def loaded(self) -> preflight.Loaded:
         """What the checks before the first step look at."""
-        student = self.state.params["student"]
-        average = student if self.state.ema is None else self.state.ema
         return preflight.Loaded(
-            self.job.models, self.rows, self.teacher_params, self.teachers, student, average, self.comparison
+            self.job.models, self.rows, self.teacher_params, self.teachers, self.student, self.average, self.comparison
         )
 
     def _initial_state(self, student: PyTree) -> TrainState:
@@ -159,7 +167,7 @@ class Run:
             params = {"student": student, "objective": job.objective_init(key)}
             weights = group_dro.init(self.mixing.mixture.sampling) if job.rule.group_dro else None
             recent = None if job.state.recent is None else guard.init()
-            return init_state(params, job.tx, job.objective.trains, e.teacher.is_self, weights, recent)
+            return init_state(params, job.tx, e.teacher.is_self, weights, recent)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
         state = jax.jit(first, out_shardings=shardings)(student, jax.random.key(e.run.seed))
@@ -202,9 +210,7 @@ class Run:
 
     def _compare(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
         """Student and teacher on the held-out rows; raises `_Stopped`."""
-        params = self.state.params["student"]
-        average = params if self.state.ema is None else self.state.ema
-        inputs = (self.teachers.evaluate.state, self.state.step, average)
+        params, inputs = self.student, (self.teachers.evaluate.state, self.state.step, self.average)
 
         def sums(batch: Batch) -> compare.Sums:
             if interrupt():
@@ -279,7 +285,7 @@ class Run:
             batches = self._interval(step) if batches is None else batches
             with trace.step(step + 1), self.phases.once("compile"):
                 batch = next(batches)
-                self.state, measured = self.step(self.state, self.teachers.train.state, batch)
+                self.state, measured = self.step(self.state, self.frozen, self.teachers.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
             step, waiting = step + 1, (step + 1, measured)
@@ -308,7 +314,7 @@ class Run:
 
     def _reweigh(self, output: log.TrainLog) -> None:
         """Start the next interval, and log its mixture and what measuring for it cost."""
-        seconds = self.mixing.advance(self.state.params["student"])
+        seconds = self.mixing.advance(self.student)
         step_s = statistics.median(self.seconds) if self.seconds else None
         line = self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro), seconds, step_s)
         output.mixture(line)

@@ -20,7 +20,7 @@ from jaxkd.train.step import make_step
 
 
 def jitted_step(job: Job, teacher: Teacher) -> Any:
-    """`step(state, teacher.state, batch) -> (state, metrics)`, jitted: the state is donated and keeps its shardings."""
+    """`step(state, frozen, teacher.state, batch) -> (state, metrics)`, jitted; the state is donated."""
     e = job.experiment
     plain = make_step(
         job.models.student.forward,
@@ -33,8 +33,8 @@ def jitted_step(job: Job, teacher: Teacher) -> Any:
         e.optim.spike,
     )
 
-    def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
-        after, measured = plain(state, teacher_state, batch)
+    def step(state: TrainState, frozen: PyTree, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+        after, measured = plain(state, frozen, teacher_state, batch)
         # Inside the program, so that reading it never waits for the step in flight. Skipped steps do not advance the
         # optimizer's count, nor the schedule.
         rate = schedules.value(job.lr, optim.update_count(state.opt_state))

@@ -11,7 +11,7 @@ from jaxkd.core.types import PyTree
 from jaxkd.report.records import leaves
 from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Recovered
 from jaxkd.train.retention import Keep, checkpoint_directory
-from jaxkd.train.state import TrainState
+from jaxkd.train.state import TrainState, assemble
 
 
 def objective_params(source: str, abstract: PyTree) -> PyTree:
@@ -106,13 +106,16 @@ def mark(checkpoints: Checkpoints, run: RunBlock, workdir: Path) -> None:
         (marks / str(step) / COMMITTED).write_text(f"{checkpoints.directory / str(step)}\n", encoding="utf-8")
 
 
-def student(run: RunBlock, workdir: Path, abstract: TrainState, step: int | str | None) -> tuple[int, PyTree, PyTree]:
+def student(
+    run: RunBlock, workdir: Path, abstract: TrainState, frozen: PyTree, step: int | str | None
+) -> tuple[int, PyTree, PyTree]:
     """A run's student from a checkpoint: the step, its parameters, and their running average or the same parameters.
 
     Args:
         run: says where the checkpoints are.
         workdir: of the run.
         abstract: ShapeDtypeStruct leaves with shardings.
+        frozen: the student's parameters that are in no checkpoint.
         step: a number, also as text; "best" for the lowest held-out loss, None for the newest.
 
     Raises:
@@ -122,8 +125,10 @@ def student(run: RunBlock, workdir: Path, abstract: TrainState, step: int | str 
     checkpoints = Checkpoints(directory(run, workdir), read_only=True)
 
     def read(step: int) -> tuple[PyTree, PyTree]:
-        params = checkpoints.restore_student(step, abstract.params["student"])
-        return params, params if abstract.ema is None else checkpoints.restore_average(step, abstract.ema)
+        params = assemble(checkpoints.restore_student(step, abstract.params["student"]), frozen)
+        if abstract.ema is None:
+            return params, params
+        return params, assemble(checkpoints.restore_average(step, abstract.ema), frozen)
 
     if step is not None:
         number = numbered(checkpoints, workdir, str(step))

@@ -262,14 +262,14 @@ class Checkpoints:
         """
         wanted = parts(abstract)
         read, progress = self._read(step, wanted, complete=True)
-        return TrainState(**with_defaults(wanted, read)), progress
+        return abstract._replace(**with_defaults(wanted, read)), progress
 
     def restore_student(self, step: int, abstract: PyTree) -> PyTree:
-        """The student's parameters alone, for evaluation and export. Raises as `restore`."""
+        """`params["student"]` alone, for evaluation and export. Raises as `restore`."""
         return self._read(step, {"params": {"student": abstract}})[0]["params"]["student"]
 
     def restore_average(self, step: int, abstract: PyTree) -> PyTree:
-        """The running average of the student's parameters alone. Raises as `restore`."""
+        """`ema` alone. Raises as `restore`."""
         return self._read(step, {"ema": abstract})[0]["ema"]
 
     def restore_objective(self, step: int, abstract: PyTree) -> PyTree:

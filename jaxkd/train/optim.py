@@ -47,14 +47,11 @@ def adamw(
 
 
 def build(
-    o: OptimBlock, lr: Scalar, axes: dict[str, PyTree], shardings: dict[str, PyTree] | None, trains: tuple[str, ...]
+    o: OptimBlock, lr: Scalar, axes: dict[str, PyTree], shardings: dict[str, PyTree] | None
 ) -> optax.GradientTransformation:
-    """The optimiser of a recipe, for the parts of `params` that train; `shardings` are given where replicas exist."""
-    axes = {name: axes[name] for name in axes if name in trains}
+    """The optimiser of a recipe, for parameters with these logical axes; `shardings` are given where replicas exist."""
     tx = adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
-    if shardings is None:
-        return tx
-    return with_gradient_shardings(tx, {name: shardings[name] for name in axes})
+    return tx if shardings is None else with_gradient_shardings(tx, shardings)
 
 
 def with_gradient_shardings(tx: optax.GradientTransformation, shardings: PyTree) -> optax.GradientTransformation:

@@ -15,22 +15,44 @@ from jaxkd.train.guard import Recent
 
 
 class TrainState(NamedTuple):
-    """`params["student"]` is the model, `params["objective"]` the objective's own parameters.
+    """`params["student"]` is what the student trains, `params["objective"]` the objective's own parameters.
 
-    A part that the run does not use is None and is not checkpointed.
+    The student's other arrays are `frozen`, an argument of the step beside the state; see `assemble`. A part that the
+    run does not use is None and is not checkpointed.
     """
 
     step: jax.Array  # [] int32: steps made, skipped ones included
     params: dict[str, PyTree]
     opt_state: PyTree
-    ema: PyTree = None  # running average of the student's parameters, for teacher.path=self
+    ema: PyTree = None  # running average of `params["student"]`, for teacher.path=self
     group_dro: PyTree = None  # state of a `Reweighting`: domain weights in the loss, for data.mixture=doremi_proxy
     recent: Recent | None = None  # recent losses and gradient norms, for optim.spike
 
 
 def parts(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that are not None, by name."""
-    return {name: part for name, part in state._asdict().items() if part is not None}
+    """The parts of a state that have an array, by name."""
+    return {name: part for name, part in state._asdict().items() if jax.tree.leaves(part)}
+
+
+def assemble(params: PyTree, frozen: PyTree) -> PyTree:
+    """The student's parameters from its trained and its frozen arrays, two nested dicts with no leaf in common.
+
+    Raises:
+        ValueError: naming a key that has an array in both.
+    """
+    if not jax.tree.leaves(frozen):
+        return params
+    if not jax.tree.leaves(params):
+        return frozen
+
+    def merge(key: str) -> PyTree:
+        if key not in params or key not in frozen:
+            return params[key] if key in params else frozen[key]
+        if not isinstance(params[key], dict) or not isinstance(frozen[key], dict):
+            raise ValueError(f"'{key}' is both trained and frozen")
+        return assemble(params[key], frozen[key])
+
+    return {key: merge(key) for key in sorted(params.keys() | frozen.keys())}
 
 
 OPTIONAL: Mapping[str, Callable[[], Any]] = {"recent": guard.init}
@@ -71,18 +93,9 @@ def with_defaults(wanted: Mapping[str, Any], read: Mapping[str, Any]) -> dict[st
     return {**read, **{name: jax.jit(OPTIONAL[name], out_shardings=shardings(wanted[name]))() for name in missing}}
 
 
-TRAINED = ("student", "objective")
-
-
-def trainable(params: dict[str, PyTree], names: tuple[str, ...] = TRAINED) -> dict[str, PyTree]:
-    """The parameters that the optimiser sees."""
-    return {name: params[name] for name in params if name in names}
-
-
 def init_state(
     params: dict[str, PyTree],
     tx: optax.GradientTransformation,
-    names: tuple[str, ...] = TRAINED,
     averaged: bool = False,
     group_dro: PyTree = None,
     recent: Recent | None = None,
@@ -90,22 +103,20 @@ def init_state(
     """The state before the first step.
 
     Args:
-        params: all of them, float32.
+        params: what is trained, float32.
         tx: the optimiser.
-        names: which of `params` it updates, the objective's `trains`.
         averaged: whether `ema` is kept.
         group_dro: the first state of a `Reweighting`.
         recent: `guard.init()`, where spikes are skipped.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(trainable(params, names)), ema, group_dro, recent)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, group_dro, recent)
 
 
 def abstract_state(
     params: dict[str, PyTree],
     moments: dict[str, PyTree],
     tx: optax.GradientTransformation,
-    names: tuple[str, ...] = TRAINED,
     **parts: Any,
 ) -> TrainState:
     """Shapes and shardings of the train state: `init_state` of abstract arrays.
@@ -113,15 +124,15 @@ def abstract_state(
     Args:
         params: ShapeDtypeStruct leaves with shardings.
         moments: shardings of the optimiser's moments, by the parts of `params`.
-        tx, names: as in `init_state`.
+        tx: the optimiser.
         parts: the other arguments of `init_state`. Their arrays are replicated.
     """
     first = jax.tree.leaves(params)[0].sharding
     replicated = NamedSharding(first.mesh, PartitionSpec())
-    whole = functools.partial(init_state, tx=tx, names=names, averaged=parts.pop("averaged", False))
+    whole = functools.partial(init_state, tx=tx, averaged=parts.pop("averaged", False))
     shapes = jax.eval_shape(whole, params, **parts)
     opt_state = optax.tree_utils.tree_map_params(
-        tx, lambda _, s: s, shapes.opt_state, trainable(moments, names), transform_non_params=lambda _: replicated
+        tx, lambda _, s: s, shapes.opt_state, moments, transform_non_params=lambda _: replicated
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     average = None if shapes.ema is None else shardings["student"]

@@ -14,10 +14,11 @@ from jaxkd.core.types import Batch, Forward, Metrics, PyTree
 from jaxkd.losses.objective import Objective, Reweighting
 from jaxkd.teachers.base import Teacher
 from jaxkd.train import guard
-from jaxkd.train.state import TrainState, trainable
+from jaxkd.train.state import TrainState, assemble
 
 _NONE: Mapping[str, jax.Array] = MappingProxyType({})
-Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, PyTree, Any, Batch], tuple[TrainState, Metrics]]
+Assemble = Callable[[PyTree, PyTree], PyTree]
 
 
 def split(batch: PyTree, parts: int) -> PyTree:
@@ -35,10 +36,13 @@ def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {"taps": names} if names else {}
 
 
-def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1):
-    """`gradient(params, teacher_state, batch, step, ema=None, factors={}) -> (gradients, metrics)`, token means.
+def make_gradient(
+    forward: Forward, teacher: Teacher, objective: Objective, micro_batches: int = 1, assemble: Assemble = assemble
+):
+    """`gradient(params, teacher_state, batch, step, frozen={}, ema=None, factors={}) -> (gradients, metrics)`.
 
-    Values, gradients and metrics are summed over micro-batches and divided once by the global token weight.
+    Gradients are of `params`. Values, gradients and metrics are summed over micro-batches and divided once, by the
+    global token weight.
 
     Raises:
         ValueError: a term needs features that the teacher's signal does not have.
@@ -49,16 +53,16 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
             "leave the term out"
         )
 
-    def value(trained, params, teacher_state, batch, factors, step, ema):
-        params = params | trained
+    def value(params, frozen, teacher_state, batch, factors, step, ema):
+        own = params["student"] if ema is None else ema
         signal = None
         if objective.uses_teacher or teacher.writes:
-            options = _taps(objective.teacher_taps) | {"step": step, "own": params["student"] if ema is None else ema}
+            options = _taps(objective.teacher_taps) | {"step": step, "own": assemble(own, frozen)}
             options = {name: option for name, option in options.items() if name in teacher.requires}
             signal = teacher.signal(teacher_state, batch, **options)
         if isinstance(signal, Batch):  # the teacher's own text instead of the data's
             batch, signal = signal, None
-        student = forward(params["student"], batch, **_taps(objective.student_taps))
+        student = forward(assemble(params["student"], frozen), batch, **_taps(objective.student_taps))
         return objective.loss(params["objective"], student, signal, batch, step, factors)
 
     def gradient(
@@ -66,10 +70,11 @@ def make_gradient(forward: Forward, teacher: Teacher, objective: Objective, micr
         teacher_state: PyTree,
         batch: Batch,
         step: jax.Array,
+        frozen: PyTree = _NONE,
         ema: PyTree = None,
         factors: Mapping[str, jax.Array] = _NONE,
     ) -> tuple[PyTree, Metrics]:
-        gradient_fn = partial(jax.grad(value, has_aux=True), trainable(params, objective.trains), params)
+        gradient_fn = partial(jax.grad(value, has_aux=True), params, frozen)
         inputs = (batch, dict(factors))
         if micro_batches == 1:
             grads, metrics = gradient_fn(teacher_state, *inputs, step, ema)
@@ -98,14 +103,17 @@ def make_step(
     decay: float = 1.0,
     reweighting: Reweighting | None = None,
     spike: float = 0.0,
+    assemble: Assemble = assemble,
 ) -> Step:
-    """`step(state, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """`step(state, frozen, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    `frozen` has the student's arrays that are not trained, {} for none: neither in the state nor in the optimiser.
 
     A step whose loss or gradient is not finite changes nothing but `state.step`; its metric `skipped` is then 1.
 
     Args:
         forward: the student's.
-        teacher: its state is the step's second argument.
+        teacher: its state is the step's third argument.
         objective: what to minimise.
         tx: the optimiser.
         micro_batches: parts that the batch is split into to save memory; divides its number of rows.
@@ -113,15 +121,16 @@ def make_step(
         reweighting: factors of the terms, whose state is `state.group_dro`.
         spike: standard deviations above the mean of `state.recent`, where the state has it, from which on a step is
             skipped for its loss or gradient norm.
+        assemble: `assemble(state.params["student"], frozen)`, the parameters that `forward` takes.
 
     Raises:
         ValueError: a term needs features that the teacher's signal does not have.
     """
-    gradient = make_gradient(forward, teacher, objective, micro_batches)
+    gradient = make_gradient(forward, teacher, objective, micro_batches, assemble)
 
-    def step(state: TrainState, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, frozen: PyTree, teacher_state: PyTree, batch: Batch) -> tuple[TrainState, Metrics]:
         factors = _NONE if reweighting is None else reweighting.factors(state.group_dro, batch)
-        grads, metrics = gradient(state.params, teacher_state, batch, state.step, state.ema, factors)
+        grads, metrics = gradient(state.params, teacher_state, batch, state.step, frozen, state.ema, factors)
         (total, tokens), norm, one = metrics["loss"], optax.tree.norm(grads), jnp.ones(())
         loss = total / jnp.where(tokens > 0, tokens, 1.0)
         # Both are global sums, so all devices decide alike.
@@ -129,11 +138,9 @@ def make_step(
         if recent is not None:
             applied &= guard.is_usual(recent, loss, norm, spike)
             recent = guard.append(recent, loss, norm)
-        before = (trainable(state.params, objective.trains), state.opt_state)
-        updates, opt_state = tx.update(grads, state.opt_state, before[0])
-        after = (optax.apply_updates(before[0], updates), opt_state)
-        trained, opt_state = guard.select(applied, after, before)
-        params = state.params | trained
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        after = (optax.apply_updates(state.params, updates), opt_state)
+        params, opt_state = guard.select(applied, after, (state.params, state.opt_state))
         metrics["grad_norm"] = (norm, one)
         metrics["param_norm"] = (optax.tree.norm(params), one)
         metrics["tokens"] = (tokens, one)

@@ -210,7 +210,9 @@ def test_every_recipe_builds_abstractly(recipe):
     from jaxkd.teachers.online import online
 
     step = make_step(built.models.student.forward, online({}, built.models.teacher.forward), built.objective, built.tx)
-    state, metrics = jax.eval_shape(step, built.state, built.models.teacher.shapes, job.abstract_batch(e.data))
+    state, metrics = jax.eval_shape(
+        step, built.state, built.frozen, built.models.teacher.shapes, job.abstract_batch(e.data)
+    )
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), built.state)
     assert "loss" in metrics
 

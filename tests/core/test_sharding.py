@@ -208,12 +208,10 @@ def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
             teacher = teaching.build_teacher(this.experiment, this.models, load.teachers(this.models)[0], {}).train
             student = load.put(load.host_params(this.models.student), this.models.student)
             places = jax.tree.map(lambda leaf: leaf.sharding, this.state)
-            first = jax.jit(
-                functools.partial(init_state, tx=this.tx, names=this.objective.trains), out_shardings=places
-            )
+            first = jax.jit(functools.partial(init_state, tx=this.tx), out_shardings=places)
             state, step, measured = first({"student": student, "objective": {}}), program.jitted_step(this, teacher), {}
             for seed in range(2):
-                state, measured = step(state, teacher.state, batch(this, seed))
+                state, measured = step(state, {}, teacher.state, batch(this, seed))
             assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
             found.append({name: float(total / weight) for name, (total, weight) in measured.items() if weight})
     for name in ("loss", "kd", "ce", "grad_norm"):

@@ -119,7 +119,7 @@ def test_the_step_weighs_each_token_by_its_domain_and_scores_what_it_saw():
 
     raw = (weights / SAMPLING)[batch.domain][:, None] * batch.weights
     expected = jax.jit(jax.grad(lambda p: jnp.sum(raw * losses(p)[0]) / raw.sum()))(state.params["student"])
-    after, metrics = step(state, teacher.state, batch)
+    after, metrics = step(state, {}, teacher.state, batch)
     for old, new, slope in zip(*map(jax.tree.leaves, (state.params["student"], after.params["student"], expected))):
         assert np.linalg.norm((old - new) - slope) <= 1e-4 * np.linalg.norm(slope)
 
@@ -138,8 +138,8 @@ def test_the_step_weighs_each_token_by_its_domain_and_scores_what_it_saw():
 def test_micro_batches_and_devices_weigh_alike_and_moving_weights_compile_nothing():
     batch = make_batch()
     _, teacher, step, state = problem()
-    reference = step(state, teacher.state, batch)[0]
-    again = step(reference, teacher.state, batch)[0]
+    reference = step(state, {}, teacher.state, batch)[0]
+    again = step(reference, {}, teacher.state, batch)[0]
     assert step._cache_size() == 1
     assert not np.array_equal(again.group_dro.log_weights, reference.group_dro.log_weights)
     _, _, spread, _ = problem(4)
@@ -151,7 +151,7 @@ def test_micro_batches_and_devices_weigh_alike_and_moving_weights_compile_nothin
         placed = jax.device_put(state, everywhere)
         placed = placed._replace(params={"student": jax.device_put(state.params["student"], places), "objective": {}})
         found, _ = spread(
-            placed, jax.device_put(teacher.state, places), jax.device_put(batch, sharding.batch_sharding(mesh))
+            placed, {}, jax.device_put(teacher.state, places), jax.device_put(batch, sharding.batch_sharding(mesh))
         )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)

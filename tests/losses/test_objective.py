@@ -19,7 +19,7 @@ from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.online import online
-from jaxkd.train.state import init_state
+from jaxkd.train.state import assemble, init_state
 from jaxkd.train.step import make_gradient, make_step
 
 STUDENT = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, qk_norm=True)
@@ -288,7 +288,7 @@ def test_projectors_train():
     losses = []
     for _ in range(25):
         before = state
-        state, metrics = step(state, teacher.state, BATCH)
+        state, metrics = step(state, {}, teacher.state, BATCH)
         losses.append(float(metrics["loss"][0]))
     assert losses[-1] < 0.5 * losses[0]
     for name, tap in (("hid", "layer_2"), ("cos", "layer_1")):
@@ -302,19 +302,42 @@ def test_a_frozen_student_costs_no_backward_pass_and_no_moments():
     student, _, teacher = models()
     terms = {"hid": (1.0, features.hidden_mse({2: 3}))}
     flops, sizes = [], []
-    for trains in (("student", "objective"), ("objective",)):
-        objective = total(terms, trains=trains)
+    objective = total(terms)
+    params = start(objective)
+    for trained, frozen in ((params, {}), (params | {"student": {}}, params["student"])):
         tx = optax.adamw(1e-2, weight_decay=0.5)
-        state = init_state(start(objective), tx, objective.trains)
-        program = jax.jit(make_step(student, teacher, objective, tx)).lower(state, teacher.state, BATCH).compile()
+        state = init_state(trained, tx)
+        step = jax.jit(make_step(student, teacher, objective, tx))
+        program = step.lower(state, frozen, teacher.state, BATCH).compile()
         flops.append(program.cost_analysis()["flops"])
         sizes.append(sum(x.size for x in jax.tree.leaves(state.opt_state)))
-    after, metrics = program(state, teacher.state, BATCH)
-    jax.tree.map(np.testing.assert_array_equal, after.params["student"], state.params["student"])
+    after, metrics = program(state, frozen, teacher.state, BATCH)
+    assert after.params["student"] == {}
     assert (after.params["objective"]["hid"]["layer_2"] != state.params["objective"]["hid"]["layer_2"]).any()
     assert metrics["grad_norm"][0] > 0
     assert flops[1] < 0.75 * flops[0]
     assert sizes[1] <= 2 * 32 * 48 + 2
+
+
+def test_a_part_of_the_student_may_be_frozen():
+    """The other arrays get the gradients that they have when all train, and the frozen ones do not move."""
+    student, params, teacher = models()
+    objective, tx = total({"ce": (1.0, objectives.next_token())}), optax.sgd(0.5)
+    frozen = {"embed": params["embed"], "layers": {"q": params["layers"]["q"]}}
+    layers = {name: leaf for name, leaf in params["layers"].items() if name != "q"}
+    trained = {name: leaf for name, leaf in params.items() if name != "embed"} | {"layers": layers}
+    step = jax.jit(make_step(student, teacher, objective, tx))
+    whole, _ = step(init_state({"student": params, "objective": {}}, tx), {}, teacher.state, BATCH)
+    after, _ = step(init_state({"student": trained, "objective": {}}, tx), frozen, teacher.state, BATCH)
+    expected = whole.params["student"] | frozen
+    expected["layers"] = whole.params["student"]["layers"] | frozen["layers"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        assemble(after.params["student"], frozen),
+        expected,
+    )
+    with pytest.raises(ValueError, match="'embed'"):
+        assemble(params, frozen)
 
 
 def test_a_constant_weight_of_zero_drops_a_feature_and_its_taps():

@@ -108,7 +108,7 @@ def test_a_cached_teacher_is_compiled_without_its_cache(signal):
         assert all(jax.tree.leaves(same))
     teacher = teaching.build_teacher(job.experiment, job.models, plan.teacher_weights(job.models), {}).train
     with jax.set_mesh(job.mesh):
-        after, measured = jax.eval_shape(program.jitted_step(job, teacher), job.state, teacher.state, batch)
+        after, measured = jax.eval_shape(program.jitted_step(job, teacher), job.state, job.frozen, teacher.state, batch)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, job.state)
     assert {"loss", "lr"} <= set(measured)
 

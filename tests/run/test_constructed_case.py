@@ -102,7 +102,7 @@ def gaps(case, programs, rule, seed):
             for batch in loader.batches(
                 rows.train, mixing.mixture, seed, BATCH, mixing.start, mixing.end, mixing.start
             ):
-                state, _ = step(state, teacher.state, batch)
+                state, _ = step(state, {}, teacher.state, batch)
             mixing.advance(state.params["student"])
         found = {row["domain"]: row["student_nats"] - row["teacher_nats"] for row in look(state)}
     return {name: gap for name, gap in found.items() if name != "mean"}

@@ -21,7 +21,7 @@ def test_the_step_lowers_for_gpus_on_a_mesh(platform):
     with jax.set_mesh(job.mesh):
         step = program.jitted_step(job, teacher)
         exported = jax.export.export(step, platforms=[platform])(
-            job.state, teacher.state, teaching.abstract_batch(job.experiment, job.models, job.mesh)
+            job.state, job.frozen, teacher.state, teaching.abstract_batch(job.experiment, job.models, job.mesh)
         )
     assert exported.platforms == (platform,)
     assert exported.nr_devices == 8

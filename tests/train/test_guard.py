@@ -64,9 +64,9 @@ def bits(tree) -> list[bytes]:
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_position():
     step, teacher, first = problem()
-    before, metrics = step(first, teacher, make_batch(0))
+    before, metrics = step(first, {}, teacher, make_batch(0))
     assert metrics["skipped"] == (0.0, 1.0)
-    after, metrics = step(before, teacher, make_batch(1, weight=1e38))  # whose loss overflows
+    after, metrics = step(before, {}, teacher, make_batch(1, weight=1e38))  # whose loss overflows
     assert not np.isfinite(metrics["loss"][0])
     assert metrics["skipped"] == (1.0, 1.0)
     assert int(after.step) == 2
@@ -77,9 +77,9 @@ def test_a_run_goes_on_as_if_the_step_had_not_been_there():
     step, teacher, first = problem()
     with_fault, without = first, first
     for seed, weight in ((0, 1.0), (1, 1e38), (2, 1.0)):
-        with_fault, _ = step(with_fault, teacher, make_batch(seed, weight))
+        with_fault, _ = step(with_fault, {}, teacher, make_batch(seed, weight))
     for seed in (0, 2):
-        without, _ = step(without, teacher, make_batch(seed))
+        without, _ = step(without, {}, teacher, make_batch(seed))
     # But for the running mean of the domains' weights, which is over steps.
     same = lambda state: bits((state.params, state.opt_state, state.ema, state.recent, state.group_dro.log_weights))
     assert same(with_fault) == same(without)
@@ -90,7 +90,7 @@ def test_a_spike_is_left_out_and_enters_the_window():
     step, teacher, first = problem()
     filled = guard.Recent(jnp.full((2, guard.WINDOW), 0.1) + jnp.linspace(0, 0.01, guard.WINDOW), jnp.asarray(70))
     before = first._replace(recent=filled)
-    after, metrics = step(before, teacher, make_batch(0))  # a loss of four nats, where 0.1 is usual
+    after, metrics = step(before, {}, teacher, make_batch(0))  # a loss of four nats, where 0.1 is usual
     assert metrics["skipped"] == (1.0, 1.0)
     assert bits((after.params, after.opt_state, after.ema)) == bits((before.params, before.opt_state, before.ema))
     assert int(after.recent.seen) == 71
@@ -144,7 +144,7 @@ def test_the_guard_takes_one_copy_of_the_parameters(monkeypatch):
 
     def temporary():
         step = jax.jit(make_step(forward, online(params, forward), objective, tx), donate_argnums=0)
-        memory = step.lower(state, params, make_batch(0)).compile().memory_analysis()
+        memory = step.lower(state, {}, params, make_batch(0)).compile().memory_analysis()
         assert memory.alias_size_in_bytes > 0.9 * sum(4 * leaf.size for leaf in jax.tree.leaves(state))
         return memory.temp_size_in_bytes
 

@@ -230,7 +230,7 @@ def test_no_buffer_of_the_step_is_near_tokens_times_vocabulary():
     wide = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     flat = jax.ShapeDtypeStruct((rows,), jnp.int32)
     batch = Batch(wide, wide, jax.ShapeDtypeStruct((rows, length), jnp.float32), wide, wide, flat, flat)
-    text = step.lower(state, params, batch).compile().as_text()
+    text = step.lower(state, {}, params, batch).compile().as_text()
     sizes = {math.prod(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]+\d*\[(\d+(?:,\d+)*)\]", text)}
     assert max(sizes) >= rows * length // 8 * vocab  # the chunk's logits: the expression does read the program
     assert max(sizes) < rows * length * vocab / 4

@@ -236,7 +236,7 @@ def own_run(decay, steps=3):
     step = jax.jit(make_step(student, teacher, objective, tx, decay=decay))
     states, metrics = [init_state(params, tx, averaged=True)], []
     for _ in range(steps):
-        state, measured = step(states[-1], teacher.state, make_batch())
+        state, measured = step(states[-1], {}, teacher.state, make_batch())
         states.append(state)
         metrics.append({k: float(v[0]) for k, v in measured.items()})
     return states, metrics
