@@ -1,7 +1,7 @@
-# shellcheck shell=bash disable=SC2034  # what it sets is for those who source it
+# shellcheck shell=bash disable=SC2034  # its variables are used by the scripts that source it
 # TPU slices by name, for the other scripts: `accelerator v5p-128` sets generation, grid, gcloud_name, chips,
 # hosts, chips_per_host, devices, gke, runtime and sentence, or says what is wrong. jaxkd/core/chips.py knows the same
-# names; this file needs no Python, because a launcher runs before anything is installed.
+# names; this file uses no Python, because a launcher runs before anything is installed.
 
 # generation | as gcloud spells it | its number counts | a chip has so many of those | JAX devices a chip | GKE's name | gcloud's runtime
 accelerator_table="\

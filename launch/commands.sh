@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launchers share: options, one message for all that is missing, and commands that --dry-run prints.
+# Shared by the launchers: options, one message for all missing options, and commands that --dry-run prints.
 
 launcher="launch/$(basename -- "$0")"
 dry="" # set by --dry-run: commands are printed, nothing is run
@@ -61,10 +61,10 @@ read_options() {
     dry="${dry_run:-}"
 }
 
-# shellcheck disable=SC2034  # for those who source this
+# shellcheck disable=SC2034  # used by the scripts that source this file
 work="rest: what jaxkd is to do, such as train --config FILE --workdir DIR"
 
-require() { # require "NAME: what it is" ...: all that is missing is named at once
+require() { # require "NAME: what it is" ...: names all missing options at once
     local item needed missing=""
     for item in "$@"; do
         needed="${item%%:*}"
@@ -78,16 +78,16 @@ number_from() { # number_from LOWEST NAME: the value of $NAME is a whole number,
     [[ "${!2}" =~ ^[0-9]+$ && "${!2}" -ge "$1" ]] || fail "--${2//_/-}=${!2} must be a whole number from $1 on"
 }
 
-kubernetes_name() { # kubernetes_name LONGEST: of $name, to which JobSet adds the numbers of slices and hosts
+kubernetes_name() { # kubernetes_name LONGEST: checks $name, to which JobSet appends the numbers of slices and hosts
     # shellcheck disable=SC2154  # an option of both that call this
     [[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && "${#name}" -le "$1" ]] ||
         fail "--name=$name must be at most $1 lower-case letters, digits and dashes, beginning with a letter"
 }
 
-starts_again() { # starts_again CODE: whether a run that ended so is to be started again (docs/launch.md)
+starts_again() { # starts_again CODE: whether a run that exited with CODE is to be restarted (docs/launch.md)
     case "$1" in
         69 | 70 | 75) true ;;
         130) false ;;
-        *) [ "$1" -ge 128 ] ;; # killed by a signal, by JAX too when another host is gone
+        *) [ "$1" -ge 128 ] ;; # killed by a signal; JAX aborts a process when another host is gone
     esac
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs jaxkd on one host of a job, with the flags of its chips:  bash launch/host.sh [--chip NAME] [--dry-run] -- ARGUMENT...
-# --chip: one of launch/flags (v4, v5e, v5p, v6e, tpu7x, gpu), or JAXKD_CHIP; none is no flags. LIBTPU_INIT_ARGS and
-#   XLA_FLAGS that are set already go after those of the file, so that they win; other variables that are set stay.
-# --background DIR: starts it detached from the terminal; DIR gets run.log, run.pid and, when it has ended, run.code.
+# --chip: one of launch/flags (v4, v5e, v5p, v6e, tpu7x, gpu), or JAXKD_CHIP; without it no flags are set. Your own
+#   LIBTPU_INIT_ARGS and XLA_FLAGS go after those of the file and so override them; other variables that are set are kept.
+# --background DIR: starts it detached from the terminal; DIR gets run.log, run.pid and, when it ends, run.code (exit code).
 # SIGTERM reaches jaxkd, which saves and exits with 75. SkyPilot's variables become jaxkd's, where GPUs are used.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/commands.sh"
@@ -19,7 +19,7 @@ setting() { # setting NAME VALUE
     settings+=("$1=$2")
 }
 
-flags() { # flags FILE: its lines are NAME=VALUE; names that come again are joined by spaces
+flags() { # flags FILE: its lines are NAME=VALUE; values of a repeated name are joined by spaces
     local line name tpu="" xla=""
     while IFS= read -r line || [ -n "$line" ]; do
         case "$line" in '' | '#'*) continue ;; esac
@@ -40,7 +40,7 @@ if [ -n "$chip" ] && [ -z "$supervise" ]; then
     [ -n "$background" ] || flags "$file"
 fi
 
-# On TPUs JAX finds the other hosts by itself; on GPUs SkyPilot knows them.
+# On TPUs JAX detects the other hosts; on GPUs SkyPilot provides them.
 if [ "${SKYPILOT_NUM_NODES:-1}" -gt 1 ] && [ "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" -gt 0 ] && [ -z "${JAXKD_COORDINATOR:-}" ]; then
     setting JAXKD_COORDINATOR "${SKYPILOT_NODE_IPS%%$'\n'*}:8476"
     setting JAXKD_NUM_PROCESSES "$SKYPILOT_NUM_NODES"
@@ -61,7 +61,7 @@ elif [ -n "$background" ]; then
     echo $! >"$background/run.pid"
     echo "started, process $!: $background/run.log"
 elif [ -n "$supervise" ]; then
-    # Stays to write down how it ended, and hands SIGTERM on: bash alone would die of it and leave the child behind.
+    # Waits to record the exit code, and forwards SIGTERM: bash alone would exit and leave the child running.
     code=0
     bash "$root/launch/host.sh" --chip "$chip" -- "${rest[@]}" &
     child=$!

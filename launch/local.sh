@@ -29,7 +29,7 @@ if [ -z "$config" ]; then
     set -- --config configs/quickstart.py "$@"
 fi
 run bash launch/setup.sh math
-# On a CPU each step takes the memory of its arrays anew: huge pages, where Linux lends them, cost a third of the time.
+# On a CPU each step allocates its arrays anew: with huge pages, where Linux offers them, that takes a third of the time.
 command=(env "GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}" .venv/bin/jaxkd train "$@")
 [ -n "$dry" ] || exec "${command[@]}"
 quoted "${command[@]}"

@@ -16,7 +16,7 @@ unfinished="$venv/.jaxkd-unfinished" # exists during an installation; holds its 
 
 fail() {
     echo "launch/setup.sh: $*" >&2
-    exit 1
+    exit "${code:-1}"
 }
 
 version_of() { # "3.11" if the interpreter runs, else nothing (a pyenv shim may exist and fail)
@@ -60,6 +60,7 @@ find_python() { # sets python, or fails with what was tried
         fi
     done <<<"$(candidates)"
     tried="${tried#; }"
+    code=69 # as sysexits.h has it: unavailable
     fail "jaxkd needs Python 3.11 to 3.13, but ${tried:-there is no ${JAXKD_PYTHON:-python}}. Install one, or name one in JAXKD_PYTHON"
 }
 

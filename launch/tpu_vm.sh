@@ -2,8 +2,8 @@
 # TPU VMs through queued resources:  bash launch/tpu_vm.sh VERB --name NAME --zone ZONE --accelerator v6e-64 [OPTION...] [-- ARGUMENT...]
 #   create    ask for the slices          run      start jaxkd on every host, detached     delete   give them back
 #   setup     code and packages to them   logs     follow host 0                           status   state, and codes of the run
-#   babysit   all of these until the run is done: attaches to one that is going on, starts again what was preempted or lost,
-#             asks again when gcloud fails, stops at an error
+#   babysit   all of these until the run is done: attaches to a run that is going on, restarts it after a preemption or the loss
+#             of a host, repeats gcloud calls that fail, stops at an error
 # --slices N, --spot or --reserved, --project P, --runtime-version V, --service-account A, --retries 50 and --poll 60 (seconds)
 # for babysit, --keep (babysit does not delete), --dry-run. What follows -- goes to jaxkd: -- train --config FILE --workdir DIR
 set -euo pipefail
@@ -57,11 +57,11 @@ create() {
     run "${command[@]}"
 }
 
-setup() { # what is committed goes there; changes that are not do not
+setup() { # copies what is committed; uncommitted changes are left out
     local archive="${TMPDIR:-/tmp}/$name.tar.gz"
     run git -C "$here/.." archive --format=tar.gz --output="$archive" HEAD &&
         run gcloud alpha compute tpus queued-resources scp "$archive" "$name:jaxkd.tar.gz" "${where[@]}" --node=all --worker=all || return
-    # The images' own Python is 3.10: uv brings another.
+    # The images' own Python is 3.10: uv installs another.
     everywhere "mkdir -p $folder && tar -xzf jaxkd.tar.gz -C $folder && python3 -m pip install --quiet --user uv && export PATH=\"\$HOME/.local/bin:\$PATH\" && uv python install --quiet 3.12 && JAXKD_PYTHON=\"\$(uv python find 3.12)\" bash $folder/launch/setup.sh tpu gcs"
 }
 
@@ -73,11 +73,11 @@ state() {
     run "${queued[@]}" describe "$name" "${where[@]}" "--format=value(state.state)"
 }
 
-codes() { # a line a host: "code 75", "code running", or "code lost" when it neither runs nor has written how it ended
+codes() { # one line per host: "code 75", "code running", or "code lost" if it neither runs nor has recorded an exit code
     everywhere "echo code \$({ cd $folder/.launch && { cat run.code || { kill -0 \$(cat run.pid) && echo running; }; }; } 2>/dev/null || echo lost)"
 }
 
-signal() { # signal COMMAND: what comes before the number of a process, for the supervisors of runs that have not ended
+signal() { # signal COMMAND: a kill command without its process id, run for the supervisors of runs that have not ended
     everywhere "cd $folder/.launch 2>/dev/null && [ ! -e run.code ] && $1\$(cat run.pid) 2>/dev/null; true" >/dev/null 2>&1 || true
 }
 
@@ -85,10 +85,10 @@ delete() {
     run "${queued[@]}" delete "$name" "${where[@]}" --force --quiet
 }
 
-# ------------------------------------------------------------------ babysit: what gcloud says goes to the file $errors
+# ------------------------------------------------------------------ babysit: gcloud's messages go to the file $errors
 
-hopeless() { # hopeless CODE: whether no repetition mends what gcloud has just said
-    case "$1" in 2 | 126 | 127) return 0 ;; esac # a command line that gcloud does not know; no gcloud
+permanent() { # permanent CODE: whether repeating the gcloud call that just failed cannot help
+    case "$1" in 2 | 126 | 127) return 0 ;; esac # a wrong command line; no gcloud
     grep -Eq 'PERMISSION_DENIED|INVALID_ARGUMENT|Error parsing \[|active account selected' "$errors"
 }
 
@@ -98,32 +98,32 @@ give_up() { # give_up VERB
     exit 1
 }
 
-# Sets `found` to the state that gcloud answers, NONE when it answers that there is nothing of that name. A call that failed is
-# no answer: the slices may be there, and a run on them. So it is asked again, without end.
+# Sets `observed` to the state that gcloud reports, NONE on NOT_FOUND. A call that fails says nothing about the slices, on which
+# a run may be going on: it is repeated without limit.
 answered=""
 look() {
     local code
     while true; do
         code=0
-        found="$(state 2>"$errors")" || code=$?
-        [ "$code" = 0 ] || ! grep -q NOT_FOUND "$errors" || code=0 found=NONE
+        observed="$(state 2>"$errors")" || code=$?
+        [ "$code" = 0 ] || ! grep -q NOT_FOUND "$errors" || code=0 observed=NONE
         [ "$code" != 0 ] || break
-        # Once it has answered, its command line is right.
-        if [ -z "$answered" ] && hopeless "$code"; then give_up describe; fi
+        # After one successful call the command line is known to be right.
+        if [ -z "$answered" ] && permanent "$code"; then give_up describe; fi
         echo "$launcher: gcloud did not say how $name is, asked again in $poll s: $(grep -m 1 ERROR "$errors" || tail -n 1 "$errors")" >&2
         sleep "$poll"
     done
     answered=yes
 }
 
-attempt() { # attempt create|delete: fails with a sentence where another attempt may do better
+attempt() { # attempt create|delete: fails with a message if another attempt may succeed
     local code=0
     "$1" 2>"$errors" || code=$?
     if [ "$code" = 0 ]; then
         cat "$errors" >&2
     elif [ "$1" = delete ] && grep -q NOT_FOUND "$errors"; then
         return 0 # it is gone already
-    elif hopeless "$code"; then
+    elif permanent "$code"; then
         give_up "$1"
     else
         cat "$errors" >&2
@@ -132,39 +132,39 @@ attempt() { # attempt create|delete: fails with a sentence where another attempt
     fi
 }
 
-wait_for_slices() { # asks for them when they are not there; in the end they are ACTIVE
+wait_for_slices() { # requests slices that do not exist, and returns when they are ACTIVE
     while true; do
         look
-        case "$found" in
+        case "$observed" in
             ACTIVE) return ;;
             NONE) attempt create || true ;;
             FAILED | SUSPENDED | SUSPENDING)
-                echo "$launcher: $name is $found: deleted and asked for again" >&2
+                echo "$launcher: $name is $observed: deleted and asked for again" >&2
                 attempt delete || true
                 ;;
-            *) echo "$launcher: $name is ${found:-in no state}" >&2 ;;
+            *) echo "$launcher: $name is ${observed:-in no state}" >&2 ;;
         esac
         sleep "$poll"
     done
 }
 
-# Sets `answers`, a word a host, and fails when not all hosts answer. They are counted: gcloud leaves out slices that it
-# cannot prepare, and the batches after one in which a host failed. `ask_hosts aloud` lets ssh be heard.
+# Sets `answers`, one word per host, and fails unless all hosts answer. They are counted, since gcloud leaves out slices that it
+# cannot prepare, and the batches after one in which a host failed. `ask_hosts aloud` shows what ssh prints.
 ask_hosts() {
-    local heard count
-    if [ -n "${1:-}" ]; then heard="$(codes)" || true; else heard="$(codes 2>/dev/null)" || true; fi
-    answers="$(sed -n 's/^.*code \([0-9a-z][0-9a-z]*\)$/\1/p' <<<"$heard" | tr '\n' ' ')"
+    local output count
+    if [ -n "${1:-}" ]; then output="$(codes)" || true; else output="$(codes 2>/dev/null)" || true; fi
+    answers="$(sed -n 's/^.*code \([0-9a-z][0-9a-z]*\)$/\1/p' <<<"$output" | tr '\n' ' ')"
     count="$(wc -w <<<"$answers")"
     [ "$count" -lt $((hosts * slices)) ] || return 0
     echo "$launcher: of $((hosts * slices)) hosts, $((count)) answered" >&2
     return 1
 }
 
-some() { # some WORD: whether a host answered so
+some() { # some WORD: whether any host answered WORD
     [[ " $answers " == *" $1 "* ]]
 }
 
-# Ends what still runs with the notice that a preemption gives; what does not end within the grace is killed.
+# Ends the run with SIGTERM, as a preemption does; kills what has not ended after $grace seconds.
 end_run() {
     local waited=0
     signal "kill -TERM "
@@ -177,7 +177,7 @@ end_run() {
     signal "kill -KILL -- -" # the supervisor's session, with jaxkd in it
 }
 
-# Sets `outcome`: done, gone, error CODE or again CODE, when no host runs any more.
+# Waits until no host runs; sets `outcome` to done, gone, error CODE or again CODE.
 wait_for_run() {
     local word worst=0 complete torn=0
     while true; do
@@ -186,7 +186,7 @@ wait_for_run() {
         ask_hosts || complete=""
         if [ -z "$complete" ]; then
             look
-            if [ "$found" != ACTIVE ]; then
+            if [ "$observed" != ACTIVE ]; then
                 outcome=gone
                 return
             fi
@@ -206,7 +206,7 @@ wait_for_run() {
     done
     for word in $answers; do
         [ "$word" != lost ] || word=137 # its own shell was killed
-        # An error of one host is the reason for what the others ended with.
+        # The error of one host is the reason for the other exit codes.
         if [ "$word" != 0 ] && { [ "$worst" = 0 ] || ! starts_again "$word"; }; then worst="$word"; fi
     done
     if [ "$worst" = 0 ]; then
@@ -219,7 +219,7 @@ wait_for_run() {
 }
 
 babysit() {
-    local round=0 code found answers outcome errors complete
+    local round=0 code observed answers outcome errors complete
     if [ -n "$dry" ]; then
         state && create && state && codes && setup && start && codes
         [ -n "$keep" ] || delete
@@ -232,11 +232,11 @@ babysit() {
         wait_for_slices
         outcome="again 255"
         complete=yes
-        ask_hosts aloud || complete="" # the first to go there, and ssh may have a question
+        ask_hosts aloud || complete="" # the first connection, at which ssh may ask a question
         if some running; then
             echo "$launcher: a run is going on: attached to it" >&2
             wait_for_run
-        elif [ -n "$complete" ] && setup && start; then # on hosts that did not answer a run may be going on
+        elif [ -n "$complete" ] && setup && start; then # not if a host did not answer: a run may be going on there
             wait_for_run
         fi
         code="${outcome#* }"
@@ -247,11 +247,11 @@ babysit() {
                 return
                 ;;
             error*)
-                echo "$launcher: the run ended with code $code, which another start would not mend; the slices are still there: bash $launcher logs, then delete" >&2
+                echo "$launcher: the run ended with code $code, which a restart would not correct; the slices are kept: bash $launcher logs, then delete" >&2
                 exit "$code"
                 ;;
         esac
-        # What was stopped by a signal has saved: that is not the run's fault and costs no retry.
+        # A run that was stopped by a signal has saved: no retry is counted.
         [ "$code" = 75 ] || [ "$outcome" = gone ] || round=$((round + 1))
         [ "$round" -le "$retries" ] || fail "gave up after $retries retries; the last ended with $code"
         echo "$launcher: tried again in $poll s ($outcome; retry $round of $retries)" >&2

@@ -24,5 +24,5 @@ command=(xpk workload create "--workload=$name" "--cluster=$cluster" "--tpu-type
 [ -z "$project" ] || command+=("--project=$project")
 [ -z "$zone" ] || command+=("--zone=$zone")
 [ -z "$priority" ] || command+=("--priority=$priority")
-# xpk's own shell is the container's first process; exec hands the signals over.
+# xpk's shell is the container's first process; exec replaces it, so that jaxkd gets the signals.
 run "${command[@]}" "--command=exec $(quoted bash launch/host.sh --chip "$generation" -- "${rest[@]}")"

@@ -1,4 +1,4 @@
-"""Eight fake devices and checked types for every test."""
+"""Eight fake devices and type checks for all tests."""
 
 import os
 from pathlib import Path
@@ -8,21 +8,21 @@ from harness import SMALL, jaxkd, tiny_arguments, write_domain
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# LLVM's optimiser is left out: compiling is most of what these tests would wait for, and XLA's own passes, which
-# decide memory and collectives, run all the same.
+# LLVM's optimiser is off, since most of the tests' time is compilation; XLA's own passes, which decide memory and
+# collectives, still run.
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Every annotated shape and type of jaxkd is checked while tests run; users pay nothing for it.
+# Shape and type annotations of jaxkd are checked in tests only.
 install_import_hook("jaxkd", "harness.checked")
 
-# Before anything asks for a device, as the command line does it: `harness.here` runs whole commands in this process.
+# Before the first use of devices, as on the command line: `harness.here` runs whole commands in this process.
 from jaxkd.runtime import cluster  # noqa: E402
 
 cluster.join()
 
-settings.register_profile("shared", deadline=None)  # machines that run tests are shared: time says nothing
+settings.register_profile("shared", deadline=None)  # on shared machines a test's time means nothing
 settings.load_profile("shared")
 
 

@@ -1,11 +1,13 @@
-"""What several test files share: small texts, small models, runs in processes of their own."""
+"""Shared by test files: small texts, small models, commands in this process or in one of their own."""
 
+import atexit
 import contextlib
 import io
 import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,27 +20,21 @@ from typing import NamedTuple
 from beartype import BeartypeConf, beartype
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
-"""The type checker that tests switch on: an int will do for a float."""
+"""The type checker of the tests; an int passes as a float."""
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-WORDS = [
-    "the",
-    "teacher",
-    "tells",
-    "a",
-    "student",
-    "what",
-    "it",
-    "knows",
-    "and",
-    "every",
-    "token",
-    "has",
-    "a",
-    "price",
-    "in",
-    "nats",
-]
+CACHE = "JAXKD_TEST_CACHE"
+"""Variable that names the directory of compiled programs which all processes of a session share."""
+if CACHE not in os.environ:  # in the first process of a session; pytest-xdist's workers inherit it
+    os.environ[CACHE] = tempfile.mkdtemp(prefix="jaxkd-tests-")
+    atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+_CACHE_SETTINGS = {
+    "jax_compilation_cache_dir": os.environ[CACHE],
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+_SENTENCE = "the teacher tells a student what it knows and every token has a price in nats"
+WORDS = _SENTENCE.split()
 
 
 def write_domain(path: Path, seed: int, documents: int = 60) -> Path:
@@ -53,7 +49,7 @@ def write_domain(path: Path, seed: int, documents: int = 60) -> Path:
 
 
 def random_params(config, seed: int, spread: float = 0.05):
-    """A decoder's parameters from numpy: nothing to compile. Norms and biases are off their resting place too."""
+    """A decoder's parameters from numpy, without compilation; norms and biases differ from their initial values too."""
     import jax
     import numpy as np
 
@@ -73,10 +69,7 @@ def tiny_arguments(domains: dict[str, Path], rows: Path, *more: str) -> list[str
     """`--config...` arguments: the tiny recipe on these domains instead of its own."""
     return [
         "--config=" + str(REPOSITORY / "configs" / "tiny.py"),
-        *[
-            "--config.data.domains.code=",
-            "--config.data.domains.manual=",
-        ],  # read the interpreter's whole library
+        *("--config.data.domains.code=", "--config.data.domains.manual="),  # which read Python's whole library
         *[f"--config.data.domains.{name}={path}" for name, path in domains.items()],
         f"--config.data.directory={rows}",
         *more,
@@ -97,7 +90,7 @@ def jaxkd(*arguments: str, devices: int = 1, **options) -> subprocess.CompletedP
 
 
 def here(*arguments: str) -> subprocess.CompletedProcess:
-    """The command line in this process: without the ten seconds that a process takes to begin."""
+    """Run the command line in this process, which saves a process its start and imports."""
     from jaxkd.cli import main
 
     output, errors, code = io.StringIO(), io.StringIO(), 0
@@ -121,16 +114,15 @@ def fails(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def _compiled_once() -> Iterator[None]:
-    """JAX's cache of programs, as processes of their own have it; other tests look at programs as they are compiled."""
+    """Switch JAX's compilation cache on for a command; other tests inspect programs that must be compiled anew."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    settings = {"jax_compilation_cache_dir": _CACHE.name, "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: jax.config.values[name] for name in settings}
+    before = {name: jax.config.values[name] for name in _CACHE_SETTINGS}
     try:
-        for name, value in settings.items():
+        for name, value in _CACHE_SETTINGS.items():
             jax.config.update(name, value)
-        compilation_cache.reset_cache()  # which looks at the settings once
+        compilation_cache.reset_cache()  # it reads the settings only once
         yield
     finally:
         for name, value in before.items():
@@ -141,25 +133,25 @@ def _compiled_once() -> Iterator[None]:
 def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     """The environment of a user's shell, with this many fake devices.
 
-    Processes share compiled programs through JAX's cache, which saves each of them ten seconds; `cache=False` is for
-    tests that must see every process compile for itself. LLVM's optimiser is left out, as in the tests' own process.
+    Processes share compiled programs, unless a test needs each of them to compile (`cache=False`). LLVM's optimiser is
+    off, as in the tests' own process.
     """
     flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
     if cache:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": _CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+        environment |= {name.upper(): str(value) for name, value in _CACHE_SETTINGS.items()}
     return environment
 
 
 def free_address() -> str:
-    """Where the processes of a job can meet."""
+    """A free port of this machine as HOST:PORT."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return f"localhost:{probe.getsockname()[1]}"
 
 
 def together(program: str, *arguments: str, count: int = 2) -> list[str]:
-    """What each process of a Python program prints, called with where they meet, its number, and the arguments."""
+    """Run a Python program in several processes, with address, index and `arguments`; returns what each prints."""
     address = free_address()
     processes = [
         subprocess.Popen(
@@ -172,15 +164,12 @@ def together(program: str, *arguments: str, count: int = 2) -> list[str]:
         )
         for index in range(count)
     ]
-    said = []
+    outputs = []
     for process in processes:
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
-        said.append(output)
-    return said
-
-
-_CACHE = tempfile.TemporaryDirectory(prefix="jaxkd-tests-")
+        outputs.append(output)
+    return outputs
 
 
 # ------------------------------------------------------------------------- runs and what they leave
@@ -200,12 +189,12 @@ def lines(path: Path) -> list[dict]:
 
 
 def logged(workdir: Path, file: str = "metrics.jsonl") -> list[dict]:
-    """The metrics, or an interval's mixture, timings left out."""
+    """The rows of a log without their timings."""
     return [{k: v for k, v in row.items() if k not in TIMINGS} for row in lines(workdir / file)]
 
 
 def final_state(workdir: Path, step: int = 12) -> tuple[dict, dict]:
-    """Every array of a checkpoint as bytes, and the mixture."""
+    """Every array of a checkpoint as bytes, and its mixture."""
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
@@ -230,7 +219,7 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
 
 
 class Background:
-    """A run that can be killed or signalled."""
+    """A run in a process of its own, to be killed or signalled."""
 
     def __init__(self, workdir: Path, arguments: list[str], cache: bool = True):
         self.workdir = workdir
@@ -243,7 +232,7 @@ class Background:
         )
 
     def wait_for_step(self, step: int, file: str = "metrics.jsonl") -> None:
-        """Until a file has so many lines, or the run is over."""
+        """Wait until a file has that many lines, or the run is over."""
         deadline = time.monotonic() + 300
         path = self.workdir / file
         while time.monotonic() < deadline and self.process.poll() is None:
@@ -274,7 +263,7 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective in the text of an optimised HLO module, and whether a loop repeats it."""
+    """Every collective in the text of an optimised HLO module; `in_loop` where a loop repeats it."""
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
