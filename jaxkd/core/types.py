@@ -88,7 +88,7 @@ class Ensemble:
     geometric: bool = False  # part of the program, not of its data
 
 
-class Leading(NamedTuple):
+class TopSet(NamedTuple):
     """The teacher's most probable entries: the fewest that hold `mass`, or so many `entries`; ties come along."""
 
     mass: float = 0.0
@@ -99,14 +99,14 @@ class Side(NamedTuple):
     """What a divergence may know of a vocabulary entry beside the two log-probabilities. No gradient flows here."""
 
     is_target: jax.Array  # [N, v] bool: the entry is the data's next token
-    head: Any = None  # [N, v] bool: it is one of the teacher's leading entries, where asked for
+    in_top_set: Any = None  # [N, v] bool: it is one of the teacher's top set, where asked for
 
 
 class Divergence(NamedTuple):
     """`combine(*[sum_v c for c in phi(lp, lq, side)])`, differentiable in `lq` only.
 
     `phi` returns a tuple of m arrays [N, v]; `combine` maps their m sums over the vocabulary, each [N], to
-    nats [N]. `head` asks for `side.head`. `support` says which entries of a top-k teacher are seen, and how
+    nats [N]. `top_set` asks for `side.in_top_set`. `support` says which entries of a top-k teacher are seen, and how
     normalised; None is the K and their tail. `unbiased` promises that phi is linear in p, so that draws may
     stand for p. With `normaliser`, `combine` gets the logits' log-sum-exp [N] as a last argument.
     """
@@ -114,7 +114,7 @@ class Divergence(NamedTuple):
     phi: Callable[[jax.Array, jax.Array, Side], tuple[jax.Array, ...]]
     combine: Callable[..., jax.Array] = lambda total: total
     uses_teacher: bool = True
-    head: Leading | None = None
+    top_set: TopSet | None = None
     support: str | None = None
     unbiased: bool = False
     normaliser: bool = False

@@ -236,10 +236,10 @@ class _Call(NamedTuple):
         )
         distinct, softenings, slots = _softenings(temperatures, standardized, stored)
         scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
-        flat = [_flat(signal, targets.shape, axes) for signal in (student, teacher)]
+        student, teacher = (_flat(signal, targets.shape, axes) for signal in (student, teacher))
         flat_targets = mesh.flatten(targets, targets.shape, axes=axes)
         per_term = (tuple(temperatures), tuple(standardized), stored)
-        return cls(tuple(terms), *flat, flat_targets, scalars, slots, softenings, per_term, vocab, axes)
+        return cls(tuple(terms), student, teacher, flat_targets, scalars, slots, softenings, per_term, vocab, axes)
 
     def plan(self, chunk: int | None) -> xla.Plan:
         """Of the XLA form."""
@@ -291,8 +291,8 @@ def unstored(term: Divergence, signal: type, temperature: Any, entries: int, tai
     """
     if signal is Sampled:
         return None if _equal(temperature, 1.0) else "draws at temperature 1 serve no other temperature"
-    if term.head is not None and term.head.entries > entries:
-        return f"a term asks for the teacher's {term.head.entries} leading entries, and {entries} are stored"
+    if term.top_set is not None and term.top_set.entries > entries:
+        return f"a term asks for the teacher's {term.top_set.entries} leading entries, and {entries} are stored"
     if term.support in ("conditional", "renormalized") or any(_equal(tail, temperature) for tail in tails):
         return None  # what is renormalised needs no tail
     said = temperature if isinstance(temperature, int | float) else "a schedule"

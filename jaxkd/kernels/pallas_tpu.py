@@ -325,8 +325,11 @@ def _normalisers(plan: Plan, axis: str | None, inputs: dict) -> list[tuple]:
 
 def _sizes(plan: Plan) -> list[int]:
     """How many contributions each term has."""
-    x, hit = (jax.ShapeDtypeStruct((8, 128), dtype) for dtype in (jnp.float32, jnp.bool_))
-    return [len(jax.eval_shape(lambda x, hit, t=term: t.phi(x, x, Side(hit)), x, hit)) for term in plan.terms]
+    x, is_target = (jax.ShapeDtypeStruct((8, 128), dtype) for dtype in (jnp.float32, jnp.bool_))
+    return [
+        len(jax.eval_shape(lambda x, is_target, t=term: t.phi(x, x, Side(is_target)), x, is_target))
+        for term in plan.terms
+    ]
 
 
 def forward(plan: Plan, slopes: bool, tokens, axis, student: Head, teacher, targets, temperatures):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxkd.core.types import LOG_FLOOR, Divergence, Ensemble, Head, Leading, Sampled, Side, TopK
+from jaxkd.core.types import LOG_FLOOR, Divergence, Ensemble, Head, Sampled, Side, TopK, TopSet
 
 _SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
 _TIE = 1 + 4 * float(jnp.finfo(jnp.float32).eps)  # log-probabilities whose ratio is at most this are one
@@ -193,7 +193,7 @@ def teacher_log_probs(
     return jnp.maximum(total, LOG_FLOOR)
 
 
-def leading(lp: jax.Array, which: Leading, columns: Columns | None = None) -> jax.Array:
+def top_set(lp: jax.Array, which: TopSet, columns: Columns | None = None) -> jax.Array:
     """Whether each entry is among the teacher's most probable ones, ties with the last of them included [c v].
 
     XLA may compute `lp` again for this comparison, rounded differently from the array in which the last leading entry
@@ -202,7 +202,7 @@ def leading(lp: jax.Array, which: Leading, columns: Columns | None = None) -> ja
     return -lp <= top_threshold(lp, which, columns)[:, None]
 
 
-def top_threshold(lp: jax.Array, which: Leading, columns: Columns | None = None) -> jax.Array:
+def top_threshold(lp: jax.Array, which: TopSet, columns: Columns | None = None) -> jax.Array:
     """-log p half-way from the last leading entry to the next, [c]; ties with the last are on its side.
 
     Bisection over the bits of -log p, which order as integers do: 31 sums per token find the last leading entry
@@ -266,7 +266,7 @@ def dense(
     temperature: jax.Array,
     z: jax.Array,
     z_teacher: jax.Array | Mixed | None,
-    hit: jax.Array,
+    is_target: jax.Array,
     columns: Columns,
 ) -> tuple[list[jax.Array], jax.Array]:
     """Terms over the whole vocabulary: their values [c] each, and the weighted sum's gradient in the logits [c v].
@@ -277,7 +277,7 @@ def dense(
         temperature: its scalar.
         z: student's logits [c v].
         z_teacher: teacher's or teachers', None when no term needs them.
-        hit: [c v] the data's next token.
+        is_target: [c v] the data's next token.
         columns: which entries these are.
     """
     student = _distribution(z, temperature, softening.standardized, columns)
@@ -286,8 +286,10 @@ def dense(
         lp = teacher_log_probs(z_teacher, temperature, softening.standardized, columns)
     values, slope, height = [], jnp.zeros_like(z), None
     for term, weight in terms:
-        head = None if term.head is None else leading(lp, term.head, columns)
-        value, steep, rise = _slope(term, lp, lq, Side(hit, head), (student.top + student.log_mass)[:, 0], columns)
+        chosen = None if term.top_set is None else top_set(lp, term.top_set, columns)
+        value, steep, rise = _slope(
+            term, lp, lq, Side(is_target, chosen), (student.top + student.log_mass)[:, 0], columns
+        )
         values.append(value)
         if steep is not None:
             slope = slope + _weighted(weight, steep)
@@ -332,23 +334,26 @@ def _stored(teacher: TopK | Sampled, softening: Softening, temperature: jax.Arra
     return _Stored(ids, counts, jnp.maximum(lp, LOG_FLOOR), jnp.maximum(tail, LOG_FLOOR))
 
 
-def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Array, hit: jax.Array) -> jax.Array:
+def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Array, is_target: jax.Array) -> jax.Array:
     """A term over a sparse teacher's entries, [c]."""
     lp, counts = stored.lp, stored.counts
     if term.support in ("conditional", "renormalized"):
         lp = _normalised(lp, counts)
     if term.support == "conditional":
         lq = _normalised(lq, counts)
-    head = None if term.head is None else leading(jnp.where(counts, lp, LOG_FLOOR), term.head)
+    chosen = None if term.top_set is None else top_set(jnp.where(counts, lp, LOG_FLOOR), term.top_set)
     if term.support is None and stored.tail is not None:
         beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
         lp, lq = beside(lp, stored.tail), beside(lq, lq_tail)
         # The tail is many entries, of which none leads.
-        head = None if head is None else beside(head, jnp.zeros_like(head[:, 0]))
-        hit, counts = beside(hit, ~(hit & counts).any(-1)), beside(counts, jnp.ones_like(counts[:, 0]))
+        chosen = None if chosen is None else beside(chosen, jnp.zeros_like(chosen[:, 0]))
+        is_target, counts = (
+            beside(is_target, ~(is_target & counts).any(-1)),
+            beside(counts, jnp.ones_like(counts[:, 0])),
+        )
     # What does not count must not reach phi: an infinite slope there would be NaN, times a cotangent of zero.
     lp, lq = jnp.where(counts, lp, 0.0), jnp.where(counts, lq, 0.0)
-    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(hit, head))])
+    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(is_target, chosen))])
 
 
 def sparse(
@@ -393,9 +398,9 @@ def sparse(
     lq_tail = jnp.maximum(jnp.log(rest) + below - jnp.log(mass), LOG_FLOOR)
 
     values, slope, slope_tail = [], jnp.zeros_like(lq), jnp.zeros_like(lq_tail)
-    hit = stored.ids == targets[:, None]
+    is_target = stored.ids == targets[:, None]
     for term, weight in terms:
-        run: Any = lambda a, b, term=term: _entries(term, stored, a, b, hit)
+        run: Any = lambda a, b, term=term: _entries(term, stored, a, b, is_target)
         value, pull = jax.vjp(run, lq, lq_tail)
         values.append(value)
         steep = pull(jnp.ones_like(value))

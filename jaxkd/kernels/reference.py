@@ -35,7 +35,7 @@ def floored(lq: jax.Array) -> jax.Array:
     return lq + jax.lax.stop_gradient(jnp.maximum(lq, LOG_FLOOR) - lq)
 
 
-def leading(lp: jax.Array, which) -> jax.Array:
+def top_set(lp: jax.Array, which) -> jax.Array:
     """The fewest entries that hold `which.mass`, or `which.entries` of them, and ties with the last."""
     falling = -jnp.sort(-lp, axis=-1)
     measure = jnp.exp(falling) if which.mass else jnp.ones_like(falling)
@@ -46,9 +46,9 @@ def leading(lp: jax.Array, which) -> jax.Array:
     return lp >= (last + beyond) / 2
 
 
-def _field(term: Divergence, lp, lq, hit, head=None, counts=None, normaliser=None) -> jax.Array:
-    counts = jnp.ones_like(hit) if counts is None else counts
-    sums = [jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(hit, head))]
+def _field(term: Divergence, lp, lq, is_target, in_top_set=None, counts=None, normaliser=None) -> jax.Array:
+    counts = jnp.ones_like(is_target) if counts is None else counts
+    sums = [jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(is_target, in_top_set))]
     return term.combine(*sums, *([normaliser] if term.normaliser else []))
 
 
@@ -57,12 +57,12 @@ def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, tempe
     lq, vocab = jax.nn.log_softmax(z, -1), z.shape[-1]
     inside = (teacher.ids >= 0) & (teacher.ids < vocab)
     ids = jnp.clip(teacher.ids, 0, vocab - 1)
-    hit = ids == targets[:, None]
+    is_target = ids == targets[:, None]
     if isinstance(teacher, Sampled):
         drawn = jnp.where(inside, teacher.counts, 0)
         share = drawn / jnp.maximum(drawn.sum(-1, keepdims=True), 1)
         at_kept = floored(jnp.take_along_axis(lq, ids, -1))
-        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), at_kept, hit, counts=share > 0)
+        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), at_kept, is_target, counts=share > 0)
     counts = inside & (teacher.logprobs > -jnp.inf)
     kept = (jax.nn.one_hot(ids, vocab, dtype=bool) & counts[..., None]).any(1)  # [N V]
     softened = lambda x: jax.nn.log_softmax(jnp.where(counts, x, -1e30), -1)
@@ -72,15 +72,15 @@ def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, tempe
     if term.support not in ("conditional", "renormalized"):
         lp = lp + jnp.log(-jnp.expm1(tail_p))[:, None]
     lp, at_kept = floored(lp), floored(at_kept)
-    head = None if term.head is None else leading(jnp.where(counts, lp, -jnp.inf), term.head) & counts
+    chosen = None if term.top_set is None else top_set(jnp.where(counts, lp, -jnp.inf), term.top_set) & counts
     if term.support is not None:
-        return _field(term, lp, at_kept, hit, head, counts)
+        return _field(term, lp, at_kept, is_target, chosen, counts)
     tail_q = floored(jax.nn.logsumexp(jnp.where(kept, -1e30, lq), -1))
     beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
     lp, at_kept = beside(lp, floored(tail_p)), beside(at_kept, tail_q)
-    hit = beside(hit & counts, ~(hit & counts).any(-1))
-    head = None if head is None else beside(head, jnp.zeros_like(head[:, 0]))
-    return _field(term, lp, at_kept, hit, head, beside(counts, jnp.ones_like(counts[:, 0])))
+    is_target = beside(is_target & counts, ~(is_target & counts).any(-1))
+    chosen = None if chosen is None else beside(chosen, jnp.zeros_like(chosen[:, 0]))
+    return _field(term, lp, at_kept, is_target, chosen, beside(counts, jnp.ones_like(counts[:, 0])))
 
 
 def _averaged(lps: list[jax.Array], teacher: Ensemble) -> jax.Array:
@@ -97,7 +97,7 @@ def linear_divergence(terms, vocab, student, teacher, targets, weights, temperat
     z = logits(student)[:, :vocab]
     heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,) if isinstance(teacher, Head) else ()
     z_teachers = [jax.lax.stop_gradient(logits(head)[:, :vocab]) for head in heads]
-    hit = targets[:, None] == jnp.arange(vocab)
+    is_target = targets[:, None] == jnp.arange(vocab)
     fields = []
     for term, temperature, standard, tail in zip(terms, temperatures, standardized, tails, strict=True):
         soft = soften(z, temperature, standard)
@@ -107,8 +107,8 @@ def linear_divergence(terms, vocab, student, teacher, targets, weights, temperat
         lq = floored(jax.nn.log_softmax(soft, -1))
         lps = [jax.nn.log_softmax(soften(each, temperature, standard), -1) for each in z_teachers]
         lp = lq if not lps else floored(_averaged(lps, teacher) if isinstance(teacher, Ensemble) else lps[0])
-        head = None if term.head is None else leading(lp, term.head)
-        fields.append(_field(term, lp, lq, hit, head, normaliser=jax.nn.logsumexp(soft, -1)))
+        chosen = None if term.top_set is None else top_set(lp, term.top_set)
+        fields.append(_field(term, lp, lq, is_target, chosen, normaliser=jax.nn.logsumexp(soft, -1)))
     stacked = jnp.stack(fields)
     value = jnp.sum(jnp.where(weights != 0, weights * stacked, 0.0))
     return value, jax.lax.stop_gradient(stacked)

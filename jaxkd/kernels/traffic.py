@@ -84,7 +84,7 @@ def supports(plan: Any, student: Head, teacher: Any) -> str | None:
     if platform != "tpu" and not plan.interpret:
         return f"pallas_tpu needs a TPU, but the devices here are '{kind}' ({platform}); use implementation='xla'"
     for term in plan.terms:
-        if term.head is not None:
+        if term.top_set is not None:
             return "pallas_tpu has no divergence that asks for the teacher's leading entries; use implementation='xla'"
         if term.support is not None:
             return "pallas_tpu has no divergence from a sparse teacher; use implementation='xla'"

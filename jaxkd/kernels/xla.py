@@ -51,7 +51,7 @@ Teacher = Head | Ensemble | TopK | Sampled | None
 def _terms(plan: Plan, temperatures, z, teacher: Teacher, target, weights, columns: Columns):
     """All terms on one chunk: fields [terms, c], and the gradient in the logits [c v]."""
     z_teacher = teacher_logits(teacher) if isinstance(teacher, Head | Ensemble) else None
-    hit = target[:, None] == columns.ids
+    is_target = target[:, None] == columns.ids
     fields: dict[int, jax.Array] = {}
     dz = None
     for slot, softening in enumerate(plan.softenings):
@@ -64,7 +64,7 @@ def _terms(plan: Plan, temperatures, z, teacher: Teacher, target, weights, colum
             parts.append((thin, sparse(named, softening, temperature, z, teacher, target, plan.vocab, columns)))
         if full := [i for i in mine if i not in thin]:
             named = [(plan.terms[i], weights[i]) for i in full]
-            parts.append((full, dense(named, softening, temperature, z, z_teacher, hit, columns)))
+            parts.append((full, dense(named, softening, temperature, z, z_teacher, is_target, columns)))
         for which, (values, part) in parts:
             fields |= dict(zip(which, values, strict=True))
             dz = part if dz is None else dz + part
@@ -204,7 +204,7 @@ def _gradient(plan: Plan, student: Head, teacher: Teacher, targets, weights, tem
     head = ("nothing", "nothing") if plan.frozen else ("unembed", "nothing" if student.bias is None else "bias")
     inputs = _inputs(student, teacher, targets, weights, temperatures)
     fields, *gradient = mesh.run(partial(_fields_and_gradient, plan), inputs, ("rows", "hidden", *head), plan.axes)
-    like = (student.hidden, student.unembed, student.bias)
+    like: Any = (student.hidden, student.unembed, student.bias)
     return tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True)), fields
 
 

@@ -16,7 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxkd.core.types import Divergence, Leading, Side
+from jaxkd.core.types import Divergence, Side, TopSet
 from jaxkd.losses.hard_targets import next_token, z_loss
 from jaxkd.losses.topk import conditional_kl, partial_kl, renormalized_kl
 
@@ -127,14 +127,14 @@ def adaptive_kl(mass: float = 0.5) -> Divergence:
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         p, q = jnp.exp(lp), jnp.exp(lq)
         gap = jax.lax.stop_gradient(jnp.abs(p - q))
-        return jnp.where(side.head, gap, 0.0), jnp.where(side.head, 0.0, gap), p * (lp - lq), q * (lq - lp)
+        return jnp.where(side.in_top_set, gap, 0.0), jnp.where(side.in_top_set, 0.0, gap), p * (lp - lq), q * (lq - lp)
 
     def combine(head: Array, tail: Array, forward: Array, reverse: Array) -> Array:
         both = head + tail
         share = jnp.where(both > 0, head / jnp.where(both > 0, both, 1.0), 0.5)
         return share * forward + (1 - share) * reverse
 
-    return Divergence(phi, combine, head=Leading(mass=mass))
+    return Divergence(phi, combine, top_set=TopSet(mass=mass))
 
 
 # ------------------------------------------------------------------- mixtures of teacher and student
@@ -391,10 +391,10 @@ def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Diver
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         p, q = jnp.exp(lp), jnp.exp(lq)
-        head = [jnp.where(side.head, x, 0.0) for x in (p, q, p * (lp - lq))]
-        return (*head, *[jnp.where(side.head, 0.0, x) for x in (p, q)])
+        head = [jnp.where(side.in_top_set, x, 0.0) for x in (p, q, p * (lp - lq))]
+        return (*head, *[jnp.where(side.in_top_set, 0.0, x) for x in (p, q)])
 
     def combine(p: Array, q: Array, cross: Array, rest_p: Array, rest_q: Array) -> Array:
         return mass * (_part(p, q) + _part(rest_p, rest_q)) + inside * (cross - _part(p, q))
 
-    return Divergence(phi, combine, head=Leading(entries=k))
+    return Divergence(phi, combine, top_set=TopSet(entries=k))

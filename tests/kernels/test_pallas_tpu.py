@@ -15,7 +15,7 @@ from jaxkd.kernels import pallas_tpu, recompute, traffic
 from jaxkd.losses.divergences import partial_kl
 
 divergence = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)
-SERVED = {name: term for name, term in FAMILY.items() if term.head is None}
+SERVED = {name: term for name, term in FAMILY.items() if term.top_set is None}
 FORWARD, REVERSE, NEXT, Z_LOSS = (FAMILY[name] for name in ("forward_kl", "reverse_kl", "next_token", "z_loss"))
 FEW = (FORWARD, NEXT, FAMILY["renyi"], Z_LOSS)
 TILES = ((8, 128), (16, 128))

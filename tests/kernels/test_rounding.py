@@ -11,7 +11,7 @@ from dense import cast, close, dense, fused, log_softmax, problem, topk
 from test_pallas_tpu import tiled
 
 from jaxkd.core.sharding import make_mesh
-from jaxkd.core.types import LOG_FLOOR, Ensemble, Head, Leading, TopK
+from jaxkd.core.types import LOG_FLOOR, Ensemble, Head, TopK, TopSet
 from jaxkd.kernels import pointwise, sparsify
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences as d
@@ -53,7 +53,7 @@ def test_the_threshold_is_half_way_to_the_next_entry():
     """In nats, so that beside certainty too rounding moves nothing in or out; entries at the floor are the last."""
     lp = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [1 - 1e-7, 6e-8, 4e-8, 0.0], [0.25, 0.25, 0.25, 0.25]]))
     lp = jnp.maximum(lp, LOG_FLOOR)
-    found = [np.asarray(pointwise.top_threshold(lp, which)) for which in (Leading(entries=1), Leading(mass=0.6))]
+    found = [np.asarray(pointwise.top_threshold(lp, which)) for which in (TopSet(entries=1), TopSet(mass=0.6))]
     middle = lambda *p: -np.mean(np.log(p))
     certain, even = middle(1.0, 6e-8), (middle(0.25) - LOG_FLOOR) / 2
     np.testing.assert_allclose(found[0], [middle(0.4, 0.3), certain, even], rtol=1e-5)
@@ -64,7 +64,7 @@ def test_entries_that_differ_by_rounding_are_ties():
     lp = np.float32(np.log([[0.3, 0.2, 0.2, 0.2, 0.1]]))
     lp[0, 2:4] = np.nextafter(lp[0, 1], [-9, 9], dtype=np.float32)
     for k in (2, 3, 4):
-        assert pointwise.leading(jnp.asarray(lp), Leading(entries=k)).tolist() == [[True, True, True, True, False]]
+        assert pointwise.top_set(jnp.asarray(lp), TopSet(entries=k)).tolist() == [[True, True, True, True, False]]
 
 
 def test_a_draw_at_an_edge_between_devices_is_of_one_of_both():
