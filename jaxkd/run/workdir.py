@@ -30,7 +30,8 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     saved, config = workdir / "config.json", plain(e)
     metrics = workdir / "metrics.jsonl"  # counts as trained too: checkpoints may have been moved
     logged = metrics.exists() and metrics.stat().st_size > 0
-    trained = logged or any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    saved_steps = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    trained = logged or saved_steps
     if not saved.exists():
         others = (path.name for path in workdir.iterdir()) if workdir.exists() else ()
         if any(not name.startswith(files.PARTIAL) for name in others):
@@ -47,7 +48,8 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
         values = config
     if not trained and not {"student", "objective", "data"} <= values.keys():
         raise ValueError(f"{saved} is not a jaxkd run's: use a new --workdir")
-    before, after = leaves(_completed(values)), leaves(config)
+    names = lambda values: {"data.domains": list(values.get("data", {}).get("domains", ()))}
+    before, after = (leaves(c) | names(c) for c in (_completed(values), config))
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
     if (changes or not saved.stat().st_size) and not trained:
@@ -55,13 +57,15 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
             (workdir / name).unlink(missing_ok=True)  # of an experiment that was never trained
         write_config(workdir, e)
         return []
-    fixed = [k for k in keys if k.startswith(_ORDER)]
+    # A checkpoint knows its rows by their content, so the same domains may be read from renamed or moved files.
+    moved = {k for k in keys if k.startswith("data.domains.") and saved_steps and "data.domains" not in keys}
+    fixed = [k for k in keys if k.startswith(_ORDER) and k not in moved]
     if fixed:
         raise ValueError(
             f"{workdir} holds another experiment: {'; '.join(changes[:6])}. {fixed[0]} decides which rows a step sees "
             "and cannot change in a run: use a new --workdir"
         )
-    if changes and not accept_changes:
+    if not moved.issuperset(keys) and not accept_changes:
         more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
         raise ValueError(
             f"{workdir} holds another experiment: {'; '.join(changes[:6])}{more}. "

@@ -40,6 +40,20 @@ def test_a_corrected_command_may_reuse_a_workdir_in_which_nothing_was_trained(tm
     assert workdirs.saved_experiment(workdir) == other  # until `adopt`, which follows a successful start
 
 
+def test_domains_may_be_read_from_other_files_where_a_checkpoint_knows_their_rows(tmp_path):
+    named = lambda **domains: dataclasses.replace(tiny(), data=dataclasses.replace(tiny().data, domains=domains))
+    workdirs.claim(tmp_path, named(a="a.jsonl", b="b"), False)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    renamed = named(a="renamed.jsonl", b="b")
+    with pytest.raises(ValueError, match=r"data\.domains\.a"):
+        workdirs.claim(tmp_path, renamed, True)
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert workdirs.claim(tmp_path, renamed, False) == ["data.domains.a: 'a.jsonl' -> 'renamed.jsonl'"]
+    for others in (named(a="a.jsonl"), named(b="b", a="a.jsonl"), named(a="a.jsonl", c="b")):
+        with pytest.raises(ValueError, match=r"data\.domains"):
+            workdirs.claim(tmp_path, others, True)
+
+
 @pytest.mark.parametrize("text", ['{"model_type": "llama"}', '{"data": '])
 def test_another_programs_config_is_kept(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
