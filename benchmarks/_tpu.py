@@ -20,7 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxkd.core import chips
 from jaxkd.core.sharding import MESH_AXES, make_mesh
 from jaxkd.core.types import Head
-from jaxkd.kernels import traffic
+from jaxkd.kernels import tiling
 from jaxkd.kernels.api import IMPLEMENTATIONS, chunk_size
 from jaxkd.planning.hlo import Program
 
@@ -33,6 +33,9 @@ class Chip(NamedTuple):
     kind: str  # as JAX names it
 
 
+LOGIT_BYTES = 38
+"""Bytes per entry that the XLA form reads and writes of logits and what is made of them, where they are in HBM: the
+slope over the chunk's tokens of the bytes in programs compiled for v5e (39) and v5p (38), forward KL and next token."""
 KINDS = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite"}
 CHIPS = {name: Chip(f"{name}:2x2", chips.CHIPS[kind].hbm, kind) for name, kind in KINDS.items()}
 WAYS = {"dense": None, "xla": "xla", "pallas": "pallas_tpu"}
@@ -67,6 +70,63 @@ def _compiled(way: str, chip: str, tokens: int):
         return str(error).splitlines()[0]  # a ValueError is the kernel's own refusal
 
 
+class Cost(NamedTuple):
+    """Of value and gradients."""
+
+    bytes: float
+    flops: float
+
+
+def cost_xla(sizes: tiling.Sizes, chunk: int, chip: chips.Chip) -> Cost:
+    """The form that scans over chunks of c tokens and makes gradients as it goes.
+
+    A chunk reads the unembeddings three times (student's and teacher's logits, d hidden), and reads and writes the
+    float32 gradient of the head, which is too large to stay on the chip:
+
+        bytes = ceil(N / c) V (b (2 D + E) + 8 D) + b N (3 D + E) + logits,    flops = 2 N V (3 D + E)
+
+    and `LOGIT_BYTES` per logit unless a chunk's three float32 buffers fit in VMEM, where the compiler then puts them.
+
+    Args:
+        sizes: of the call.
+        chunk: tokens at a time.
+        chip: whose VMEM it is.
+    """
+    tokens, columns, student, teacher, itemsize, *_ = sizes
+    per_chunk = columns * (itemsize * (2 * student + teacher) + 8 * student)
+    logits = 0 if 12 * chunk * columns <= chip.vmem else LOGIT_BYTES * tokens * columns
+    hidden = itemsize * tokens * (3 * student + teacher)
+    moved = -(-tokens // chunk) * per_chunk + hidden + logits + _cast(sizes)
+    return Cost(moved, 2 * tokens * columns * (3 * student + teacher))
+
+
+def cost_pallas(sizes: tiling.Sizes, tiles: tiling.Tiling) -> Cost:
+    """The four kernels, with n tokens a block where tokens stay and v columns a tile where columns stay.
+
+    Three kernels read all unembeddings for each block of tokens, one reads all hidden states for each tile of columns
+    and writes the gradient of the head once. All four make both sides' logits, two of them one product more:
+
+        bytes = 3 (ceil(N / n) b V (D + E) + b N (D + E)) + ceil(V / v) b N (D + E) + b V (D + E) + 4 D V + b N D
+        flops = 2 N V (4 (D + E) + 2 D)
+
+    Args:
+        sizes: of the call.
+        tiles: what stays and what streams.
+    """
+    tokens, columns, student, _, itemsize, *_ = sizes
+    unembeds, hiddens = (itemsize * x * sizes.widths for x in (columns, tokens))
+    by_tokens = 3 * (-(-tokens // tiles.rows[0]) * unembeds + hiddens)
+    by_columns = -(-columns // tiles.columns[1]) * hiddens + unembeds + 4 * student * columns
+    dhidden = (4 if sizes.split else itemsize) * tokens * student
+    flops = 2 * tokens * columns * (4 * sizes.widths + 2 * student)
+    return Cost(by_tokens + by_columns + dhidden + _cast(sizes), flops)
+
+
+def _cast(sizes: tiling.Sizes) -> int:
+    """Bytes of making the student's operand: both forms do it once."""
+    return (4 + sizes.itemsize) * sizes.student * sizes.columns if sizes.cast else 0
+
+
 def _moved(way: str, chip: str, tokens: int, program) -> int | None:
     """Bytes between HBM and the chip in one call.
 
@@ -74,11 +134,11 @@ def _moved(way: str, chip: str, tokens: int, program) -> int | None:
     """
     if way == "dense":
         return int(program.cost_analysis()["bytes accessed"])
-    kind, sizes = traffic.CHIPS[CHIPS[chip].kind], traffic.Sizes(tokens, VOCAB, WIDTH, TEACHER_WIDTH)
+    kind, sizes = chips.CHIPS[CHIPS[chip].kind], tiling.Sizes(tokens, VOCAB, WIDTH, TEACHER_WIDTH)
     if way == "xla":
-        return int(traffic.cost_xla(sizes, chunk_size(tokens, VOCAB, WIDTH), kind).bytes)
-    tiles = traffic.tiling(sizes, kind)
-    return int(traffic.cost_pallas(sizes, tiles).bytes) if tiles else None
+        return int(cost_xla(sizes, chunk_size(tokens, VOCAB, WIDTH), kind).bytes)
+    tiles = tiling.tiling(sizes, kind)
+    return int(cost_pallas(sizes, tiles).bytes) if tiles else None
 
 
 def _largest(way: str, chip: str) -> dict:

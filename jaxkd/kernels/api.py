@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxkd.core.types import Divergence, Ensemble, Head, Sampled, Scalar, Side, TopK
-from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, traffic, xla
+from jaxkd.kernels import mesh, pallas_tpu, recompute, reference, tiling, xla
 from jaxkd.kernels.mesh import AXES, Axes
 from jaxkd.kernels.pointwise import Softening
 
@@ -24,7 +24,7 @@ def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES,
     """Tokens per chunk: as many as help and the budget allows, in multiples of eight that divide the tokens if any do.
 
     Every chunk adds a product of the head's size to the head's gradient, so fewer are faster, until a chunk has half as
-    many tokens as the head is wide: then its logits are the larger traffic, and the smaller they are the more of them
+    many tokens as the head is wide: then its logits are the larger tiling, and the smaller they are the more of them
     stays in caches. The budget grows with the head's gradient (the two do not need all of their memory at once). A
     chunk that divides the tokens spares padded copies of the hidden states, the only memory that would grow with them.
 
@@ -42,39 +42,6 @@ def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES,
         return dividing[0]
     blocks = -(-tokens // most)
     return min(most, -(-tokens // (blocks * 8)) * 8)
-
-
-def _tiled(
-    terms: tuple, softenings: tuple[Softening, ...], slots: tuple[int, ...], vocab: int, student: Head, teacher: Any
-) -> tuple[pallas_tpu.Plan | None, str, traffic.Sizes]:
-    """The Pallas kernels' plan, or why there is none, and the sizes that decide which form is taken."""
-    device = mesh.share(student.hidden.shape[0], student.unembed.shape[1])
-    width = student.unembed.shape[0]
-    sizes = traffic.Sizes(
-        device.tokens,
-        device.columns,
-        width,
-        teacher.unembed.shape[0] if isinstance(teacher, Head) and any(t.uses_teacher for t in terms) else 0,
-        student.hidden.dtype.itemsize,
-        cast=student.unembed.dtype != student.hidden.dtype,
-        split=device.split,
-        terms=len(terms),
-    )
-    chip = traffic.current_chip()
-    if chip is None:
-        return (
-            None,
-            f"pallas_tpu needs a TPU that it knows, and here is '{traffic.device()[1]}': use 'xla' or None",
-            sizes,
-        )
-    if any(softening.standardized for softening in softenings):
-        return None, "pallas_tpu has no standardised logits; use 'xla' or None", sizes
-    tiles = traffic.tiling(sizes, chip)
-    if tiles is None:
-        return None, f"pallas_tpu has no tile of {width}-wide hidden states that fits in VMEM: use 'xla' or None", sizes
-    plan = pallas_tpu.Plan(terms, tuple(softenings[slot].temperature for slot in slots), vocab, *tiles)
-    reason = traffic.supports(plan, student, teacher)
-    return (plan, "", sizes) if reason is None else (None, reason, sizes)
 
 
 def _softenings(
@@ -249,10 +216,36 @@ class _Call(NamedTuple):
         return xla.Plan(self.terms, self.slots, self.softenings, self.vocab, chunk, axes=self.axes)
 
     def tiled(self) -> pallas_tpu.Plan:
-        """Of the Pallas form."""
-        plan, reason, _ = _tiled(self.terms, self.softenings, self.slots, self.vocab, self.student, self.teacher)
-        if plan is None or self.axes != AXES:
-            raise ValueError(reason or "pallas_tpu knows the axes of core.sharding.make_mesh alone: use 'xla'")
+        """Of the Pallas form.
+
+        Raises:
+            ValueError: it cannot serve this call, or not on this device.
+        """
+        chip = tiling.current_chip()
+        if chip is None:
+            raise ValueError(f"pallas_tpu needs a TPU that it knows, and here is '{tiling.device()[1]}': use 'xla'")
+        if self.axes != AXES:
+            raise ValueError("pallas_tpu knows the axes of core.sharding.make_mesh alone: use 'xla'")
+        if any(softening.standardized for softening in self.softenings):
+            raise ValueError("pallas_tpu has no standardised logits: use 'xla'")
+        head, teacher = self.student, self.teacher
+        device, width = mesh.share(self.targets.shape[0], head.unembed.shape[1]), head.unembed.shape[0]
+        sizes = tiling.Sizes(
+            device.tokens,
+            device.columns,
+            width,
+            teacher.unembed.shape[0] if isinstance(teacher, Head) and any(t.uses_teacher for t in self.terms) else 0,
+            head.hidden.dtype.itemsize,
+            cast=head.unembed.dtype != head.hidden.dtype,
+            split=device.split,
+            terms=len(self.terms),
+        )
+        if (tiles := tiling.tiling(sizes, chip)) is None:
+            raise ValueError(f"pallas_tpu has no tile of {width}-wide hidden states that fits in VMEM: use 'xla'")
+        slots = tuple(self.softenings[slot].temperature for slot in self.slots)
+        plan = pallas_tpu.Plan(self.terms, slots, self.vocab, *tiles)
+        if (reason := tiling.supports(plan, head, teacher)) is not None:
+            raise ValueError(reason)
         return plan
 
 

@@ -13,7 +13,7 @@ The gradient in the logits of D = combine(s_1 .. s_M), with s_m = sum_v phi_m, a
 
 and sum_u g_u = sum_m (dD/ds_m) times the sum of slopes from 2, so that no further pass is needed for it. Between
 1 and 2, and after 2, a mesh exchanges a few numbers per token. What waits for the backward pass is a few rows of N
-numbers. The price is that logits are made four times: `kernels/traffic.py` counts what that costs and what it saves.
+numbers. The price is that logits are made four times: `kernels/tiling.py` counts what that costs and what it saves.
 
 `forward` and `backward` are one device's part; `kernels/recompute.py` makes a differentiable function of them.
 """

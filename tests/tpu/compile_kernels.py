@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkd.core.types import Head
-from jaxkd.kernels import pallas_tpu, recompute, traffic
+from jaxkd.kernels import pallas_tpu, recompute, tiling
 from jaxkd.kernels.api import linear_divergence
 
 _EVERYWHERE = P()
@@ -34,10 +34,10 @@ CASES = {
 def lower(mesh, tokens, columns, widths, dtype, names):
     """The lowered value and gradients, and the plan."""
     terms, (data, model) = tuple(FAMILY[n] for n in names), mesh.devices.shape
-    sizes = traffic.Sizes(
+    sizes = tiling.Sizes(
         tokens // data, columns // model, *widths, jnp.dtype(dtype).itemsize, split=model > 1, terms=len(terms)
     )
-    tiles = traffic.tiling(sizes, traffic.current_chip())
+    tiles = tiling.tiling(sizes, tiling.current_chip())
     more = {}
     if len(terms) > 2:
         # Whether everything that a head or a term may have compiles is all we ask: small tiles do so quickly.
@@ -53,7 +53,7 @@ def lower(mesh, tokens, columns, widths, dtype, names):
         Head(shape(tokens, width, spec=per_token), shape(width, columns, dtype=stored, spec=head)) if width else None
         for width, stored in zip(widths, ("float32", dtype), strict=True)
     )
-    assert (reason := traffic.supports(plan, student, teacher)) is None, reason
+    assert (reason := tiling.supports(plan, student, teacher)) is None, reason
     targets = shape(tokens, dtype=jnp.int32, spec=P("data"))
     weights = shape(len(terms), tokens, dtype=jnp.float32, spec=P(None, "data"))
     divergence = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)

@@ -1,8 +1,6 @@
-"""What the two forms of the loss move and multiply on a TPU, the tiles that follow, and which form to take.
+"""The tiles of the Pallas kernels: what fits in a core's VMEM, and which calls they can serve.
 
-Counted by hand: a compiler's figures count the body of a loop once and a Pallas call as nothing. All counts are of
-one device, value and gradients together, with N tokens, V columns, widths D (student) and E (teacher, 0 for none) and
-b bytes an activation. Per-token numbers are left out: they are a thousandth of the rest.
+Sizes are of one device: N tokens, V columns, widths D (student) and E (teacher, 0 for none), b bytes an activation.
 """
 
 from typing import Any, NamedTuple
@@ -13,11 +11,7 @@ import jax.numpy as jnp
 from jaxkd.core.chips import CHIPS, Chip
 from jaxkd.core.types import Head
 
-LOGIT_BYTES = 38
-"""Bytes per entry that the XLA form reads and writes of logits and what is made of them, where they are in HBM: the
-slope over the chunk's tokens of the bytes in programs compiled for v5e (39) and v5p (38), forward KL and next token."""
 _LANES = 128
-_CLEARLY = 0.9  # a tie goes to the XLA form: the roofline leaves out vector units, which the Pallas form keeps busier
 _STAY, _STREAM = (1024, 512, 256, 128), (256, 128)
 
 
@@ -44,17 +38,6 @@ class Tiling(NamedTuple):
     rows: tuple[int, int]  # (tokens, columns) of a tile where tokens stay and the vocabulary streams
     columns: tuple[int, int]  # the same where columns stay and tokens stream
     vmem: int  # bytes to ask for
-
-
-class Cost(NamedTuple):
-    """Of value and gradients."""
-
-    bytes: float
-    flops: float
-
-    def seconds(self, chip: Chip) -> float:
-        """The roofline: whichever of products and memory takes longer, each at its peak; vector units left out."""
-        return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
 
 
 def device() -> tuple[str, str]:
@@ -85,7 +68,7 @@ def supports(plan: Any, student: Head, teacher: Any) -> str | None:
         return f"pallas_tpu needs a TPU, but the devices here are '{kind}' ({platform}); use implementation='xla'"
     for term in plan.terms:
         if term.top_set is not None:
-            return "pallas_tpu has no divergence that asks for the teacher's leading entries; use implementation='xla'"
+            return "pallas_tpu has no divergence that asks for the teacher's top set; use implementation='xla'"
         if term.support is not None:
             return "pallas_tpu has no divergence from a sparse teacher; use implementation='xla'"
     if teacher is not None and not isinstance(teacher, Head):
@@ -142,72 +125,3 @@ def tiling(sizes: Sizes, chip: Chip) -> Tiling | None:
     (tokens, columns), blocks = found[0], -(-sizes.tokens // found[0][0])
     even = -(-sizes.tokens // (blocks * _LANES)) * _LANES
     return Tiling((min(tokens, even), columns), found[1], allowed)
-
-
-def cost_xla(sizes: Sizes, chunk: int, chip: Chip) -> Cost:
-    """The form that scans over chunks of c tokens and makes gradients as it goes.
-
-    A chunk reads the unembeddings three times (student's and teacher's logits, d hidden), and reads and writes the
-    float32 gradient of the head, which is too large to stay on the chip:
-
-        bytes = ceil(N / c) V (b (2 D + E) + 8 D) + b N (3 D + E) + logits,    flops = 2 N V (3 D + E)
-
-    and `LOGIT_BYTES` per logit unless a chunk's three float32 buffers fit in VMEM, where the compiler then puts them.
-
-    Args:
-        sizes: of the call.
-        chunk: tokens at a time.
-        chip: whose VMEM it is.
-    """
-    tokens, columns, student, teacher, itemsize, *_ = sizes
-    per_chunk = columns * (itemsize * (2 * student + teacher) + 8 * student)
-    logits = 0 if 12 * chunk * columns <= chip.vmem else LOGIT_BYTES * tokens * columns
-    hidden = itemsize * tokens * (3 * student + teacher)
-    moved = -(-tokens // chunk) * per_chunk + hidden + logits + _cast(sizes)
-    return Cost(moved, 2 * tokens * columns * (3 * student + teacher))
-
-
-def cost_pallas(sizes: Sizes, tiles: Tiling) -> Cost:
-    """The four kernels, with n tokens a block where tokens stay and v columns a tile where columns stay.
-
-    Three kernels read all unembeddings for each block of tokens, one reads all hidden states for each tile of columns
-    and writes the gradient of the head once. All four make both sides' logits, two of them one product more:
-
-        bytes = 3 (ceil(N / n) b V (D + E) + b N (D + E)) + ceil(V / v) b N (D + E) + b V (D + E) + 4 D V + b N D
-        flops = 2 N V (4 (D + E) + 2 D)
-
-    Args:
-        sizes: of the call.
-        tiles: what stays and what streams.
-    """
-    tokens, columns, student, _, itemsize, *_ = sizes
-    unembeds, hiddens = (itemsize * x * sizes.widths for x in (columns, tokens))
-    by_tokens = 3 * (-(-tokens // tiles.rows[0]) * unembeds + hiddens)
-    by_columns = -(-columns // tiles.columns[1]) * hiddens + unembeds + 4 * student * columns
-    dhidden = (4 if sizes.split else itemsize) * tokens * student
-    flops = 2 * tokens * columns * (4 * sizes.widths + 2 * student)
-    return Cost(by_tokens + by_columns + dhidden + _cast(sizes), flops)
-
-
-def _cast(sizes: Sizes) -> int:
-    """Bytes of making the student's operand: both forms do it once."""
-    return (4 + sizes.itemsize) * sizes.student * sizes.columns if sizes.cast else 0
-
-
-def prefer_pallas(sizes: Sizes, chunk: int, chip: Chip | None) -> bool:
-    """Whether the Pallas kernels move fewer bytes than the XLA form, and are not slower for their extra products.
-
-    They multiply (4 (D + E) + 2 D) / (3 D + E) times as much: 2.8 for E = 2 D, and 2 without a teacher. So fewer
-    bytes are needed but not enough: where the XLA form's chunks are large enough to keep the matrix units busy, it
-    is the faster one although it moves more.
-
-    Args:
-        sizes: of the call.
-        chunk: tokens at a time of the XLA form.
-        chip: None, for no known TPU, means no.
-    """
-    tiles = None if chip is None else tiling(sizes, chip)
-    if chip is None or tiles is None:
-        return False
-    xla, pallas = cost_xla(sizes, chunk, chip), cost_pallas(sizes, tiles)
-    return pallas.bytes < xla.bytes and pallas.seconds(chip) < _CLEARLY * xla.seconds(chip)
