@@ -7,6 +7,7 @@ token here and nowhere else.
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,14 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
             (tokenizer.add_special_tokens if kind == _CONTROL else tokenizer.add_tokens)([added])
     start, end = (fields.get(f"tokenizer.ggml.{side}_token_id") for side in ("bos", "eos"))
     return _finish(tokenizer, start, end, generation.from_gguf(fields))
+
+
+def without(tokenizer: Tokenizer, added: Collection[str]) -> Tokenizer:
+    """The tokenizer without some of its added tokens, which are then split as any text is."""
+    definition = json.loads(tokenizer.json)
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] not in added]
+    inner = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    return _finish(inner, tokenizer.start, tokenizer.end, tokenizer.generation)
 
 
 def of_size(vocab: int) -> Tokenizer:

@@ -15,14 +15,13 @@ from jaxkd.config import validate
 from jaxkd.config.schema import Experiment, StudentBlock, from_mapping
 from jaxkd.core import sharding
 from jaxkd.core.types import Forward, PyTree
-from jaxkd.data import tokenize
+from jaxkd.data import tokenize, vocabulary
 from jaxkd.models import quantized, transformer, weights
 from jaxkd.models.transformer import Config
 from jaxkd.runtime import multihost
 from jaxkd.teachers import online
 
 VOCAB_MULTIPLE = 128
-_SPARE_IDS = 1024  # families pad their embeddings by at most a few hundred rows
 
 
 class Model(NamedTuple):
@@ -50,17 +49,13 @@ class Models(NamedTuple):
     student: Model
     teachers: Mapping[str, Model]  # "teacher", or the members by name
     tokenizer: tokenize.Tokenizer  # of the data
+    vocab: int  # true vocabulary size: ids from it on are in no loss
     is_self: bool = False  # the student is its own teacher, and `teachers` holds the student's model
 
     @property
     def teacher(self) -> Model:
         """The only teacher, or the first of several."""
         return next(iter(self.teachers.values()))
-
-    @property
-    def vocab(self) -> int:
-        """True vocabulary size, without padded columns."""
-        return self.tokenizer.vocab
 
     @property
     def notes(self) -> list[str]:
@@ -87,7 +82,7 @@ def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Mode
     source = _student_source(e, sources, shapes)
     side = lambda name: name if name == "teacher" else f"teacher '{name}'"
     by_side = {side(name): opened for name, opened in sources.items()} | {"student": source}
-    tokenizer, own = _tokenizers(e, by_side, shapes)
+    tokenizer, own, vocab = _tokenizers(e, by_side, shapes)
 
     # All heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
@@ -96,7 +91,7 @@ def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Mode
     student = model(source, e.student.sharding, "float32", validate.DTYPES[e.run.dtype], e.run.remat, cut=e.student)
     student = student._replace(seed=e.run.seed + 1, tokenizer=own.get("student"))
     if not sources:
-        return Models(student, {"teacher": student._replace(checkpoint=None)}, tokenizer, is_self=True)
+        return Models(student, {"teacher": student._replace(checkpoint=None)}, tokenizer, vocab, is_self=True)
     teachers = {}
     for number, (name, opened) in enumerate(sources.items()):
         block = e.teacher.models[name]
@@ -104,7 +99,7 @@ def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Mode
         teacher = model(opened, block.sharding, block.dtype, dtype, teaches=True)
         seed = e.run.seed + number + (number > 0)  # the one after the first teacher's is the student's
         teachers[name] = teacher._replace(seed=seed, tokenizer=own.get(side(name)), cache=block.cache)
-    return Models(student, teachers, tokenizer)
+    return Models(student, teachers, tokenizer, vocab)
 
 
 def teacher_sources(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, _Source]:
@@ -143,27 +138,33 @@ def _student_source(e: Experiment, teachers: Mapping[str, _Source], shapes: Mapp
 
 def _tokenizers(
     e: Experiment, by_side: Mapping[str, _Source], shapes: Mapping[str, Config]
-) -> tuple[tokenize.Tokenizer, dict[str, tokenize.Tokenizer]]:
-    """The data's tokenizer, and the checkpoints' own by side; `by_side` has the first teacher first.
+) -> tuple[tokenize.Tokenizer, dict[str, tokenize.Tokenizer], int]:
+    """The data's tokenizer, the checkpoints' own by side, and how many ids the loss covers.
+
+    `by_side` has the first teacher first. What the loss leaves out is printed on stderr.
 
     Raises:
-        ValueError: when a model's ids are not the tokenizer's, or its context is shorter than a row.
+        ValueError: text has other ids in a model, or a model's context is shorter than a row.
     """
-    if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
-        data = tokenize.of_size(min(config.vocab for _, config in by_side.values()))
-    else:
-        data = _tokenizer(e.data.tokenizer, next(iter(by_side.values()))[0])
-    own: dict[str, tokenize.Tokenizer] = {}
-    for side, (checkpoint, config) in by_side.items():
-        _check_vocabulary(data, side, config)
-        if checkpoint is not None and checkpoint.has_tokenizer:
-            own[side] = _tokenizer("teacher", checkpoint)
-            _check_same_tokenizer(data, own[side], side)
+    for side, (_, config) in by_side.items():
         if e.data.length > config.max_length:
             raise ValueError(
                 f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
             )
-    return data, own
+    if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
+        data = tokenize.of_size(min(config.vocab for _, config in by_side.values()))
+    else:
+        data = _tokenizer(e.data.tokenizer, next(iter(by_side.values()))[0])
+    own = {
+        side: _tokenizer("teacher", checkpoint)
+        for side, (checkpoint, _) in by_side.items()
+        if checkpoint is not None and checkpoint.has_tokenizer
+    }
+    data = vocabulary.common_text(data, list(own.values()))
+    covered = vocabulary.coverage(data, own, {side: config.vocab for side, (_, config) in by_side.items()})
+    for note in covered.notes if multihost.is_main() else ():
+        print(f"jaxkd: {note}", file=sys.stderr)
+    return data, own, covered.size
 
 
 def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tokenizer:
@@ -177,26 +178,6 @@ def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tok
     if checkpoint.tokenizer_dir is not None:
         return tokenize.from_directory(checkpoint.tokenizer_dir)
     return tokenize.from_gguf(checkpoint.tokenizer_fields or {})
-
-
-def _check_vocabulary(tokenizer: tokenize.Tokenizer, side: str, config: Config) -> None:
-    if not tokenizer.vocab <= config.vocab <= tokenizer.vocab + _SPARE_IDS:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab} ids but the {side}'s weights have {config.vocab}: they do not "
-            "belong together; give data.tokenizer the directory of the model's own tokenizer"
-        )
-
-
-def _check_same_tokenizer(data: tokenize.Tokenizer, model: tokenize.Tokenizer, side: str) -> None:
-    if data.fingerprint == model.fingerprint:
-        return
-    ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (data, model))
-    differ = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if differ:
-        raise ValueError(
-            f"the data's tokenizer and the {side}'s own have different vocabularies: {len(differ)} tokens have other "
-            f"ids, such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
-        )
 
 
 # ------------------------------------------------------------------------------- abstract models

@@ -97,7 +97,7 @@ def writing(t: TeacherBlock, models: Models) -> signals.Writing:
     """How the teacher's own text is generated."""
     model, tokenizer = models.teacher, models.tokenizer
     return signals.Writing(
-        model.config, t.prompt, t.temperatures[0], tokenizer.vocab, tokenizer.end, model.dtype, model.rules
+        model.config, t.prompt, t.temperatures[0], models.vocab, tokenizer.end, model.dtype, model.rules
     )
 
 

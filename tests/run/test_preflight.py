@@ -124,7 +124,7 @@ def test_chat_templates_are_compared_by_what_they_write(place, arguments, export
 # ------------------------------------------------------------------------------- one forward pass
 
 CONFIG = Config(vocab=50, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=16, vocab_multiple=64)
-MODELS = Models(None, {}, SimpleNamespace(vocab=50))
+MODELS = Models(None, {}, SimpleNamespace(vocab=50), 50)
 
 
 def batch() -> Batch:
