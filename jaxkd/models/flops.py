@@ -72,7 +72,7 @@ def step(
         remat: whether the layers' forward pass is recomputed in the backward pass.
         trains: whether the student has a backward pass.
     """
-    forward = lambda side: side.body * body(side.config, length) + side.in_top_set * head(side.config)
+    forward = lambda side: side.body * body(side.config, length) + side.head * head(side.config)
     wasted = lambda side: side.body * masked(side.config, length)
     passes, recomputed = (3 if trains else 1), int(remat and trains)
     return Step(
