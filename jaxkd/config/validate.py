@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 import jax.numpy as jnp
 
 from jaxkd.config.schema import SELF, Experiment, TeacherBlock, nearest, plain
+from jaxkd.core import seeds
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
 from jaxkd.report.records import leaves
@@ -100,6 +101,8 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     for key, lowest in AT_LEAST.items():
         if not (math.isfinite(values[key]) and values[key] >= lowest):
             raise ValueError(f"{key} must be finite and at least {lowest}, got {values[key]}")
+    if not 0 <= e.run.seed < seeds.LIMIT:
+        raise ValueError(f"run.seed must be from 0 to 2**63 - 1, got {e.run.seed}")
     if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):
         raise ValueError(
             f"run.checkpoints={at} must be absolute or gs://BUCKET/PATH: a run may be resumed from another directory"

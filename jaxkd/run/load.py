@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxkd.config.schema import DataBlock, Experiment, StudentBlock
+from jaxkd.core import seeds
 from jaxkd.core.types import Batch, PyTree
 from jaxkd.data import build, loader
 from jaxkd.data.rows import Rows
@@ -112,7 +113,7 @@ def host_params(model: Model, only: tuple[str, ...] | None = None) -> PyTree:
     """A model's weights on the host, in float32: from its checkpoint, or random; `only` some top-level names."""
     if model.checkpoint is not None:
         return model.checkpoint.load(np.float32, only)
-    params = jax.tree.map(np.asarray, transformer.init(model.config, jax.random.key(model.seed)))
+    params = jax.tree.map(np.asarray, transformer.init(model.config, seeds.key(model.seed)))
     return params if only is None else {name: params[name] for name in only}
 
 

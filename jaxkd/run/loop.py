@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxkd.core import metrics
+from jaxkd.core import metrics, seeds
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Metrics, PyTree
 from jaxkd.data import loader, rules
@@ -170,7 +170,7 @@ class Run:
             return init_state(params, job.tx, e.teacher.is_self, weights, recent)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
-        state = jax.jit(first, out_shardings=shardings)(student, jax.random.key(e.run.seed))
+        state = jax.jit(first, out_shardings=shardings)(student, seeds.key(e.run.seed))
         earlier = restore.objective_params(e.student.objective_from, job.state.params["objective"])
         return state._replace(params=state.params | {"objective": state.params["objective"] | earlier})
 

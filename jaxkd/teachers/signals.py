@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxkd.core import seeds
 from jaxkd.core.sharding import RULES, Rules, table
 from jaxkd.core.types import Batch, Head, Output, PyTree, Sampled, TopK
 from jaxkd.kernels import sparsify
@@ -53,7 +54,7 @@ def sampled(teacher: Teacher, draws: int, seed: int, vocab: int) -> Teacher:
 
 def uniforms(seed: int, step: Any, batch: Batch, draws: int) -> jax.Array:
     """[B L draws] in [0, 1), from each row's own key."""
-    key = jax.random.fold_in(jax.random.key(seed), step)
+    key = jax.random.fold_in(seeds.key(seed), step)
 
     def row(domain: jax.Array, row: jax.Array) -> jax.Array:
         own = jax.random.fold_in(jax.random.fold_in(key, domain), row)
@@ -84,7 +85,7 @@ def token(params: PyTree, how: Writing, seed: int) -> Teacher:
     """
 
     def signal(state: PyTree, batch: Batch, *, step: Any) -> Batch:
-        return written(how, state, batch, jax.random.fold_in(jax.random.key(seed), step))
+        return written(how, state, batch, jax.random.fold_in(seeds.key(seed), step))
 
     return Teacher(params, untouched, signal, ("step",), writes=True)
 

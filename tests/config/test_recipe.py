@@ -174,6 +174,8 @@ def test_blocks_are_strict(change, message):
         ("data.tokenizer=teacher", r"data\.tokenizer"),
         ("data.length=4096", r"data\.length=4096"),
         ("data.domains.mean=builtin:code", r"data\.domains\.mean"),
+        ("run.seed=-1", r"run\.seed"),
+        ("run.seed=9223372036854775808", r"run\.seed"),
         ("objective.kd.temperature=0.0", r"objective\.kd\.temperature"),
         ("objective.ce.weight=-1.0", r"objective\.ce\.weight"),
         ("student.layers=(0,9)", r"student\.layers"),
