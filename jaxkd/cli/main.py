@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxkd import __version__
-from jaxkd.config.recipe import read_config, split
+from jaxkd.config.recipe import override, read_config, split
 from jaxkd.config.schema import experiment
 from jaxkd.run.workdir import claim, lock, saved_experiment, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
@@ -192,12 +192,24 @@ def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -
 
 
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
-    """Evaluate a run's student against its teacher on the held-out rows."""
-    e = saved_experiment(Path(options.workdir))
+    """Evaluate a run's student, or any model, against a teacher: on held-out rows, or on text of your own."""
+    if options.model and not (options.teacher and options.data):
+        raise ValueError("--model needs --teacher PATH and --data SOURCE")
+    if options.workdir and options.teacher:
+        raise ValueError("--teacher is for --model: a run is evaluated against its own teacher")
+    if options.model and options.step:
+        raise ValueError("--step is for --workdir: a model has no checkpoints")
+    saved = saved_experiment(Path(options.workdir)) if options.workdir else None
     from jaxkd.run import evaluate as evaluation
 
     multihost.join(single_ok=True)
-    multihost.print_main(evaluation.of_run(e, Path(options.workdir), options.step).text)
+    if saved is None:
+        values = evaluation.values_of_models(options.model, options.teacher)
+        result = evaluation.of_models(override(values, config), options.data)
+    else:
+        values, log = evaluation.values_of_run(saved, options.data), not (options.data or config)
+        result = evaluation.of_run(override(values, config), Path(options.workdir), options.step, options.data, log)
+    multihost.print_main(result.text)
 
 
 def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -292,6 +304,8 @@ def parser() -> argparse.ArgumentParser:
             _plan_arguments(sub)
         if name == "compare":
             _compare_arguments(sub)
+        elif name == "evaluate":
+            _evaluate_arguments(sub)
         elif not takes_config or name in ("train", "sweep"):
             sub.add_argument("--workdir", required=True, help="directory of the run")
         if name == "train":
@@ -335,6 +349,16 @@ def _plan_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="limit of the search")
 
 
+def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
+    student = sub.add_mutually_exclusive_group(required=True)
+    student.add_argument("--workdir", metavar="DIR", help="directory of a run: its student against its teacher")
+    student.add_argument("--model", metavar="PATH", help="a Hugging Face directory, a GGUF file or a known name")
+    sub.add_argument("--teacher", metavar="PATH", help="the same, which --model is compared with")
+    source = "text to evaluate on (as data.domains; default: the run's held-out rows), all of it"
+    sub.add_argument("--data", nargs="+", default=[], metavar="[NAME=]SOURCE", help=source)
+    sub.epilog = "--config.KEY=VALUE sets keys, such as data.length, data.valid_rows (a limit) or run.eval_batch."
+
+
 def _compare_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
     sub.add_argument("--baseline", metavar="VARIANT", help="the variant to compare with (default: the first)")
@@ -351,7 +375,7 @@ def main(arguments: Sequence[str]) -> None:
     rest, overrides = split(arguments)
     options = parser().parse_args(rest)
     recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
-    if overrides and not recipe:
+    if overrides and not recipe and options.verb != "evaluate":
         raise ValueError(f"`jaxkd {options.verb}` takes no recipe: {overrides[0]} has no effect")
     if "://" in (workdir := str(getattr(options, "workdir", ""))):
         raise ValueError(f"--workdir {workdir} must be a directory (or a mounted bucket); run.checkpoints may be gs://")

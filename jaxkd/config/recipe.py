@@ -38,11 +38,18 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
     recipes = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     if len(recipes) != 1:
         raise ValueError("give one recipe: --config=configs/quickstart.py")
-    values = _load(recipes[0])
-    for argument in arguments:
-        if argument.startswith("--config."):
-            key, _, text = argument.removeprefix("--config.").partition("=")
-            _override(values, key, text)
+    return override(_load(recipes[0]), [a for a in arguments if a.startswith("--config.")])
+
+
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The values with `--config.KEY=VALUE` arguments applied to them, in place.
+
+    Raises:
+        ValueError: as `read_config`.
+    """
+    for argument in overrides:
+        key, _, text = argument.removeprefix("--config.").partition("=")
+        _override(values, key, text)
     return values
 
 

@@ -28,6 +28,8 @@ from etils import epath
 from jaxkd.data.corpus import Corpus, Reading, collect, divide
 from jaxkd.data.pack import Row, Tokens, pack
 from jaxkd.data.permute import hash_key
+from jaxkd.data.records import BadRecord
+from jaxkd.data.rows import MemoryRows
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
 from jaxkd.runtime import files, locks
@@ -281,6 +283,34 @@ def prepare(
     if progress and built:
         print(f"{name}: rows written to {path}", file=sys.stderr)
     return _read_prepared(name, path, fingerprint, reading, built)
+
+
+def read_whole(
+    name: str, source: Source, tokenizer: Tokenizer, length: int, limit: int = 0, bad_records: float = 0.05
+) -> MemoryRows:
+    """A source's text, or its own validation text, as rows in memory: the first `limit`, or all; duplicates are kept.
+
+    Raises:
+        ValueError: there is no text, or more than a share of `bad_records` of the records are bad.
+    """
+    bad: list[BadRecord] = []
+    good = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal good
+        for document in (source.validation or source.documents)():
+            if isinstance(document, BadRecord):
+                bad.append(document)
+            else:
+                good += 1
+                yield document.text
+
+    rows = list(itertools.islice(pack(_tokenised(texts(), tokenizer), length), limit or None))
+    first_bad = f"{bad[0].where}: {bad[0].why}" if bad else ""
+    Reading("", len(bad) + good, 0, len(bad), first_bad).require_good(name, bad_records)
+    if not rows:
+        raise ValueError(f"domain {name!r}: {source.spec} has no text")
+    return MemoryRows(rows, source.spec)
 
 
 def _path(root: epath.Path, name: str, fingerprint: str) -> epath.Path:

@@ -106,3 +106,16 @@ class Rows:
                 for name, (shape, dtype) in self.aux.items()
             },
         }
+
+
+class MemoryRows(Rows):
+    """Rows in memory, of a text that is read once."""
+
+    def __init__(self, rows: Sequence[dict[str, np.ndarray]], name: str) -> None:
+        """`rows` as `pack` yields them, at least one; `name` is for messages."""
+        self.path, self.split, self._size = epath.Path(name), "valid", len(rows)
+        self.length, self.aux = len(rows[0]["tokens"]), {}
+        self._rows, self._data = rows, self
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        return [self._rows[index] for index in indices]

@@ -1,17 +1,21 @@
 """Scoring a student against a teacher outside of a run's loop: `jaxkd evaluate`."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from jaxkd.config.schema import Experiment
+from jaxkd.config.schema import Experiment, experiment, plain
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import PyTree
+from jaxkd.data import build
+from jaxkd.data.sources import open_source
 from jaxkd.evals import compare
 from jaxkd.run import job, load, restore, teacher
-from jaxkd.run.open_models import Models
+from jaxkd.run.open_models import Models, open_models
 from jaxkd.runtime import files, multihost
 
 
@@ -28,29 +32,109 @@ class Evaluated(NamedTuple):
         return f"{self.title}\n{compare.table(self.rows, self.start)}"
 
 
-def of_run(e: Experiment, workdir: Path, step: str | None) -> Evaluated:
-    """A checkpoint on the run's held-out rows; a step without an evaluation in evals.jsonl gets one.
+def values_of_models(student_path: str, teacher_path: str) -> dict[str, Any]:
+    """A recipe's values for two models by path, without data."""
+    return {
+        "teacher": {"path": teacher_path},
+        "student": {"path": student_path},
+        "objective": {"kd": {"divergence": "forward_kl", "weight": 1.0}},
+        "data": {"domains": {}, "batch": 1, "length": 512},
+        "optim": {"lr": {"schedule": "constant", "peak": 0.0}},
+        "run": {"steps": 1},
+    }
+
+
+def values_of_run(e: Experiment, sources: Sequence[str]) -> dict[str, Any]:
+    """A run's values; with other text than its own, those by which the teacher is run and not read from a cache."""
+    values = plain(e)
+    if sources:
+        values["data"] |= {"mixture": "uniform", "valid_rows": 0}
+        values["teacher"] |= {"signal": "head", "cache": "", "stored": ""}
+        for member in values["teacher"]["members"].values():
+            member |= {"cache": "", "domains": {}}
+    return values
+
+
+def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
+    """One model against another on text that is read whole.
 
     Args:
-        e: the run's experiment.
+        values: of a recipe, which names both.
+        sources: SOURCE or NAME=SOURCE, as in `data.domains`.
+
+    Raises:
+        ValueError, FileNotFoundError: models or text are missing, or do not fit together.
+    """
+    e = job.fit_devices(experiment(_with_domains(values, sources)))
+    mesh = job.build_mesh(e.run.mesh, jax.devices())
+    with jax.set_mesh(mesh), multihost.abort_on_error():
+        models = open_models(e, mesh, {})
+        rows = _whole(e, models)
+        weights = load.weights(models, e.student, rows)
+        scored = (weights.student, weights.student, 0)
+        result = _score(e, models, mesh, rows, weights.teachers, scored, {})
+    return Evaluated(f"{e.student.path} against {e.teacher.path}", result, {})
+
+
+def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Sequence[str], log: bool) -> Evaluated:
+    """A checkpoint of a run on its held-out rows, or on text that is read whole.
+
+    Args:
+        values: of the run's recipe.
         workdir: of the run.
         step: of the checkpoint, "best", or None for the newest.
+        sources: as for `of_models`; none for the run's own held-out rows.
+        log: append the rows to evals.jsonl, where it has none of this step.
 
     Raises:
         ValueError, FileNotFoundError: no such checkpoint, or what the run was made from is missing or different.
     """
-    built = job.build(job.fit_devices(e))
+    built = job.build(job.fit_devices(experiment(_with_domains(values, sources))))
     e, models = built.experiment, built.models
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
         number, student, average = restore.student(e.run, workdir, built.state, load.frozen(e, models), step)
         before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
-        start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0}
-        rows = load.domains(e.data, models.tokenizer)
+        start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0 and not sources}
+        rows = _whole(e, models) if sources else load.domains(e.data, models.tokenizer)
         scored = (student, average, number)
-        result = _score(e, models, built.mesh, rows, scored, {} if models.is_self else start)
-    if multihost.is_main() and not any(row["step"] == number for row in before):
+        teachers = load.teachers(models)[0]
+        result = _score(e, models, built.mesh, rows, teachers, scored, {} if models.is_self else start)
+    if log and multihost.is_main() and not any(row["step"] == number for row in before):
         files.append_jsonl(workdir / "evals.jsonl", result)
     return Evaluated(f"step {number} of {workdir}", result, start)
+
+
+def _with_domains(values: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """The sources as domains, each named by itself where it has no NAME=."""
+    domains: dict[str, str] = {}
+    for source in sources:
+        named = re.fullmatch(r"([\w.-]+)=(.+)", source)
+        spec = named[2] if named else source
+        name = (
+            named[1] if named else re.sub(r"[^\w.-]+", "_", Path(spec.partition("::")[0]).stem).strip("_.-") or "data"
+        )
+        if name in domains:
+            raise ValueError(f"--data {source}: the name '{name}' is taken: write NAME={spec}")
+        domains[name] = spec
+    return {**values, "data": {**values["data"], "domains": domains}} if sources else values
+
+
+def _whole(e: Experiment, models: Models) -> load.Domains:
+    """All text of every domain as rows in memory, up to `data.valid_rows`."""
+    data = e.data
+    rows = [
+        build.read_whole(
+            name,
+            open_source(domain.source, domain.field or data.text_key),
+            models.tokenizer,
+            data.length,
+            limit=data.valid_rows,
+            bad_records=data.bad_records,
+        )
+        for name, domain in data.sources.items()
+    ]
+    multihost.assert_equal("the rows of the text", {n: str(len(r)) for n, r in zip(data.sources, rows, strict=True)})
+    return load.Domains(tuple(data.sources), (), (), tuple(rows))
 
 
 def _score(
@@ -58,13 +142,14 @@ def _score(
     models: Models,
     mesh: Mesh,
     rows: load.Domains,
+    teacher_params: dict[str, PyTree],
     scored: tuple[PyTree, PyTree, int],
     start: dict[str, float],
 ) -> list[compare.Row]:
     """`scored`: the student's parameters, what a teacher that is the student itself reads, and the step."""
     student, average, step = scored
     stores = teacher.open_stores(e, models, rows.fingerprints)
-    teachers = teacher.build_teacher(e, models, load.teachers(models)[0], stores)
+    teachers = teacher.build_teacher(e, models, teacher_params, stores)
     comparison = jax.jit(compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab))
     inputs = (teachers.evaluate.state, step, average)
     batches = load.held_out(rows, e.run.eval_batch, batch_sharding(mesh), teachers.evaluate.host_features)
