@@ -10,30 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxkd import __version__
+from jaxkd.cli import arguments
 from jaxkd.config.recipe import override, read_config, split
 from jaxkd.config.schema import experiment
 from jaxkd.run.workdir import claim, lock, saved_experiment, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
-
-_CONFIG_HELP = """\
-The recipe is a Python file with get_config(argument); any key of docs/config.md can be set on the command line:
-
-  --config=configs/quickstart.py              the recipe (or --config FILE:ARGUMENT)
-  --config.optim.lr.peak=1e-4                 a value; an unknown key names the nearest known ones
-  --config.teacher.path=models/Llama-3.2-1B   a local Hugging Face directory or GGUF file
-"""
-_SOURCES_HELP = """
-A domain's source (--config.data.domains.NAME=SOURCE) is one of
-  builtin:code, builtin:manual, builtin:legal, builtin:scripture, builtin:dialogue, builtin:math
-  a file (.jsonl, .json, .csv, .parquet, .txt, also .gz or .zst; any other text), a folder of such data, or a glob
-  tfds:NAME or tfds:NAME:SPLIT, a TFDS dataset on this machine, or its directory
-  any of these with ::FIELD, the field that holds the text (data.text_key is for those without; docs/data.md)
-  empty (--config.data.domains.NAME=), which removes a domain of the recipe
-"""
-
-
-# --------------------------------------------------------------------------------------- the verbs
 
 
 def prepare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
@@ -193,6 +174,8 @@ def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -
 
 def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Evaluate a run's student, or any model, against a teacher: on held-out rows, or on text of your own."""
+    if bool(options.workdir) == bool(options.model):
+        raise ValueError("give --workdir DIR, or --model PATH with --teacher PATH and --data SOURCE")
     if options.model and not (options.teacher and options.data):
         raise ValueError("--model needs --teacher PATH and --data SOURCE")
     if options.workdir and options.teacher:
@@ -282,110 +265,27 @@ VERBS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser; `--config...` arguments go to `read_config`."""
-    root = argparse.ArgumentParser("jaxkd", description="Distil large language models with JAX.")
-    root.add_argument("--version", action="version", version=f"jaxkd {__version__}")
-    verbs = root.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, function in VERBS.items():
-        summary = (function.__doc__ or "").splitlines()[0]
-        takes_config = name in ("prepare", "cache", "check", "plan", "train", "sweep")
-        sub = verbs.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=_CONFIG_HELP + _SOURCES_HELP if takes_config else None,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if takes_config:
-            sub.add_argument("--config", metavar="FILE[:ARGUMENT]", required=True, help="the recipe, see below")
-        if name == "plan":
-            _plan_arguments(sub)
-        if name == "compare":
-            _compare_arguments(sub)
-        elif name == "evaluate":
-            _evaluate_arguments(sub)
-        elif not takes_config or name in ("train", "sweep"):
-            sub.add_argument("--workdir", required=True, help="directory of the run")
-        if name == "train":
-            sub.add_argument(
-                "--profile", metavar="START:COUNT", default="", help="steps to trace, into WORKDIR/profile"
-            )
-            sub.add_argument("--no-check", action="store_true", help="do not run `jaxkd check` first")
-            sub.add_argument("--accept-changes", action="store_true", help="resume with a changed config")
-        if name == "sweep":
-            _sweep_arguments(sub)
-        if name == "rollback":
-            sub.add_argument("--step", required=True, metavar="N", help="step of the checkpoint, or best")
-        if name in ("evaluate", "export"):
-            sub.add_argument("--step", help="step of the checkpoint, or best (default: the latest)")
-        if name == "export":
-            sub.add_argument("--output", required=True, help="directory to write")
-            sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-            sub.add_argument(
-                "--overwrite",
-                action="store_true",
-                help="write into a directory that is not empty; only files of an earlier export are replaced",
-            )
-    return root
-
-
-def _sweep_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--variants", nargs="+", default=[], metavar="ARGUMENT", help="recipe arguments, one variant each")
-    line = '"NAME: [:ARGUMENT] [--config.KEY=VALUE ...]"'
-    sub.add_argument("--run", action="append", default=[], metavar="LINE", help=f"a variant: {line}")
-    sub.add_argument("--runs", metavar="FILE", help="a file of such lines")
-    sub.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="values of run.seed (default: 0)")
-    sub.add_argument("--print", action="store_true", help="print the remaining commands, for a launcher")
-
-
-def _plan_arguments(sub: argparse.ArgumentParser) -> None:
-    topology = "such as v5litepod-16, v5p-128, v6e-64, or a grid: v5e:4x4"
-    sub.add_argument("--topology", required=True, metavar="NAME", help=topology)
-    sub.add_argument("--slices", type=int, default=1, help="number of slices, joined by the network")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub.add_argument("--suggest", action="store_true", help="search for the fastest mesh, remat and micro-batches")
-    sub.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="limit of the search")
-
-
-def _evaluate_arguments(sub: argparse.ArgumentParser) -> None:
-    student = sub.add_mutually_exclusive_group(required=True)
-    student.add_argument("--workdir", metavar="DIR", help="directory of a run: its student against its teacher")
-    student.add_argument("--model", metavar="PATH", help="a Hugging Face directory, a GGUF file or a known name")
-    sub.add_argument("--teacher", metavar="PATH", help="the same, which --model is compared with")
-    source = "text to evaluate on (as data.domains; default: the run's held-out rows), all of it"
-    sub.add_argument("--data", nargs="+", default=[], metavar="[NAME=]SOURCE", help=source)
-    sub.epilog = "--config.KEY=VALUE sets keys, such as data.length, data.valid_rows (a limit) or run.eval_batch."
-
-
-def _compare_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a directory of runs such as a sweep's")
-    sub.add_argument("--baseline", metavar="VARIANT", help="the variant to compare with (default: the first)")
-    sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    sub.add_argument("--output", metavar="FILE", help="page to write (default: compare.html in the first directory)")
-
-
-def main(arguments: Sequence[str]) -> None:
+def main(line: Sequence[str]) -> None:
     """Run one verb.
 
     Raises:
         ValueError, OSError, FloatingPointError: with a message of one line.
     """
-    rest, overrides = split(arguments)
-    options = parser().parse_args(rest)
+    rest, overrides = split(line)
+    summaries = {name: (verb.__doc__ or "").splitlines()[0] for name, verb in VERBS.items()}
+    options = arguments.parser(summaries).parse_args(rest)
     recipe = [f"--config={options.config}"] if getattr(options, "config", None) else []
     if overrides and not recipe and options.verb != "evaluate":
         raise ValueError(f"`jaxkd {options.verb}` takes no recipe: {overrides[0]} has no effect")
     if "://" in (workdir := str(getattr(options, "workdir", ""))):
         raise ValueError(f"--workdir {workdir} must be a directory (or a mounted bucket); run.checkpoints may be gs://")
-    VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *arguments]))
+    VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *line]))
 
 
-def console(arguments: Sequence[str] | None = None) -> None:
+def console(line: Sequence[str] | None = None) -> None:
     """Entry point: prints an error as one line and exits with its code."""
     try:
-        main(sys.argv[1:] if arguments is None else arguments)
+        main(sys.argv[1:] if line is None else line)
     except (Exception, KeyboardInterrupt) as error:
         raise SystemExit(multihost.fail(error)) from None
 
