@@ -3,7 +3,6 @@
 This process never initialises JAX: the accelerator belongs to the run that is training.
 """
 
-import json
 import os
 import re
 import shlex
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import Experiment, experiment
 from jaxkd.run.workdir import saved_experiment
+from jaxkd.runtime import files
 from jaxkd.runtime.cluster import EXIT_STOPPED
 
 _COMMITTED = "commit_success.txt"  # Orbax writes it last
@@ -114,8 +114,7 @@ def result(run: Run) -> dict[str, Any] | None:
     steps = run.experiment.run.steps
     try:
         same = saved_experiment(run.workdir) == run.experiment
-        lines = (run.workdir / "evals.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = files.read_jsonl(run.workdir / "evals.jsonl")
     except (OSError, ValueError):
         return None
     last = [row for row in rows if row["step"] == steps and row["domain"] == "mean"]
@@ -128,9 +127,8 @@ def _cached(e: Experiment) -> bool:
     if not e.teacher.cache:
         return True
     try:
-        manifest = json.loads((Path(e.teacher.cache).expanduser() / "manifest.json").read_text(encoding="utf-8"))
-        return bool(manifest["complete"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(files.read_json(Path(e.teacher.cache).expanduser() / "manifest.json")["complete"])
+    except (OSError, ValueError, KeyError):
         return False
 
 
