@@ -221,10 +221,10 @@ def assert_same_run(workdir: Path, reference: Path) -> None:
 class Background:
     """A run in a process of its own, to be killed or signalled."""
 
-    def __init__(self, workdir: Path, arguments: list[str], cache: bool = True):
+    def __init__(self, workdir: Path, arguments: list[str], cache: bool = True, verb: str = "train"):
         self.workdir = workdir
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "jaxkd", "train", "--workdir", str(workdir), *arguments],
+            [sys.executable, "-m", "jaxkd", verb, "--workdir", str(workdir), *arguments],
             env=process_environment(cache=cache),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

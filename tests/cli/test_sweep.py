@@ -3,13 +3,11 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, assert_same_run, here, lines, process_environment
+from harness import REPOSITORY, Background, assert_same_run, here, lines
 
 from jaxkd.cli import sweep
 
@@ -63,33 +61,9 @@ def test_errors_come_before_anything_runs(given, message):
         plan(**given)
 
 
-class Sweep:
-    """`jaxkd sweep` in the background, to be signalled."""
-
-    def __init__(self, workdir: Path, arguments: list[str]):
-        self.workdir = workdir
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "jaxkd", "sweep", "--workdir", str(workdir), *arguments],
-            env=process_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def child(self) -> int:
-        [child] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(child)
-
-    def wait_for_step(self, step: int, workdir: Path) -> None:
-        deadline, file = time.monotonic() + 120, workdir / "metrics.jsonl"
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if file.exists() and file.read_text().count("\n") >= step:
-                return
-            time.sleep(0.01)
-        raise AssertionError(f"step {step} was not reached")
-
-    def finish(self) -> str:
-        return self.process.communicate(timeout=300)[0]
+def child_of(sweep: Background) -> int:
+    [child] = Path(f"/proc/{sweep.process.pid}/task/{sweep.process.pid}/children").read_text().split()
+    return int(child)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +77,21 @@ def given(arguments) -> list[str]:
 def swept(given, tmp_path_factory):
     """A sweep stopped by Ctrl-C, then killed with its child, then run to its end: workdir, outputs and exit codes."""
     workdir = tmp_path_factory.mktemp("sweep") / "runs"
-    run = workdir / "good" / "seed-0"
-    first = Sweep(workdir, given)
-    first.wait_for_step(2, run)
-    child = first.child()
+    metrics = "good/seed-0/metrics.jsonl"
+    first = Background(workdir, given, verb="sweep")
+    first.wait_for_step(2, metrics)
+    child = child_of(first)
     first.process.send_signal(signal.SIGINT)
     stopped = first.finish()
     assert not Path(f"/proc/{child}").exists()
-    second = Sweep(workdir, given)
-    second.wait_for_step(7, run)
-    child = second.child()
+    second = Background(workdir, given, verb="sweep")
+    second.wait_for_step(7, metrics)
+    child = child_of(second)
     for process in (second.process.pid, child):
         os.kill(process, signal.SIGKILL)
     second.finish()
     wait_until_dead(child)
-    third = Sweep(workdir, given)
+    third = Background(workdir, given, verb="sweep")
     return workdir, (stopped, first.process.returncode), (third.finish(), third.process.returncode)
 
 
