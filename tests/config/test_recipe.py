@@ -192,7 +192,7 @@ def test_values_that_do_not_fit(change, message):
 def test_tokenizer_that_does_not_match_the_weights():
     values = config.read_config([TINY])
     shape = {**values["teacher"]["shape"], "vocab": 128}
-    with pytest.raises(ValueError, match=r"257 .* 128"):
+    with pytest.raises(ValueError, match=r"teacher.* 128"):
         job.build(experiment({**values, "teacher": {**values["teacher"], "shape": shape}}))
 
 
