@@ -13,7 +13,7 @@ from typing import Any
 from jaxkd.cli import arguments
 from jaxkd.config.recipe import override, read_config, split
 from jaxkd.config.schema import experiment
-from jaxkd.run.workdir import claim, lock, saved_experiment, saved_info, wait_for_lock, write_config
+from jaxkd.run.workdir import claim, lock, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
 
@@ -39,7 +39,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     from jaxkd.report import goodput, mixture
     from jaxkd.report import run as report
     from jaxkd.report.records import write_run
-    from jaxkd.run import job, load, loop, metadata, mixing, preflight, teacher
+    from jaxkd.run import job, load, loop, metadata, mixing, preflight, saved_student, teacher
     from jaxkd.runtime import compile_cache, profiling
 
     profile = profiling.parse_steps(options.profile)
@@ -68,6 +68,7 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                 multihost.print_main(f"changed: {change}")
             if multihost.is_main():
                 write_config(workdir, e)
+                saved_student.save(workdir, built.models)
                 kept = run.kept_layers or (saved_info(workdir).student.kept_layers if run.resumed else ())
                 record = metadata.info(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
                 write_run(workdir, record)
@@ -182,8 +183,10 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
         raise ValueError("--teacher is for --model: a run is evaluated against its own teacher")
     if options.model and options.step:
         raise ValueError("--step is for --workdir: a model has no checkpoints")
-    saved = saved_experiment(Path(options.workdir)) if options.workdir else None
     from jaxkd.run import evaluate as evaluation
+    from jaxkd.run import saved_student
+
+    saved = saved_student.located_experiment(Path(options.workdir)) if options.workdir else None
 
     multihost.join(single_ok=True)
     if saved is None:
@@ -198,26 +201,26 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
 def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Write a run's student as a Hugging Face directory."""
     workdir = Path(options.workdir)
-    e = saved_experiment(workdir)
     from jaxkd.models import export as exporter
-    from jaxkd.run import job, load, model_card, restore
+    from jaxkd.run import job, load, model_card, restore, saved_student
 
     multihost.join(single_ok=True)
     import jax
 
     if multihost.is_multihost():
         raise ValueError("`jaxkd export` is one process's work: start it on one host with JAX_PLATFORMS=cpu")
+    e = job.fit_devices(saved_student.located_experiment(workdir))
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
     exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
-    built = job.build(job.fit_devices(e))
-    with jax.set_mesh(built.mesh):
-        frozen = load.frozen(e, built.models)
-        step, student, _ = restore.student(e.run, workdir, built.state, frozen, options.step)
+    mesh = job.build_mesh(e.run.mesh, jax.devices())
+    with jax.set_mesh(mesh):
+        models, _ = saved_student.open_run(e, workdir, mesh, with_teachers=False)
+        step, student, _ = restore.student(e.run, workdir, models, load.frozen(e, models), options.step)
         host = jax.device_get(student)
-    tokenizer = built.models.student.tokenizer or built.models.tokenizer
+    tokenizer = models.student.tokenizer or models.tokenizer
     directory = exporter.export(
         Path(options.output),
-        built.models.student.config,
+        models.student.config,
         host,
         tokenizer_json=tokenizer.json,
         generation=tokenizer.generation,

@@ -167,24 +167,27 @@ def _mean(rows: list[Row], start: Mapping[str, float] | None, step: int) -> Row:
 
 
 def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
-    """The rows of one evaluation as aligned text; `before` has the student's nats by domain at step 0."""
+    """The rows of one evaluation as aligned text, "-" for what a row lacks.
+
+    `before` has the student's nats by domain at step 0.
+    """
     head = ["domain", "tokens", "teacher", "start", "student", "gap closed", "KL", "agree", "ECE", "bits/byte"]
     lines = [head]
     for row in rows:
         first = (before or {}).get(row["domain"])
-        closed = row["gap_closed"]
+        cell = lambda key, form, row=row: "-" if row.get(key) is None else format(row[key], form)
         lines.append(
             [
                 row["domain"],
                 f"{row['tokens']:,}",
-                f"{row['teacher_nats']:.3f}",
+                cell("teacher_nats", ".3f"),
                 "-" if first is None else f"{first:.3f}",
-                f"{row['student_nats']:.3f}",
-                "-" if closed is None else f"{closed:.1%}",
-                f"{row['kl']:.3f}",
-                f"{row['agreement']:.1%}",
-                f"{row['student_ece']:.1%}",
-                f"{row['student_bits_per_byte']:.3f}",
+                cell("student_nats", ".3f"),
+                cell("gap_closed", ".1%"),
+                cell("kl", ".3f"),
+                cell("agreement", ".1%"),
+                cell("student_ece", ".1%"),
+                cell("student_bits_per_byte", ".3f"),
             ]
         )
     return aligned(lines)

@@ -274,10 +274,9 @@ def _progress(what: str, every: float = 15.0) -> Iterator[None]:
 
 def teacher_weights(models: Models) -> dict[str, Any]:
     """Each teacher's weights on the devices as abstract arrays; of a cached teacher only its head."""
-    abstract = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
     by_name = {}
     for name, model in () if models.is_self else models.teachers.items():
-        params = jax.tree.map(abstract, model.shapes, model.shardings)
+        params = model.abstract
         by_name[name] = {n: params[n] for n in heads.names(model.config)} if model.cache else params
     return by_name
 

@@ -14,9 +14,10 @@ from jaxkd.core.types import PyTree
 from jaxkd.data import build
 from jaxkd.data.sources import open_source
 from jaxkd.evals import compare
-from jaxkd.run import job, load, restore, teacher
+from jaxkd.run import job, load, restore, saved_student, teacher
 from jaxkd.run.open_models import Models, open_models
 from jaxkd.runtime import files, multihost
+from jaxkd.teachers.online import self_teacher
 
 
 class Evaluated(NamedTuple):
@@ -89,19 +90,23 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
     Raises:
         ValueError, FileNotFoundError: no such checkpoint, or what the run was made from is missing or different.
     """
-    built = job.build(job.fit_devices(experiment(_with_domains(values, sources))))
-    e, models = built.experiment, built.models
-    with jax.set_mesh(built.mesh), multihost.abort_on_error():
-        number, student, average = restore.student(e.run, workdir, built.state, load.frozen(e, models), step)
+    e = job.fit_devices(experiment(_with_domains(values, sources)))
+    mesh = job.build_mesh(e.run.mesh, jax.devices())
+    with jax.set_mesh(mesh), multihost.abort_on_error():
+        models, missing = saved_student.open_run(e, workdir, mesh)
+        number, student, average = restore.student(e.run, workdir, models, load.frozen(e, models), step)
         before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0 and not sources}
         rows = _whole(e, models) if sources else load.domains(e.data, models.tokenizer)
         scored = (student, average, number)
         teachers = load.teachers(models)[0]
-        result = _score(e, models, built.mesh, rows, teachers, scored, {} if models.is_self else start)
+        result = _score(e, models, mesh, rows, teachers, scored, {} if models.is_self else start)
+    title = f"step {number} of {workdir}"
+    if missing:
+        return Evaluated(f"{title}, the student alone: {missing}", [_student_columns(row) for row in result], start)
     if log and multihost.is_main() and not any(row["step"] == number for row in before):
         files.append_jsonl(workdir / "evals.jsonl", result)
-    return Evaluated(f"step {number} of {workdir}", result, start)
+    return Evaluated(title, result, start)
 
 
 def _with_domains(values: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:
@@ -148,9 +153,17 @@ def _score(
 ) -> list[compare.Row]:
     """`scored`: the student's parameters, what a teacher that is the student itself reads, and the step."""
     student, average, step = scored
-    stores = teacher.open_stores(e, models, rows.fingerprints)
-    teachers = teacher.build_teacher(e, models, teacher_params, stores)
+    if models.teachers:
+        stores = teacher.open_stores(e, models, rows.fingerprints)
+        teachers = teacher.build_teacher(e, models, teacher_params, stores)
+    else:  # beside itself; `_student_columns` leaves out what is then without meaning
+        alone = self_teacher(models.student.forward)
+        teachers = teacher.Teachers(alone, alone)
     comparison = jax.jit(compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab))
     inputs = (teachers.evaluate.state, step, average)
     batches = load.held_out(rows, e.run.eval_batch, batch_sharding(mesh), teachers.evaluate.host_features)
     return compare.evaluate(lambda batch: comparison(student, inputs, batch), batches, step, start)
+
+
+def _student_columns(row: compare.Row) -> compare.Row:
+    return {name: x for name, x in row.items() if name in ("step", "domain", "tokens") or name.startswith("student_")}

@@ -42,6 +42,12 @@ class Model(NamedTuple):
     cache: str = ""  # directory of a teacher's stored signal; empty: the model itself runs
     notes: tuple[str, ...] = ()  # axes that the mesh does not divide
 
+    @property
+    def abstract(self) -> PyTree:
+        """Parameters as ShapeDtypeStruct leaves with shardings."""
+        leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.tree.map(leaf, self.shapes, self.shardings)
+
 
 class Models(NamedTuple):
     """Both sides of the distillation."""
@@ -63,7 +69,7 @@ class Models(NamedTuple):
         return sorted({note for model in (self.student, *self.teachers.values()) for note in model.notes})
 
 
-_Source = tuple[weights.Checkpoint | None, Config]
+Source = tuple[weights.Checkpoint | None, Config]
 """Where weights come from, None for random ones or a shape alone, and the whole model's config."""
 
 
@@ -87,28 +93,42 @@ def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Mode
     # All heads get the same number of columns, a multiple that the mesh divides.
     multiple = math.lcm(VOCAB_MULTIPLE, mesh.shape["model"])
     columns = -(-max(config.vocab for _, config in by_side.values()) // multiple) * multiple
-    model = partial(_model, mesh=mesh, columns=columns)
-    student = model(source, e.student.sharding, "float32", validate.DTYPES[e.run.dtype], e.run.remat, cut=e.student)
-    student = student._replace(seed=e.run.seed + 1, tokenizer=own.get("student"))
+    student = student_model(e, source, mesh, columns)._replace(tokenizer=own.get("student"))
     if not sources:
         return Models(student, {"teacher": student._replace(checkpoint=None)}, tokenizer, vocab, is_self=True)
+    teachers = teacher_models(e, sources, mesh, columns)
+    return Models(student, {n: t._replace(tokenizer=own.get(side(n))) for n, t in teachers.items()}, tokenizer, vocab)
+
+
+def student_model(e: Experiment, source: Source, mesh: Mesh, columns: int, cut: bool = True) -> Model:
+    """The student on the mesh, its head `columns` wide; `cut` leaves out the layers that the recipe does."""
+    layers = _depth(e.student, source[1].layers) if cut else source[1].layers
+    dtype = validate.DTYPES[e.run.dtype]
+    student = _model(
+        source, e.student.sharding, "float32", dtype, e.run.remat, mesh=mesh, columns=columns, layers=layers
+    )
+    return student._replace(seed=e.run.seed + 1)
+
+
+def teacher_models(e: Experiment, sources: Mapping[str, Source], mesh: Mesh, columns: int) -> dict[str, Model]:
+    """The teachers on the mesh, their heads `columns` wide."""
     teachers = {}
-    for number, (name, opened) in enumerate(sources.items()):
+    for number, (name, source) in enumerate(sources.items()):
         block = e.teacher.models[name]
         dtype = validate.DTYPES[validate.STORED[block.dtype]]
-        teacher = model(opened, block.sharding, block.dtype, dtype, teaches=True)
+        teacher = _model(source, block.sharding, block.dtype, dtype, mesh=mesh, columns=columns, teaches=True)
         seed = e.run.seed + number + (number > 0)  # the one after the first teacher's is the student's
-        teachers[name] = teacher._replace(seed=seed, tokenizer=own.get(side(name)), cache=block.cache)
-    return Models(student, teachers, tokenizer, vocab)
+        teachers[name] = teacher._replace(seed=seed, cache=block.cache)
+    return teachers
 
 
-def teacher_sources(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, _Source]:
+def teacher_sources(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, Source]:
     """Open each teacher's checkpoint; what the loader ignores in it is printed on stderr."""
     key = lambda name: "teacher" if name == "teacher" else f"teacher.members.{name}"
     return {n: _open(m.path, m.shape, key(n), shapes, e.data.length) for n, m in e.teacher.models.items()}
 
 
-def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Config], length: int) -> _Source:
+def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Config], length: int) -> Source:
     if path in shapes:
         return None, shapes[path]
     if path == "random":
@@ -125,7 +145,7 @@ def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Co
     return checkpoint, checkpoint.config
 
 
-def _student_source(e: Experiment, teachers: Mapping[str, _Source], shapes: Mapping[str, Config]) -> _Source:
+def _student_source(e: Experiment, teachers: Mapping[str, Source], shapes: Mapping[str, Config]) -> Source:
     if e.student.path != "teacher":
         return _open(e.student.path, e.student.shape, "student", shapes, e.data.length)
     if not teachers:
@@ -137,7 +157,7 @@ def _student_source(e: Experiment, teachers: Mapping[str, _Source], shapes: Mapp
 
 
 def _tokenizers(
-    e: Experiment, by_side: Mapping[str, _Source], shapes: Mapping[str, Config]
+    e: Experiment, by_side: Mapping[str, Source], shapes: Mapping[str, Config]
 ) -> tuple[tokenize.Tokenizer, dict[str, tokenize.Tokenizer], int]:
     """The data's tokenizer, the checkpoints' own by side, and how many ids the loss covers.
 
@@ -184,7 +204,7 @@ def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tok
 
 
 def _model(
-    source: _Source,
+    source: Source,
     table: str,
     stored: str,
     dtype: Any,
@@ -192,13 +212,12 @@ def _model(
     *,
     mesh: Mesh,
     columns: int,
-    cut: StudentBlock | None = None,
+    layers: int | None = None,
     teaches: bool = False,
 ) -> Model:
     """A model on the mesh: `stored` is the dtype of its parameters, `dtype` of its activations."""
     checkpoint, whole = source
-    config = dataclasses.replace(whole, layers=_depth(cut, whole.layers) if cut else whole.layers)
-    config = dataclasses.replace(config, vocab_multiple=columns)
+    config = dataclasses.replace(whole, layers=layers or whole.layers, vocab_multiple=columns)
     if checkpoint is not None:
         # A student cut from the file is loaded whole, and cut then.
         checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(whole, vocab_multiple=columns))

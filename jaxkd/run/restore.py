@@ -9,6 +9,7 @@ import jax
 from jaxkd.config.schema import Experiment, RunBlock, plain
 from jaxkd.core.types import PyTree
 from jaxkd.report.records import leaves
+from jaxkd.run.open_models import Models
 from jaxkd.train.checkpoint import COMMITTED, Checkpoints, Recovered
 from jaxkd.train.retention import Keep, checkpoint_directory
 from jaxkd.train.state import TrainState, assemble
@@ -107,14 +108,14 @@ def mark(checkpoints: Checkpoints, run: RunBlock, workdir: Path) -> None:
 
 
 def student(
-    run: RunBlock, workdir: Path, abstract: TrainState, frozen: PyTree, step: int | str | None
+    run: RunBlock, workdir: Path, models: Models, frozen: PyTree, step: int | str | None
 ) -> tuple[int, PyTree, PyTree]:
     """A run's student from a checkpoint: the step, its parameters, and their running average or the same parameters.
 
     Args:
         run: says where the checkpoints are.
         workdir: of the run.
-        abstract: ShapeDtypeStruct leaves with shardings.
+        models: the run's, on the mesh.
         frozen: the student's parameters that are in no checkpoint.
         step: a number, also as text; "best" for the lowest held-out loss, None for the newest.
 
@@ -123,12 +124,13 @@ def student(
         ValueError: when it cannot be read, or none was evaluated and the best is asked for.
     """
     checkpoints = Checkpoints(directory(run, workdir), read_only=True)
+    abstract = {} if frozen else models.student.abstract
 
     def read(step: int) -> tuple[PyTree, PyTree]:
-        params = assemble(checkpoints.restore_student(step, abstract.params["student"]), frozen)
-        if abstract.ema is None:
+        params = assemble(checkpoints.restore_student(step, abstract), frozen)
+        if not models.is_self:
             return params, params
-        return params, assemble(checkpoints.restore_average(step, abstract.ema), frozen)
+        return params, assemble(checkpoints.restore_average(step, abstract), frozen)
 
     if step is not None:
         number = numbered(checkpoints, workdir, str(step))

@@ -33,7 +33,10 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     saved_steps = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
     trained = logged or saved_steps
     if not saved.exists():
-        others = (path.name for path in workdir.iterdir()) if workdir.exists() else ()
+        if workdir.is_symlink() and not workdir.exists():
+            raise ValueError(f"--workdir {workdir} is a link to {os.readlink(workdir)}, which does not exist")
+        others = {path.name for path in workdir.iterdir()} if workdir.exists() else set()
+        others -= {"lost+found", ".lock"}  # of a mount point; of a command that found the disk full
         if any(not name.startswith(files.PARTIAL) for name in others):
             raise ValueError(f"{workdir} is not empty and holds no jaxkd run (no config.json): use a new --workdir")
         write_config(workdir, e)
@@ -95,14 +98,15 @@ def lock(workdir: Path) -> Iterator[str]:
     Raises:
         ValueError: another process holds it.
     """
-    with (workdir / ".lock").open("a+") as file:
-        if not locks.acquire(file, workdir / ".lock"):
+    path = workdir / ".lock"
+    with path.open("a+b", buffering=0) as file:
+        if not locks.acquire(file, path):
             raise ValueError(f"another process is training in {workdir}: wait for it or use a new --workdir")
         mark = f"{platform.node()} {os.getpid()} {secrets.token_hex(8)}"
-        file.truncate(0)
-        file.write(mark)
-        file.flush()
-        os.fsync(file.fileno())
+        with files.errors_name(path):
+            file.truncate(0)
+            file.write(mark.encode())
+            os.fsync(file.fileno())
         yield mark
 
 

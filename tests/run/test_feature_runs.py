@@ -99,7 +99,7 @@ def test_ted_from_filters_to_the_student(two_domains, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, resumed.student, first["student"])
         jax.tree.map(np.testing.assert_array_equal, resumed.state.params["objective"], last["objective"])
         resumed.checkpoints.close()
-        step, student, _ = restore.student(e.run, tmp_path / "one", built.state, resumed.frozen, None)
+        step, student, _ = restore.student(e.run, tmp_path / "one", built.models, resumed.frozen, None)
         assert step == 3
         jax.tree.map(np.testing.assert_array_equal, student, first["student"])
 

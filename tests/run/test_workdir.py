@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -167,3 +168,27 @@ def test_a_full_disk_is_one_line(tmp_path, two_domains):
         assert "the disk is full" in complaint
     finally:
         subprocess.run(["umount", "-l", str(volume)], check=False)
+
+
+def test_a_workdir_is_any_directory(tmp_path, monkeypatch):
+    """A mount point, a link, `.`; a link to nothing is named, and so is the lock where nothing can be written."""
+    e, volume = tiny(), tmp_path / "volume ü"
+    (volume / "lost+found").mkdir(parents=True)
+    assert workdirs.claim(volume, e, False) == []
+    (tmp_path / "link").symlink_to(volume)
+    monkeypatch.chdir(volume)
+    for path in (tmp_path / "link", Path(), Path("new")):
+        assert workdirs.claim(path, e, False) == []
+        with workdirs.lock(path) as mark:
+            workdirs.wait_for_lock(path, mark, 0)
+        assert workdirs.saved_experiment(path) == e
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"--workdir .*dangling .*nowhere"):
+        workdirs.claim(tmp_path / "dangling", e, False)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"volume ü/new/\.lock"), workdirs.lock(volume / "new"):
+        pass
