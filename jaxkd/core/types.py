@@ -125,6 +125,7 @@ class Output(NamedTuple):
 
     head: Head
     taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers; see models/transformer
+    aux: dict[str, jax.Array] = {}  # noqa: RUF012 - further arrays by name, such as a router's loss per token [B L]
 
 
 Signal = Output | TopK | Sampled | Ensemble | Batch

@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from jaxkd.models import generation
+from jaxkd.models import generation, weights
 from jaxkd.models.generation import Generation
 from jaxkd.runtime import files
 
@@ -266,6 +266,13 @@ def from_directory(path: str | Path) -> Tokenizer:
     contents = [files.read_json(folder / name) for name in names if (folder / name).is_file()]
     settings = generation.from_directory(folder, tokenizer.token_to_id)
     return _finish(tokenizer, _marker(tokenizer, contents, "bos"), _marker(tokenizer, contents, "eos"), settings)
+
+
+def of_checkpoint(checkpoint: weights.Checkpoint) -> Tokenizer:
+    """The tokenizer in a model's own files; raises as `from_directory` and `from_gguf`."""
+    if checkpoint.tokenizer_dir is not None:
+        return from_directory(checkpoint.tokenizer_dir)
+    return from_gguf(checkpoint.tokenizer_fields or {})
 
 
 def byte_tokenizer() -> Tokenizer:

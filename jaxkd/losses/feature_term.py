@@ -35,14 +35,14 @@ class FeatureTerm(NamedTuple):
     uses_teacher: bool = True
 
 
-def per_token(field: Callable[[PyTree, Output, Output, Batch], Array]) -> Callable[..., tuple[Array, Array]]:
+def per_token(field: Callable[[PyTree, Output, Any, Batch], Array]) -> Callable[..., tuple[Array, Array]]:
     """The `fn` of a term that is differentiable token by token: the weighted sum beside the field.
 
     Args:
         field: `(params, student, teacher, batch) -> [B L]`, with a finite gradient wherever the batch has no weight.
     """
 
-    def fn(params: PyTree, student: Output, teacher: Output, batch: Batch, weights: Array, vocab: int):
+    def fn(params: PyTree, student: Output, teacher: Output | None, batch: Batch, weights: Array, vocab: int):
         del vocab
         each = field(params, student, teacher, batch)
         # `where` before multiply: a field may be anything where it has no weight.

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxkd.core.sharding import constrain, split_length
+from jaxkd.core.sharding import RULES, Rules, constrain, split_length, table
 from jaxkd.core.types import Batch, Head, Output, PyTree
 from jaxkd.kernels.attention import Cache, cached_attention, segment_attention
 from jaxkd.models.quantized import SCALE
@@ -183,8 +183,8 @@ class Transformer(nn.Module):
             return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
 
         shape = (c.padded_vocab, c.embed)
-        table = declare("embed", shape, ("vocab", "embed"), nn.initializers.normal(0.02))
-        x = constrain(table.astype(self.dtype)[tokens], "batch", "length", None)
+        embedding = declare("embed", shape, ("vocab", "embed"), nn.initializers.normal(0.02))
+        x = constrain(embedding.astype(self.dtype)[tokens], "batch", "length", None)
         tapped: dict[str, jax.Array] = {}
         if self.is_initializing():
             stack = nn.scan(
@@ -202,7 +202,7 @@ class Transformer(nn.Module):
             x, tapped = self._layers(x, context, positions, taps)
         x = rms_norm(x, declare("norm", (c.embed,), ("embed",), nn.initializers.ones), c.norm_eps)
         if c.tied:
-            unembed = table.T
+            unembed = embedding.T
         else:
             unembed = declare("unembed", shape[::-1], ("embed", "vocab"), nn.initializers.normal(0.02))
         return Output(Head(x, unembed), tapped)
@@ -284,6 +284,23 @@ def forward(
     module = Transformer(config, dtype, remat)
     output: Any = module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
     return output
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CausalLM:
+    """`forward` of one config, to be called as `model(params, batch, *, taps=()) -> Output`."""
+
+    config: Config
+    dtype: Any = jnp.float32  # of activations and matmul operands
+    remat: str = "none"
+    rules: Rules = dataclasses.field(
+        default_factory=lambda: RULES, repr=False
+    )  # mesh axes of activations per logical axis
+
+    def __call__(self, params: PyTree, batch: Batch, *, taps: tuple[str, ...] = ()) -> Output:
+        """See `forward`."""
+        with table(self.rules):
+            return forward(self.config, params, batch, taps=taps, dtype=self.dtype, remat=self.remat)
 
 
 def empty_cache(config: Config, batch: int, slots: int, dtype=jnp.float32) -> Cache:

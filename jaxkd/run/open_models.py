@@ -176,7 +176,7 @@ def _tokenizers(
     else:
         data = _tokenizer(e.data.tokenizer, next(iter(by_side.values()))[0])
     own = {
-        side: _tokenizer("teacher", checkpoint)
+        side: tokenize.of_checkpoint(checkpoint)
         for side, (checkpoint, _) in by_side.items()
         if checkpoint is not None and checkpoint.has_tokenizer
     }
@@ -195,9 +195,7 @@ def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tok
         return tokenize.from_directory(name)
     if checkpoint is None:
         raise ValueError("data.tokenizer is 'teacher', but a random model has none: give 'bytes' or a directory")
-    if checkpoint.tokenizer_dir is not None:
-        return tokenize.from_directory(checkpoint.tokenizer_dir)
-    return tokenize.from_gguf(checkpoint.tokenizer_fields or {})
+    return tokenize.of_checkpoint(checkpoint)
 
 
 # ------------------------------------------------------------------------------- abstract models

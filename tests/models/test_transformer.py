@@ -9,6 +9,8 @@ import pytest
 from harness import random_params
 
 from jaxkd.core.types import Batch
+from jaxkd.losses.feature_term import FeatureTerm, nothing, per_token
+from jaxkd.losses.objective import objective
 from jaxkd.models import shrink, transformer
 from jaxkd.models.transformer import Config
 
@@ -128,3 +130,20 @@ def test_most_important_layers():
 def test_bad_layers_are_named(params, layers):
     with pytest.raises(ValueError, match=r"student\.layers"):
         shrink.keep_layers(params, layers)
+
+
+def test_aux_outputs_reach_a_feature_term(params):
+    """Such as a router's loss per token: its gradient is that of the weighted sum."""
+    batch = batch_of([np.arange(6), np.arange(9)], 20)
+
+    def forward(params):
+        output = transformer.forward(CONFIG, params, batch)
+        return output._replace(aux={"router": jnp.square(output.head.hidden).mean(-1)})
+
+    term = FeatureTerm(nothing, per_token(lambda own, student, *_: student.aux["router"]), uses_teacher=False)
+    whole = objective({"router": (0.5, term)}, vocab=100, domains=("a",))
+    value = lambda p: whole.loss({}, forward(p), None, batch, jnp.int32(0))[0]
+    plain = lambda p: 0.5 * jnp.sum(batch.weights * forward(p).aux["router"])
+    (got, got_gradient), (want, want_gradient) = (jax.value_and_grad(f)(params) for f in (value, plain))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), got_gradient, want_gradient)
