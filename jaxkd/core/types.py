@@ -128,8 +128,8 @@ class Output(NamedTuple):
     aux: dict[str, jax.Array] = {}  # noqa: RUF012 - further arrays by name, such as a router's loss per token [B L]
 
 
-Signal = Output | TopK | Sampled | Ensemble | Batch
-"""What a teacher tells about a batch; a `Batch` is text of its own, to be learned from instead."""
+Signal = Output | TopK | Sampled | Ensemble
+"""What a teacher gives for a batch: a distribution per token. Text that a model writes is a rollout instead."""
 
 Forward = Callable[..., Output]
 """`forward(params, batch, *, taps=()) -> Output`."""

@@ -228,18 +228,17 @@ def plan(built: Job, topology: Topology) -> Plan:
         return too_large(arguments)
     with jax.set_mesh(built.mesh), _progress(f"compiling the step for {topology.name}"):
         lowered = program.jitted_step(built, teacher).lower(state, built.frozen, teacher.state, batch)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            shortage = oom.read(str(error))
-            if shortage.space != "hbm" or shortage.used is None:
-                raise oom.OnChipOom(oom.sentence(shortage, str(error))) from None
-            return too_large(shortage.used + arguments * shortage.temporaries)
+        compiled = _compile(lowered)
+        if isinstance(compiled, oom.Oom):
+            return too_large((compiled.used or 0) + arguments * compiled.temporaries)
+        peak = _peak(compiled)
+        if (rollout := program.jitted_rollout(e, models, built.mesh)) is not None:
+            # Before the step and beside the state; the step itself does not take the teacher as an argument.
+            written = _compile(rollout.lower(teacher_weights(models)["teacher"], batch, state.step))
+            if isinstance(written, oom.Oom):
+                return too_large((written.used or 0) + arguments * written.temporaries)
+            peak = max(peak + parts["teacher"], _peak(written) + parts["params"] + parts["optimizer"])
     stats, hlo = compiled.memory_analysis(), Program(compiled.as_text())
-    written = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + written + stats.generated_code_size_in_bytes
     collectives = tuple(hlo.collectives(dict(built.mesh.shape), [d.id for d in built.mesh.devices.flat]))
     times = [(c, *collective_seconds(c, built.mesh, topology)) for c in collectives]
     estimate = Estimate(
@@ -251,6 +250,29 @@ def plan(built: Job, topology: Topology) -> Plan:
     )
     memory = Memory(limit, peak, **parts, temp=stats.temp_size_in_bytes)
     return Plan(topology, built, memory, step_flops, collectives, estimate)
+
+
+def _compile(lowered: Any) -> Any:
+    """The compiled program, or the shortage of HBM that the compiler reports.
+
+    Raises:
+        OnChipOom: a kernel needs more on-chip memory than there is.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        shortage = oom.read(str(error))
+        if shortage.space != "hbm" or shortage.used is None:
+            raise oom.OnChipOom(oom.sentence(shortage, str(error))) from None
+        return shortage
+
+
+def _peak(compiled: Any) -> int:
+    stats = compiled.memory_analysis()
+    written = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes + written + stats.generated_code_size_in_bytes
 
 
 @contextlib.contextmanager

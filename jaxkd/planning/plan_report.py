@@ -63,6 +63,9 @@ def _time(p: Plan) -> list[str]:
     if p.topology.slices > 1 and p.topology.chip.dcn is None:
         text.append(f"          without the network: its rate for {p.topology.generation.name} is not published")
     text.append(f"speed     at most {p.tokens / t.step_s:,.0f} tokens/s, MFU {p.mfu:.1%}")
+    teacher = p.job.experiment.teacher
+    if teacher.signal == "token" and not teacher.cache:
+        text.append("          without the rollout before each step, whose memory is counted and whose time is not")
     whole = t.step_s * steps
     cost = f"{duration(whole)}, {duration(whole * p.topology.chips, 'chip-')}"
     return [*text, f"run       {steps:,} steps: at least {cost}"]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxkd.config.schema import Experiment
+from jaxkd.core import seeds
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Hidden, PyTree
 from jaxkd.data import loader
@@ -19,7 +20,7 @@ from jaxkd.evals.payload import payload_kl
 from jaxkd.models import flops, heads
 from jaxkd.run import load
 from jaxkd.run.open_models import Model, Models
-from jaxkd.run.teacher import cache_facts, cache_layouts, reduced
+from jaxkd.run.teacher import cache_facts, cache_layouts, reduced, text_rollout
 from jaxkd.runtime import multihost
 from jaxkd.runtime.progress import bar as progress_bar
 from jaxkd.teachers import codec
@@ -58,16 +59,21 @@ def make_recorder(e: Experiment, models: Models, mesh: Mesh, name: str = "teache
 
     def drawn(params: PyTree, batch: Batch) -> Any:
         batch = batch._replace(domain=name_ids[batch.domain])
+        if e.teacher.signal == "token":
+            text = text_rollout(e.teacher, models)(params, batch, jax.random.fold_in(seeds.key(_SEED), 0))
+            return codec.Text(*[getattr(text, name) for name in codec.Text._fields])
         options = {"step": jnp.zeros((), jnp.int32)} if "step" in reduced_teacher.requires else {}
-        signal = reduced_teacher.signal(params, batch, **options)
-        return codec.Text(*[getattr(signal, n) for n in codec.Text._fields]) if reduced_teacher.writes else signal
+        return reduced_teacher.signal(params, batch, **options)
 
     def kl(params: PyTree, batch: Batch, payload: Any) -> jax.Array:
         return payload_kl(teacher.signal(params, batch).head, payload, models.vocab)
 
     sharding = batch_sharding(mesh)
     rows = lambda function: jax.jit(function, out_shardings=sharding)  # whole rows: a host writes those it holds
-    signals = {"train": rows(hidden if reduced_teacher is teacher else drawn), "valid": rows(hidden)}
+    signals = {
+        "train": rows(hidden if e.teacher.members or e.teacher.signal == "hidden" else drawn),
+        "valid": rows(hidden),
+    }
     layouts = cache_layouts(e.teacher, models, e.data.length, name)
     return Recorder(teacher.state, signals, jax.jit(kl), layouts, e.run.eval_batch, sharding)
 

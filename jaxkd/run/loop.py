@@ -117,6 +117,7 @@ class Run:
         job = self.job
         self.start = {row["domain"]: row["student_nats"] for row in self._evaluation(0)}
         self.step = program.jitted_step(job, self.teachers.train)
+        self.rollout = program.jitted_rollout(job.experiment, job.models, job.mesh)
         student, vocab = job.models.student, job.models.vocab
         self.comparison = jax.jit(compare.make_comparison(student.forward, self.teachers.evaluation_signal, vocab))
         self.flops = program.flops_of(job.experiment, job.models, job.objective.uses_teacher).model
@@ -285,6 +286,8 @@ class Run:
             batches = self._interval(step) if batches is None else batches
             with trace.step(step + 1), self.phases.once("compile"):
                 batch = next(batches)
+                if self.rollout is not None:
+                    batch = self.rollout(self.teacher_params["teacher"], batch, self.state.step)
                 self.state, measured = self.step(self.state, self.frozen, self.teachers.train.state, batch)
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)

@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,13 @@ from jaxkd.core.types import Batch, Output, PyTree
 from jaxkd.models import heads
 from jaxkd.run.job import abstract_batch as rows_batch
 from jaxkd.run.open_models import Model, Models
+from jaxkd.sampling.generate import decoder
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.cached import cached, recorded
 from jaxkd.teachers.online import no_teacher, online, self_teacher
 from jaxkd.teachers.store import Store
+from jaxkd.train.rollout import rollout
 
 
 class Teachers(NamedTuple):
@@ -66,7 +69,7 @@ def build_teacher(
         train, evaluate = (one("teacher", split) for split in ("train", "valid"))
     if not any(model.cache for model in models.teachers.values()):
         train = reduced(t, models, train, e.run.seed)
-    if not uses_teacher and t.signal != "token":
+    if not uses_teacher and not (t.signal == "token" and t.cache):  # whose host side replaces the rows
         train = no_teacher()._replace(state=evaluate.state)
     return Teachers(train, evaluate)
 
@@ -88,16 +91,19 @@ def reduced(t: TeacherBlock, models: Models, teacher: Teacher, seed: int) -> Tea
         return signals.top_k(teacher, t.entries, t.temperatures, models.vocab)
     if t.signal == "sampled":
         return signals.sampled(teacher, t.entries, seed, models.vocab)
-    if t.signal == "token":
-        return signals.token(teacher.state, writing(t, models), seed)
     return teacher
 
 
-def writing(t: TeacherBlock, models: Models) -> signals.Writing:
-    """How the teacher's own text is generated."""
+def text_rollout(t: TeacherBlock, models: Models) -> Callable[..., Batch]:
+    """`rollout(params, rows, key, micro_batches=1) -> Batch` of the teacher's own text, for the signal "token"."""
     model, tokenizer = models.teacher, models.tokenizer
-    return signals.Writing(
-        model.config, t.prompt, t.temperatures[0], models.vocab, tokenizer.end, model.dtype, model.rules
+    return partial(
+        rollout,
+        decoder(model.config, model.dtype, model.rules),
+        prompt=t.prompt,
+        vocab=models.vocab,
+        temperature=t.temperatures[0],
+        end=tokenizer.end,
     )
 
 

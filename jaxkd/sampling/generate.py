@@ -4,6 +4,7 @@ All rows decode at the same position. A row whose prompt is longer than that is 
 sample. So a cache slot is a position, one mask serves all rows, and prompts need no left padding.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,10 +13,44 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Key
 
+from jaxkd.core.sharding import RULES, Rules, table
 from jaxkd.core.types import Head, PyTree
 from jaxkd.kernels.pointwise import logits
 from jaxkd.models.quantized import SCALE
 from jaxkd.models.transformer import Config, empty_cache, extend
+
+
+class Decoder(NamedTuple):
+    """A model as the sampler runs it: the counterpart of `Forward` for one token at a time.
+
+    `prefill(params, tokens [B P], slots) -> cache` of all P tokens, with room for `slots`; `cache.length`, how many
+    they are, may be set back.
+    `decode(params, tokens [B 1], cache) -> (head with hidden [B 1 D], cache)`: the next token of every row.
+    `prepare(params) -> params`: what both take, computed once before the loop.
+    """
+
+    prefill: Callable[[PyTree, jax.Array, int], Any]
+    decode: Callable[[PyTree, jax.Array, Any], tuple[Head, Any]]
+    prepare: Callable[[PyTree], PyTree] = lambda params: params
+
+
+def decoder(config: Config, dtype: Any = jnp.float32, rules: Rules = RULES) -> Decoder:
+    """The `Decoder` of a transformer.
+
+    Args:
+        dtype: of activations, matmul operands and the cache; logits and sampling are float32.
+        rules: logical to mesh axes of its parameters and activations.
+    """
+
+    def prefill(params: PyTree, tokens: jax.Array, slots: int) -> Any:
+        with table(rules):
+            return extend(config, params, tokens, empty_cache(config, tokens.shape[0], slots, dtype), dtype=dtype)[1]
+
+    def decode(params: PyTree, tokens: jax.Array, cache: Any) -> tuple[Head, Any]:
+        with table(rules):
+            return extend(config, params, tokens, cache, dtype=dtype)
+
+    return Decoder(prefill, decode, partial(jax.tree_util.tree_map_with_path, partial(_operand, dtype)))
 
 
 class Generated(NamedTuple):
@@ -76,24 +111,41 @@ def generate(
     return _generate(config, params, prompts, lengths, keys, length, float(temperature), vocab, ends, dtype)
 
 
+@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
+def _generate(config, params, prompts, lengths, keys, length, temperature, vocab, ends, dtype) -> Generated:
+    options = {"length": length, "temperature": temperature, "vocab": vocab, "ends": ends}
+    return sample(decoder(config, dtype), params, prompts, lengths, keys, **options)
+
+
 class _State(NamedTuple):
     text: Generated
     cache: Any
     active: jax.Array  # [B] bool: no end token yet, and shorter than `length`
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
-def _generate(config, params, prompts, lengths, keys, length, temperature, vocab, ends, dtype) -> Generated:
-    params = jax.tree_util.tree_map_with_path(partial(_operand, dtype), params)
+def sample(
+    decoder: Decoder,
+    params: PyTree,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    *,
+    length: int,
+    temperature: float,
+    vocab: int,
+    ends: tuple[int, ...] = (),
+) -> Generated:
+    """`generate` with any `Decoder`, for use under `jit`: lengths are clipped to [1, P], nothing else is checked."""
+    params = decoder.prepare(params)
     (batch, width), prompt = prompts.shape, jnp.clip(lengths, 1, prompts.shape[1])
     tokens = jnp.where(jnp.arange(width) < prompt[:, None], prompts, 0)
     tokens = jnp.pad(tokens, ((0, 0), (0, length - width)))
-    _, cache = extend(config, params, tokens[:, :width], empty_cache(config, batch, length, dtype), dtype=dtype)
+    cache = decoder.prefill(params, tokens[:, :width], length)
 
     def step(state: _State) -> _State:
         text, at = state.text, state.cache.length + 1
         last = jax.lax.dynamic_slice_in_dim(text.tokens, at - 1, 1, axis=1)
-        head, cache = extend(config, params, last, state.cache, dtype=dtype)
+        head, cache = decoder.decode(params, last, state.cache)
         drawn, logprobs = _draw(head, keys, at, temperature, vocab)
         writes = state.active & (at >= prompt)
         ended = writes & jnp.isin(drawn, jnp.asarray(ends, jnp.int32))

@@ -25,7 +25,6 @@ class Teacher(NamedTuple):
     host_features: Callable[[HostRows], HostRows]
     signal: Callable[..., Any]  # returns a `types.Signal`, or None without a teacher
     requires: tuple[str, ...] = ()
-    writes: bool = False  # whether `signal` returns a `Batch` of the teacher's own text, to train on instead
 
 
 def untouched(rows: HostRows) -> HostRows:

@@ -56,12 +56,10 @@ def make_gradient(
     def value(params, frozen, teacher_state, batch, factors, step, ema):
         own = params["student"] if ema is None else ema
         signal = None
-        if objective.uses_teacher or teacher.writes:
+        if objective.uses_teacher:
             options = _taps(objective.teacher_taps) | {"step": step, "own": assemble(own, frozen)}
             options = {name: option for name, option in options.items() if name in teacher.requires}
             signal = teacher.signal(teacher_state, batch, **options)
-        if isinstance(signal, Batch):  # the teacher's own text instead of the data's
-            batch, signal = signal, None
         student = forward(assemble(params["student"], frozen), batch, **_taps(objective.student_taps))
         return objective.loss(params["objective"], student, signal, batch, step, factors)
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import time
+import types
 from collections import namedtuple
 
 import jax
@@ -357,6 +358,20 @@ def test_out_of_hbm_is_a_plan_that_does_not_fit(example, message, used, temporar
     assert m.peak == used + arguments * temporaries
     assert arguments > m.params + m.optimizer + m.teacher > 0
     assert "compiling the step for v5e:2x4" in capsys.readouterr().err
+
+
+def test_a_rollout_that_does_not_fit_is_a_plan_that_does_not(example, monkeypatch):
+    """The teacher's text is written by a program of its own before the step, beside the train state."""
+    message, used, _ = HBM[2]
+    memory = dict.fromkeys(("argument", "temp", "output", "alias", "generated_code"), 0)
+    step = types.SimpleNamespace(
+        memory_analysis=lambda: types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in memory.items()}),
+    )
+    step.lower, step.compile = lambda *_: step, lambda: step
+    monkeypatch.setattr(program, "jitted_step", lambda *_: step)
+    monkeypatch.setattr(program, "jitted_rollout", lambda *_: Failing(message))
+    found = plan.plan(example.job, topologys.topology("v5e:2x4"))
+    assert (found.fits, found.memory.peak) == (False, used)
 
 
 def test_arguments_beyond_the_limit_are_not_compiled(capsys):

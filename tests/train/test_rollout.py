@@ -1,0 +1,82 @@
+"""Rollouts: what a row's text depends on, and the fields of the batch that it becomes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import random_params
+from test_step import make_batch
+
+from jaxkd.core import sharding
+from jaxkd.kernels.reference import logits
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.sampling.generate import decoder
+from jaxkd.train.rollout import rollout
+
+CONFIG = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
+PROMPT, VOCAB, END = 6, 240, 7
+
+
+@functools.lru_cache
+def writer(**options):
+    options = {"prompt": PROMPT, "vocab": VOCAB, "end": END} | options
+    return jax.jit(functools.partial(rollout, decoder(CONFIG), **options))
+
+
+@functools.lru_cache
+def params():
+    return random_params(CONFIG, 0, 0.3)
+
+
+def write(batch, step=3, **options):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    return jax.tree.map(np.asarray, writer(**options)(params(), batch, key))
+
+
+def test_a_rows_text_is_its_own():
+    """It depends on seed, step, domain and row, not on the place in the batch, the batch's size or the devices."""
+    batch, order = make_batch(), np.asarray([3, 0, 7, 1, 2, 6, 5, 4])
+    text = write(batch)
+    take = lambda rows: jax.tree.map(lambda x: x[rows], (batch, text))
+    for rows in (order, np.arange(4)):
+        moved, expected = take(rows)
+        jax.tree.map(np.testing.assert_array_equal, write(moved), expected)
+    jax.tree.map(np.testing.assert_array_equal, write(batch, micro_batches=4), text)
+    mesh = sharding.make_mesh(4, 2)
+    with jax.set_mesh(mesh):
+        places = sharding.shardings(transformer.abstract(CONFIG)[1], transformer.abstract(CONFIG)[0], mesh)
+        spread = functools.partial(rollout, decoder(CONFIG), prompt=PROMPT, vocab=VOCAB, end=END, micro_batches=2)
+        key = jax.random.fold_in(jax.random.key(0), 3)
+        placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+        found = jax.jit(spread)(jax.device_put(params(), places), placed, key)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), text)
+    for other in (write(batch, step=4), write(batch._replace(row=batch.row + 1))):
+        assert (other.tokens != text.tokens).any(1).all()
+    assert (write(batch._replace(domain=batch.domain + 1)).tokens != text.tokens).any(1).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_text_is_one_document_whose_prompt_has_no_weight(temperature):
+    batch = make_batch()
+    short = batch.segments.at[2, 3:].set(2)  # a document of three tokens
+    text = write(batch._replace(segments=short), temperature=temperature)
+    live = text.weights != 0
+    for row in range(8):
+        kept, length = 3 if row == 2 else PROMPT, int(text.segments[row].sum())
+        written = text.tokens[row, :length]
+        np.testing.assert_array_equal(written[:kept], batch.tokens[row, :kept])
+        assert END not in written[kept : length - 1]
+        assert length == 24 or written[-1] == END
+        np.testing.assert_array_equal(text.segments[row], np.arange(24) < length)
+        np.testing.assert_array_equal(text.positions[row, :length], np.arange(length))
+        np.testing.assert_array_equal(np.flatnonzero(live[row]), np.arange(kept - 1, length - 1))
+        np.testing.assert_array_equal(text.targets[row, : length - 1], written[1:])
+        assert not text.tokens[row, length:].any()
+    assert text.targets[live].max() < VOCAB
+    if temperature == 0:  # every token that it wrote is what the forward pass finds most probable
+        head = transformer.forward(CONFIG, params(), jax.tree.map(jnp.asarray, text)).head
+        best = np.asarray(logits(head)[..., :VOCAB].argmax(-1))
+        np.testing.assert_array_equal(best[live], text.targets[live])
