@@ -11,9 +11,10 @@ from typing import NamedTuple
 from jaxkd.data import records
 
 _ABOUT = re.compile(
-    r"(licen[cs]e|copying|notice|readme|changelog|citation|requirements|dataset_(infos?|dict))(?![a-z])"
+    r"(licen[cs]e|readme)([-_. ].*)?\.txt|(copying|notice|changelog|citation|requirements)\.txt"
+    r"|dataset_(infos?|dict)\.json"
 )
-"""Names of files about data, whatever their format."""
+"""Names of files about data."""
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -90,7 +91,8 @@ def _wanted(file: Path, asked: str) -> bool:
     kind = records.suffix(file.name)
     if kind in records.TEXT and kind not in records.DATA:
         return asked.lower().removesuffix(".gz").removesuffix(".zst").endswith(kind)
-    return kind in records.DATA and not (_ABOUT.match(file.name.lower()) and not _ABOUT.match(asked.lower()))
+    asked_for = re.match(r"[^*?\[]", asked)  # the glob spells how the name begins
+    return kind in records.DATA and bool(asked_for or not _ABOUT.fullmatch(file.name.lower()))
 
 
 def _by_split(root: Path, files: list[Path]) -> Files:

@@ -1,6 +1,7 @@
 """Tokenizers: ids as the model's own library makes them, and bytes that add up."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -106,6 +107,15 @@ def test_smollm2_bytes_add_up(smollm2, text):
     sizes = smollm2.encode(["a" + text])[0][1]
     assert sizes.sum() == len(text.encode()) + 1
     assert (sizes >= 0).all()
+
+
+@pytest.mark.parametrize("text", ["a" * 400_000, " " * 400_000, "\u4e2d\u6587" * 50_000], ids=["word", "spaces", "han"])
+def test_one_long_word_takes_time_in_proportion(smollm2, text):
+    """A line without spaces, such as base64: work that grows with its square would take minutes."""
+    began = time.process_time()
+    sizes = smollm2.encode([text])[0][1]
+    assert sizes.sum() == len(text.encode())
+    assert time.process_time() - began < 20
 
 
 def test_smollm2_digits_are_single(smollm2):
