@@ -175,7 +175,16 @@ class Lazy:
     def decode(self) -> list:
         """The array's values."""
         with _Cursor(self.file, self.offset) as cursor:
-            return [cursor.value(self.kind) for _ in range(self.count)]
+            if self.kind in _NUMBERS:
+                return list(struct.unpack_from(f"<{self.count}{_NUMBERS[self.kind]}", cursor.data, self.offset))
+            if self.kind != _STRING:
+                return [cursor.value(self.kind) for _ in range(self.count)]
+            strings, offset, size = [], self.offset, struct.Struct("<Q")
+            for _ in range(self.count):  # without a call per string: a vocabulary has 100,000 of them
+                end = offset + 8 + size.unpack_from(cursor.data, offset)[0]
+                strings.append(cursor.data[offset + 8 : end].decode())
+                offset = end
+            return strings
 
 
 class _Cursor:

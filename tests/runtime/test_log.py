@@ -1,4 +1,4 @@
-"""What a run writes down: nothing is lost, nothing out of order, and the loop does not wait for a disk."""
+"""A run's logs: rows are complete and in order, and the training loop does not wait for the disk."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from harness import REPOSITORY, here, tiny_arguments
+from harness import REPOSITORY, SMALL, here, tiny_arguments
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxkd.runtime import files, log, progress
@@ -21,7 +21,7 @@ def line(step: int, **more) -> dict:
 
 
 class Disk:
-    """A disk that answers when the test says so, and counts what it was asked."""
+    """A disk whose fsync returns only while `answers` is set, and is counted."""
 
     def __init__(self, monkeypatch):
         self.syncs, self.answers, sync = 0, threading.Event(), os.fsync
@@ -34,19 +34,29 @@ class Disk:
 
         monkeypatch.setattr(os, "fsync", answer)
 
+    def blocks(self, call) -> None:
+        """The call does not return until the disk answers."""
+        self.answers.clear()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        self.answers.set()
+        thread.join(60)
+
 
 @pytest.fixture
 def disk(monkeypatch):
-    found = Disk(monkeypatch)
-    yield found
-    found.answers.set()
+    disk = Disk(monkeypatch)
+    yield disk
+    disk.answers.set()
 
 
 @pytest.fixture
 def output(tmp_path):
-    found = log.TrainLog(tmp_path, 1000, 0, 0)
-    yield found
-    found.close()
+    output = log.TrainLog(tmp_path, 1000, 0, 0)
+    yield output
+    output.close()
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +69,8 @@ def steps(workdir) -> list[int]:
     return [row["step"] for row in files.read_jsonl(workdir / "metrics.jsonl")]
 
 
-def waits(call) -> threading.Thread:
-    """A call in a thread of its own, which has not come back after a while."""
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join(0.3)
-    assert thread.is_alive()
-    return thread
-
-
 def events(workdir) -> list[Event]:
-    """Of TensorBoard's files, oldest first."""
+    """TensorBoard's events, oldest first."""
     found = []
     for path in sorted((workdir / "tensorboard").iterdir()):
         data = path.read_bytes()
@@ -80,41 +81,29 @@ def events(workdir) -> list[Event]:
     return found
 
 
-def test_the_loop_goes_on_while_the_disk_hangs_and_waits_before_much_is_at_stake(disk, output, tmp_path):
+def test_the_loop_waits_for_a_hanging_disk_only_when_the_queue_is_full(disk, output, tmp_path):
     disk.answers.clear()
     output.step(line(1), write=True)
-    while not disk.syncs:  # the thread is at it
+    while not disk.syncs:
         time.sleep(0.001)
     for step in range(2, log._QUEUE + 2):
         output.step(line(step), write=True)
-    waiting = waits(lambda: output.step(line(log._QUEUE + 2), write=True))
     before = disk.syncs
-    disk.answers.set()
-    waiting.join(60)
+    disk.blocks(lambda: output.step(line(log._QUEUE + 2), write=True))
     output.flush()
     assert steps(tmp_path) == list(range(1, log._QUEUE + 3))
-    assert disk.syncs - before < 10  # many lines, one sync
+    assert disk.syncs - before < 10  # many rows, one fsync
 
 
-def test_a_checkpoint_finds_its_steps_on_disk(disk, output, tmp_path):
+def test_flush_evaluation_and_mixture_return_when_their_rows_are_on_disk(disk, output, tmp_path):
     disk.answers.clear()
     for step in range(1, 11):
         output.step(line(step), write=step % 2 == 0)
-    flushing = waits(output.flush)
-    disk.answers.set()
-    flushing.join(60)
+    disk.blocks(output.flush)
     assert steps(tmp_path) == [2, 4, 6, 8, 10]
     assert [event.step for event in events(tmp_path) if event.summary.value] == [2, 4, 6, 8, 10]
-
-
-def test_evaluations_and_mixtures_are_there_when_their_call_returns(disk, output, tmp_path):
-    for step in range(1, 20):
-        output.step(line(step), write=True)
     rows = [{"step": 19, "domain": name, "kl": 0.5} for name in ("alpha", "beta", "mean")]
-    disk.answers.clear()
-    evaluating = waits(lambda: output.evaluation(rows))
-    disk.answers.set()
-    evaluating.join(60)
+    disk.blocks(lambda: output.evaluation(rows))
     assert files.read_jsonl(tmp_path / "evals.jsonl") == rows
     output.mixture({"step": 20, "interval": 1})
     assert files.read_jsonl(tmp_path / "mixture.jsonl") == [{"step": 20, "interval": 1}]
@@ -122,18 +111,17 @@ def test_evaluations_and_mixtures_are_there_when_their_call_returns(disk, output
     assert files.read_jsonl(tmp_path / "evals.jsonl") == []
 
 
-def test_a_restart_drops_what_it_makes_again(tmp_path):
+def test_a_resumed_run_replaces_later_rows(tmp_path):
     for first, last in ((0, 8), (5, 12)):
         output = log.TrainLog(tmp_path, 12, first, 0)
         for step in range(first + 1, last + 1):
             output.step(line(step, attempt=first), write=True)
         output.close()
-    assert [(row["step"], row["attempt"]) for row in files.read_jsonl(tmp_path / "metrics.jsonl")] == [
-        (step, 0 if step <= 5 else 5) for step in range(1, 13)
-    ]
+    rows = files.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["attempt"]) for row in rows] == [(step, 5 * (step > 5)) for step in range(1, 13)]
 
 
-def test_tensorboard_has_the_finite_numbers_of_a_line_and_forgets_what_is_made_again(output, tmp_path):
+def test_tensorboard_has_the_finite_numbers_of_a_row_and_drops_later_events(output, tmp_path):
     output.step({"step": 3, "loss": None, "tokens_per_s": 2.0, "grad_norm": float("inf"), "rows": {"a": [1]}}, True)
     output.evaluation([{"step": 3, "domain": "alpha", "kl": 0.25}])
     output.flush()
@@ -144,26 +132,12 @@ def test_tensorboard_has_the_finite_numbers_of_a_line_and_forgets_what_is_made_a
     assert abs(train.wall_time - time.time()) < 600
 
 
-def full(workdir) -> None:
-    (workdir / "metrics.jsonl").symlink_to("/dev/full")
-
-
-def gone(workdir) -> None:
-    (workdir / "tensorboard").rename(workdir.parent / "elsewhere")
-    workdir.rmdir()
-
-
-@pytest.mark.parametrize(
-    ("break_it", "reason"), [(full, "No space left on device"), (gone, "No such file or directory")]
-)
-@pytest.mark.parametrize("call", ["step", "flush", "evaluation", "mixture", "close"])
-def test_an_error_of_the_thread_is_raised_by_the_next_call_and_once_more_by_none(break_it, reason, call, tmp_path):
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    output = log.TrainLog(workdir, 10, 0, 0)
-    break_it(workdir)
+@pytest.mark.parametrize("call", ["step", "flush", "evaluation", "mixture", "close", "many"])
+def test_an_error_of_the_writer_is_raised_by_the_next_call_and_only_once(call, tmp_path):
+    output = log.TrainLog(tmp_path, 10, 0, 0)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     output.step(line(1), write=True)
-    if call == "step":  # whether or not it is one that is written
+    if call == "step":  # also for a step that is not written
         output._writer._thread.join(60)
     calls = {
         "step": lambda: output.step(line(2), write=False),
@@ -171,27 +145,15 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call_and_once_more_by_none
         "evaluation": lambda: output.evaluation([{"step": 1, "domain": "mean"}]),
         "mixture": lambda: output.mixture({"step": 1}),
         "close": output.close,
+        "many": lambda: [output.step(line(step), write=True) for step in range(1, 10 * log._QUEUE)],  # does not block
     }
-    with pytest.raises(OSError, match=reason) as told:
+    with pytest.raises(OSError, match="No space left on device") as caught:
         calls[call]()
-    assert told.value.filename == str(workdir / "metrics.jsonl")
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
     output.close()
 
 
-def test_nobody_waits_for_a_thread_that_has_failed(tmp_path):
-    output = log.TrainLog(tmp_path, 10, 0, 0)
-    full(tmp_path)
-
-    def write_much():
-        for step in range(1, 10 * log._QUEUE):
-            output.step(line(step), write=True)
-
-    with pytest.raises(OSError, match="No space left"):
-        write_much()
-    output.close()
-
-
-def test_of_several_processes_the_first_alone_writes(monkeypatch, tmp_path):
+def test_only_the_main_process_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(log.multihost, "is_main", lambda: False)
     output = log.TrainLog(tmp_path, 10, 0, 0)
     output.step(line(1), write=True)
@@ -215,24 +177,21 @@ for step in range(1, 10**9):
 """
 
 
-def test_a_kill_takes_lines_from_the_end_and_none_that_a_checkpoint_knows(tmp_path):
+def test_a_kill_loses_only_rows_after_the_last_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=REPOSITORY
     ) as process:
-        for _ in range(3):
-            saved = int(process.stdout.readline())
+        saved = [int(process.stdout.readline()) for _ in range(3)]
         time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        saved = int(([str(saved), *process.stdout.read().split()])[-1])
-    found = steps(tmp_path)
-    assert found == list(range(1, len(found) + 1))
-    assert len(found) >= saved >= 60
+        saved += map(int, process.stdout.read().split())
+    rows = steps(tmp_path)
+    assert rows == list(range(1, len(rows) + 1))
+    assert len(rows) >= saved[-1] >= 60
 
 
-def test_a_run_whose_disk_fills_up_says_so_and_saves_nothing_that_is_not_written_down(
-    two_domains, tmp_path, monkeypatch
-):
+def test_a_full_disk_ends_a_run_before_a_checkpoint_of_unwritten_steps(two_domains, tmp_path, monkeypatch):
     sync, written = os.fsync, tmp_path / "run" / "metrics.jsonl"
 
     def fill(file):
@@ -241,16 +200,19 @@ def test_a_run_whose_disk_fills_up_says_so_and_saves_nothing_that_is_not_written
         sync(file)
 
     monkeypatch.setattr(os, "fsync", fill)
-    more = ("--config.run.steps=8", "--config.run.checkpoint_every=2", "--config.run.mesh.data=1", "--no-check")
-    result = here("train", "--workdir", str(tmp_path / "run"), *tiny_arguments(two_domains, tmp_path / "rows", *more))
+    arguments = tiny_arguments(two_domains, tmp_path / "rows", *SMALL, "--config.run.mesh.data=1", "--no-check")
+    result = here("train", "--workdir", str(tmp_path / "run"), *arguments)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("jaxkd: error: No space left on device")
     assert last.endswith(str(written))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == ["2"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == ["3"]
 
 
-def test_without_a_terminal_there_are_lines_now_and_then(capsys, monkeypatch, tmp_path):
+# ------------------------------------------------------------------------------------------ progress
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("jaxkd.runtime.progress.time.monotonic", lambda: clock[0])
     bar = progress.bar(title="train", total=100, unit="steps", initial=10, at_once=True)
@@ -259,19 +221,17 @@ def test_without_a_terminal_there_are_lines_now_and_then(capsys, monkeypatch, tm
         bar.set_postfix_str(f"loss {step}.0, 7 tokens/s")
         bar.update()
     bar.close()
-    said = capsys.readouterr().err
-    assert "\r" not in said
-    assert said.splitlines() == [  # one for the first step, then one in 30 seconds
+    assert capsys.readouterr().err.splitlines() == [  # the first step, one line per 30 seconds, the last step
         "train: 11 of 100 steps, loss 11.0, 7 tokens/s, 02:58 left",
         "train: 26 of 100 steps, loss 26.0, 7 tokens/s, 02:28 left",
         "train: 41 of 100 steps, loss 41.0, 7 tokens/s, 01:58 left",
         "train: 50 of 100 steps, loss 50.0, 7 tokens/s, 01:40 left",
     ]
     assert list(progress.bar(range(3), "reading", unit="documents")) == [0, 1, 2]
-    assert capsys.readouterr().err == ""  # over before a line was due
+    assert capsys.readouterr().err == ""  # finished before a line was due
 
 
-def test_the_shares_of_an_interval_and_the_compilation_are_said_without_a_terminal(tmp_path, capsys):
+def test_changed_shares_and_the_compilation_are_printed_without_a_terminal(tmp_path, capsys):
     output = log.TrainLog(tmp_path, 10, 0, 0)
     for step, share in ((0, 0.25), (5, 0.25), (10, 0.5)):
         output.mixture({"step": step, "share/code": share, "share/math": 1 - share})
