@@ -291,8 +291,11 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
             return ((q * b * (lq - lp) - q + p) / b**2,)
         if no_sum:
             return ((jnp.exp(a * (lp - lq)) - a * (lp - lq) - 1) / a**2,)
-        both, p, q = jnp.exp(a * lp + b * lq), jnp.exp((a + b) * lp), jnp.exp((a + b) * lq)
-        return ((a / (a + b) * p + b / (a + b) * q - both) / (a * b),)
+        # Relative to the larger side, so that nothing overflows and equal sides differ by exactly nothing: three powers
+        # that cancel would leave 1e-6 of noise.
+        gap, small = -jnp.abs(lp - lq), jnp.where(lq <= lp, b, a)  # `small` is the exponent of the smaller side
+        rest = small / (a + b) * jnp.expm1((a + b) * gap) - jnp.expm1(small * gap)
+        return (jnp.exp((a + b) * jnp.maximum(lp, lq)) * rest / (a * b),)
 
     return Divergence(phi)
 

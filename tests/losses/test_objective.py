@@ -75,7 +75,9 @@ def scans(jaxpr):
 
 
 def stacked(eqn) -> int:
-    return len(eqn.outvars) - eqn.params["num_carry"]
+    """Outputs with a value per layer; a scan's carry has the shapes that its body takes."""
+    length, carried = eqn.params["length"], [var.aval.shape for var in eqn.params["jaxpr"].jaxpr.outvars]
+    return sum(var.aval.shape == (length, *inner) for var, inner in zip(eqn.outvars, carried, strict=True))
 
 
 @pytest.mark.parametrize("remat", transformer.REMAT)

@@ -63,7 +63,7 @@ def test_a_row_that_breaks_a_step_does_not_end_the_run_and_is_named(survived):
     assert all(row["loss"] is not None for row in rows if "skipped" not in row)
     state, _ = final_state(workdir)
     assert all(np.isfinite(np.frombuffer(b, np.float32)).all() for key, b in state.items() if "student" in key)
-    assert f"{len(broken)} updates were left out, first at step {broken[0]['step']}" in (
+    assert f"{len(broken)} updates were skipped, first at step {broken[0]['step']}" in (
         workdir / "report.html"
     ).read_text(encoding="utf-8")
 

@@ -149,8 +149,8 @@ FADES = {"schedule": "linear", "peak": 0.5, "end": 0.0}
     [
         (-0.5, 1.0, "members.one weighs -0.5 in the domain 'code'"),
         (float("nan"), 1.0, "members.one weighs nan"),
-        (FADES, {**FADES, "peak": 0.2}, "weigh nothing at step 20 of 20"),
-        ({**FADES, "peak": 0.0, "end": 1.0}, 0.0, "weigh nothing at step 0 of 20"),
+        (FADES, {**FADES, "peak": 0.2}, "step 20 of 20"),
+        ({**FADES, "peak": 0.0, "end": 1.0}, 0.0, "step 0 of 20"),
     ],
 )
 def test_weights_that_leave_a_row_without_its_teachers_are_refused(one, two, message):
