@@ -33,7 +33,7 @@ _OVERWRITE = "write into a directory that is not empty; only files of an earlier
 
 FLAGS: Mapping[str, tuple[Flag, ...]] = {
     "prepare": (_RECIPE,),
-    "cache": (_RECIPE,),
+    "cache": (_RECIPE, _switch("--verify", "write nothing: read every record and compare its checksum")),
     "check": (_RECIPE,),
     "plan": (
         _RECIPE,

@@ -116,10 +116,14 @@ def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> No
 def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Store the teacher's signal for every row, to train from it without the teacher. The same command resumes."""
     e = experiment(read_config(config))
-    if not e.teacher.cache:
+    if not (e.teacher.cache or (options.verify and any(model.cache for model in e.teacher.models.values()))):
         raise ValueError("teacher.cache is empty: set --config.teacher.cache=DIRECTORY and teacher.signal")
     from jaxkd.run import cache_teacher, job, load
 
+    if options.verify:
+        for line in cache_teacher.verify(e.teacher):
+            print(line)
+        return
     multihost.join()
     import jax
 
@@ -145,6 +149,9 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
         rows = load.domains(e.data, models.tokenizer)
         loaded, stores = preflight.prepare(e, models, rows)
         multihost.print_main("check: the models' tokenizers and vocabularies agree")
+        if multihost.is_main():
+            for line in cache_teacher.verify(e.teacher):
+                print(f"check: {line}")
         for line in preflight.run(loaded, stores, e, built.mesh):
             multihost.print_main(f"check: {line}")
         for line in cache_teacher.costs(e, models, rows, stores):

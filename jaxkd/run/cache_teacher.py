@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jaxkd.config.schema import Experiment
+from jaxkd.config.schema import Experiment, TeacherBlock
 from jaxkd.core import seeds
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Hidden, PyTree
@@ -204,6 +204,18 @@ def _distance(recorder: Recorder, batch: Batch, payload: Any) -> float:
     """Nats per token from the teacher."""
     kl, live = recorder.kl(recorder.params, batch, payload), batch.weights != 0
     return float(jnp.where(live, kl, 0.0).sum() / live.sum())
+
+
+def verify(t: TeacherBlock) -> Iterator[str]:
+    """Read every record of the caches that a recipe names; a line each.
+
+    Raises:
+        FileNotFoundError: there is no cache.
+        ValueError: a cache is incomplete or damaged; names the files.
+    """
+    for name, model in t.models.items():
+        if model.cache:
+            yield f"cache of {name}: {Store(model.cache).verify():,} rows in {model.cache}, all checksums match"
 
 
 def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, name: str, store: Store) -> str:

@@ -182,13 +182,29 @@ def read_manifest(root: Any) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises:
-        ValueError: it is damaged, or of another format.
+        FileNotFoundError: there is no cache.
+        ValueError: the manifest is damaged, of another format, or missing beside the cache's blocks.
     """
+    path = root / MANIFEST
     try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         supported = manifest["format"] == FORMAT
+    except FileNotFoundError:
+        if not has_blocks(root):
+            raise FileNotFoundError(f"{root} holds no cache: make it with `jaxkd cache --config ...`") from None
+        state = "missing"
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{root / MANIFEST} is damaged: delete the cache and make it again") from None
-    if not supported:
-        raise ValueError(f"the cache {root} has format {manifest['format']}, this jaxkd has {FORMAT}: make it again")
-    return manifest
+        state = "damaged"
+    else:
+        if supported:
+            return manifest
+        state = f"of format {manifest['format']}, where this jaxkd has {FORMAT}"
+    raise ValueError(
+        f"{path} is {state}, and without it the cache is of no known teacher and rows: restore that file, or delete "
+        f"{root} and run `jaxkd cache --config ...`"
+    )
+
+
+def has_blocks(root: Any) -> bool:
+    """Whether a directory has a cache's blocks, with or without their manifest."""
+    return any(True for _ in root.glob(f"*/{_VERSION}/{_NAME}-*"))

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,13 @@ class Writer:
         self.root.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in self.root.iterdir()}
         others = [name for name in names if name != _LOCK and not name.startswith(files.PARTIAL)]
-        if others and MANIFEST not in others:
+        if others and MANIFEST not in others and not shards.has_blocks(self.root):
             raise ValueError(f"{self.root} holds {min(others)} and no cache: name a new or an empty directory")
         lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         stack.callback(os.close, lock)
         if not locks.acquire(lock, self.root / _LOCK):
             raise ValueError(f"another process is writing the cache {self.root}: let it end, or stop it")
-        if not (self.root / MANIFEST).exists():
+        if not (self.root / MANIFEST).exists() and not shards.has_blocks(self.root):
             self._write_manifest(complete=False)
         complete = self._match()
         for unfinished in self.root.rglob(f"{files.PARTIAL}*"):
@@ -170,8 +171,6 @@ class Store:
             ValueError: it is incomplete, damaged, or of another format.
         """
         self.root = epath.Path(root).expanduser()
-        if not (self.root / MANIFEST).is_file():
-            raise FileNotFoundError(f"{self.root} holds no cache: make it with `jaxkd cache --config ...`")
         self.manifest = shards.read_manifest(self.root)
         sizes, size = self.manifest["sizes"], self.manifest["block"]
         number, missing = len(list(shards.blocks(sizes, size))), shards.missing(self.root, sizes, size)
@@ -179,7 +178,7 @@ class Store:
             first = f", the first is {shards.shard(self.root, sizes, size, missing[0])}" if missing else ""
             raise ValueError(
                 f"the cache {self.root} is incomplete: {len(missing)} of {number} blocks are missing{first}; run "
-                "`jaxkd cache --config ...` as before, and it goes on"
+                "`jaxkd cache --config ...` as before, which resumes"
             )
         _allow_files(number, self.root)
         self._sources: dict[tuple[str, str], Any] = {}
@@ -232,6 +231,33 @@ class Store:
         except Exception:  # `_checked` finds which one
             records = [None] * len(wanted)
         return [self._checked(domain, split, row, record) for row, record in zip(wanted, records, strict=True)]
+
+    def verify(self) -> int:
+        """Read every payload and compare its checksum; returns how many there are.
+
+        Raises:
+            ValueError: naming the damaged files.
+        """
+        sizes, size = self.manifest["sizes"], self.manifest["block"]
+
+        def is_damaged(block: Block) -> bool:
+            try:
+                self.read(block.domain, block.split, range(block.start, block.stop))
+            except ValueError:
+                return True
+            return False
+
+        blocks = list(shards.blocks(sizes, size))
+        with ThreadPoolExecutor(8) as pool:
+            damaged = [block for block, bad in zip(blocks, pool.map(is_damaged, blocks)) if bad]
+        if damaged:
+            files = ", ".join(str(shards.shard(self.root, sizes, size, block)) for block in damaged[:3])
+            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            raise ValueError(
+                f"{len(damaged)} of {len(blocks)} files of the cache {self.root} are damaged: {files}{more}. Delete "
+                "them and run `jaxkd cache --config ...` as before: it writes only what is missing"
+            )
+        return sum(block.stop - block.start for block in blocks)
 
     def _checked(self, domain: str, split: str, row: int, record: Mapping[str, Any] | None) -> bytes:
         try:

@@ -367,6 +367,24 @@ def test_damaged_metadata(tmp_path):
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="format 2"):
         Store(tmp_path)
-    manifest.write_text("{")
-    with pytest.raises(ValueError, match=r"manifest.json"):
-        Store(tmp_path)
+    for content in ("{", None):  # torn, or lost while the blocks are there
+        manifest.unlink() if content is None else manifest.write_text(content)
+        for open_cache in (Store, lambda root: Writer(root, MANIFEST, SIZES, 8).__enter__()):
+            with pytest.raises(ValueError, match=str(manifest)):
+                open_cache(tmp_path)
+    with pytest.raises(FileNotFoundError, match="jaxkd cache"):
+        Store(tmp_path / "elsewhere")
+
+
+def test_every_record_is_verified(tmp_path):
+    store = Store(fill(tmp_path))
+    assert store.verify() == sum(rows for splits in SIZES.values() for rows in splits.values())
+    file = file_of(tmp_path, "alpha", "train", 1)
+    content = bytearray(file.read_bytes())
+    content[content.index(payload("alpha", "train", 13))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=str(file)):
+        Store(tmp_path).verify()
+    file.unlink()
+    assert fill(tmp_path)
+    assert Store(tmp_path).verify() > 0
