@@ -6,13 +6,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxkd.cli import arguments
 from jaxkd.config.recipe import override, read_config, split
-from jaxkd.config.schema import experiment
+from jaxkd.config.schema import Experiment, experiment
 from jaxkd.run.workdir import claim, lock, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
@@ -35,9 +35,6 @@ def prepare(options: argparse.Namespace, config: Sequence[str], command: str) ->
 def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
     started, e, workdir = time.time(), experiment(read_config(config)), Path(options.workdir)
-    from jaxkd.evals import compare
-    from jaxkd.report import goodput, mixture
-    from jaxkd.report import run as report
     from jaxkd.report.records import write_run
     from jaxkd.run import job, load, loop, metadata, mixing, preflight, saved_student, teacher
     from jaxkd.runtime import compile_cache, profiling
@@ -48,17 +45,11 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
 
     built = job.build(e)
     with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, multihost.abort_on_error():
-
-        def take() -> list[Any]:
-            changes = claim(workdir, e, options.accept_changes)
-            if not (workdir / "checkpoints").exists():  # a checkpoint has what it needs
-                mixing.check_rule(built.rule, len(e.data.domains))
-            return [changes, held.enter_context(lock(workdir))]
-
-        changes, mark = multihost.broadcast("workdir", take)
-        wait_for_lock(workdir, mark)
-        if (kept_in := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
-            multihost.print_main(f"compiled programs: {kept_in}")
+        if not (workdir / "checkpoints").exists():  # the checkpoint's mixture needs no other run
+            mixing.check_rule(built.rule, len(e.data.domains))
+        changes = held.enter_context(_claimed(workdir, e, options.accept_changes))
+        if (directory := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
+            multihost.print_main(f"compiled programs: {directory}")
         for note in built.models.notes:
             multihost.print_main(f"mesh: {note}")
         rows = load.domains(e.data, built.models.tokenizer)
@@ -79,21 +70,42 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
                     for line in preflight.run(run.loaded(), run.stores, e, built.mesh):
                         multihost.print_main(f"check: {line}")
         finished = run.go(profile)
-        stepped = lambda: files.read_jsonl(workdir / "metrics.jsonl")
-        page = multihost.broadcast("report", lambda: str(report.write(workdir)) if stepped() else "none before step 1")
-    if finished and multihost.is_main():
-        evaluations = files.read_jsonl(workdir / "evals.jsonl")
-        last = max(row["step"] for row in evaluations)
-        print(compare.table([row for row in evaluations if row["step"] == last], run.start))
-        if cost := mixture.cost(files.read_jsonl(workdir / "mixture.jsonl")):
-            print(cost)
     if multihost.is_main():
-        print(goodput.sentence(goodput.read(workdir)))
-    multihost.print_main(
-        f"report: {page}\nall output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
-    )
+        for line in _outcome(workdir, run.start if finished else None):
+            print(line)
     if not finished:
         raise SystemExit(cluster.EXIT_STOPPED)
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path, e: Experiment, accept_changes: bool) -> Iterator[list[str]]:
+    """Hold a run's workdir in all processes; yields how its config changes."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> list[Any]:
+            return [claim(workdir, e, accept_changes), held.enter_context(lock(workdir))]
+
+        changes, mark = multihost.broadcast("workdir", take)
+        wait_for_lock(workdir, mark)
+        yield changes
+
+
+def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:
+    """What a run prints at its end; `start` is the nats per token at step 0 of a finished one, None if it stopped."""
+    from jaxkd.evals import compare
+    from jaxkd.report import goodput, mixture
+    from jaxkd.report import run as report
+
+    if start is not None:
+        evaluations = files.read_jsonl(workdir / "evals.jsonl")
+        last = max(row["step"] for row in evaluations)
+        yield compare.table([row for row in evaluations if row["step"] == last], start)
+        if cost := mixture.cost(files.read_jsonl(workdir / "mixture.jsonl")):
+            yield cost
+    yield goodput.sentence(goodput.read(workdir))
+    page = report.write(workdir) if files.read_jsonl(workdir / "metrics.jsonl") else "none before step 1"
+    yield f"report: {page}"
+    yield f"all output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
 
 
 def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:

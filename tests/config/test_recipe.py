@@ -48,6 +48,7 @@ def resolved(*overrides: str):
             "data.domains",
             {"manual": "builtin:manual", "en.wiki": "x"},
         ),
+        (["data.domains.code.field=a.b"], "data.domains.code", Domain("builtin:code", "a.b")),
         (["data.domains={'a': 'x'}", "data.domains.b={c,d}.txt"], "data.domains", {"a": "x", "b": "{c,d}.txt"}),
         (["data.domains.code.validation=y"], "data.sources.code", Domain("builtin:code", "", "y")),
         (["data.domains.a.source=x", "data.domains.a.field=b.c"], "data.sources.a", Domain("x", "b.c")),
