@@ -11,6 +11,7 @@ HEADINGS = {
     "kernels.api": "Kernels",
     "losses.features": "Terms over features",
     "losses.objective": "Objectives",
+    "data.load_model": "Models and text",
     "teachers.base": "Teachers",
     "train.state": "The step",
 }

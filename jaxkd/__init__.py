@@ -23,6 +23,8 @@ _PUBLIC = {
         "attention_transfer", "hidden_cosine", "hidden_mse", "linear_cka", "relations", "ted_filters", "ted_match",
     ),
     "losses.objective": ("match", "next_token", "objective"),
+    "data.load_model": ("load_model",),
+    "sampling.complete": ("generate",),
     "teachers.base": ("Teacher",),
     "teachers.online": ("no_teacher", "online", "self_teacher"),
     "teachers.signals": ("sampled", "top_k"),
