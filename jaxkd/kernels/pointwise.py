@@ -135,19 +135,24 @@ def weighted_sum(weights: jax.Array, fields: jax.Array) -> jax.Array:
 
 
 class _Soft(NamedTuple):
-    """Softened logits [c v] relative to the largest; what they were divided by; the two parts of their normaliser.
+    """Logits [c v], -inf beyond the true vocabulary; what divides them; the two parts of their normaliser [c 1].
 
-    log p = shifted - log_mass. The normaliser top + log_mass [c 1] is as large as the logits: subtracting it as one
-    number would lose the digits that subtracting `top` from the logits keeps.
+    log p = (z - top) / divisor - log_mass. The normaliser top / divisor + log_mass is as large as the logits:
+    subtracting it as one number would lose the digits that subtracting `top` from the logits keeps.
     """
 
-    shifted: jax.Array  # (z - max z) / divisor, -inf beyond the true vocabulary
+    z: jax.Array
     divisor: Any
-    top: jax.Array  # max z / divisor
+    top: jax.Array
     log_mass: jax.Array
 
     def log_probs(self, floor: float = LOG_FLOOR) -> jax.Array:
-        return jnp.maximum(self.shifted - self.log_mass, floor)
+        # `z + -top` is exactly `z - top`, but not one instruction with that of `_distribution`: XLA's CPU compiler
+        # would compute it once, behind the product, and pay another pass over memory.
+        return jnp.maximum((self.z + -self.top) / self.divisor - self.log_mass, floor)
+
+    def normaliser(self) -> jax.Array:
+        return (self.top / self.divisor + self.log_mass)[:, 0]
 
 
 def _divisor(z: jax.Array, temperature: Any, standardized: bool, columns: Columns) -> Any:
@@ -166,8 +171,7 @@ def _distribution(z: jax.Array, temperature: jax.Array | float, standardized: bo
     divisor = _divisor(z, temperature, standardized, columns)
     z = columns.mask(z, -jnp.inf)
     top = columns.max(z)[:, None]
-    shifted = (z - top) / divisor
-    return _Soft(shifted, divisor, top / divisor, jnp.log(columns.sum(jnp.exp(shifted)))[:, None])
+    return _Soft(z, divisor, top, jnp.log(columns.sum(jnp.exp((z - top) / divisor)))[:, None])
 
 
 def teacher_log_probs(
@@ -287,9 +291,7 @@ def dense(
     values, slope, height = [], jnp.zeros_like(z), None
     for term, weight in terms:
         chosen = None if term.top_set is None else top_set(lp, term.top_set, columns)
-        value, steep, rise = _slope(
-            term, lp, lq, Side(is_target, chosen), (student.top + student.log_mass)[:, 0], columns
-        )
+        value, steep, rise = _slope(term, lp, lq, Side(is_target, chosen), student.normaliser(), columns)
         values.append(value)
         if steep is not None:
             slope = slope + _weighted(weight, steep)
