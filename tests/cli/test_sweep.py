@@ -24,6 +24,7 @@ def test_order_is_seed_by_seed():
     assert [run.experiment.optim.lr.peak for run in planned] == [1e-4, 1e-2, 1e-4, 1e-2]
     assert [run.experiment.run.seed for run in planned] == [0, 0, 7, 7]
     assert str(planned[3].workdir) == "runs/high/seed-7"
+    assert [run.variant for run in plan()] == ["tiny"]
 
 
 def test_a_variant_is_appended_to_the_recipes_argument():
@@ -32,10 +33,6 @@ def test_a_variant_is_appended_to_the_recipes_argument():
     assert set(run.experiment.data.domains) == {"code", "manual", "legal", "scripture", "dialogue", "math"}
     named = plan(recipe=str(REPOSITORY / "configs/ddk.py"), runs=["mine: :small,kd --config.run.steps=3"])
     assert (named[0].variant, named[0].experiment.data.mixture, named[0].experiment.run.steps) == ("mine", "natural", 3)
-
-
-def test_a_recipe_alone_is_a_variant():
-    assert [run.variant for run in plan()] == ["tiny"]
 
 
 def test_runs_of_a_file(tmp_path):
