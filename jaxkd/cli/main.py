@@ -117,8 +117,8 @@ def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> No
 
     topology = topologys.topology(options.topology, options.slices)
     if options.suggest:
-        found = search.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
-        values, text = found.json(), found.lines()
+        suggested = search.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
+        values, text = suggested.json(), suggested.lines()
     else:
         planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
         values, text = planned.json(), plan_report.lines(planned)
