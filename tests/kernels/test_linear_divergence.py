@@ -17,8 +17,13 @@ from jaxkd.losses.divergences import forward_kl, generalized_jsd, next_token, re
 # Chunks of tokens: everything, whole multiples, with a remainder, more than there are. The vocabulary is never cut
 # into chunks (its tiles are the Pallas kernels'); columns beyond the true one are masked.
 @pytest.mark.parametrize(
-    ("vocab", "temperature", "chunk"), [(64, 1.0, 24), (51, 2.5, 8), (51, 1.0, 10), (64, 2.5, 40)]
-)  # fmt: skip
+    ("vocab", "temperature", "chunk"),
+    [
+        (51, 2.5, 8),
+        (51, 1.0, 10),
+        *[pytest.param(64, *case, marks=pytest.mark.slow) for case in ((1.0, 24), (2.5, 40))],
+    ],
+)
 def test_each_matches_dense_float64(vocab, temperature, chunk):
     student, teacher, targets, one = problem(columns=64)
     terms, temperatures = family(temperature)
@@ -36,7 +41,7 @@ def family(temperature):
     ("data", "model", "vocab", "temperature"),
     [
         (4, 2, 51, 1.0),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1, 64, 1.0), (1, 8, 51, 2.0), (2, 4, 64, 2.0))],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((8, 1, 64, 1.0), (1, 8, 51, 2.0))],
     ],
 )
 def test_each_sharded_matches_dense_float64(data, model, vocab, temperature):
@@ -50,9 +55,8 @@ def test_each_sharded_matches_dense_float64(data, model, vocab, temperature):
 @pytest.mark.parametrize(
     ("mesh", "vocab"),
     [
-        (None, 51),
         ((4, 2), 51),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 64), ((1, 8), 51))],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 51), ((1, 8), 51))],
     ],
 )
 def test_standardised_logits(mesh, vocab):
@@ -68,11 +72,7 @@ def test_standardised_logits(mesh, vocab):
     ("mesh", "standard"),
     [
         (None, True),
-        ((4, 2), False),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((None, False), ((1, 8), False), ((1, 8), True), ((4, 2), True))
-        ],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, False), ((4, 2), False), ((1, 8), True))],
     ],
 )
 def test_impossible_tokens_match_dense_float64(mesh, standard):
@@ -171,11 +171,7 @@ def test_zero_with_no_gradient_at_equality(name):
     ("mesh", "temperature", "vocab", "chunk"),
     [
         (None, 2.0, 1000, 8),
-        ((4, 2), 1.0, 1000, 8),
-        *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((None, 1.0, 1024, 10), ((1, 8), 2.0, 1024, 12), ((8, 1), 1.0, 1000, 3))
-        ],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in (((4, 2), 1.0, 1000, 8), ((1, 8), 2.0, 1024, 12))],
     ],
 )
 def test_bfloat16_operands_accumulate_in_float32(mesh, temperature, vocab, chunk):
