@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import jaxkd, lines, random_params, tiny_arguments, write_domain
+from harness import here, lines, random_params, tiny_arguments, write_domain
 
 from jaxkd.core.types import Batch
 from jaxkd.models import transformer
@@ -33,13 +33,13 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def arguments(place) -> list[str]:
     domains = {name: write_domain(place / f"{name}.jsonl", seed) for seed, name in enumerate(("law", "code"))}
-    return tiny_arguments(domains, place / "rows")
+    return tiny_arguments(domains, place / "rows", "--config.run.mesh.data=1")
 
 
 @pytest.fixture(scope="module")
 def exports(place, arguments) -> dict[str, Path]:
     """A student early and late in its training, as directories of their own."""
-    done = jaxkd(
+    done = here(
         "train", "--workdir", str(place / "run"), *arguments, "--config.run.steps=12",
         "--config.run.checkpoint_every=2", "--config.run.keep_checkpoints=9",
     )  # fmt: skip
@@ -47,7 +47,7 @@ def exports(place, arguments) -> dict[str, Path]:
     found = {}
     for name, step in (("early", 2), ("late", 12)):
         found[name] = place / name
-        done = jaxkd("export", "--workdir", str(place / "run"), "--output", str(place / name), "--step", str(step))
+        done = here("export", "--workdir", str(place / "run"), "--output", str(place / name), "--step", str(step))
         assert done.returncode == 0, done.stderr
     return found
 
@@ -62,7 +62,7 @@ def models(teacher: Path, student: Path) -> list[str]:
 
 
 def test_models_that_fit_are_told_so(place, arguments, exports):
-    done = jaxkd("check", *arguments, *models(exports["late"], exports["early"]))
+    done = here("check", *arguments, *models(exports["late"], exports["early"]))
     assert done.returncode == 0, done.stderr
     for expected in ("tokenizers", "two passes", "held-out rows: teacher", "teacher: loss changed", "MFLOP"):
         assert expected in done.stdout
@@ -71,11 +71,11 @@ def test_models_that_fit_are_told_so(place, arguments, exports):
 @pytest.mark.slow
 def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(place, arguments, exports):
     command = ["train", "--workdir", str(place / "swapped"), *arguments, *models(exports["early"], exports["late"])]
-    done = jaxkd(*command, "--config.run.steps=2")
+    done = here(*command, "--config.run.steps=2")
     assert done.returncode == 1
     assert "worse than the student's" in done.stderr
     assert not (place / "swapped" / "metrics.jsonl").exists() or not lines(place / "swapped" / "metrics.jsonl")
-    done = jaxkd(*command, "--config.run.steps=2", "--no-check")
+    done = here(*command, "--config.run.steps=2", "--no-check")
     assert done.returncode == 0, done.stderr
 
 
@@ -96,7 +96,7 @@ def test_weights_that_only_look_like_a_model_are_found(place, arguments, exports
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * -40
 
     teacher = damaged(exports["late"], place / "loud", loud)
-    done = jaxkd("check", *arguments, *models(teacher, exports["early"]))
+    done = here("check", *arguments, *models(teacher, exports["early"]))
     assert done.returncode == 1
     assert "no better than guessing" in done.stderr
 
@@ -112,7 +112,7 @@ def test_chat_templates_are_compared_by_what_they_write(place, arguments, export
         shutil.copytree(exports[side], sides[side])
         file = sides[side] / "tokenizer_config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": text}))
-    done = jaxkd("check", *arguments, *models(sides["late"], sides["early"]))
+    done = here("check", *arguments, *models(sides["late"], sides["early"]))
     if same:
         assert "render the same text" in done.stdout, done.stderr
     else:

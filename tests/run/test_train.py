@@ -51,7 +51,7 @@ def test_bits_per_byte_are_nats_over_bytes(undisturbed):
 
 def test_the_finished_command_repeated_changes_nothing(undisturbed, arguments):
     before = (undisturbed / "metrics.jsonl").read_bytes(), (undisturbed / "evals.jsonl").read_bytes()
-    result = jaxkd("train", "--workdir", str(undisturbed), *arguments)
+    result = here("train", "--workdir", str(undisturbed), *arguments)
     assert result.returncode == 0, result.stderr
     assert "mean" in result.stdout
     assert ((undisturbed / "metrics.jsonl").read_bytes(), (undisturbed / "evals.jsonl").read_bytes()) == before
@@ -85,30 +85,30 @@ def test_another_mesh_gives_the_same_rows_and_nearly_the_same_losses(undisturbed
 
 
 def test_a_changed_config_is_refused_unless_told(undisturbed, arguments, tmp_path):
-    order = jaxkd("train", "--workdir", str(undisturbed), *arguments, "--config.data.interval=4", "--accept-changes")
+    order = here("train", "--workdir", str(undisturbed), *arguments, "--config.data.interval=4", "--accept-changes")
     assert order.returncode == 1
     assert "data.interval" in order.stderr
     changed = [*arguments, "--config.optim.lr.peak=1e-3"]
-    result = jaxkd("train", "--workdir", str(undisturbed), *changed)
+    result = here("train", "--workdir", str(undisturbed), *changed)
     assert result.returncode == 1
     assert "holds another experiment: optim.lr.peak: 0.01 -> 0.001" in result.stderr
     assert result.stderr.count("\n") == 1
     before = (undisturbed / "config.json").read_bytes()
-    result = jaxkd("train", "--workdir", str(undisturbed), *changed, "--accept-changes")
+    result = here("train", "--workdir", str(undisturbed), *changed, "--accept-changes")
     assert result.returncode == 0, result.stderr
     (undisturbed / "config.json").write_bytes(before)
 
 
 def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
     rows = (undisturbed / "evals.jsonl").read_bytes()
-    result = jaxkd("evaluate", "--workdir", str(undisturbed))
+    result = here("evaluate", "--workdir", str(undisturbed))
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("step 12 of ")
     mean = lines(undisturbed / "evals.jsonl")[-1]
     assert f"{mean['student_nats']:.3f}" in result.stdout
     assert (undisturbed / "evals.jsonl").read_bytes() == rows  # the step is there already
 
-    result = jaxkd("export", "--workdir", str(undisturbed), "--output", str(tmp_path / "student"))
+    result = here("export", "--workdir", str(undisturbed), "--output", str(tmp_path / "student"))
     assert result.returncode == 0, result.stderr
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= {
         p.name for p in (tmp_path / "student").iterdir()
@@ -188,8 +188,13 @@ def test_a_student_of_random_weights(arguments, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(arguments, tmp_path):
     workdir = tmp_path / "diverged"
-    more = ["--config.optim.lr.peak=1e30", "--config.optim.clip=0.0", "--config.optim.weight_decay=1e20"]
-    result = jaxkd("train", "--workdir", str(workdir), *arguments, *more)
+    more = [
+        "--config.run.mesh.data=1",
+        "--config.optim.lr.peak=1e30",
+        "--config.optim.clip=0.0",
+        "--config.optim.weight_decay=1e20",
+    ]
+    result = here("train", "--workdir", str(workdir), *arguments, *more)
     assert result.returncode == 1
     assert "is nan at step" in result.stderr or "is inf at step" in result.stderr
     assert "Traceback" not in result.stderr
