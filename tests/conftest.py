@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import SMALL, jaxkd, tiny_arguments, write_domain
+from harness import SMALL, here, tiny_arguments, write_domain
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -31,22 +31,22 @@ def two_domains(tmp_path_factory) -> dict[str, Path]:
     """Two domains of unequal size."""
     folder = tmp_path_factory.mktemp("text")
     return {
-        "alpha": write_domain(folder / "alpha.jsonl", 1, 90),
-        "beta": write_domain(folder / "beta.jsonl", 2, 40),
+        "alpha": write_domain(folder / "alpha.jsonl", 3, 90),
+        "beta": write_domain(folder / "beta.jsonl", 4, 40),
     }
 
 
 @pytest.fixture(scope="session")
 def arguments(two_domains, tmp_path_factory) -> list[str]:
-    """A run of twelve steps of milliseconds."""
-    return tiny_arguments(two_domains, tmp_path_factory.mktemp("rows"), *SMALL)
+    """A run of twelve steps of milliseconds, on one device."""
+    return tiny_arguments(two_domains, tmp_path_factory.mktemp("rows"), *SMALL, "--config.run.mesh.data=1")
 
 
 @pytest.fixture(scope="session")
 def undisturbed(arguments, tmp_path_factory) -> Path:
     """The workdir of that run, never interrupted."""
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    result = jaxkd("train", "--workdir", str(workdir), *arguments)
+    result = here("train", "--workdir", str(workdir), *arguments)
     assert result.returncode == 0, result.stderr
     assert "report.html" in result.stdout
     return workdir

@@ -225,7 +225,7 @@ class Background:
         self.workdir = workdir
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxkd", verb, "--workdir", str(workdir), *arguments],
-            env=process_environment(cache=cache),
+            env=process_environment(8, cache),  # as many as this process has: programs are then bitwise the same
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

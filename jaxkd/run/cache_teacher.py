@@ -101,17 +101,8 @@ def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
 def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progress: bool = True) -> Iterator[str]:
     """Store the teacher's signal of all rows in `teacher.cache`; blocks that exist are kept.
 
-    All processes go through the same batches together; each group of them fills its own block with its share.
-
-    Args:
-        e: the recipe.
-        models: opened on the mesh.
-        mesh: of all processes.
-        rows: prepared.
-        progress: show it on stderr.
-
-    Yields:
-        lines for the console.
+    All processes go through the same batches together; each group of them fills its own block with its share. Yields
+    lines for the console; `progress` goes to stderr.
 
     Raises:
         ValueError: another process is writing it, or the directory holds something else.

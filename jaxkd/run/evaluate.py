@@ -57,11 +57,9 @@ def values_of_run(e: Experiment, sources: Sequence[str]) -> dict[str, Any]:
 
 
 def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
-    """One model against another on text that is read whole.
+    """One model against another, which a recipe's values name, on text that is read whole.
 
-    Args:
-        values: of a recipe, which names both.
-        sources: SOURCE or NAME=SOURCE, as in `data.domains`.
+    `sources` are SOURCE or NAME=SOURCE, as in `data.domains`.
 
     Raises:
         ValueError, FileNotFoundError: models or text are missing, or do not fit together.

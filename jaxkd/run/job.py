@@ -41,12 +41,9 @@ class Job(NamedTuple):
 
 
 def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Config] | None = None) -> Job:
-    """Functions, abstract trees and shardings of an experiment; reads headers, loads no weights.
+    """Functions, abstract trees and shardings of an experiment on devices, by default all; loads no weights.
 
-    Args:
-        e: what to build.
-        devices: to run on, None for those that are here.
-        shapes: configs by path of models that are not on this machine: enough to compile with.
+    `shapes` has configs by path of models that are not on this machine, which suffice for compiling.
 
     Raises:
         ValueError, FileNotFoundError: for values that do not fit together or paths that are missing.

@@ -146,14 +146,9 @@ def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree]
 def weights(
     models: Models, block: StudentBlock, rows: Domains, progress: bool = True, with_student: bool = True
 ) -> Weights:
-    """Load the teachers, and make the student's first parameters.
+    """Load the teachers, and make the student's first parameters unless a checkpoint has all of them.
 
-    Args:
-        models: opened.
-        block: which layers the student keeps, or how many.
-        rows: for the choice of layers.
-        progress: show it on stderr.
-        with_student: False where a checkpoint has all of its parameters.
+    `rows` serve the choice of the layers that the student keeps; its `progress` goes to stderr.
 
     Raises:
         ValueError, FileNotFoundError: a file is damaged or does not fit.

@@ -79,12 +79,7 @@ class Run:
     ):
         """Load the models, or restore the newest checkpoint. Nothing is compiled yet.
 
-        Args:
-            job: what to run.
-            workdir: where everything is written.
-            rows: prepared.
-            say: prints a line.
-            started: `time.time()` when the process began, None for now.
+        `say` prints a line; `started` is `time.time()` when the process began, None for now.
 
         Raises:
             ValueError: the checkpoint is of other rows, or no checkpoint can be read.
@@ -231,8 +226,7 @@ class Run:
     def go(self, profile: tuple[int, int] = (0, 0)) -> bool:
         """Train to the last step; False when a signal stopped the run before it, with everything saved.
 
-        Args:
-            profile: the first step to trace, and how many.
+        `profile` is the first step to trace, and how many.
 
         Raises:
             FloatingPointError: too many losses or gradients were not finite; nothing of them is saved.

@@ -20,14 +20,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-d
 
 
 def info(job: Job, rows: Domains, kept_layers: Sequence[int], memory: Mapping[str, int], command: str) -> RunInfo:
-    """The record of a run.
-
-    Args:
-        job: the run's job.
-        rows: of all domains.
-        kept_layers: of the model that the student is cut from.
-        memory: bytes of each teacher's weights on a device.
-        command: that started it.
+    """The record of a run; `kept_layers` are of the model that the student is cut from, `memory` bytes per device of
+    each teacher's weights.
     """
 
     def model(side, path: str, **more) -> ModelInfo:
@@ -55,13 +49,7 @@ def info(job: Job, rows: Domains, kept_layers: Sequence[int], memory: Mapping[st
 
 
 def model_lines(t: TeacherBlock, record: RunInfo, source_layers: int) -> list[str]:
-    """A console line per model: its size, and for teachers their signal and memory.
-
-    Args:
-        t: the teacher's block.
-        record: of the run.
-        source_layers: of the model that the student is cut from.
-    """
+    """A console line per model: its size, for teachers their signal and memory, for the student of how many layers."""
     lines = []
     for name, model in record.teachers.items():
         cache = "" if t.is_self else t.models[name].cache

@@ -59,13 +59,7 @@ def prepare(e: Experiment, models: Models, rows: load.Domains) -> tuple[Loaded, 
 
 
 def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) -> Iterator[str]:
-    """The checks, one after the other; each yields a line on what it measured.
-
-    Args:
-        loaded: models and rows.
-        stores: opened caches by teacher; each is compared with its teacher run now.
-        e: the recipe.
-        mesh: where the models are.
+    """The checks, one after the other; each yields a line on what it measured. Caches are compared with their teachers.
 
     Raises:
         ValueError: at the first that fails.

@@ -112,12 +112,8 @@ def student(
 ) -> tuple[int, PyTree, PyTree]:
     """A run's student from a checkpoint: the step, its parameters, and their running average or the same parameters.
 
-    Args:
-        run: says where the checkpoints are.
-        workdir: of the run.
-        models: the run's, on the mesh.
-        frozen: the student's parameters that are in no checkpoint.
-        step: a number, also as text; "best" for the lowest held-out loss, None for the newest.
+    `frozen` has the parameters that are in no checkpoint. `step` is a number, also as text, "best" for the lowest
+    held-out loss, or None for the newest.
 
     Raises:
         FileNotFoundError: when there is no checkpoint.

@@ -16,11 +16,7 @@ from jaxkd.train.checkpoint import Checkpoints
 
 
 def go(workdir: Path, step: str) -> list[str]:
-    """Make a step the newest of a run.
-
-    Args:
-        workdir: of the run.
-        step: a number, or "best".
+    """Make a step, a number or "best", the newest of a run.
 
     Returns:
         Lines for the console: what was done, how to resume, how to undo it.

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,6 @@ def open_run(e: Experiment, workdir: Path, mesh: Mesh, with_teachers: bool = Tru
     `Models.teachers` is empty where it cannot, and where it is not wanted. The original files are opened for a frozen
     student, which is in no checkpoint, and for a run of an older jaxkd.
 
-    Args:
-        e: the run's experiment, located.
-        workdir: of the run.
-        mesh: where the models will be.
-        with_teachers: whether the teacher is wanted.
-
     Raises:
         ValueError, FileNotFoundError: WORKDIR/student is damaged, or original files are missing.
     """
@@ -84,6 +79,11 @@ def open_run(e: Experiment, workdir: Path, mesh: Mesh, with_teachers: bool = Tru
 
 
 def _record(workdir: Path) -> dict[str, Any]:
-    """{} for a run of an older jaxkd."""
-    path = workdir / _FOLDER / _RECORD
-    return files.read_json(path) if path.exists() else {}
+    """{} for a run of an older jaxkd, and where the record is torn: `train` writes it again."""
+    try:
+        return files.read_json(workdir / _FOLDER / _RECORD)
+    except FileNotFoundError:
+        return {}
+    except files.Torn as error:
+        print(f"jaxkd: {error}: the run's original files are opened", file=sys.stderr)
+        return {}

@@ -44,14 +44,9 @@ class Teachers(NamedTuple):
 def build_teacher(
     e: Experiment, models: Models, params: Mapping[str, PyTree], stores: Mapping[str, Store], uses_teacher: bool = True
 ) -> Teachers:
-    """The recipe's teacher.
+    """The recipe's teacher, from the parameters of each by name (of a cached one its head) and the opened caches.
 
-    Args:
-        e: its blocks teacher and data, and the run's length and seed.
-        models: opened.
-        params: of each teacher by name; of a cached one its head.
-        stores: opened caches by teacher; a cached teacher without its store can be compiled, not run.
-        uses_teacher: whether the objective does.
+    A cached teacher without its store can be compiled, not run. `uses_teacher` says whether the objective does.
     """
     t, names = e.teacher, tuple(e.data.domains)
     one = lambda name, split: _teacher(models.teachers[name], params[name], stores.get(name), split, names)
@@ -167,10 +162,7 @@ def abstract_batch(e: Experiment, models: Models, mesh: Mesh) -> Batch:
 def open_stores(e: Experiment, models: Models, rows: Mapping[str, str]) -> dict[str, Store]:
     """The caches that the recipe names, by teacher, each checked to be of its teacher and of the rows it serves.
 
-    Args:
-        e: its blocks teacher and data.
-        models: opened.
-        rows: fingerprint per domain.
+    `rows` has a fingerprint per domain.
 
     Raises:
         FileNotFoundError: a cache does not exist yet.

@@ -111,12 +111,7 @@ def lock(workdir: Path) -> Iterator[str]:
 
 
 def wait_for_lock(workdir: Path, mark: str, seconds: float = 30.0) -> None:
-    """Wait until this host sees the lock file that process 0 wrote: all hosts must share the workdir.
-
-    Args:
-        workdir: of the run.
-        mark: content that `lock` gave.
-        seconds: that a network file system may take.
+    """Wait until this host sees the lock file that process 0 wrote (`mark`): all hosts must share the workdir.
 
     Raises:
         ValueError: it never appears, so this host's workdir is another directory.

@@ -1,6 +1,5 @@
 """Runs with teachers of every kind, through the command line: cached, reduced, several, the student itself."""
 
-import json
 import re
 import signal
 import subprocess
@@ -9,17 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import (
-    SMALL,
-    Background,
-    assert_same_run,
-    here,
-    lines,
-    process_environment,
-    tiny_arguments,
-    write_domain,
-)
+from harness import Background, assert_same_run, here, lines, process_environment
 
+from jaxkd.config.recipe import read_config
+from jaxkd.config.schema import experiment
+from jaxkd.report.records import read_run
+from jaxkd.run import job
 from jaxkd.teachers.store import Store
 
 CE = "--config.objective.kd.divergence=cross_entropy"
@@ -28,14 +22,6 @@ CE = "--config.objective.kd.divergence=cross_entropy"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cached")
-
-
-@pytest.fixture(scope="module")
-def arguments(place) -> list[str]:
-    domains = {name: write_domain(place / f"{name}.jsonl", seed) for seed, name in enumerate(("law", "code"))}
-    given = tiny_arguments(domains, place / "rows", *SMALL, "--config.run.mesh.data=1")
-    assert here("prepare", *given).returncode == 0  # so that no test's messages are of rows that are being built
-    return given
 
 
 def good(verb: str, *arguments: str) -> str:
@@ -62,46 +48,30 @@ def losses(workdir: Path) -> list[float]:
     return [row["loss"] for row in lines(workdir / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def live(place, arguments) -> Path:
-    good("train", "--workdir", str(place / "live"), *arguments)
-    return place / "live"
-
-
 @pytest.mark.parametrize(
     ("name", "values", "tolerance"),
     [
         ("hidden32", {"signal": "hidden", "stored": "float32"}, 2e-6),
-        ("hidden8", {"signal": "hidden", "stored": "int8"}, 2e-4),
+        pytest.param("hidden8", {"signal": "hidden", "stored": "int8"}, 2e-4, marks=pytest.mark.slow),
         ("every", {"signal": "top_k", "entries": 257, "stored": "float32"}, 2e-5),
     ],
 )
-def test_a_cached_teacher_trains_as_the_live_one(place, arguments, live, name, values, tolerance):
-    how = teacher(place, name, **values)
-    said = good("cache", *arguments, *how)
-    assert "bytes per token" in said
-    good("train", "--workdir", str(place / f"run-{name}"), *arguments, *how)
-    for a, b in zip(losses(place / f"run-{name}"), losses(live), strict=True):
+def test_a_cached_teacher_trains_as_the_live_one(place, arguments, undisturbed, name, values, tolerance):
+    """Of the model only its head is loaded; `evaluate` and `check` read the cache too."""
+    how, workdir = teacher(place, name, **values), place / f"run-{name}"
+    assert "bytes per token" in good("cache", *arguments, *how)
+    said = good("train", "--workdir", str(workdir), *arguments, *how)
+    for a, b in zip(losses(workdir), losses(undisturbed), strict=True):
         assert a == pytest.approx(b, rel=tolerance)
-    for a, b in zip(*(lines(d / "evals.jsonl") for d in (place / f"run-{name}", live)), strict=True):
+    for a, b in zip(*(lines(d / "evals.jsonl") for d in (workdir, undisturbed)), strict=True):
         assert a["teacher_nats"] == pytest.approx(b["teacher_nats"], rel=1e-5)
         assert a["kl"] == pytest.approx(b["kl"], rel=max(50 * tolerance, 1e-4))
-
-
-def test_a_cached_run_needs_no_teacher_and_says_so(place, arguments):
-    """Only its head is loaded; `evaluate` and `check` serve from the cache too."""
-    how = teacher(place, "hidden32", signal="hidden", stored="float32")
-    good("cache", *arguments, *how)  # there already, or made now
-    workdir = place / "alone"
-    said = good("train", "--workdir", str(workdir), *arguments, *how)
-    assert re.search(r"teacher: random, .* hidden from .*hidden32, ", said)
-    run = json.loads((workdir / "run.json").read_text())
-    head = 4 * 32 * 384  # embeddings, padded to a multiple of 128
-    assert run["teachers"]["teacher"]["bytes_per_device"] == head
-    assert "student" in good("evaluate", "--workdir", str(workdir))
-    checked = good("check", *arguments, *how)
-    assert re.search(r"check: cache: .* nats per token from the live teacher", checked)
-    assert "MFLOP a token" in checked
+    if name == "hidden32":
+        assert re.search(r"teacher: random, .* hidden from .*hidden32, ", said)
+        head = 4 * 32 * 384  # embeddings, padded to a multiple of 128
+        assert read_run(workdir).teachers["teacher"].bytes_per_device == head
+        assert "student" in good("evaluate", "--workdir", str(workdir))
+        assert "MFLOP a token" in good("check", *arguments, *how)
 
 
 def test_an_int8_teacher_is_cached_and_judged(place, arguments):
@@ -111,34 +81,26 @@ def test_an_int8_teacher_is_cached_and_judged(place, arguments):
     layout = Store(place / "narrow").layout("valid")
     assert (layout.signal, layout.dtype) == ("hidden", "bfloat16")
     checked = good("check", *arguments, *how)
-    away = re.search(r"check: cache: (\S+) nats per token from the live teacher", checked)
+    away = re.search(r"check: cache: (\S+) nats per token from its teacher", checked)
     assert away
     assert abs(float(away[1])) < 1e-6
     assert "check: held-out rows: teacher" in checked
 
 
-@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_draws_train(place, arguments, cached):
-    how = teacher(place, "drawn", signal="sampled", entries=12) if cached else ["--config.teacher.signal=sampled"]
-    if cached:
-        assert "KL from the teacher" in good("cache", *arguments, *how, CE)
-    workdir = place / f"drawn-{cached}"
+def test_draws_train(place, arguments):
+    how, workdir = teacher(place, "drawn", signal="sampled", entries=12), place / "run-drawn"
+    assert "KL from the teacher" in good("cache", *arguments, *how, CE)
     good("train", "--workdir", str(workdir), *arguments, *how, CE)
     assert losses(workdir)[-1] < losses(workdir)[0]
 
 
-@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_the_teachers_text_trains(place, arguments, cached):
+def test_the_teachers_text_trains(place, arguments):
+    """From a cache; test_rollout_runs.py has it written before every step."""
     only = ["--config.objective.kd.weight=0.0", "--config.objective.kd.divergence=next_token"]
-    values = {"signal": "token", "prompt": 8}
-    if cached:
-        values["cache"] = place / "text"
-    how = [f"--config.teacher.{key}={value}" for key, value in values.items()]
-    if cached:
-        assert "tokens/s" in good("cache", *arguments, *how, *only)
-        # A store serves a job of some of its domains, and what is drawn for a row stays its own.
-        assert "100% of the text" in good("check", *arguments, *how, *only, "--config.data.domains.law=")
-    workdir = place / f"text-{cached}"
+    how, workdir = teacher(place, "text", signal="token", prompt=8), place / "run-text"
+    assert "tokens/s" in good("cache", *arguments, *how, *only)
+    # A store serves a job of some of its domains, and what is drawn for a row stays its own.
+    assert "100% of the text" in good("check", *arguments, *how, *only, "--config.data.domains.alpha=")
     good("train", "--workdir", str(workdir), *arguments, *how, *only)
     rows = lines(workdir / "metrics.jsonl")
     # A random teacher writes any byte as likely as any other; on the data's text the loss falls below 5 by now.
@@ -183,67 +145,58 @@ def test_what_does_not_fit_is_named(place, arguments):
     assert re.search(r"entries.*8.*4", said)
     said = bad("train", "--workdir", str(place / "other"), *arguments, *how, "--config.run.seed=1")
     assert "fingerprint" in said  # a random teacher of another seed is another teacher
-    for override, expected in {
-        "--config.objective.kd.temperature=2.0": "stored at temperature 1.0, not at 2.0",
-        "--config.objective.kd.standardize=True": "standardising needs all",
-        "--config.teacher.stored=int8": "uint8, float32",
-    }.items():
-        assert expected in bad("train", "--workdir", str(place / "other"), *arguments, *how, override)
-    assert "linear in p" in bad(
-        "train", "--workdir", str(place / "other"), *arguments, "--config.teacher.signal=sampled"
-    )
-    assert "no distribution" in bad(
-        "train", "--workdir", str(place / "other"), *arguments, "--config.teacher.signal=token"
-    )
+    build = lambda *more: job.build(experiment(read_config([*arguments, *more])))
+    for more, expected in (
+        ([*how, "--config.objective.kd.temperature=2.0"], "stored at temperature 1.0, not at 2.0"),
+        ([*how, "--config.objective.kd.standardize=True"], "standardising"),
+        ([*how, "--config.teacher.stored=int8"], "uint8, float32"),
+        (["--config.teacher.signal=sampled"], "linear in p"),
+        (["--config.teacher.signal=token"], "no distribution"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            build(*more)
     assert "teacher.cache" in bad("cache", *arguments)
 
 
-def members(place: Path, **more: str) -> list[str]:
-    recipe = place / "members.py"
-    tiny = Path(__file__).resolve().parents[2] / "configs" / "tiny.py"
-    recipe.write_text(
-        "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('tiny', {str(tiny)!r})\n"
-        "tiny = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(tiny)\n"
-        "def get_config(arg=''):\n"
-        "    config = tiny.get_config()\n"
-        "    shape = config.teacher.shape.to_dict()\n"
-        "    wide = {**shape, 'embed': 48, 'heads': 6}\n"
-        "    config.teacher = {'members': {\n"
-        "        'one': {'path': 'random', 'shape': shape, 'weight': 0.5, 'domains': {'law': 1.0} if arg else {}},\n"
-        "        'two': {'path': 'random', 'shape': wide, 'weight': 0.5, 'domains': {'code': 1.0} if arg else {}},\n"
-        "    }, 'average': 'log_probabilities' if arg == 'logs' else 'probabilities'}\n"
-        "    return config\n"
-    )
-    return [str(recipe)]
+SHAPE = {"vocab": 257, "embed": 32, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}
+WIDE = {"embed": 48, "heads": 6}
 
 
-@pytest.mark.parametrize("variant", ["", pytest.param(":route", marks=pytest.mark.slow)])
-def test_several_teachers_train_and_are_judged(place, arguments, variant):
-    (recipe,) = members(place)
-    workdir = place / f"many{variant.strip(':')}"
-    rest = [a for a in arguments if not a.startswith("--config=")]
-    said = good("train", "--workdir", str(workdir), f"--config={recipe}{variant}", *rest)
+def keys(block: str, values: dict) -> list[str]:
+    return [f"--config.{block}.{key}={value}" for key, value in values.items()]
+
+
+def members(**domains: str) -> list[str]:
+    """Two teachers of unequal width; `domains` names the only one that each of them serves."""
+    given = ["--config.teacher.path="]
+    for name, shape in (("one", SHAPE), ("two", SHAPE | WIDE)):
+        block = f"teacher.members.{name}"
+        given += [*keys(block, {"path": "random", "weight": 0.5}), *keys(f"{block}.shape", shape)]
+        given += keys(f"{block}.domains", {domains[name]: 1.0} if domains else {})
+    return given
+
+
+def test_several_teachers_train_and_are_evaluated(place, arguments):
+    workdir = place / "many"
+    said = good("train", "--workdir", str(workdir), *arguments, *members())
     assert "teacher one: random" in said
     assert "teacher two: random" in said
     assert losses(workdir)[-1] < losses(workdir)[0]
-    assert len({row["teacher_nats"] for row in lines(workdir / "evals.jsonl") if row["domain"] == "law"}) == 1
+    assert len({row["teacher_nats"] for row in lines(workdir / "evals.jsonl") if row["domain"] == "alpha"}) == 1
     assert "student" in good("evaluate", "--workdir", str(workdir))
 
 
 @pytest.mark.slow
 def test_members_may_be_cached_each_for_its_own_domains(place, arguments):
     """One teacher's hidden states for one domain, another's for the other: trained as the live ones."""
-    rest = [a for a in arguments if not a.startswith("--config=")]
-    recipe = f"--config={members(place)[0]}:route"
-    for name, domain, seed, shape in (("one", "law", 0, {}), ("two", "code", 2, {"embed": 48, "heads": 6})):
-        other = {"law": "code", "code": "law"}[domain]
-        sizes = [f"--config.teacher.shape.{key}={value}" for key, value in shape.items()]
+    route = members(one="alpha", two="beta")
+    for name, other, seed, shape in (("one", "beta", 0, {}), ("two", "alpha", 2, WIDE)):
         cached = teacher(place, f"member-{name}", signal="hidden", stored="float32")
-        good("cache", *arguments, *cached, *sizes, f"--config.run.seed={seed}", f"--config.data.domains.{other}=")
+        more = [*keys("teacher.shape", shape), f"--config.run.seed={seed}", f"--config.data.domains.{other}="]
+        good("cache", *arguments, *cached, *more)
     caches = [f"--config.teacher.members.{name}.cache={place / f'member-{name}'}" for name in ("one", "two")]
     for name, more in (("members", caches), ("members-live", [])):
-        good("train", "--workdir", str(place / name), recipe, *rest, *more)
+        good("train", "--workdir", str(place / name), *arguments, *route, *more)
     for a, b in zip(losses(place / "members"), losses(place / "members-live"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
 
@@ -270,7 +223,7 @@ def test_a_student_teaches_itself_and_its_average_is_kept(place, arguments):
     """Stopped half-way and continued, the run is the undisturbed one to the last bit."""
     self_taught = [
         "--config.teacher.path=self", "--config.teacher.decay=0.9", "--config.student.path=random",
-        "--config.student.layers=()", *[f"--config.student.shape.{k}={v}" for k, v in SHAPE.items()],
+        "--config.student.layers=()", *keys("student.shape", SHAPE | {"layers": 2}),
     ]  # fmt: skip
     whole, parts = place / "self", place / "self-parts"
     good("train", "--workdir", str(whole), *arguments, *self_taught)
@@ -282,6 +235,3 @@ def test_a_student_teaches_itself_and_its_average_is_kept(place, arguments):
     good("train", "--workdir", str(parts), *arguments, *self_taught)
     assert_same_run(parts, whole)
     assert "student" in good("evaluate", "--workdir", str(whole))
-
-
-SHAPE = {"vocab": 257, "embed": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}

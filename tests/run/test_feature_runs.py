@@ -21,14 +21,11 @@ def recipe(path: str, *overrides: str):
 @pytest.mark.parametrize(
     ("feature", "message"),
     [
-        ("hidden_mes(layers={1: 2})", r"unknown objective.feature.feature 'hidden_mes': did you mean hidden_mse"),
         ("hidden_mse(layers={3: 2})", r"objective.feature.feature names layer 3 of the student, .* layers 1 to 2"),
         ("hidden_mse(layers={1: 9})", r"names layer 9 of the teacher, which has layers 1 to 4"),
         ("hidden_mse(layers={})", r"objective.feature.feature: layers must map student layers to teacher layers"),
         ("hidden_mse(layer={1: 2})", r"objective.feature.feature: .*layer"),
-        ("hidden_mse(layers=open('x'))", r"objective.feature.feature must be a name or a call with literals"),
         ("relations(layers={1: 2}, heads=5)", r"objective.feature: heads=5 must divide the student's qq of layer 1"),
-        ("open('x')", r"unknown objective.feature.feature 'open'"),
         ("", r"objective\.feature .*neither"),
     ],
 )
@@ -51,10 +48,10 @@ def test_a_term_is_of_one_kind():
         job.build(dataclasses.replace(still, objective={"ce": e.objective["ce"]}))
 
 
-@pytest.mark.parametrize("name", ["hidden", "cosine", "minilm", "attention", "cka"])
+@pytest.mark.parametrize("name", ["hidden", "attention"])
 def test_every_feature_of_the_recipe_builds(name):
     built = job.build(recipe(f"features.py:{name}"))
-    assert set(built.state.params["objective"]) == ({"feature"} if name in ("hidden", "cosine") else set())
+    assert set(built.state.params["objective"]) == ({"feature"} if name == "hidden" else set())
     for leaf in jax.tree.leaves(built.state.params["objective"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data", None)  # as wide as the model: spread like it
 

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from harness import (
     REPOSITORY,
@@ -23,6 +24,8 @@ from harness import (
 )
 
 from jaxkd.runtime import cluster
+from jaxkd.teachers import codec
+from jaxkd.teachers.store import Store
 
 STEPS = 12
 SILENCE = 12  # seconds after which a process that says nothing is given up
@@ -82,10 +85,24 @@ def assert_close_run(workdir: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(arguments, tmp_path_factory) -> Path:
+def spread(arguments) -> list[str]:
+    return [*arguments, "--config.run.mesh.data=-1"]  # a device of each process
+
+
+@pytest.fixture(scope="module")
+def single(spread, tmp_path_factory) -> Path:
+    """The workdir of the run `undisturbed` by a process of one device: of several the rounding differs."""
+    workdir = tmp_path_factory.mktemp("runs") / "single"
+    result = jaxkd("train", "--workdir", str(workdir), *spread)
+    assert result.returncode == 0, result.stderr
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pair(spread, tmp_path_factory) -> Path:
     """The workdir of the run `undisturbed`, trained by two processes."""
     workdir = tmp_path_factory.mktemp("runs") / "pair"
-    (code, output, errors), (other, silent, said) = Job(2, "train", "--workdir", str(workdir), *arguments).end()
+    (code, output, errors), (other, silent, said) = Job(2, "train", "--workdir", str(workdir), *spread).end()
     assert (code, other) == (0, 0), errors + said
     assert "report.html" in output
     assert "student" not in silent  # the second has nothing to print
@@ -94,16 +111,16 @@ def pair(arguments, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(pair, undisturbed):
-    assert_close_run(pair, undisturbed)
+def test_two_processes_train_as_one_does(pair, single):
+    assert_close_run(pair, single)
     assert json.loads((pair / "run.json").read_text())["processes"] == 2
     assert len(list((pair / "tensorboard").iterdir())) == 1
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_both_devices(pair, arguments, tmp_path):
+def test_two_processes_equal_one_with_both_devices(pair, spread, tmp_path):
     """Bit for bit: a sum of two does not depend on who adds them."""
-    alone = jaxkd("train", "--workdir", str(tmp_path / "alone"), *arguments, devices=2)
+    alone = jaxkd("train", "--workdir", str(tmp_path / "alone"), *spread, devices=2)
     assert alone.returncode == 0, alone.stderr
     assert_same_run(pair, tmp_path / "alone")
 
@@ -128,9 +145,9 @@ def test_evaluation_in_two_processes_is_that_of_the_run_and_export_wants_one(pai
 
 
 @pytest.mark.slow
-def test_rows_that_differ_between_hosts_are_found_by_the_other_and_end_both(arguments, tmp_path):
+def test_rows_that_differ_between_hosts_are_found_by_the_other_and_end_both(spread, tmp_path):
     other = write_domain(tmp_path / "other.jsonl", 7)
-    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, last=(f"--config.data.domains.beta={other}",))
+    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, last=(f"--config.data.domains.beta={other}",))
     (code, _, errors), (other_code, _, said) = job.end(120)
     assert (code, other_code) == (1, 1), errors + said
     assert "jaxkd: error: the rows of the domains differ between hosts: 'beta' is " in said
@@ -138,22 +155,22 @@ def test_rows_that_differ_between_hosts_are_found_by_the_other_and_end_both(argu
 
 
 @pytest.mark.slow
-def test_a_workdir_that_one_host_does_not_see(arguments, tmp_path, monkeypatch):
-    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, last=("--workdir", str(tmp_path / "own")))
+def test_a_workdir_that_one_host_does_not_see(spread, tmp_path, monkeypatch):
+    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, last=("--workdir", str(tmp_path / "own")))
     (code, _, errors), (other, _, said) = job.end(150)
     assert (code, other) == (1, 1), errors + said
-    assert f"process 0 has made {tmp_path / 'own'}, which is not to be seen on" in said
+    assert f"process 0 made {tmp_path / 'own'}" in said
 
 
 @pytest.mark.slow
-def test_a_failure_of_one_while_the_others_are_in_a_collective(pair, arguments, tmp_path):
+def test_a_failure_of_one_while_the_others_are_in_a_collective(pair, spread, tmp_path):
     """Process 0 alone writes, and cannot; the other is on its way into an evaluation that never comes."""
     workdir = shutil.copytree(pair, tmp_path / "pair")
     (workdir / "metrics.jsonl").unlink()
     (workdir / "metrics.jsonl").mkdir()
     more = ["--config.run.steps=15", "--accept-changes"]
     start = time.monotonic()
-    (code, _, errors), (other, _, said) = Job(2, "train", "--workdir", str(workdir), *arguments, *more).end(120)
+    (code, _, errors), (other, _, said) = Job(2, "train", "--workdir", str(workdir), *spread, *more).end(120)
     assert (code, other) == (1, 1), errors + said
     assert errors.splitlines()[-1].startswith("jaxkd: error: Is a directory")
     assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: Is a directory")
@@ -161,13 +178,13 @@ def test_a_failure_of_one_while_the_others_are_in_a_collective(pair, arguments, 
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_names_the_rows_of_all_hosts(arguments, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_rows_of_all_hosts(spread, tmp_path):
     wild = ["--config.optim.lr.peak=1e30", "--config.optim.clip=1e30"]
-    results = Job(2, "train", "--workdir", str(tmp_path / "wild"), *arguments, *wild).end()
+    results = Job(2, "train", "--workdir", str(tmp_path / "wild"), *spread, *wild).end()
     sentences = [re.search(r"(loss|grad_norm|param_norm) is .*", errors)[0] for _, _, errors in results]
     assert [code for code, _, _ in results] == [1, 1]
     assert sentences[0] == sentences[1]
-    assert "Rows, all of which are in metrics.jsonl: step " in sentences[0]
+    assert "metrics.jsonl): step 1: " in sentences[0]
     left = [row["rows"] for row in lines(tmp_path / "wild" / "metrics.jsonl") if "rows" in row]
     assert [sum(map(len, rows.values())) for rows in left] == [8] * len(left)  # of both hosts
 
@@ -176,11 +193,11 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_all_hosts(arguments, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_that_loses_processes_goes_on_with_any_number(undisturbed, arguments, tmp_path):
+def test_a_run_that_loses_processes_goes_on_with_any_number(single, spread, tmp_path):
     """Four, of which one gets SIGTERM; two, of which one is killed; two, of which the coordinator is; then one."""
     workdir = tmp_path / "moving"
     often = "--config.run.checkpoint_every=1"  # steps of milliseconds would be over before a signal comes
-    train = ["train", "--workdir", str(workdir), *arguments, often]
+    train = ["train", "--workdir", str(workdir), *spread, often]
     metrics, evals = workdir / "metrics.jsonl", workdir / "evals.jsonl"
 
     job = Job(4, *train)
@@ -206,30 +223,50 @@ def test_a_run_that_loses_processes_goes_on_with_any_number(undisturbed, argumen
     last = jaxkd(*train)
     assert last.returncode == 0, last.stderr
     assert "resuming at step" in last.stdout
-    assert_close_run(workdir, undisturbed)
+    assert_close_run(workdir, single)
+
+
+def assert_same_cache(one: Store, two: Store) -> None:
+    """The same rows of the same teacher; near ties among the most probable may be decided otherwise."""
+    assert one.manifest == two.manifest
+    for domain, splits in one.manifest["sizes"].items():
+        for split, count in splits.items():
+            stored = [codec.decode_rows(s.layout(split), s.read(domain, split, range(count))) for s in (one, two)]
+            for a, b in zip(*stored, strict=True):
+                a, b = (np.where(np.isfinite(x), x, 0.0) for x in (a, b))
+                close = np.isclose(a, b, atol=5e-3)
+                assert close.all() if split == "valid" else close.mean() > 0.98
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data", "model"])
-def test_cached_teachers_and_a_measuring_rule_in_two_processes(mesh, arguments, tmp_path):
-    """Rows and what a cache adds to them by host; over `model` both hold the same rows."""
+def test_cached_teachers_and_a_measuring_rule_in_two_processes(mesh, spread, tmp_path):
+    """Over `data` each process writes and reads rows of its own; over `model` both hold the same, and one writes."""
     common = [
-        *arguments, "--config.teacher.signal=top_k", "--config.teacher.entries=8", f"--config.run.mesh.{mesh}=2",
-        f"--config.run.mesh.{'data' if mesh == 'model' else 'model'}=1", f"--config.teacher.cache={tmp_path / 'cache'}",
-        "--config.data.mixture=ddk(alpha=0.5)", "--config.run.eval_batch=6",
+        *spread, "--config.teacher.signal=top_k", "--config.teacher.entries=8", f"--config.run.mesh.{mesh}=2",
+        f"--config.run.mesh.{'data' if mesh == 'model' else 'model'}=1", "--config.data.mixture=ddk(alpha=0.5)",
+        "--config.run.eval_batch=6",
     ]  # fmt: skip
-    made = jaxkd("cache", *common, devices=2)
+    cache = lambda name: f"--config.teacher.cache={tmp_path / name}"
+    made = jaxkd("cache", *common, cache("alone"), devices=2)
     assert made.returncode == 0, made.stderr
-    alone = jaxkd("train", "--workdir", str(tmp_path / "alone"), *common, devices=2)
-    assert alone.returncode == 0, alone.stderr
-    for code, _, errors in Job(2, "train", "--workdir", str(tmp_path / "pair"), *common).end():
+    for code, _, errors in Job(2, "cache", *common, cache("together")).end():
         assert code == 0, errors
-    assert_close_run(tmp_path / "pair", tmp_path / "alone")
+    assert_same_cache(Store(tmp_path / "alone"), Store(tmp_path / "together"))
+
+    alone = jaxkd("train", "--workdir", str(tmp_path / "one"), *common, cache("together"), devices=2)
+    assert alone.returncode == 0, alone.stderr
+    (code, output, errors), (other, *_) = Job(
+        2, "train", "--workdir", str(tmp_path / "pair"), *common, cache("together")
+    ).end()
+    assert (code, other) == (0, 0), errors
+    assert "from its teacher" in output  # the cache was checked by both
+    assert_close_run(tmp_path / "pair", tmp_path / "one")
 
 
 @pytest.mark.slow
-def test_interrupt_of_one_stops_all(arguments, tmp_path):
-    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *arguments, "--config.run.steps=400")
+def test_interrupt_of_one_stops_all(spread, tmp_path):
+    job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, "--config.run.steps=400")
     job.wait_for(tmp_path / "w" / "evals.jsonl", 1)
     job.started[1].send_signal(signal.SIGINT)
     found = job.end()
@@ -238,11 +275,11 @@ def test_interrupt_of_one_stops_all(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_notice(arguments, tmp_path):
+def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_notice(spread, tmp_path):
     """Process 1 is stopped for so long that process 0, in a collective with it, gives up; then it hears of it."""
     workdir = tmp_path / "w"
     more = ["--config.run.steps=4000", "--config.run.stall_s=10.0", "--config.run.checkpoint_every=1000"]
-    job = Job(2, "train", "--workdir", str(workdir), *arguments, *more, "--no-check", silence=100)
+    job = Job(2, "train", "--workdir", str(workdir), *spread, *more, "--no-check", silence=100)
     job.wait_for(workdir / "metrics.jsonl", 5)
     job.started[1].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
@@ -253,6 +290,6 @@ def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_
     (code, _, errors), (other, _, said) = job.end(60)
     assert (code, other) == (cluster.EXIT_INTERNAL, cluster.EXIT_INTERNAL), errors + said
     assert time.monotonic() - stopped < 60  # and not when JAX takes a silent process for dead
-    assert "has made no progress for 10 s (run.stall_s=10), so process 0 ends with code 70" in errors
+    assert "run.stall_s=10" in errors
     assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: step ")
     assert not (workdir / "stalled-1.txt").exists()  # it stood still because it could not run

@@ -1,7 +1,6 @@
 """What a rule measures on a mesh, and the state that moves with it."""
 
 import json
-import math
 from typing import NamedTuple
 
 import jax
@@ -157,35 +156,6 @@ def test_gradients_are_those_of_the_rows_that_are_named(make):
         gradients.append(np.concatenate([np.asarray(g).ravel() for g in jax.tree.leaves(slope(student, batch))]))
     expected = [[float(np.dot(a, b)) for b in gradients] for a in gradients]
     np.testing.assert_allclose(products, expected, rtol=1e-4)
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_any_number_of_hosts_reads_the_same_batches_before_and_after_a_re_weighting(make, monkeypatch, processes):
-    """Each pretended host has its share of eight devices; together they read what one host reads."""
-    made = make("ddk()", 8)
-    mixing = begun(made)
-    place, size = batch_sharding(made.job.mesh), made.job.experiment.data.batch
-    everywhere = jax.NamedSharding(made.job.mesh, jax.P(*place.spec[:1])).addressable_devices_indices_map((size,))
-    for interval in range(2):
-        order = mixture.order(mixing.mixture, [len(rows) for rows in made.rows.train], 0, 5 * size)
-        whole = [np.stack([part[step * size : (step + 1) * size] for part in order]) for step in range(5)]
-        for step in range(5):
-            pieces, places = [], []
-            for process in range(processes):
-                mine = {d: index for d, index in everywhere.items() if d.id * processes // 8 == process}
-                with monkeypatch.context() as patch:
-                    patch.setattr(jax.NamedSharding, "addressable_devices_indices_map", lambda self, shape, m=mine: m)
-                    where = loader.local_rows(size, place)
-                domain, row = (part[step * size + where] for part in order)
-                local = loader.read_rows(made.rows.train, domain, row)
-                pieces.append(np.stack([local["domain"], local["row"]], 0))
-                places.append(where)
-            assert np.concatenate(places).tolist() == list(range(size))
-            np.testing.assert_array_equal(np.concatenate(pieces, 1), whole[step])
-        with jax.set_mesh(made.job.mesh):
-            mixing.advance(made.student)
-        assert mixing.mixture.interval == interval + 1
-    assert math.isclose(mixing.mixture.sampling.sum(), 1.0)
 
 
 def test_a_proxy_is_refused_a_teacher_that_says_too_little(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import Background, assert_same_run, final_state, here, jaxkd, lines
+from harness import Background, assert_same_run, final_state, here, lines
 
 from jaxkd.data import rules
 
@@ -14,7 +14,7 @@ DDK = "--config.data.mixture=ddk(alpha=0.5)"
 @pytest.fixture(scope="module")
 def weighed(arguments, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("weighed") / "run"
-    done = jaxkd("train", "--workdir", str(workdir), *arguments, DDK)
+    done = here("train", "--workdir", str(workdir), *arguments, DDK)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -42,14 +42,13 @@ def test_the_first_interval_is_the_pool_and_the_next_follow_the_rule(weighed, un
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [4, 7])
-def test_killed_in_an_interval_equals_undisturbed(step, weighed, arguments, tmp_path):
+def test_killed_in_an_interval_equals_undisturbed(weighed, arguments, tmp_path):
     workdir = tmp_path / "killed"
     run = Background(workdir, [*arguments, DDK])
-    run.wait_for_step(step)
+    run.wait_for_step(7)
     run.process.kill()
     run.finish()
-    done = jaxkd("train", "--workdir", str(workdir), *arguments, DDK)
+    done = here("train", "--workdir", str(workdir), *arguments, DDK)
     assert done.returncode == 0, done.stderr
     assert_same_run(workdir, weighed)
 
@@ -69,7 +68,7 @@ def test_intervals_and_their_cost_are_written_down(weighed):
     assert b"mixture/share/alpha" in events.read_bytes()
     page = (weighed / "report.html").read_text()
     assert "Shares that rows are drawn with" in page
-    assert "The rule measured 2 times" in page
+    assert "rule measured 2 times" in page
 
 
 PROXY = "--config.data.mixture=doremi_proxy(eta=5.0)"
@@ -78,7 +77,7 @@ PROXY = "--config.data.mixture=doremi_proxy(eta=5.0)"
 @pytest.fixture(scope="module")
 def proxy(arguments, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("proxies") / "whole"
-    done = jaxkd("train", "--workdir", str(workdir), *arguments, PROXY)
+    done = here("train", "--workdir", str(workdir), *arguments, PROXY)
     assert done.returncode == 0, done.stderr
     assert "weights of the domains, averaged: alpha=" in done.stdout
     return workdir
@@ -90,7 +89,7 @@ def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp
     run.wait_for_step(7)
     run.process.kill()
     run.finish()
-    done = jaxkd("train", "--workdir", str(tmp_path / "killed"), *arguments, PROXY)
+    done = here("train", "--workdir", str(tmp_path / "killed"), *arguments, PROXY)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "killed", proxy)
     assert (tmp_path / "killed" / "domain_weights.json").read_text() == (proxy / "domain_weights.json").read_text()
@@ -99,12 +98,12 @@ def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp
 @pytest.mark.slow
 def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
     state, _ = final_state(proxy)
-    average = np.frombuffer(state["['groups']['average']"], np.float32)
+    average = np.frombuffer(state["['group_dro']['average']"], np.float32)
     stored = json.loads((proxy / "domain_weights.json").read_text())
     np.testing.assert_allclose(list(stored["weights"].values()), average / average.sum(), rtol=1e-6)
     # Metrics hold the weights that a step was made with; the last update is in the state alone.
     used = [[row["weight/alpha"], row["weight/beta"]] for row in lines(proxy / "metrics.jsonl")]
-    last = np.exp(np.frombuffer(state["['groups']['log_weights']"], np.float32))
+    last = np.exp(np.frombuffer(state["['group_dro']['log_weights']"], np.float32))
     np.testing.assert_allclose(np.mean([*used[1:], last], 0), average, rtol=1e-5)
     assert used[0] == [0.5, 0.5]
     assert len({tuple(pair) for pair in used}) == 12  # at every step
@@ -112,7 +111,7 @@ def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
 
 @pytest.mark.slow
 def test_the_second_run_draws_by_them_and_says_early_what_is_missing(proxy, arguments, tmp_path):
-    alone = [*arguments, "--config.run.mesh.data=1", "--config.run.eval_every=0"]
+    alone = [*arguments, "--config.run.eval_every=0"]
     second = [*alone, f"--config.data.mixture=doremi('{proxy}')"]
     done = here("train", "--workdir", str(tmp_path / "second"), *second)
     assert done.returncode == 0, done.stderr

@@ -1,18 +1,20 @@
 """What is looked at before a run: real exports that fit, and each way in which they do not."""
 
-import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import here, lines, random_params, tiny_arguments, write_domain
+from harness import fails, here, lines, random_params
+from safetensors.numpy import load_file, save_file
 
 from jaxkd.core.types import Batch
+from jaxkd.data import tokenize
 from jaxkd.models import transformer
+from jaxkd.models.export import export
 from jaxkd.models.transformer import Config
 from jaxkd.run import preflight
 from jaxkd.run.open_models import Model, Models
@@ -26,30 +28,15 @@ CHATML = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("preflight")
-
-
-@pytest.fixture(scope="module")
-def arguments(place) -> list[str]:
-    domains = {name: write_domain(place / f"{name}.jsonl", seed) for seed, name in enumerate(("law", "code"))}
-    return tiny_arguments(domains, place / "rows", "--config.run.mesh.data=1")
-
-
-@pytest.fixture(scope="module")
-def exports(place, arguments) -> dict[str, Path]:
-    """A student early and late in its training, as directories of their own."""
-    done = here(
-        "train", "--workdir", str(place / "run"), *arguments, "--config.run.steps=12",
-        "--config.run.checkpoint_every=2", "--config.run.keep_checkpoints=9",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = {}
-    for name, step in (("early", 2), ("late", 12)):
-        found[name] = place / name
-        done = here("export", "--workdir", str(place / "run"), "--output", str(place / name), "--step", str(step))
-        assert done.returncode == 0, done.stderr
-    return found
+def exports(arguments, undisturbed, tmp_path_factory) -> dict[str, Path]:
+    """A student before its training and after it, as directories of their own."""
+    place, own = tmp_path_factory.mktemp("exports"), tokenize.byte_tokenizer()
+    config = Config(257, 32, 2, 4, 2, 8, 64)
+    export(
+        place / "early", config, random_params(config, 0), tokenizer_json=own.json, generation=own.generation, card={}
+    )
+    assert here("export", "--workdir", str(undisturbed), "--output", str(place / "late")).returncode == 0
+    return {name: place / name for name in ("early", "late")}
 
 
 def models(teacher: Path, student: Path) -> list[str]:
@@ -61,7 +48,7 @@ def models(teacher: Path, student: Path) -> list[str]:
     ]
 
 
-def test_models_that_fit_are_told_so(place, arguments, exports):
+def test_models_that_fit_are_told_so(arguments, exports):
     done = here("check", *arguments, *models(exports["late"], exports["early"]))
     assert done.returncode == 0, done.stderr
     for expected in ("tokenizers", "two passes", "held-out rows: teacher", "teacher: loss changed", "MFLOP"):
@@ -69,62 +56,40 @@ def test_models_that_fit_are_told_so(place, arguments, exports):
 
 
 @pytest.mark.slow
-def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(place, arguments, exports):
-    command = ["train", "--workdir", str(place / "swapped"), *arguments, *models(exports["early"], exports["late"])]
-    done = here(*command, "--config.run.steps=2")
-    assert done.returncode == 1
-    assert "worse than the student's" in done.stderr
-    assert not (place / "swapped" / "metrics.jsonl").exists() or not lines(place / "swapped" / "metrics.jsonl")
-    done = here(*command, "--config.run.steps=2", "--no-check")
+def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(arguments, exports, tmp_path):
+    swapped = models(exports["early"], exports["late"])
+    command = ["train", "--workdir", str(tmp_path / "run"), *arguments, *swapped, "--config.run.steps=2"]
+    assert "worse than the student's" in fails(*command)
+    assert not lines(tmp_path / "run" / "metrics.jsonl")
+    done = here(*command, "--no-check")
     assert done.returncode == 0, done.stderr
 
 
-def damaged(source: Path, target: Path, change) -> Path:
-    """A copy of a model's directory, of which one tensor is changed."""
-    from safetensors.numpy import load_file, save_file
-
-    shutil.copytree(source, target)
-    (file,) = target.glob("*.safetensors")
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    return target
+def test_weights_that_only_look_like_a_model_are_found(arguments, exports, tmp_path):
+    teacher = shutil.copytree(exports["late"], tmp_path / "loud")
+    tensors = load_file(teacher / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * -40}, teacher / "model.safetensors")
+    assert "no better than guessing" in fails("check", *arguments, *models(teacher, exports["early"]))
 
 
-def test_weights_that_only_look_like_a_model_are_found(place, arguments, exports):
-    def loud(tensors):
-        tensors["model.norm.weight"] = tensors["model.norm.weight"] * -40
+def test_chat_templates_are_compared_by_what_they_write():
+    def check(**templates):
+        side = lambda text: MODEL._replace(
+            tokenizer=replace(own, generation=replace(own.generation, templates={"default": text}))
+        )
+        sides = {name: side(text) for name, text in templates.items()}
+        return preflight._chat(Models(sides["student"], {"teacher": sides["teacher"]}, own, own.vocab))
 
-    teacher = damaged(exports["late"], place / "loud", loud)
-    done = here("check", *arguments, *models(teacher, exports["early"]))
-    assert done.returncode == 1
-    assert "no better than guessing" in done.stderr
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_chat_templates_are_compared_by_what_they_write(place, arguments, exports, same):
-    sides = {}
-    for side, text in (
-        ("late", CHATML),
-        ("early", CHATML.replace("<|{{ m.role }}|>", "<|{{ m['role'] }}|>" if same else "{{ m.role }}: ")),
-    ):
-        sides[side] = place / f"chat-{side}-{same}"
-        shutil.copytree(exports[side], sides[side])
-        file = sides[side] / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": text}))
-    done = here("check", *arguments, *models(sides["late"], sides["early"]))
-    if same:
-        assert "render the same text" in done.stdout, done.stderr
-    else:
-        assert done.returncode == 1
-        assert "from character 0 on: '<|user|>" in done.stderr
-        assert "'user: What" in done.stderr
+    own = tokenize.byte_tokenizer()
+    assert "render the same text" in check(teacher=CHATML, student=CHATML.replace("m.role", "m['role']"))
+    with pytest.raises(ValueError, match=r"character 0 on: '<\|user\|>.*'user: What"):
+        check(teacher=CHATML, student=CHATML.replace("<|{{ m.role }}|>", "{{ m.role }}: "))
 
 
 # ------------------------------------------------------------------------------- one forward pass
 
 CONFIG = Config(vocab=50, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=16, vocab_multiple=64)
-MODELS = Models(None, {}, SimpleNamespace(vocab=50), 50)
+MODEL = Model(CONFIG, *[None] * 4)
 
 
 def batch() -> Batch:
@@ -136,9 +101,7 @@ def batch() -> Batch:
 
 
 def looked_at(forward) -> str:
-    return preflight._forward(
-        "teacher", Model(CONFIG, forward, None, None, None), random_params(CONFIG, 0, 0.5), batch(), 50
-    )
+    return preflight._forward("teacher", MODEL._replace(forward=forward), random_params(CONFIG, 0, 0.5), batch(), 50)
 
 
 def test_a_sound_forward_pass_is_untouched_by_padding():
@@ -170,6 +133,6 @@ def test_two_passes_that_differ_are_found():
         *[jnp.asarray(x) for x in (next(calls), *[1.0] * (len(preflight.compare.Sums._fields) - 1))]
     )
     teachers = Teachers(no_teacher(), no_teacher())
-    loaded = preflight.Loaded(MODELS, None, {}, teachers, {}, {}, sums)
+    loaded = preflight.Loaded(Models(MODEL, {}, None, 50), None, {}, teachers, {}, {}, sums)
     with pytest.raises(ValueError, match="two passes"):
         list(preflight._losses(loaded, batch()))

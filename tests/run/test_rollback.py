@@ -69,9 +69,9 @@ def test_later_steps_are_set_aside_whole_and_named_and_can_be_put_back(workdir):
     first, on, undo = done.stdout.splitlines()
     assert "step 3 " in first
     assert f"{place}: 6 as 6.aside, 9 as 9.aside" in first
-    assert "goes on from step 3" in on
+    assert "resumes from step 3" in on
     assert "--accept-changes" in on
-    assert undo == "to undo this before that, rename 6.aside to 6, 9.aside to 9"
+    assert undo.endswith("rename 6.aside to 6, 9.aside to 9")
     assert Checkpoints(place, read_only=True).steps() == [3]
     for step in ("6", "9"):
         (place / f"{step}.aside").rename(place / step)
@@ -80,47 +80,33 @@ def test_later_steps_are_set_aside_whole_and_named_and_can_be_put_back(workdir):
 
 
 def test_to_the_best(workdir):
-    done = rollback(workdir, "best")
-    assert "step 6 is the newest" in done.stdout
+    assert "step 6 is the newest" in rollback(workdir, "best").stdout
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps() == [3, 6]
-    again = rollback(workdir, "6")
-    assert "step 6 is already the newest" in again.stdout
+    assert "step 6 is already the newest" in rollback(workdir, "6").stdout
 
 
-def test_a_step_that_is_not_there_is_refused_with_those_that_are(workdir, tmp_path):
+def test_a_step_that_is_not_there_or_not_whole_is_refused(workdir, tmp_path, monkeypatch):
     assert_refused(workdir, "5", f"there is no checkpoint {workdir}/checkpoints/5; existing steps: 3, 6, 9")
-    assert_refused(workdir, "last", "--step last is no checkpoint: give a number of steps, or best")
+    assert_refused(workdir, "last", "--step last is no checkpoint")
     assert "holds no run" in rollback(tmp_path / "nothing", "3").stderr
     assert not (tmp_path / "nothing").exists()
 
-
-@pytest.mark.parametrize("leaf", [0, 1, 2])
-def test_a_damaged_step_is_refused_wherever_it_is(workdir, leaf, monkeypatch):
     monkeypatch.setattr("jaxkd.train.orbax_io._PORTION", 5000)  # so that the arrays take several portions
-    array = np.asarray([state_of(6).params["student"]["w"], *jax.tree.leaves(state_of(6).opt_state)][leaf])
-    raw, step = array.tobytes(), workdir / "checkpoints" / "6"
+    raw, step = np.asarray(state_of(6).opt_state[1][0]).tobytes(), workdir / "checkpoints" / "6"
     [file] = [f for f in (step / "train").rglob("*") if f.is_file() and raw in f.read_bytes()]
     content = bytearray(file.read_bytes())
     content[content.index(raw) + len(raw) // 2] ^= 1
     file.write_bytes(content)
-    name = ("params.student.w", "opt_state.0", "opt_state.1.0")[leaf]
-    assert_refused(workdir, "6", f"{step} cannot be restored: {name} read from it differ from what was saved")
+    assert_refused(workdir, "6", f"{step} cannot be restored: opt_state.1.0 ")
+    (workdir / "checkpoints" / "9" / "mixture" / "metadata").write_text("{}")
+    assert_refused(workdir, "9", "9 cannot be restored: its mixture ")
     assert rollback(workdir, "3").returncode == 0
 
 
-def test_a_step_without_its_values_is_refused(workdir):
-    (workdir / "checkpoints" / "6" / "mixture" / "metadata").write_text("{}")
-    assert_refused(workdir, "6", "6 cannot be restored: its mixture differs from what was saved (checksum)")
-
-
-def test_a_run_that_goes_on_here_is_left_alone(workdir):
+def test_a_run_in_progress_is_left_alone(workdir):
+    """On this host the lock tells; between hosts the heartbeat does, a file that all of them see."""
     with workdirs.lock(workdir):
         assert_refused(workdir, "3", f"a run is in progress in {workdir}, on this host")
-    assert rollback(workdir, "3").returncode == 0
-
-
-def test_a_run_that_goes_on_elsewhere_is_left_alone_while_it_beats(workdir):
-    """A lock is not to be relied on between hosts; the heartbeat is a file that all of them see."""
     beat = {"time": time.time() - 4, "phase": "steps", "step": 9, "since": 0.0, "pid": os.getpid()}
     (workdir / "heartbeat.json").write_text(json.dumps(beat))
     (workdir / ".lock").write_text("pod-7 4711 abc")
@@ -129,7 +115,7 @@ def test_a_run_that_goes_on_elsewhere_is_left_alone_while_it_beats(workdir):
         (workdir / "heartbeat.json").write_text(json.dumps(beat | over))
         assert rollback(workdir, "9").returncode == 0
     (workdir / "heartbeat.json").write_text(json.dumps(beat))
-    (workdir / ".lock").write_text(f"{platform.node()} 4711 abc")  # of this host the lock is proof: it was killed
+    (workdir / ".lock").write_text(f"{platform.node()} 4711 abc")  # of a process that was killed here
     assert rollback(workdir, "3").returncode == 0
 
 
@@ -137,7 +123,7 @@ def test_one_of_several_processes_is_refused(workdir, monkeypatch):
     monkeypatch.setenv("JAXKD_COORDINATOR", "10.0.0.2:8476")
     monkeypatch.setenv("JAXKD_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAXKD_PROCESS_ID", "1")
-    assert_refused(workdir, "3", "renames directories from one process: start it on one host, by itself")
+    assert_refused(workdir, "3", "start it on one host")
 
 
 def test_marks_follow_checkpoints_that_are_elsewhere(saved, arguments, tmp_path):
@@ -147,7 +133,8 @@ def test_marks_follow_checkpoints_that_are_elsewhere(saved, arguments, tmp_path)
     )
     for step in (3, 6, 9):
         (workdir / "checkpoints" / str(step)).mkdir(parents=True)
-    assert f"Set aside under {elsewhere}: 6 as 6.aside, 9 as 9.aside" in rollback(workdir, "3").stdout
+        (workdir / "checkpoints" / str(step) / "commit_success.txt").touch()
+    assert f"under {elsewhere}: 6 as 6.aside, 9 as 9.aside" in rollback(workdir, "3").stdout
     assert sorted(path.name for path in elsewhere.iterdir()) == ["3", "6.aside", "9.aside"]
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
     elsewhere.rename(tmp_path / "unmounted")

@@ -43,6 +43,12 @@ def test_a_finished_run_stands_alone(trained, tmp_path, monkeypatch):
     whole = good("evaluate", "--workdir", run)
     good("export", "--workdir", run, "--output", "before")
 
+    record = root / "run" / "student" / "jaxkd.json"
+    text = record.read_text()
+    record.write_text(text[:20])
+    assert str(record) in here("export", "--workdir", run, "--output", "torn").stderr
+    record.write_text(text)
+
     shutil.rmtree(root / "cache")  # the teacher runs instead
     assert good("evaluate", "--workdir", run) == whole
 

@@ -1,11 +1,11 @@
-"""Whole runs in processes of their own: what they write, refuse and hand on."""
+"""Whole runs: what they write, refuse and hand on."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from harness import final_state, here, jaxkd, lines, logged
+from harness import here, jaxkd, lines, logged
 
 from jaxkd.report import records
 
@@ -75,7 +75,7 @@ def test_torn_state_files_do_not_end_a_run(undisturbed, arguments, tmp_path):
 def test_another_mesh_gives_the_same_rows_and_nearly_the_same_losses(undisturbed, arguments, tmp_path):
     workdir = tmp_path / "sharded"
     options = ["--config.run.mesh.data=4", "--config.run.mesh.model=2"]
-    result = jaxkd("train", "--workdir", str(workdir), *arguments, *options, devices=8)
+    result = here("train", "--workdir", str(workdir), *arguments, *options)
     assert result.returncode == 0, result.stderr
     pairs = list(zip(logged(workdir), logged(undisturbed), strict=True))
     assert all(a["tokens"] == b["tokens"] for a, b in pairs)
@@ -118,23 +118,12 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_an_exported_student_continues_as_a_checkpoint(undisturbed, arguments, tmp_path):
     student = tmp_path / "student"
-    assert jaxkd("export", "--workdir", str(undisturbed), "--output", str(student)).returncode == 0
+    assert here("export", "--workdir", str(undisturbed), "--output", str(student)).returncode == 0
     more = ["--config.student.layers=()", f"--config.student.path={student}", f"--config.data.tokenizer={student}"]
-    result = jaxkd("train", "--workdir", str(tmp_path / "on"), *arguments, *more, "--config.run.steps=1")
+    result = here("train", "--workdir", str(tmp_path / "on"), *arguments, *more, "--config.run.steps=1")
     assert result.returncode == 0, result.stderr
     first, last = lines(tmp_path / "on" / "evals.jsonl")[2], lines(undisturbed / "evals.jsonl")[-1]
     assert first["student_nats"] == pytest.approx(last["student_nats"], rel=1e-5)
-
-    # Two tokens swap their ids: the size still fits, the text would be nonsense to the model.
-    other = tmp_path / "other"
-    shutil.copytree(student, other)
-    definition = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = definition["model"]["vocab"]
-    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-    (other / "tokenizer.json").write_text(json.dumps(definition))
-    result = jaxkd("prepare", *arguments, *more, f"--config.data.tokenizer={other}")
-    assert result.returncode == 1
-    assert "the student's own" in result.stderr
 
 
 def test_the_numbers_are_what_they_were(undisturbed):
@@ -162,42 +151,15 @@ def test_every_option_of_the_template_in_one_sharded_run(arguments, tmp_path):
     ]
     workdir = tmp_path / "template"
     first = [*arguments, *options, "--config.run.steps=4"]
-    result = jaxkd("train", "--workdir", str(workdir), *first, devices=8)
+    result = here("train", "--workdir", str(workdir), *first)
     assert result.returncode == 0, result.stderr
     assert "3 of 4 layers" in result.stdout
     assert len(json.loads((workdir / "run.json").read_text())["student"]["kept_layers"]) == 3
     longer = [*arguments, *options, "--config.run.steps=6"]
-    result = jaxkd("train", "--workdir", str(workdir), *longer, "--accept-changes", devices=8)
+    result = here("train", "--workdir", str(workdir), *longer, "--accept-changes")
     assert result.returncode == 0, result.stderr
     assert "changed: run.steps: 4 -> 6" in result.stdout
     assert [row["step"] for row in lines(workdir / "metrics.jsonl")] == [2, 4, 6]
-    # Looked at on a machine without that mesh:
+    # On a machine without that mesh:
     result = jaxkd("evaluate", "--workdir", str(workdir))
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.slow
-def test_a_student_of_random_weights(arguments, tmp_path):
-    shape = {"vocab": 257, "embed": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 32}
-    options = [f"--config.student.shape.{key}={value}" for key, value in shape.items()]
-    options += ["--config.student.path=random", "--config.student.layers=()", "--config.run.steps=2"]
-    result = jaxkd("train", "--workdir", str(tmp_path / "random"), *arguments, *options)
-    assert result.returncode == 0, result.stderr
-    assert "student: random, 1 layers" in result.stdout
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(arguments, tmp_path):
-    workdir = tmp_path / "diverged"
-    more = [
-        "--config.run.mesh.data=1",
-        "--config.optim.lr.peak=1e30",
-        "--config.optim.clip=0.0",
-        "--config.optim.weight_decay=1e20",
-    ]
-    result = here("train", "--workdir", str(workdir), *arguments, *more)
-    assert result.returncode == 1
-    assert "is nan at step" in result.stderr or "is inf at step" in result.stderr
-    assert "Traceback" not in result.stderr
-    for path in (workdir / "checkpoints").glob("[0-9]*"):
-        state, _ = final_state(workdir, int(path.name))
-        assert all(np.isfinite(np.frombuffer(b, np.float32)).all() for key, b in state.items() if "student" in key)
