@@ -8,13 +8,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import fails, here, lines, random_params
+from harness import fails, here, lines_so_far, random_params
 from safetensors.numpy import load_file, save_file
 
 from jaxkd.core.types import Batch
 from jaxkd.data import tokenize
 from jaxkd.models import transformer
-from jaxkd.models.export import export
 from jaxkd.models.transformer import Config
 from jaxkd.run import preflight
 from jaxkd.run.open_models import Model, Models
@@ -27,16 +26,20 @@ CHATML = (
 )
 
 
+def changed(source: Path, target: Path, norm: float) -> Path:
+    """A copy of a model whose last norm's scale is multiplied."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * norm}, target / "model.safetensors")
+    return target
+
+
 @pytest.fixture(scope="module")
-def exports(arguments, undisturbed, tmp_path_factory) -> dict[str, Path]:
-    """A student before its training and after it, as directories of their own."""
-    place, own = tmp_path_factory.mktemp("exports"), tokenize.byte_tokenizer()
-    config = Config(257, 32, 2, 4, 2, 8, 64)
-    export(
-        place / "early", config, random_params(config, 0), tokenizer_json=own.json, generation=own.generation, card={}
-    )
+def exports(undisturbed, tmp_path_factory) -> dict[str, Path]:
+    """A trained student and one that is less sure of what it knows, as directories of their own."""
+    place = tmp_path_factory.mktemp("exports")
     assert here("export", "--workdir", str(undisturbed), "--output", str(place / "late")).returncode == 0
-    return {name: place / name for name in ("early", "late")}
+    return {"late": place / "late", "early": changed(place / "late", place / "early", 0.3)}
 
 
 def models(teacher: Path, student: Path) -> list[str]:
@@ -60,15 +63,13 @@ def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(argumen
     swapped = models(exports["early"], exports["late"])
     command = ["train", "--workdir", str(tmp_path / "run"), *arguments, *swapped, "--config.run.steps=2"]
     assert "worse than the student's" in fails(*command)
-    assert not lines(tmp_path / "run" / "metrics.jsonl")
+    assert not lines_so_far(tmp_path / "run")
     done = here(*command, "--no-check")
     assert done.returncode == 0, done.stderr
 
 
 def test_weights_that_only_look_like_a_model_are_found(arguments, exports, tmp_path):
-    teacher = shutil.copytree(exports["late"], tmp_path / "loud")
-    tensors = load_file(teacher / "model.safetensors")
-    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * -40}, teacher / "model.safetensors")
+    teacher = changed(exports["late"], tmp_path / "loud", -40)
     assert "no better than guessing" in fails("check", *arguments, *models(teacher, exports["early"]))
 
 
