@@ -94,12 +94,7 @@ class Program:
                     self._visit(part, times, looped, False)
 
     def trips(self, loop: Instruction, around: list[Instruction]) -> int:
-        """Trip count of a `while`: the compiler's annotation, or from its counter's bound, step and start.
-
-        Args:
-            loop: the instruction.
-            around: the computation that it stands in.
-        """
+        """Trip count of a `while` in `around`: annotated by the compiler, or from its counter's bound, step, start."""
         if annotated := re.search(r'known_trip_count\\?"?[:=]\s*\{\\?"?n\\?"?:\s*\\?"?(\d+)', loop.attributes):
             return int(annotated[1])
         parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", loop.attributes))

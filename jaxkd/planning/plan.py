@@ -90,32 +90,33 @@ class Plan(NamedTuple):
         """Of a step."""
         return self.job.experiment.data.batch * self.job.experiment.data.length
 
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOPs (rematerialisation and masked attention excluded) over the devices' peak, at best."""
-        if self.estimate is None:
-            return None
-        peak = self.topology.chip.flops * self.job.mesh.size
-        return self.flops.model / self.estimate.step_s / peak
+    def rates(self) -> dict[str, Any]:
+        """What follows from the time of a step, at best; values are None where the step does not fit.
 
-    @property
-    def hours(self) -> float | None:
-        """Of all training steps, at best; without evaluations and checkpoints."""
-        return None if self.estimate is None else self.estimate.step_s * self.job.experiment.run.steps / 3600
-
-    @property
-    def chip_hours(self) -> float | None:
-        """Hours times chips; a chip of two devices counts once."""
-        return None if self.hours is None else self.hours * self.topology.chips
-
-    @property
-    def traffic(self) -> float | None:
-        """Bytes between a device and its HBM, per step."""
-        return None if self.estimate is None else self.estimate.memory * self.topology.chip.bandwidth
+        `mfu` is model FLOPs (without rematerialisation and masked attention) over the peak. `hours` are of all training
+        steps, without evaluations; in `chip_hours` a chip of two devices counts once. `hbm_gb` is per device and step.
+        """
+        names = ("step_s", "tokens_per_s", "mfu", "bound", "exposed_s", "hours", "chip_hours", "hbm_gb")
+        t, chip = self.estimate, self.topology.chip
+        if t is None:
+            return dict.fromkeys(names)
+        mfu = self.flops.model / t.step_s / (chip.flops * self.job.mesh.size)
+        hours = t.step_s * self.job.experiment.run.steps / 3600
+        traffic = t.memory * chip.bandwidth / 1e9
+        values = (
+            t.step_s,
+            self.tokens / t.step_s,
+            mfu,
+            t.bound,
+            t.exposed,
+            hours,
+            hours * self.topology.chips,
+            traffic,
+        )
+        return dict(zip(names, values, strict=True))
 
     def json(self) -> dict[str, Any]:
-        """As a JSON object: bytes and `hbm_gb` are per device, FLOPs of a step on all devices."""
-        time = self.estimate
+        """As a JSON object: bytes are per device, FLOPs of a step on all devices."""
         return {
             "topology": self.topology.name,
             "slices": self.topology.slices,
@@ -124,16 +125,7 @@ class Plan(NamedTuple):
             "hbm_bytes": self.memory._asdict(),
             "flops": {"model": self.flops.model, "teacher": self.flops.teacher, "student": self.flops.student},
             "collectives": [dataclasses.asdict(c) for c in self.collectives],
-            "estimate": {
-                "step_s": time and time.step_s,
-                "tokens_per_s": time and self.tokens / time.step_s,
-                "mfu": self.mfu,
-                "bound": time and time.bound,
-                "exposed_s": time and time.exposed,
-                "hours": self.hours,
-                "chip_hours": self.chip_hours,
-                "hbm_gb": None if self.traffic is None else self.traffic / 1e9,
-            },
+            "estimate": self.rates(),
         }
 
 
@@ -201,11 +193,7 @@ def build(e: Experiment, devices: Sequence[Any]) -> Job:
 
 
 def plan(built: Job, topology: Topology) -> Plan:
-    """Compile a job's step. If its arguments alone exceed a device's memory, nothing is compiled.
-
-    Args:
-        built: a job on the slice's devices.
-        topology: the slice.
+    """Compile the step of a job on a slice's devices. If its arguments alone exceed their memory, nothing is compiled.
 
     Raises:
         OnChipOom: a kernel needs more on-chip memory than there is, whatever the size of the job.

@@ -45,9 +45,8 @@ def lines(p: Plan) -> list[str]:
 
 def _time(p: Plan) -> list[str]:
     """What the program exchanges and moves, and the times that follow."""
-    t, steps, text = p.estimate, p.job.experiment.run.steps, []
+    t, rates, text = p.estimate, p.rates(), []
     assert t is not None
-    assert p.traffic is not None
     largest = max((c.bytes * c.count for c in p.collectives), default=0)
     for c in p.collectives:
         if c.bytes * c.count * 100 >= largest:
@@ -56,19 +55,18 @@ def _time(p: Plan) -> list[str]:
             text.append(f"exchange  {c.op} over {c.axis}: {binary(c.bytes)} x {c.count:,}, {where}, {overlap}")
     network = f", dcn {digits(t.network)}" if p.topology.slices > 1 else ""
     text += [
-        f"traffic   {digits(p.traffic / 1e9)} GB a step between a device and its HBM",
+        f"traffic   {digits(rates['hbm_gb'])} GB a step between a device and its HBM",
         f"time      at least {digits(t.step_s)} s a step, bound by {t.bound}: compute {digits(t.compute)}, hbm "
         f"{digits(t.memory)}, ici {digits(t.links)}{network}, exposed {digits(t.exposed)}",
     ]
     if p.topology.slices > 1 and p.topology.chip.dcn is None:
         text.append(f"          without the network: its rate for {p.topology.generation.name} is not published")
-    text.append(f"speed     at most {p.tokens / t.step_s:,.0f} tokens/s, MFU {p.mfu:.1%}")
+    text.append(f"speed     at most {rates['tokens_per_s']:,.0f} tokens/s, MFU {rates['mfu']:.1%}")
     teacher = p.job.experiment.teacher
     if teacher.signal == "token" and not teacher.cache:
         text.append("          without the rollout before each step, whose memory is counted and whose time is not")
-    whole = t.step_s * steps
-    cost = f"{duration(whole)}, {duration(whole * p.topology.chips, 'chip-')}"
-    return [*text, f"run       {steps:,} steps: at least {cost}"]
+    cost = f"{duration(3600 * rates['hours'])}, {duration(3600 * rates['chip_hours'], 'chip-')}"
+    return [*text, f"run       {p.job.experiment.run.steps:,} steps: at least {cost}"]
 
 
 def binary(size: float) -> str:
@@ -86,6 +84,7 @@ def digits(value: float) -> str:
 
 
 def duration(seconds: float, unit: str = "") -> str:
-    """Hours, minutes or seconds, whichever is at least 1; `unit` goes before the name, as in chip-hours."""
-    size, name = next(((s, n) for s, n in ((3600, "hours"), (60, "minutes")) if seconds >= s), (1, "seconds"))
+    """In the largest unit of which it is at least 1, from hours to microseconds; `unit` precedes it: chip-hours."""
+    units = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"), (1e-3, "milliseconds"), (1e-6, "microseconds"))
+    size, name = next((u for u in units if seconds >= u[0]), units[-1])
     return f"{digits(seconds / size)} {unit}{name}"

@@ -1,6 +1,7 @@
 """Searches for faster settings on a slice: compiles candidates and ranks them by the compiler's own figures."""
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,10 @@ from jaxkd.planning.plan import Plan
 from jaxkd.planning.topology import Topology
 from jaxkd.run.job import Job
 
+SETTINGS = (
+    *("run.mesh.data", "run.mesh.model", "run.mesh.context", "run.mesh.teacher", "teacher.sharding"),
+    *("student.sharding", "run.remat", "optim.micro_batches", "run.eval_batch"),
+)
 _WIDEST = 16  # devices on the `model` and `teacher` axes together: beyond it every layer waits for all-reduces
 
 
@@ -76,21 +81,16 @@ class Suggestion(NamedTuple):
 def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str], None]) -> Suggestion:
     """Compile the recipe on the whole slice, then variants of the best candidate so far that differ in one setting.
 
-    Ends when no variant of the best is left, or when another compilation as long as the last would exceed the budget.
-
-    Args:
-        e: the recipe; its mesh is extended to the whole slice.
-        topology: the slice.
-        budget: seconds for compiling; one candidate is compiled whatever it is.
-        say: called with a line per candidate.
+    Ends when no variant of the best is left, or when another compilation as long as the last would exceed the budget,
+    in seconds; one candidate is compiled whatever it is. `say` is called with a line per candidate.
 
     Raises:
         ValueError: no mesh of the slice divides the batch.
         OnChipOom: every candidate ran out of on-chip memory.
     """
     began = time.monotonic()
-    widths = (1, 2, 4, 8, 16)
-    first = next(filter(None, (_fitted(_axis(e, "model", e.run.mesh.model * n), topology) for n in widths)), None)
+    wider = (_with(e, "run.mesh.model", e.run.mesh.model * n) for n in (1, 2, 4, 8, 16))
+    first = next(filter(None, (_fitted(x, topology) for x in wider)), None)
     if first is None:
         raise ValueError(
             f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name}: with {topology.devices} "
@@ -124,26 +124,21 @@ def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str
 def _variants(best: Tried, topology: Topology) -> Iterator[Experiment]:
     """Experiments that differ in one setting: where the best fits those that may be faster, else with less memory."""
     e, fits = best.experiment, best.plan is not None and best.plan.fits
-    mesh, parts = e.run.mesh, e.optim.micro_batches
-    counts = [n for n in range(1, _rows(e, topology) + 1) if _rows(e, topology) % n == 0]
+    sizes = _sizes(e, topology)
+    rows, parts = e.data.batch // math.prod(sizes[name] for name in sharding.ROWS), e.optim.micro_batches
+    counts = [n for n in range(1, rows + 1) if rows % n == 0]
     counts = [n for n in reversed(counts) if n < parts] if fits else [n for n in counts if n > parts]
-    changed = [dataclasses.replace(e, optim=dataclasses.replace(e.optim, micro_batches=n)) for n in counts[:1]]
-    changed.append(dataclasses.replace(e, run=dataclasses.replace(e.run, remat="none" if fits else "layer")))
+    changes: list[tuple[str, Any]] = [("optim.micro_batches", n) for n in counts[:1]]
+    changes.append(("run.remat", "none" if fits else "layer"))
     if e.teacher.models and not e.teacher.members:
-        table = "replicated" if fits else "fsdp"
-        changed.append(dataclasses.replace(e, teacher=dataclasses.replace(e.teacher, sharding=table)))
-    if not fits:
-        changed.append(dataclasses.replace(e, student=dataclasses.replace(e.student, sharding="fsdp")))
+        changes.append(("teacher.sharding", "replicated" if fits else "fsdp"))
+    changes += [] if fits else [("student.sharding", "fsdp")]
     axes = ["model", *(["teacher"] if best.plan and _large_teacher(best.plan.job) else [])]
-    changed += [_axis(e, axis, 2 * getattr(mesh, axis)) for axis in axes if 2 * mesh.model * mesh.teacher <= _WIDEST]
-    changed += [_axis(e, a, getattr(mesh, a) // 2) for a in (*axes, "context") if fits and getattr(mesh, a) % 2 == 0]
-    changed += [] if fits else [_axis(e, "context", 2 * mesh.context)]
-    yield from filter(None, (_fitted(c, topology) for c in changed))
-
-
-def _axis(e: Experiment, axis: str, size: int) -> Experiment:
-    mesh = dataclasses.replace(e.run.mesh, **{axis: size})
-    return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=mesh))
+    if 2 * sizes["model"] * sizes["teacher"] <= _WIDEST:
+        changes += [(f"run.mesh.{axis}", 2 * sizes[axis]) for axis in axes]
+    changes += [(f"run.mesh.{a}", sizes[a] // 2) for a in (*axes, "context") if fits and sizes[a] % 2 == 0]
+    changes += [] if fits else [("run.mesh.context", 2 * sizes["context"])]
+    yield from filter(None, (_fitted(_with(e, key, value), topology) for key, value in changes))
 
 
 def _sizes(e: Experiment, topology: Topology) -> dict[str, int]:
@@ -154,12 +149,6 @@ def _sizes(e: Experiment, topology: Topology) -> dict[str, int]:
     return dict(zip(sharding.MESH_AXES, (replica, data, mesh.context, mesh.teacher, mesh.model), strict=True))
 
 
-def _rows(e: Experiment, topology: Topology) -> int:
-    """Rows of a batch on each device."""
-    sizes = _sizes(e, topology)
-    return e.data.batch // math.prod(sizes[name] for name in sharding.ROWS)
-
-
 def _fitted(e: Experiment, topology: Topology) -> Experiment | None:
     """On the whole slice, with micro-batches and evaluation rows that divide over it; None where the batch does not."""
     sizes = _sizes(e, topology)
@@ -168,34 +157,28 @@ def _fitted(e: Experiment, topology: Topology) -> Experiment | None:
     if not whole or e.data.batch % over or e.data.length % sizes["context"]:
         return None
     rows = e.data.batch // over
-    parts = max(n for n in range(1, min(e.optim.micro_batches, rows) + 1) if rows % n == 0)
-    e = e if e.run.mesh.data == sizes["data"] else _axis(e, "data", -1)
-    run = dataclasses.replace(e.run, eval_batch=-(-e.run.eval_batch // over) * over)
-    return dataclasses.replace(e, run=run, optim=dataclasses.replace(e.optim, micro_batches=parts))
+    e = e if e.run.mesh.data == sizes["data"] else _with(e, "run.mesh.data", -1)
+    e = _with(e, "run.eval_batch", -(-e.run.eval_batch // over) * over)
+    return _with(e, "optim.micro_batches", max(n for n in range(1, e.optim.micro_batches + 1) if rows % n == 0))
 
 
 def _large_teacher(job: Job) -> bool:
-    """Whether a teacher that runs in the step is larger than the student: it may pay to give it an axis of its own."""
-    models = job.models
-    online = [] if models.is_self else [model.config for model in models.teachers.values() if not model.cache]
+    """Whether a teacher that runs in the step is larger than the student, so that an axis of its own may pay."""
+    blocks, models = job.experiment.teacher.models, job.models
+    online = [models.teachers[name].config for name, block in blocks.items() if not block.cache]
     return any(parameter_count(config) > parameter_count(models.student.config) for config in online)
+
+
+def _with(block: Any, key: str, value: Any) -> Any:
+    """A block of the config with another value of a dotted key."""
+    name, _, inner = key.partition(".")
+    return dataclasses.replace(block, **{name: _with(getattr(block, name), inner, value) if inner else value})
 
 
 def overrides(asked: Experiment, e: Experiment) -> list[str]:
     """Command-line arguments that turn one experiment into the other, of the settings that the search changes."""
-
-    def settings(x: Experiment) -> dict[str, Any]:
-        axes = {f"run.mesh.{name}": getattr(x.run.mesh, name) for name in ("data", "model", "context", "teacher")}
-        return axes | {
-            "teacher.sharding": x.teacher.sharding,
-            "student.sharding": x.student.sharding,
-            "run.remat": x.run.remat,
-            "optim.micro_batches": x.optim.micro_batches,
-            "run.eval_batch": x.run.eval_batch,
-        }
-
-    before = settings(asked)
-    return [f"--config.{key}={value}" for key, value in settings(e).items() if value != before[key]]
+    both = [(key, *(functools.reduce(getattr, key.split("."), x) for x in (asked, e))) for key in SETTINGS]
+    return [f"--config.{key}={value}" for key, before, value in both if value != before]
 
 
 def _name(asked: Experiment, e: Experiment) -> str:

@@ -130,14 +130,7 @@ class Axis(NamedTuple):
 
 
 def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
-    """About `count` round values (1, 2, 2.5 or 5 times a power of ten apart) that span [low, high].
-
-    Args:
-        low: below `high`.
-        high: the range's other end.
-        count: about how many.
-        whole: integers only.
-    """
+    """About `count` round values (1, 2, 2.5 or 5 times a power of ten apart) that span [low, high], or integers."""
     rough = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
@@ -337,13 +330,7 @@ def figure(
 ) -> Chart:
     """A chart of lines over steps; it says so in words when there is nothing to draw.
 
-    Args:
-        title: shown above.
-        lines: the curves.
-        unit: of the values.
-        zero: the axis includes 0.
-        log: logarithmic where the values are positive and span more than a factor of 50.
-        y_range: shared by several charts.
+    With `zero` the axis includes 0; with `log` it is logarithmic where positive values span more than a factor of 50.
     """
     values = [v for line in lines for v in (*line.y, *(line.raw or ()), *(v for edge in line.band or () for v in edge))]
     positive = [v for v in values if math.isfinite(v) and v > 0]

@@ -60,11 +60,7 @@ class Comparison(NamedTuple):
 
 
 def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparison:
-    """Runs as variants; the first variant is the baseline unless it is named.
-
-    Args:
-        directories: of runs, or holding some, such as a sweep's.
-        baseline: name of a variant.
+    """Runs, or those inside a directory such as a sweep's, as variants; the first is the baseline unless it is named.
 
     Raises:
         FileNotFoundError: a directory holds no run.

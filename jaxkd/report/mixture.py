@@ -43,14 +43,7 @@ def ratios(evals: Sequence[Row], names: Sequence[str]) -> dict[str, tuple[list[f
 
 
 def section(rows: Sequence[Row], evals: Sequence[Row], last: int, style: Mapping[str, int]) -> str:
-    """The charts and a note; empty without rows.
-
-    Args:
-        rows: of mixture.jsonl.
-        evals: rows of evals.jsonl.
-        last: the run's last step.
-        style: colour by domain.
-    """
+    """The charts and a note, from rows of mixture.jsonl and evals.jsonl; empty without. `style`: colours by domain."""
     rows = list({int(row["step"]): row for row in rows}.values())
     if not rows:
         return ""

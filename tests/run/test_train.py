@@ -1,6 +1,7 @@
 """Whole runs: what they write, refuse and hand on."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -39,6 +40,10 @@ def test_a_run_writes_what_it_promises(undisturbed):
     page = (undisturbed / "report.html").read_text()
     assert "<th>teacher</th>" in page
     assert "times fewer" in page
+    tiles = page.partition('<dl class="tiles">')[2].partition("</dl>")[0]
+    assert len(re.findall(r"<dd>\d", tiles)) >= 4  # a dash is a number that is not there; perhaps no gap was closed
+    assert "tokens per second" in page
+    assert "<h2>Wall clock" in page
     assert list((undisturbed / "tensorboard").iterdir())
 
 

@@ -1,30 +1,20 @@
 """Whole train steps planned by the real compiler, without a TPU: what fits, what is exchanged, what does not fit."""
 
-import importlib.util
 import json
 import shlex
 import subprocess
 from collections import Counter
 
 import pytest
-from harness import REPOSITORY, jaxkd
+from harness import REPOSITORY, here, jaxkd
 
-pytestmark = [
-    pytest.mark.tpu,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None,
-        reason="compiling for TPUs needs libtpu: bash launch/setup.sh tpu, or pip install 'jax[tpu]'",
-    ),
-]
 GIB = 2**30
+RECIPE = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
 
 
-def planned(topology: str, *more: str) -> dict:
-    recipe = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
-    result = jaxkd("plan", recipe, "--topology", topology, "--json", *more)
+def planned(topology: str, *more: str, command=here) -> dict:
+    result = command("plan", RECIPE, "--topology", topology, "--json", *more)
     assert result.returncode == 0, result.stderr
-    print(result.stdout, result.stderr)
     return json.loads(result.stdout)
 
 
@@ -162,7 +152,8 @@ def test_the_flags_of_a_launcher_let_gathers_overlap(chip, topology, monkeypatch
     settings = ["--config.optim.micro_batches=2", "--config.data.batch=16"]
 
     def shares() -> float:
-        rows = [c for c in planned(topology, *settings)["collectives"] if c["op"] == "all-gather" and c["in_loop"]]
+        found = planned(topology, *settings, command=jaxkd)["collectives"]
+        rows = [c for c in found if c["op"] == "all-gather" and c["in_loop"]]
         moved = lambda rows: sum(c["bytes"] * c["count"] for c in rows)
         return moved(c for c in rows if c["overlapped"]) / moved(rows)
 
