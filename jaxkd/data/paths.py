@@ -4,9 +4,9 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxkd.data import records
 
@@ -54,18 +54,22 @@ def find(spec: str) -> Files:
         matches, asked = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))], path.name
     else:
         raise FileNotFoundError(f"{spec} does not exist: give a file, a folder, a glob, builtin:NAME or tfds:NAME")
-    chosen: list[Path] = []
-    others: list[Path] = []
+    chosen: dict[Any, Path] = {}  # by device and inode: each file once, however many links lead to it
+    others: dict[Any, Path] = {}
     for file in itertools.chain.from_iterable(map(_below, matches)):
-        if not file.exists() and (_wanted(file, asked) or not file.suffix):  # a file, or perhaps a folder, of data
-            raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which does not exist")
-        (chosen if _wanted(file, asked) else others).append(file)
+        wanted = _wanted(file, asked)
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            if wanted or not file.suffix:  # a file, or perhaps a folder, of data
+                raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which does not exist") from None
+        else:
+            (chosen if wanted else others).setdefault((stat.st_dev, stat.st_ino), file)
     if not chosen:
         raise FileNotFoundError(f"{spec} has no data to read: {_supported()}")
-    files = _by_split(root, chosen := _distinct(chosen))
-    read = {os.path.realpath(file) for file in chosen}
-    others = [file for file in others if os.path.realpath(file) not in read]
-    note = [f"not read, as no data: {_listed(root, others)}"] if others else []
+    files = _by_split(root, list(chosen.values()))
+    unread = [file for key, file in others.items() if key not in chosen]
+    note = [f"not read, as no data: {_listed(root, unread)}"] if unread else []
     return files._replace(notes=(*note, *files.notes))
 
 
@@ -80,11 +84,6 @@ def _below(path: Path) -> Iterator[Path]:
         folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder, name) for name in sorted(names) if real not in seen and not name.startswith("."))
         seen.add(real)
-
-
-def _distinct(files: Iterable[Path]) -> list[Path]:
-    """Each file once, however many links lead to it."""
-    return list({os.path.realpath(file): file for file in reversed(list(files))}.values())[::-1]
 
 
 def _wanted(file: Path, asked: str) -> bool:

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxkd.data import build, loader
 from jaxkd.data.pack import Tokens, pack
@@ -48,10 +50,12 @@ def labelled(tmp_path_factory):
     def examples():
         for number, row in enumerate(pack(documents, 32)):
             aux = {"label": np.int64(number - 1), "advantage": np.linspace(0, number, 32, dtype=np.float32)}
+            aux["scores"] = np.full(3, number, np.float32)
             yield {**row, "targets": (row["tokens"] + 100).astype(np.int32), "aux": aux}
 
     token = tfds.features.Tensor(shape=(32,), dtype=np.int32)
-    aux = {"label": tfds.features.Scalar(np.int64), "advantage": tfds.features.Tensor(shape=(32,), dtype=np.float32)}
+    aux = {name: tfds.features.Tensor(shape=(n,), dtype=np.float32) for name, n in (("advantage", 32), ("scores", 3))}
+    aux["label"] = tfds.features.Scalar(np.int64)
     builder = build.PackedRows(
         length=32,
         sides={"train": examples},
@@ -84,6 +88,15 @@ def test_batches_carry_aux_of_every_domain(labelled, domains):
     batch = loader.to_devices(local, 3, np.arange(3), None)
     assert batch.aux["label"].tolist() == [0, 0, -1]
     assert batch.aux["advantage"].shape == (3, 32)
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
+    local = loader.read_rows(both, np.array([1, 0]), np.array([1, 5]))
+    sharded = loader.to_devices(local, 2, np.arange(2), sharding)
+    assert sharded.aux["advantage"].sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(
+        sharded.aux["scores"], [[1, 1, 1], [0, 0, 0]]
+    )  # 3 values are not split over 2 devices
     only = loader.read_rows(both, np.array([0]), np.array([5]))
     assert {name: values.tolist() for name, values in only["aux"].items() if name == "label"} == {"label": [0]}
     whole, _ = next(loader.fixed_batches(labelled, 1, 4))

@@ -59,6 +59,7 @@ def test_folder(folder):
 def test_links_are_followed(tmp_path):
     data = tmp_path / "disk"
     write_lines(data / "a.jsonl", [{"text": "on another disk"}])
+    write_lines(data / "c.jsonl", [{"text": "through a link to its folder"}])
     write_lines(tmp_path / "blobs" / "0123", [{"text": "in a blob"}])
     root = tmp_path / "root"
     (root / "snapshot").mkdir(parents=True)
@@ -66,9 +67,10 @@ def test_links_are_followed(tmp_path):
     (root / "snapshot" / "b.jsonl").symlink_to(tmp_path / "blobs" / "0123")
     (root / "again.jsonl").symlink_to(data / "a.jsonl")  # the same file once more
     (data / "loop").symlink_to(root)
-    assert sorted(read(root)) == ["in a blob", "on another disk"]
-    assert sorted(read(root / "*")) == ["in a blob", "on another disk"]  # folders that a glob matches are read
-    for name in ("c.jsonl", "disk"):
+    found = ["in a blob", "on another disk", "through a link to its folder"]
+    assert sorted(read(root)) == found
+    assert sorted(read(root / "*")) == found  # folders that a glob matches are read
+    for name in ("d.jsonl", "disk"):
         (root / name).symlink_to(tmp_path / "not mounted")
         with pytest.raises(FileNotFoundError, match=f"{name}.*not mounted"):
             open_source(str(root))
