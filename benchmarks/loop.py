@@ -182,7 +182,8 @@ class Turns:
         self._arrivals.clear()
         waiting = None
         for _ in range(steps):
-            self.run.state, measured = self._step(self.run.state, self.run.teachers.train.state, self.batch)
+            run = self.run
+            run.state, measured = self._step(run.state, run.frozen, run.teachers.train.state, self.batch)
             if waiting is not None:
                 jax.block_until_ready(waiting)
                 self._arrivals.append(time.perf_counter())

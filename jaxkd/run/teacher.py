@@ -109,7 +109,7 @@ def fingerprint(model: Model, shape: Mapping[str, Any]) -> str:
     """Of a teacher's weights: its checkpoint's, or of the seed and `shape` of random ones."""
     if model.checkpoint is not None:
         return model.checkpoint.fingerprint
-    return hashlib.sha256(json.dumps({"random": model.seed} | dict(shape)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({"random": model.seed} | dict(shape), sort_keys=True).encode()).hexdigest()
 
 
 def cache_facts(

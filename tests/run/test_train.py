@@ -11,11 +11,11 @@ from harness import here, jaxkd, lines, logged
 from jaxkd.report import records
 
 GOLDEN = [  # loss, kd, ce of the first five steps of the tiny recipe on the two made-up domains
-    (5.51489, 0.000811, 5.51448),
-    (5.21797, 0.006745, 5.21460),
-    (4.74547, 0.034248, 4.72835),
-    (4.32733, 0.095837, 4.27941),
-    (3.99958, 0.207639, 3.89576),
+    (5.51109, 0.000799, 5.51069),
+    (5.20596, 0.008096, 5.20191),
+    (4.74463, 0.034037, 4.72761),
+    (4.31450, 0.097697, 4.26565),
+    (4.03709, 0.210147, 3.93202),
 ]
 
 
@@ -50,8 +50,8 @@ def test_a_run_writes_what_it_promises(undisturbed):
 def test_bits_per_byte_are_nats_over_bytes(undisturbed):
     """The byte tokenizer has one byte a token, but for the document's end."""
     row = lines(undisturbed / "evals.jsonl")[0]
-    assert row["student_bits_per_byte"] >= row["student_nats"] / np.log(2)
-    assert row["student_bits_per_byte"] < 1.05 * row["student_nats"] / np.log(2)
+    # Equal where no document ends in the held-out rows, but for the last digit of a float.
+    assert 1 - 1e-12 < row["student_bits_per_byte"] * np.log(2) / row["student_nats"] < 1.05
 
 
 def test_the_finished_command_repeated_changes_nothing(undisturbed, arguments):
