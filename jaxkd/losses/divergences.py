@@ -181,9 +181,12 @@ def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
     scale = 1 / (beta * (1 - beta)) if endpoint == "scaled" else 1.0
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        p, q = beta * jnp.exp(lp), (1 - beta) * jnp.exp(lq)
-        lm = jnp.log(p + q)  # the floor of log-probabilities keeps this a normal number
-        return (scale * (p * (lp - lm) + q * (lq - lm)),)
+        # Relative to the larger side: log m - max(lp, lq) is small where the sides are close, and exactly 0 where they
+        # are equal; `lp - log m` would be a difference of two rounded numbers as large as lp.
+        gap = jnp.abs(lp - lq)
+        ratio, weight = jnp.exp(-gap), jnp.where(lq > lp, beta, 1 - beta)  # smaller over larger; the smaller's weight
+        lm = jnp.log(1 + weight * (ratio - 1))
+        return (-scale * jnp.exp(jnp.maximum(lp, lq)) * ((1 - weight) * lm + weight * ratio * (gap + lm)),)
 
     return Divergence(phi)
 
@@ -241,10 +244,16 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
 def total_variation() -> Divergence:
     """TV = 1/2 sum |p - q|, within [0, 1].
 
-    Gradient: q (s - <q, s>) with s = 1/2 sign(q - p), and 0 at ties, so that q = p has none.
-    Source: f-distill (arXiv 2307.15190), section 3.
+    Gradient: q (s - <q, s>) with s = 1/2 sign(q - p), and 0 at ties, so that q = p has none. Log-probabilities that
+    differ by rounding alone are a tie. Source: f-distill (arXiv 2307.15190), section 3.
     """
-    return Divergence(lambda lp, lq, side: (0.5 * jnp.abs(jnp.exp(lp) - jnp.exp(lq)),))
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        # Teacher and student may be equal and yet computed in different fusions; the sign of noise is no gradient.
+        tie = jnp.abs(lp - lq) <= 8 * float(jnp.finfo(jnp.float32).eps) * (1 - lp)
+        return (0.5 * jnp.abs(jnp.where(tie, 0.0, jnp.exp(lp) - jnp.exp(lq))),)
+
+    return Divergence(phi)
 
 
 def squared_hellinger() -> Divergence:

@@ -76,6 +76,15 @@ def test_devices_change_nothing(mesh, geometric):
 
 
 @pytest.mark.parametrize("geometric", [False, True])
+def test_copies_of_the_student_are_ties_of_total_variation(geometric):
+    """Their average is the student but for rounding, the sign of which would be the gradient."""
+    student, teacher, targets, weights = blend(geometric)
+    copies = dataclasses.replace(teacher, heads=(student, student))
+    gradient = fused((divergences.total_variation(),), student, copies, targets, weights, (2.0,), VOCAB, chunk=8)[2]
+    assert max(np.abs(g).max() for g in gradient) < 1e-6
+
+
+@pytest.mark.parametrize("geometric", [False, True])
 def test_a_head_without_weight_may_be_nan(geometric):
     """At one token as in a whole chunk: value, fields and gradients are those of the other head alone."""
     student, teacher, targets, weights = blend(geometric)

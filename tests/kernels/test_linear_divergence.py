@@ -56,7 +56,7 @@ def test_each_sharded_matches_dense_float64(data, model, vocab, temperature):
     ("mesh", "vocab"),
     [
         ((4, 2), 51),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 51), ((1, 8), 51))],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, 51), (None, 64), ((1, 8), 51))],
     ],
 )
 def test_standardised_logits(mesh, vocab):
