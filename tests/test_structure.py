@@ -35,6 +35,13 @@ def folders() -> list[str]:
     return re.search(r"^core( · \w+)+$", text, re.M).group(0).split(" · ")
 
 
+def test_the_table_of_folders_lists_their_files():
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| [^|]+ \| ((?:`\w+`(?:, )?)+) \|$", text, re.M))
+    listed = {f"{folder}/{name}" for folder, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert listed == {name_of(path).removeprefix("jaxkd/").removesuffix(".py") for path in CODE if path.parent != PACKAGE}
+
+
 def doors() -> dict[str, list[str]]:
     """Import name -> the files and folders that may import it, from design.md's "One door per dependency"."""
     text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
