@@ -1,9 +1,8 @@
 """Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint.
 
 The fingerprint covers the text itself, the tokenizer and every setting, and names the directory: an existing directory
-is reused, a changed domain is written beside the old one. Names, places and times of files do not count; they only tell
-whether a text has to be read again. TFDS writes into a temporary directory and renames it at the end, so an interrupted
-build leaves no dataset behind.
+is reused, a changed domain is written beside it. File names and times only tell whether a text has to be read again.
+TFDS writes into a temporary directory and renames it at the end, so an interrupted build leaves no dataset behind.
 """
 
 import contextlib
@@ -70,8 +69,7 @@ def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
         if characters >= _BATCH_CHARACTERS:
             yield from itertools.starmap(Tokens, tokenizer.documents(pending))
             pending, characters = [], 0
-    if pending:
-        yield from itertools.starmap(Tokens, tokenizer.documents(pending))
+    yield from itertools.starmap(Tokens, tokenizer.documents(pending))
 
 
 def _spread(documents: Iterable[Tokens], length: int, most: int, seed: int) -> Iterator[Tokens]:
@@ -116,7 +114,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         extra: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Args: tokens in a row; split -> its rows; split -> their limit; metadata to store.
+        """`sides` and `caps` map a split to its rows and their limit; `facts` are stored as metadata.
 
         `extra`: TFDS features of rows that have more than `pack` gives, "targets" (int32 [length]) and "aux" (a dict).
         """
@@ -142,8 +140,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
         facts, count = self._facts, 0
-        title = f"{facts['name']}: {split}"
-        total = self._caps[split] or None
+        title, total = f"{facts['name']}: {split}", self._caps[split] or None
         for row in progress_bar(self._sides[split](), title, total, "rows", shown=self._progress):
             yield count, row
             count += 1
@@ -157,17 +154,12 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
 
 
 def _fingerprint(text: str, tokenizer: Tokenizer, choices: dict[str, Any]) -> str:
-    facts = {
-        "format": FORMAT,
-        "text": text,
-        "tokenizer": [tokenizer.fingerprint, tokenizer.start, tokenizer.end],
-        **choices,
-    }
+    ids = [tokenizer.fingerprint, tokenizer.start, tokenizer.end]
+    facts = {"format": FORMAT, "text": text, "tokenizer": ids, **choices}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _recall(path: epath.Path) -> Reading | None:
-    """What an earlier reading of a source with the same stamp has shown."""
     try:
         return Reading(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -233,17 +225,12 @@ def prepare(
     """Build a domain's rows, or reuse them. Concurrent calls for the same rows build them once.
 
     Args:
-        name: of the domain.
-        source: its text.
-        tokenizer: encodes it.
-        length: tokens in a row.
         train_rows, valid_rows: limits, filled from random documents; 0 is no limit.
         directory: parent of all datasets.
         valid_share: share of the text that goes to validation, in whole groups of documents, unless the source has a
             validation text of its own.
         bad_records: share of the records that may hold no text; they are left out.
         seed: of the documents' order and split.
-        progress: show it on stderr.
 
     Raises:
         ValueError: an argument outside its range, too little text, too many bad records, or a damaged directory.
@@ -288,10 +275,9 @@ def prepare(
 def read_whole(
     name: str, source: Source, tokenizer: Tokenizer, length: int, limit: int = 0, bad_records: float = 0.05
 ) -> MemoryRows:
-    """A source's text, or its own validation text, as rows in memory: the first `limit`, or all; duplicates are kept.
+    """A source's own validation text, or else its text, as rows in memory: the first `limit`, or all, with duplicates.
 
-    Raises:
-        ValueError: there is no text, or more than a share of `bad_records` of the records are bad.
+    Raises ValueError where there is no text, or more than the share `bad_records` of the records hold none.
     """
     bad: list[BadRecord] = []
     good = 0

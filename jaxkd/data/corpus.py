@@ -15,13 +15,13 @@ _SAMPLE = 100  # records after which a source of bad ones alone is given up
 
 
 class Reading(NamedTuple):
-    """What reading a source once has shown: kept, so that an unchanged source is not read again."""
+    """Result of reading a source, stored so that an unchanged source is not read again."""
 
     digest: str  # sha256 of all that rows depend on: the distinct texts, their groups and split, in any order
     records: int
     duplicates: int  # documents left out because another one has the same text
     bad: int  # records left out because they hold no text
-    first_bad: str  # where the first one is, and what is wrong with it; "" for none
+    first_bad: str  # location and fault of the first; "" for none
 
     def require_good(self, name: str, share: float) -> None:
         """Raises ValueError when more than a share of a domain's records are bad."""
@@ -44,7 +44,6 @@ class Corpus(NamedTuple):
     reading: Reading
 
     def texts(self, chosen: np.ndarray) -> Iterator[str]:
-        """Documents by index, one after another."""
         for i in chosen:
             self.file.seek(self.start[i])
             yield self.file.read(self.size[i]).decode()
@@ -56,7 +55,6 @@ def _keyed(text: bytes, seed: int) -> int:
 
 
 def _identity(document: Document, text: bytes, held_out: bool) -> int:
-    """128 bits of a document's text, group and split."""
     group = b"-" if document.group is None else b"+" + document.group.encode("utf-8", "replace")
     hashed = hashlib.blake2b(b"%d%d " % (held_out, len(group)) + group, digest_size=16)
     hashed.update(text)
@@ -70,16 +68,7 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
     before one in the training text. Otherwise the first is kept, but among documents without a group, whose order
     depends on the names of files, the one with the smallest hash.
 
-    Args:
-        source: of the text.
-        file: receives the text.
-        seed: of the documents' order and split.
-        name: the domain's, for messages.
-        bad_records: share of the records that may be bad.
-        progress: show it on stderr.
-
-    Raises:
-        ValueError: more records are bad.
+    Raises ValueError when more than the share `bad_records` of the records hold no text.
     """
     index: dict[bytes, int] = {}
     identity: list[int] = []
@@ -120,9 +109,8 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
     total = f"{len(identity)} {sum(identity)}"  # a sum, which no order of reading changes
     reading = Reading(hashlib.sha256(total.encode()).hexdigest(), records, duplicates, bad, first_bad)
     reading.require_good(name, bad_records)
-    places = (np.array(start, np.int64), np.array(size, np.int64))
-    keys = (np.array(order, np.uint64), np.array(group, np.uint64))
-    return Corpus(file, *places, *keys, np.arange(len(identity)) < held_out, reading)
+    held = np.arange(len(identity)) < held_out
+    return Corpus(file, np.array(start), np.array(size), np.array(order), np.array(group), held, reading)
 
 
 def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,10 +118,7 @@ def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndar
 
     Where the source has a validation text of its own, that is the validation. Otherwise groups go to validation in the
     order of their hash while they fit into the share of the text; if none fits, the smallest does. So one huge group
-    cannot take the training text, and neither split is empty.
-
-    Raises:
-        ValueError: there is too little text for both, naming `what` has it.
+    cannot take the training text, and neither split is empty. Raises ValueError where `what` has too little text.
     """
     ordered = np.argsort(corpus.order, kind="stable")
     valid = corpus.held_out

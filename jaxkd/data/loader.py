@@ -29,11 +29,7 @@ def _by_row(sharding: NamedSharding) -> NamedSharding:
 
 
 def local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
-    """Ascending indices [n] into the global batch of the rows that this process's devices hold.
-
-    Raises:
-        ValueError: the batch does not divide over the devices.
-    """
+    """Ascending indices [n] into the global batch of this process's rows; ValueError where it does not divide."""
     if sharding is None:
         return np.arange(batch)
     try:
@@ -47,13 +43,9 @@ def local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
 
 
 def to_devices(local: dict[str, Any], batch: int, indices: np.ndarray, sharding: NamedSharding | None) -> Batch:
-    """The global batch, from the rows that this process holds.
+    """The global batch of `batch` rows, from the n rows that this process holds at `indices` (ascending).
 
-    Args:
-        local: arrays, or pytrees of them, [n, ...] by the field names of `Batch`; other names are ignored.
-        batch: rows in the global batch.
-        indices: ascending indices [n] of the local rows in the global batch.
-        sharding: of the batch axis; `None` is the default device.
+    `local` has arrays, or pytrees of them, [n, ...] by the field names of `Batch`; other names are ignored.
     """
     fields = {name: local[name] for name in Batch._fields if name in local}
     if sharding is None:
@@ -94,13 +86,7 @@ def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> d
 def step_rows(
     sizes: Sequence[int], mixture: Mixture, seed: int, batch: int, step: int, stop_step: int, interval_start_step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Domain and row [B] of the whole global batch that `batches` yields for a step, on every process.
-
-    Args:
-        sizes: rows in each domain.
-        mixture, seed, batch, stop_step, interval_start_step: as for `batches`.
-        step: in the interval.
-    """
+    """Domain and row [B] of the whole global batch that `batches` yields for a step, on every process."""
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
     span = slice((step - interval_start_step) * batch, (step - interval_start_step + 1) * batch)
     return domain[span], row[span]
@@ -123,27 +109,21 @@ def batches(
     `(stop_step - interval_start_step) * batch` rows. Nothing is read beyond `stop_step`.
 
     Args:
-        domains: rows of each domain, in the mixture's order.
-        mixture: of the interval.
-        seed: the run's seed.
         batch: rows in the global batch.
-        start_step: first step wanted; a resumed run starts inside the interval.
+        start_step: the first step; a resumed run starts inside the interval.
         stop_step: the interval's end, exclusive. The order depends on it: to stop earlier, stop iterating.
-        interval_start_step: the interval's first step.
         sharding: of the batch axis (and the length axis, if it names one).
         host_features: a teacher's; it runs in the prefetching threads.
 
-    Raises:
-        ValueError: steps out of order, an empty batch, domains of different lengths, or a batch that does not
-            divide.
+    Raises ValueError for steps out of order, an empty batch, domains of different lengths, or a batch that does not
+    divide over the devices.
     """
     if not interval_start_step <= start_step <= stop_step:
         raise ValueError(
             f"steps must be in order: interval_start_step={interval_start_step} <= start_step={start_step} "
             f"<= stop_step={stop_step}"
         )
-    if batch < 1:
-        raise ValueError(f"the batch must have at least 1 row, got {batch}")
+    _require_rows(batch)
     lengths = {rows.length for rows in domains}
     if len(lengths) != 1:
         raise ValueError(f"all domains must have rows of one length, got {sorted(lengths)}: prepare them again")
@@ -155,17 +135,18 @@ def batches(
         at = (step - interval_start_step) * batch + indices
         return host_features(read_rows(domains, domain[at], row[at]))
 
-    # A generator of its own, so that the checks above run at the call and not at the first `next`.
-    return _prefetched(read, start_step, stop_step, batch, indices, sharding)
+    # Not a generator function, so that the checks above run at the call and not at the first `next`.
+    return (to_devices(local, batch, indices, sharding) for local in _prefetched(read, start_step, stop_step))
 
 
-def _prefetched(
-    read: Any, start: int, stop: int, batch: int, indices: np.ndarray, sharding: NamedSharding | None
-) -> Iterator[Batch]:
-    if start == stop:
-        return
-    for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ):
-        yield to_devices(local, batch, indices, sharding)
+def _require_rows(batch: int) -> None:
+    if batch < 1:
+        raise ValueError(f"the batch must have at least 1 row, got {batch}")
+
+
+def _prefetched(read: Any, start: int, stop: int) -> Iterator[Any]:
+    if start < stop:
+        yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ)
 
 
 def fixed_batches(
@@ -175,25 +156,14 @@ def fixed_batches(
     sharding: NamedSharding | None = None,
     host_features: HostFeatures = lambda rows: rows,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """All rows of a domain in stored order, for evaluation.
+    """All rows of a domain in stored order, for evaluation: batches, each with the text bytes [B] of its rows' targets.
 
-    The last batch is filled with copies of its last row at zero weight and zero bytes. (Copies, because a row of
-    padding alone would leave attention without any key.)
+    The bytes are of the global batch on every process. The last batch is filled with copies of its last row at zero
+    weight and zero bytes. (Copies, because a row of padding alone would leave attention without any key.)
 
-    Args:
-        rows: of the domain.
-        domain: its index.
-        batch: rows in the global batch.
-        sharding, host_features: as for `batches`.
-
-    Yields:
-        the batch, and int64 [B]: text bytes of each row's targets, of the global batch on every process.
-
-    Raises:
-        ValueError: the batch is empty or does not divide over the devices.
+    Raises ValueError for a batch that is empty or does not divide over the devices.
     """
-    if batch < 1:
-        raise ValueError(f"the batch must have at least 1 row, got {batch}")
+    _require_rows(batch)
     indices = local_rows(batch, sharding)
 
     def read(number: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -207,11 +177,5 @@ def fixed_batches(
         mine = host_features(jax.tree.map(lambda value: value[indices], values))
         return mine, np.where(real, values["bytes"], 0)
 
-    return _fixed(read, -(-len(rows) // batch), batch, indices, sharding)
-
-
-def _fixed(
-    read: Any, number: int, batch: int, indices: np.ndarray, sharding: NamedSharding | None
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    for mine, size in grain.MapDataset.range(number).map(read).to_iter_dataset(_READ):
-        yield to_devices(mine, batch, indices, sharding), size
+    count = -(-len(rows) // batch)
+    return ((to_devices(mine, batch, indices, sharding), size) for mine, size in _prefetched(read, 0, count))

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 from jaxkd.data import records
 
-_ABOUT = re.compile(
+_ABOUT = re.compile(  # names of files about data
     r"(licen[cs]e|readme)([-_. ].*)?\.txt|(copying|notice|changelog|citation|requirements)\.txt"
     r"|dataset_(infos?|dict)\.json"
 )
-"""Names of files about data."""
-
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -29,7 +27,7 @@ class Files(NamedTuple):
 
     train: list[Path]
     validation: list[Path]  # where the names tell splits apart
-    notes: tuple[str, ...]  # a line each on what was not read, and on splits
+    notes: tuple[str, ...]  # on files that are not read, and on splits
 
 
 def find(spec: str) -> Files:
@@ -38,9 +36,7 @@ def find(spec: str) -> Files:
     A folder stands for the data files in it and below, links followed, without hidden ones; a glob stands for what it
     matches, and for files of other text only where it ends with their suffix.
 
-    Raises:
-        FileNotFoundError: nothing there, nothing to read, or a link to a data file that does not exist.
-        ValueError: a single file of a format that cannot be read.
+    Raises FileNotFoundError for no such path, nothing to read or a broken link, and ValueError for an unsupported file.
     """
     path = Path(spec).expanduser()
     if path.is_file():
@@ -74,7 +70,7 @@ def find(spec: str) -> Files:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """The file, or all files in a folder, hidden ones left out; each folder once, however many links lead to it."""
+    """The file, or all files in a folder but hidden ones; each folder once, however many links lead to it."""
     if not path.is_dir():
         yield path
         return
@@ -95,7 +91,7 @@ def _wanted(file: Path, asked: str) -> bool:
 
 
 def _by_split(root: Path, files: list[Path]) -> Files:
-    """Training and validation files, where some are named for training and others for validation or a test."""
+    """Split files by their names, where some are named for training and others for validation or a test."""
     by_split: dict[str, list[Path]] = {split: [] for split in ("", *_SPLITS)}
     for file in files:
         by_split[_split(file.relative_to(root))].append(file)
@@ -110,7 +106,7 @@ def _by_split(root: Path, files: list[Path]) -> Files:
 
 
 def _split(relative: Path) -> str:
-    """The split that a data file's name or one of its folders names, or ""."""
+    """The split named by a data file or one of its folders, or ""."""
     if records.suffix(relative.name) not in records.DATA:
         return ""
     parts = re.split(r"[-_. ]", relative.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[0])

@@ -48,11 +48,7 @@ def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, key: Key) -> np.ndarray:
-    """The image int64 [n] of each index [n] in `[0, size)` under a keyed permutation of `range(size)`.
-
-    Raises:
-        ValueError: `size` is not positive, or an index is outside the range.
-    """
+    """The image int64 [n] of each index [n] in `[0, size)` under a keyed permutation of `range(size)`."""
     index = np.asarray(index, np.int64)
     if size < 1:
         raise ValueError(f"cannot permute range({size}): the size must be at least 1")

@@ -42,24 +42,19 @@ class BadRecord(NamedTuple):
 
 
 Record = tuple[str, Any]
-"""Where it is, and its value: a mapping, or a ValueError that says why it cannot be read."""
+"""Location and value of a record: a mapping, or a ValueError that says why it cannot be read."""
 
 
 def suffix(name: str) -> str:
-    """The suffix that names a file's format, without that of its compression, in lower case."""
+    """A file's suffix in lower case, without that of its compression."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
-    """The documents of a file.
+    """The documents of a file, with the text in `field` of a record; dots go into nested records.
 
-    Args:
-        path: of a suffix in `DATA` or `TEXT`, perhaps compressed.
-        field: holds the text of a record; dots go into nested records.
-
-    Raises:
-        ValueError: a damaged file, a table without the column, or records of a chat.
+    Raises ValueError for a damaged file, a table without the column, or records of a chat.
     """
     kind = suffix(path.name)
     try:
@@ -67,7 +62,10 @@ def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
             if stream.peek(2).startswith(_UTF16):
                 raise ValueError(f"{path} is UTF-16 text: convert it to UTF-8 first")
             if kind in TEXT:
-                yield _whole_text(stream, path)
+                try:
+                    yield Document(None, stream.read().decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    yield BadRecord(str(path), f"not UTF-8 text (byte {error.start})")
             else:
                 reader = {".csv": _csv, ".parquet": _parquet, ".json": _json}.get(kind, _json_lines)
                 yield from documents(reader(stream, path, field), field)
@@ -78,28 +76,22 @@ def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file's content, decompressed, as a buffered reader."""
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:
+    kind = path.suffix.lower()
+    if kind != ".zst":
+        with gzip.open(path) if kind == ".gz" else path.open("rb") as file:
             yield file
-    elif path.suffix.lower() == ".zst":
-        import pyarrow
+        return
+    import pyarrow
 
-        with io.BufferedReader(cast(io.RawIOBase, pyarrow.CompressedInputStream(str(path), "zstd"))) as file:
-            try:
-                yield file
-            except OSError as error:  # pyarrow's for a damaged frame
-                raise ValueError(f"{path} is damaged: {error}") from None
-    else:
-        with path.open("rb") as file:
+    with io.BufferedReader(cast(io.RawIOBase, pyarrow.CompressedInputStream(str(path), "zstd"))) as file:
+        try:
             yield file
+        except OSError as error:  # pyarrow's for a damaged frame
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadRecord]:
-    """The text of each record.
-
-    Raises:
-        ValueError: a record holds a chat, and no text in the field.
-    """
+    """The text of each record. Raises ValueError where one holds a chat, and no text in the field."""
     for where, record in records:
         if isinstance(record, ValueError):
             yield BadRecord(where, str(record))
@@ -117,7 +109,6 @@ def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadR
 
 
 def _text(record: Any, field: str) -> str:
-    """A record's text. Raises ValueError where it has none."""
     if not isinstance(record, dict):
         raise ValueError(f"it is {_kind(record)} and not an object with a field {field!r}")
     value, path = record, [field] if field in record else field.split(".")
@@ -138,18 +129,16 @@ def _text(record: Any, field: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
     words = {type(None): "null", bool: "a truth value", list: "a list", dict: "an object", str: "text"}
     return words.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def names(of: Iterable[Any]) -> str:
-    """Names in a message."""
+    """Names as a message lists them."""
     return ", ".join(repr(name) for name in sorted(map(str, of))) or "none"
 
 
 def _fields(record: dict[str, Any]) -> str:
-    """The fields of a record and of the records in it."""
     return names(
         name
         for key, value in record.items()
@@ -166,15 +155,8 @@ def _chat(record: Any) -> str:
     return ""
 
 
-def _whole_text(stream: Any, path: Path) -> Document | BadRecord:
-    try:
-        return Document(None, stream.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRecord(str(path), f"not UTF-8 text (byte {error.start})")
-
-
 def _parsed(data: bytes) -> Any:
-    """A JSON value, or the ValueError that says why it is none."""
+    """A JSON value, or a ValueError that says why it is none."""
     try:
         return json.loads(data.decode("utf-8-sig"), parse_int=float)  # int refuses numbers of thousands of digits
     except UnicodeDecodeError:
@@ -193,16 +175,12 @@ def _json_lines(stream: Any, path: Path, field: str) -> Iterator[Record]:
 
 
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
-    number = 0
-    for line in lines:
-        for part in line.rstrip(b"\r\n").split(b"\r"):  # a string in JSON has no line ends, so any of them will do
-            number += 1
-            if part.strip():
-                yield f"{path}, line {number}", _parsed(part)
+    parts = (part for line in lines for part in line.rstrip(b"\r\n").split(b"\r"))  # JSON strings have no line ends
+    yield from ((f"{path}, line {number}", _parsed(part)) for number, part in enumerate(parts, 1) if part.strip())
 
 
 def _json(stream: Any, path: Path, field: str) -> Iterator[Record]:
-    """Of one array of records, one record, or lines after all, as many files named .json have."""
+    """Records of one array, one record, or JSON Lines, which many files named .json hold."""
     data = stream.read()
     value = _parsed(data)
     if isinstance(value, ValueError):
@@ -244,17 +222,12 @@ def _parquet(stream: Any, path: Path, field: str) -> Iterator[Record]:
         compressed = path.suffix.lower() in COMPRESSED
         with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if compressed else path) as file:
             columns = file.schema_arrow.names
-            if field not in columns:  # the first records tell a chat by its turns
-                yield from ((str(path), record) for record in _first(file) if _chat(record))
+            if field not in columns:  # for `documents`' error, where the first record holds a chat
+                first: list[Any] = next((batch.to_pylist() for batch in file.iter_batches(batch_size=1)), [])
+                yield from ((str(path), record) for record in first if _chat(record))
             _require_column(path, field, field if field in columns else field.split(".")[0], columns)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
+            batches = file.iter_batches(batch_size=1024, columns=[field])
+            rows = (record for batch in batches for record in batch.to_pylist())
+            yield from ((f"{path}, row {number}", record) for number, record in enumerate(rows, 1))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-
-
-def _first(file: Any) -> list[Any]:
-    return next((batch.to_pylist() for batch in file.iter_batches(batch_size=1)), [])

@@ -1,8 +1,4 @@
-"""Packed rows of one domain and split, read back in any order.
-
-A row stores tokens, segments, positions and weights; targets only where they are not the next tokens of the segment;
-and further arrays by name (`Batch.aux`).
-"""
+"""Packed rows of one domain and split, read back in any order."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +9,16 @@ from etils import epath
 
 
 class Rows:
-    """A prepared domain's rows in one split."""
+    """A prepared domain's rows in one split.
+
+    A row stores tokens, segments, positions and weights; targets only where they are not the next tokens of the
+    segment; and further arrays by name (`Batch.aux`).
+    """
 
     def __init__(self, path: epath.PathLike, split: str) -> None:
-        """Open the rows and read the first and the last, so that a damaged file is found before training.
+        """Open `prepare`'s directory and read the first and last row, so that damage shows before training.
 
-        Args:
-            path: directory of the prepared dataset, as `prepare` returns it.
-            split: "train" or "valid".
-
-        Raises:
-            FileNotFoundError: there is no prepared dataset.
-            ValueError: the split does not exist, or files are missing, cut short or damaged.
+        Raises FileNotFoundError where nothing was prepared, and ValueError for an unknown split or damaged files.
         """
         self.path, self.split = epath.Path(path), split
         if not (self.path / "dataset_info.json").is_file():
@@ -47,8 +41,8 @@ class Rows:
         if "weights" not in ends[0]:
             raise ValueError(f"the rows in {self.path} are of an older format: delete that directory, prepare it again")
         self.length = int(ends[0]["tokens"].shape[0])
+        # Shape and dtype of each of a row's further arrays.
         self.aux = {name: (np.shape(value), np.asarray(value).dtype) for name, value in ends[0].get("aux", {}).items()}
-        """Shape and dtype of each of a row's further arrays."""
 
     def _damaged(self, why: object) -> ValueError:
         reason = (str(why).strip() or type(why).__name__).splitlines()[0]
@@ -60,20 +54,13 @@ class Rows:
         return self._size
 
     def read(self, indices: Sequence[int | np.integer] | np.ndarray) -> dict[str, Any]:
-        """Rows by index.
+        """Rows by index [n], in any order, repeats allowed.
 
-        Where targets are not stored, `targets[t] = tokens[t + 1]` within a segment and 0 at its end.
+        Gives tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64 [n], of
+        the text of a row's weighted targets; aux, a dict of arrays [n, ...]. Where targets are not stored,
+        `targets[t] = tokens[t + 1]` within a segment and 0 at its end.
 
-        Args:
-            indices: integers [n] in `[0, len)`, in any order, repeats allowed.
-
-        Returns:
-            tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64 [n], of the
-            text of a row's weighted targets; aux, a dict of arrays [n, ...].
-
-        Raises:
-            IndexError: an index is outside the range.
-            ValueError: the files are damaged.
+        Raises IndexError for an index outside `[0, len)`, and ValueError for damaged files.
         """
         indices = [int(index) for index in indices]
         if indices and (min(indices) < 0 or max(indices) >= self._size):
@@ -109,10 +96,9 @@ class Rows:
 
 
 class MemoryRows(Rows):
-    """Rows in memory, of a text that is read once."""
+    """Rows in memory, at least one, as `pack` yields them; `name` is for messages."""
 
     def __init__(self, rows: Sequence[dict[str, np.ndarray]], name: str) -> None:
-        """`rows` as `pack` yields them, at least one; `name` is for messages."""
         self.path, self.split, self._size = epath.Path(name), "valid", len(rows)
         self.length, self.aux = len(rows[0]["tokens"]), {}
         self._rows, self._data = rows, self

@@ -15,20 +15,11 @@ from jaxkd.data import mixture as mixtures
 from jaxkd.losses.group_dro import GroupDRO
 
 __all__ = [
-    "ddk",
-    "doge",
-    "doremi",
-    "doremi_proxy",
-    "fixed",
-    "natural",
-    "sheared_llama",
-    "staged",
-    "temperature",
+    *("ddk", "doge", "doremi", "doremi_proxy", "fixed", "natural", "sheared_llama", "staged", "temperature"),
     "uniform",
 ]
 
-State = dict[str, Any]
-"""A rule's state between intervals: JSON values."""
+State = dict[str, Any]  # JSON values
 
 
 class Gaps(NamedTuple):
@@ -53,8 +44,8 @@ class Rule(NamedTuple):
     `init(sizes, measured) -> (sampling, state)` gives the first interval's shares, from the rows per domain and a
     measurement before the first step. `update(state, measured, interval) -> (sampling, state)` gives those of
     `interval`, from a measurement at its beginning. `measures` is the measurement's type: `Gaps` (for `init` too),
-    `Gradients` (for `update` only, `init` gets None), or None for no measurement. "average" in the state, [domains], is
-    stored at the run's end, for `doremi`. `group_dro` re-weights the domains in the loss as well.
+    `Gradients` (for `update` only), or None. "average" in the state, [domains], is stored at the run's end, for
+    `doremi`. `group_dro` re-weights the domains in the loss as well.
     """
 
     init: Callable[[Sequence[int], Any], tuple[np.ndarray, State]]
@@ -101,11 +92,7 @@ def fixed(weights: Sequence[float]) -> Rule:
 
 
 def staged(stages: Mapping[int, Sequence[float]]) -> Rule:
-    """Given shares that change at given intervals.
-
-    Args:
-        stages: {first interval: weights, one per domain}; one stage begins at interval 0.
-    """
+    """Shares by {first interval: weights, one per domain}; one stage begins at interval 0."""
     if not isinstance(stages, Mapping) or 0 not in stages or any(type(n) is not int or n < 0 for n in stages):
         raise ValueError(f"stages must map intervals to weights, and one begins at 0, got {stages!r}")
 
@@ -146,9 +133,6 @@ def ddk(
         smooth: False is the paper's ablation: the shares of an interval are Eq. 1 at its beginning.
         first: the first interval's shares: "natural" (the pool as it is) or "uniform".
 
-    Raises:
-        ValueError: an argument outside its range, or, from `init` and `update`, a gap that is not finite.
-
     Source: DDK (arXiv 2407.16154), Eq. 1, Eq. 2, Algorithm 1; alpha 0.5, an interval of 1,000 steps.
     """
     if not 0 <= alpha <= 1:
@@ -157,8 +141,7 @@ def ddk(
         raise ValueError(f"unknown score '{score}': known: {', '.join(_SCORES)}")
     if not clip >= 0:
         raise ValueError(f"clip must be at least 0, got {clip}")
-    if first not in ("natural", "uniform"):
-        raise ValueError(f"first must be natural or uniform, got '{first}'")
+    begin = _start(first)
 
     def rho(gaps: Gaps | None) -> np.ndarray:
         assert gaps is not None
@@ -171,9 +154,8 @@ def ddk(
         return np.minimum(values, clip) if clip else values
 
     def init(sizes: Sequence[int], start: Gaps | None) -> tuple[np.ndarray, State]:
-        begin = mixtures.natural(sizes) if first == "natural" else mixtures.uniform(sizes)
-        values = rho(start)
-        return begin, {"log_r": _log_softmax(values).tolist(), "rho": values.tolist()}
+        sampling, values = begin(sizes), rho(start)
+        return sampling, {"log_r": _log_softmax(values).tolist(), "rho": values.tolist()}
 
     def update(state: State, gaps: Gaps | None, interval: int) -> tuple[np.ndarray, State]:
         values = rho(gaps)
@@ -196,13 +178,8 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
 
     The paper's reference loss is the source model's; here it is the teacher's.
 
-    Args:
-        floor: c, as in the authors' code; the paper has none.
-
-    Raises:
-        ValueError: a floor outside [0, 1), or, from `update`, a gap that is not finite.
-
-    Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; the code's step size 1 and floor 1e-4; it clamps nothing.
+    Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; step size 1 and `floor` c as in the authors' code, which
+    clamps nothing.
     """
     _require_floor(floor)
 
@@ -241,19 +218,14 @@ def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") 
     if not eta >= 0:
         raise ValueError(f"eta must be at least 0, got {eta}")
     _require_floor(floor)
-    if first not in ("natural", "uniform"):
-        raise ValueError(f"first must be natural or uniform, got '{first}'")
-    return _constant(getattr(mixtures, first))._replace(group_dro=GroupDRO(eta, floor))
+    return _constant(_start(first))._replace(group_dro=GroupDRO(eta, floor))
 
 
 def doremi(proxy: str) -> ByName:
     """Constant shares, the average weights of another run: the second run of DoReMi and of DoGE.
 
-    Args:
-        proxy: workdir of a finished run under `doremi_proxy` or `doge`, over the same domains.
-
-    Raises:
-        FileNotFoundError, ValueError: from `init`, when there is no such run, it is not finished, or has other domains.
+    `proxy` is the workdir of a finished run under `doremi_proxy` or `doge`, over the same domains. `init` raises
+    FileNotFoundError or ValueError where it is not.
     """
     return lambda domains: _constant(lambda sizes: mixtures.fixed(_stored_weights(proxy, domains), sizes))
 
@@ -263,7 +235,6 @@ DOMAIN_WEIGHTS = "domain_weights.json"
 
 
 def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
-    """Weights that a finished run stored, in the domains' order."""
     workdir = Path(run).expanduser()
     if not workdir.is_dir():
         raise FileNotFoundError(
@@ -303,9 +274,6 @@ def doge(mu: float = 0.05, targets: Sequence[str] = (), norm: float = 1.0, limit
         targets: names of domains that are measured and never drawn; none for universal.
         norm: each gradient is clipped to this norm first, 0 for none.
         limit: largest score, in learning rates.
-
-    Raises:
-        ValueError: an argument outside its range, or, from `update`, a product that is not finite.
 
     Source: DoGE (arXiv 2310.15393), Algorithm 1; mu, the mean norm and both clips as in the authors' code.
     """
@@ -354,6 +322,12 @@ def _doge(trained: np.ndarray, mu: float, norm: float, limit: float) -> Rule:
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max()
     return x - np.log(np.exp(x).sum())
+
+
+def _start(first: str) -> Callable[[Sequence[int]], np.ndarray]:
+    if first not in ("natural", "uniform"):
+        raise ValueError(f"first must be natural or uniform, got '{first}'")
+    return getattr(mixtures, first)
 
 
 def _require_floor(floor: float) -> None:

@@ -33,20 +33,16 @@ class Source:
     stamp: str  # sha256 of names, sizes, times and versions: while it is the same, so is the text
     documents: Documents
     validation: Documents | None = None  # text of its own to validate on
-    notes: tuple[str, ...] = ()  # a line each on what is not read, and on splits
+    notes: tuple[str, ...] = ()  # on files that are not read, and on splits
 
 
 def open_source(spec: str, field: str = "text", validation: str = "") -> Source:
     """Open a source; its text is read when `documents` is called.
 
-    Args:
-        spec: `builtin:NAME`, `tfds:NAME[:SPLIT]`, or a file, folder or glob; perhaps with `::FIELD`.
-        field: the field that holds the text where `spec` names none; dots go into nested records.
-        validation: another source to validate on; "" for the split that a folder's file names tell, or none.
+    `field` holds the text where `spec` names none; dots go into nested records. `validation` is another source to
+    validate on; "" takes the split that a folder's file names tell, or none.
 
-    Raises:
-        FileNotFoundError: no such path, package or dataset.
-        ValueError: an unknown name, or an unsupported file type.
+    Raises FileNotFoundError for no such path, package or dataset, and ValueError for an unknown name or file type.
     """
     spec, _, own_field = spec.partition("::")
     open_kind = {"builtin": _open_builtin, "tfds": _open_tfds}.get(spec.partition(":")[0], _open_files)
@@ -72,23 +68,16 @@ def _open_builtin(spec: str, field: str) -> Source:
 
 
 def _open_files(spec: str, field: str) -> Source:
-    found = paths.find(spec)
-    stats = [(str(path.absolute()), path.stat()) for path in (*found.train, *found.validation)]
+    train, validation, notes = paths.find(spec)
+    stats = [(str(path.absolute()), path.stat()) for path in (*train, *validation)]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
 
     def reading(paths: list[Path]) -> Documents:
         return lambda: itertools.chain.from_iterable(records.read(path, field) for path in paths)
 
-    return Source(
-        spec,
-        _hash("files", field, len(found.train), facts),
-        reading(found.train),
-        reading(found.validation) if found.validation else None,
-        found.notes,
-    )
+    stamp = _hash("files", field, len(train), facts)
+    return Source(spec, stamp, reading(train), reading(validation) if validation else None, notes)
 
-
-# TFDS
 
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>.+?(:\d+\.\d+\.\d+)?)(:(?P<split>[A-Za-z_]\w*(\[.*\])?))?")
 
@@ -151,6 +140,5 @@ def _open_tfds(spec: str, field: str) -> Source:
 
     stats = [(path.name, path.stat()) for path in sorted(epath.Path(builder.data_path).iterdir())]
     facts = [(name, stat.length, stat.mtime) for name, stat in stats]
-    return Source(
-        spec, _hash("tfds", info.full_name, str(builder.data_path), split, field, rows, size, facts), documents
-    )
+    stamp = _hash("tfds", info.full_name, str(builder.data_path), split, field, rows, size, facts)
+    return Source(spec, stamp, documents)

@@ -65,18 +65,12 @@ class Tokenizer:
     json: str = field(repr=False)  # the definition, as the `tokenizers` library writes it
 
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids of each text and the bytes of text each token stands for.
+        """Token ids int32 [n] of each text and the bytes of text int64 [n] each token stands for; no start, no end.
 
-        A token stands for the bytes up to its end that no earlier token stands for; the sum is
-        `len(text.encode())`. A byte-level token that holds part of a character counts its own bytes, so that a row that
-        ends there counts its targets' bytes exactly. A character that a normaliser replaced and that several tokens
-        share counts for the first of them.
-
-        Args:
-            texts: any text without lone surrogates.
-
-        Returns:
-            per text: ids int32 [n], bytes int64 [n]. No start and end tokens.
+        A token stands for the bytes up to its end that no earlier token stands for; the sum is `len(text.encode())`. A
+        byte-level token that holds part of a character counts its own bytes, so that a row that ends there counts its
+        targets' bytes exactly. A character that a normaliser replaced and that several tokens share counts for the
+        first of them.
         """
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [
@@ -99,7 +93,6 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The default chat template."""
         return self.generation.templates.get("default")
 
     def save(self, folder: Path) -> None:
@@ -111,7 +104,7 @@ class Tokenizer:
 
 
 def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
-    """Bytes per token, from character offsets; tokens that share a character get the bytes that each holds."""
+    """Bytes per token, from character offsets: see `Tokenizer.encode`."""
     if not encoding.offsets:
         return np.zeros(0, np.int64)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -126,14 +119,10 @@ def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
         return sizes
     group, own, words = np.cumsum(~joined) - 1, sizes.copy(), encoding.tokens
     shared = np.flatnonzero(joined | np.append(joined[1:], False))
-    own[shared] = [_own_bytes(words[i]) for i in shared]
+    # A byte-level word has one character per byte.
+    own[shared] = [1 if _BYTE_WORD.fullmatch(words[i]) else len(words[i]) for i in shared]
     exact = np.bincount(group, own) == np.bincount(group, sizes)
     return np.where(exact[group], own, sizes)
-
-
-def _own_bytes(word: str) -> int:
-    """Bytes of a token that may hold part of a character: a byte-level word has one character per byte."""
-    return 1 if _BYTE_WORD.fullmatch(word) else len(word)
 
 
 def _finish(tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None, settings: Generation) -> Tokenizer:
@@ -161,7 +150,7 @@ def _finish(tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None,
 
 
 def _byte_level(kind: str) -> tuple[Any, Any, bool]:
-    """Normaliser, pre-tokenizer and `ignore_merges` for a GGUF pre-tokenizer name."""
+    """Normaliser, pre-tokenizer and `ignore_merges` of a GGUF pre-tokenizer."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if kind == "gpt-2":
@@ -169,9 +158,9 @@ def _byte_level(kind: str) -> tuple[Any, Any, bool]:
     if kind == "smollm":
         return None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]), False
     if kind not in _SPLITS:
-        known = ", ".join(sorted(["gpt-2", "smollm", *_SPLITS]))
+        readable = ", ".join(sorted(["gpt-2", "smollm", *_SPLITS]))
         raise ValueError(
-            f"the GGUF file's tokenizer.ggml.pre is {kind!r}, which is not read ({known} are): {_OTHERWISE}"
+            f"the GGUF file's tokenizer.ggml.pre is {kind!r}, which is not read ({readable} are): {_OTHERWISE}"
         )
     pattern, composed, ignore_merges = _SPLITS[kind]
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
@@ -179,11 +168,7 @@ def _byte_level(kind: str) -> tuple[Any, Any, bool]:
 
 
 def from_gguf(fields: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer of a GGUF file's metadata ("tokenizer.ggml.model" and so on).
-
-    Raises:
-        ValueError: a field is missing, or the tokenizer is of another kind.
-    """
+    """The byte-level BPE tokenizer of a GGUF file's metadata; ValueError where it is incomplete or of another kind."""
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
         raise ValueError(
@@ -191,18 +176,13 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
         )
     for key in ("tokens", "merges", "token_type"):
         if f"tokenizer.ggml.{key}" not in fields:
-            raise ValueError(
-                f"the GGUF file has no field 'tokenizer.ggml.{key}', and so no complete tokenizer: {_OTHERWISE}"
-            )
+            raise ValueError(f"the GGUF file has no field 'tokenizer.ggml.{key}': {_OTHERWISE}")
     words = list(fields["tokenizer.ggml.tokens"])
     kinds = list(fields["tokenizer.ggml.token_type"])
     normalizer, splitter, ignore_merges = _byte_level(fields.get("tokenizer.ggml.pre", "gpt-2"))
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocab = {
-        word: number
-        for number, (word, kind) in enumerate(zip(words, kinds))
-        if kind != _UNUSED or not _FILLED.fullmatch(word)
-    }
+    real = (kind != _UNUSED or not _FILLED.fullmatch(word) for word, kind in zip(words, kinds))
+    vocab = {word: number for number, (word, is_real) in enumerate(zip(words, real)) if is_real}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -245,12 +225,7 @@ def _marker(tokenizer: tokenizers.Tokenizer, contents: list[dict[str, Any]], sid
 
 
 def from_directory(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: `tokenizer.json` and the config files beside it.
-
-    Raises:
-        FileNotFoundError: it holds no `tokenizer.json`.
-        ValueError: a file cannot be parsed.
-    """
+    """The tokenizer of a model directory: `tokenizer.json` and the config files beside it."""
     folder = Path(path).expanduser()
     definition = folder / "tokenizer.json"
     if not definition.is_file():

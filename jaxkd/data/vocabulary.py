@@ -56,19 +56,15 @@ def coverage(data: Tokenizer, own: Mapping[str, Tokenizer], rows: Mapping[str, i
     those hold all text ids, the document marks and the end tokens. Otherwise the ids up to the last that is the same;
     those in between that differ stay in the softmax, but are never an input or a target.
 
-    Args:
-        data: the tokenizer of the data's rows.
-        own: the models' tokenizers by side, where they have one.
-        rows: of the models' embeddings, by side.
+    `own` has the models' tokenizers by side, where they have one, and `rows` the rows of their embeddings.
 
-    Raises:
-        ValueError: text has other ids in a model, or its embedding has no row for one of them.
+    Raises ValueError where text has other ids in a model, or its embedding has no row for one of them.
     """
     words = _words(data)
     special = {i for i, token in data.tokenizer.get_added_tokens_decoder().items() if token.special}
     marks = {mark for mark in (data.start, data.end) if mark is not None}
     needed = 1 + max((words.keys() - special) | marks, default=data.vocab - 1)
-    size, notes = data.vocab, []
+    size = data.vocab
     for side, count in rows.items():
         if side not in own and count > data.vocab + _UNCHECKED_ROWS:
             raise ValueError(
@@ -81,8 +77,7 @@ def coverage(data: Tokenizer, own: Mapping[str, Tokenizer], rows: Mapping[str, i
         if side in own and words and own[side].fingerprint != data.fingerprint:
             _check_text(data, own[side], side)
             size = min(size, max(needed, _shared(data, own[side], needed)))
-    for side, count in rows.items():
-        notes += _notes(side, data, own.get(side, data), count, size)
+    notes = [note for side, count in rows.items() for note in _notes(side, data, own.get(side, data), count, size)]
     return Coverage(size, tuple(notes))
 
 
@@ -127,9 +122,8 @@ def _notes(side: str, data: Tokenizer, model: Tokenizer, rows: int, size: int) -
     ours, theirs = ({}, {}) if equal else (_words(data), _words(model))
     extra = [theirs.get(i, ours.get(i, "")) for i in sorted(ours.keys() | theirs.keys()) if size <= i < rows]
     padding = rows - max(size, data.vocab, model.vocab)
-    parts = (
-        [", ".join(map(repr, extra[:3])) + (f" and {len(extra) - 3:,} more" if len(extra) > 3 else "")] if extra else []
-    )
+    more = f" and {len(extra) - 3:,} more" if len(extra) > 3 else ""
+    parts = [", ".join(map(repr, extra[:3])) + more] if extra else []
     parts += [f"{padding:,} padding rows"] if padding > 0 else []
     notes = [f"{side}: ids from {size} on are left out of the loss: {' and '.join(parts)}"] if parts else []
     renamed = [i for i in sorted(ours.keys() & theirs.keys()) if i < size and ours[i] != theirs[i]]
