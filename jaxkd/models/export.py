@@ -25,14 +25,8 @@ from jaxkd.runtime import files
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _RECORD = "jaxkd.json"
 _FILES = (
-    _RECORD,
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "plain_tokenizer.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *(_RECORD, "README.md", "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("plain_tokenizer.py", "tokenizer.json", "tokenizer_config.json"),
 )
 _STAGING = ".jaxkd-export-"
 # Transformers 5 loads any tokenizer.json beside a qwen2 model as Qwen2Tokenizer, which replaces the normalizer and the
@@ -49,6 +43,10 @@ _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GATE = "config.json"  # removed first and written last: an incomplete directory does not load
+# Matches a checkpoint, a directory of checkpoints, a workdir and a directory of workdirs.
+_CHECKPOINTS = tuple(
+    f"{parent}{name}" for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "checkpoints") for parent in ("", "*/")
+)
 
 
 def export(
@@ -63,11 +61,9 @@ def export(
     overwrite: bool = False,
     keep_out: Sequence[Path] = (),
 ) -> Path:
-    """Writes a Hugging Face model directory.
+    """Writes a Hugging Face model directory, with the true vocabulary; an earlier export there is replaced.
 
     Args:
-        directory: destination. An earlier export there is replaced, file by file.
-        config: the decoder's; only the true vocabulary is written.
         params: fully addressable arrays.
         tokenizer_json: text of tokenizer.json.
         generation: the student's; without a padding token the first end token is used.
@@ -77,12 +73,8 @@ def export(
         overwrite: write even if `directory` holds other files; those are kept.
         keep_out: directories of the run (workdir, checkpoints) that `directory` must not be, contain or lie inside.
 
-    Raises:
-        FileExistsError: `directory` holds checkpoints, or files of others and `overwrite` is not set, or a file of
-            others with the name of one to be written.
-        ValueError: parameters, tokenizer and config do not match, a parameter is not finite, or `directory` is,
-            contains or lies inside one of `keep_out`.
-        OSError: the disk is full or a file cannot be written; names `directory`, which is as it was before.
+    Raises FileExistsError where `directory` holds checkpoints, or files of others that are not to be overwritten. After
+    any failure `directory` is as it was before.
     """
     target = Path(directory).expanduser()
     if "://" in str(directory):
@@ -138,21 +130,14 @@ def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[
             f"{target} holds files that no export wrote ({', '.join(foreign[:3])}): give another directory, or set"
             " overwrite (--overwrite), which leaves them in place and replaces the files of an earlier export"
         )
-    if taken := [name for name in foreign if name in _FILES or name.endswith(".safetensors")]:
+    _refuse_foreign(target, [name for name in foreign if name in _FILES or name.endswith(".safetensors")])
+
+
+def _refuse_foreign(target: Path, names: Sequence[str]) -> None:
+    if names:
         raise FileExistsError(
-            f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
+            f"{target} holds {', '.join(names[:3])}, which no export wrote: move it away or give another directory"
         )
-
-
-# Matches a checkpoint, a directory of checkpoints, a workdir and a directory of workdirs.
-_CHECKPOINTS = (
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-    "*/_CHECKPOINT_METADATA",
-    "*/commit_success.txt",
-    "checkpoints",
-    "*/checkpoints",
-)
 
 
 def _earlier(target: Path) -> set[str]:
@@ -172,10 +157,7 @@ def _publish(staging: Path, target: Path) -> None:
     """
     new = sorted(file.name for file in staging.iterdir())
     old = _earlier(target)
-    if taken := [name for name in new if name not in old and (target / name).exists()]:
-        raise FileExistsError(
-            f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
-        )
+    _refuse_foreign(target, [name for name in new if name not in old and (target / name).exists()])
     if old:
         (staging / "list").write_text(_json({"files": sorted({*new, *old} - {_RECORD})}), encoding="utf-8")
         os.replace(staging / "list", target / _RECORD)
@@ -250,14 +232,8 @@ def _small_files(config: Config, tokenizer_json: str, settings: Generation, dtyp
 def _qwen2_tokenizer(definition: Mapping[str, Any], words: Mapping[str, int]) -> bool:
     """Whether transformers' Qwen2Tokenizer, built from its vocabulary and merges alone, is the same tokenizer."""
     model, pre = definition.get("model", {}), definition.get("pre_tokenizer") or {}
-    options = (
-        "ignore_merges",
-        "byte_fallback",
-        "fuse_unk",
-        "dropout",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-    )
+    options = ["ignore_merges", "byte_fallback", "fuse_unk", "dropout"]
+    options += ["continuing_subword_prefix", "end_of_word_suffix"]
     parts = pre.get("pretokenizers") or [{}]
     return (
         (model.get("type"), (definition.get("normalizer") or {}).get("type")) == ("BPE", "NFC")
@@ -270,11 +246,11 @@ def _qwen2_tokenizer(definition: Mapping[str, Any], words: Mapping[str, int]) ->
 
 
 def _card(name: str, card: Mapping[str, Any]) -> str:
-    """README.md: a YAML header, how to load the model, and the facts in the given order."""
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- knowledge-distillation"]
+    """README.md: a YAML header, code that loads the model, and the facts in the given order."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- knowledge-distillation"]
     # A JSON string is a YAML string.
-    header += [f"{key}: {json.dumps(card[key])}" for key in ("base_model", "license") if key in card]
-    lines = [*header, "---", "", f"# {card.get('name', name)}", "", "A distilled language model.", ""]
+    lines += [f"{key}: {json.dumps(card[key])}" for key in ("base_model", "license") if key in card]
+    lines += ["---", "", f"# {card.get('name', name)}", "", "A distilled language model.", ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")', "```", ""]
@@ -289,7 +265,6 @@ def _card(name: str, card: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of the card; floats with four digits."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
