@@ -82,20 +82,17 @@ def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str
     """Compile the recipe on the whole slice, then variants of the best candidate so far that differ in one setting.
 
     Ends when no variant of the best is left, or when another compilation as long as the last would exceed the budget,
-    in seconds; one candidate is compiled whatever it is. `say` is called with a line per candidate.
+    in seconds; one candidate is always compiled. `say` is called with a line per candidate.
 
-    Raises:
-        ValueError: no mesh of the slice divides the batch.
-        OnChipOom: every candidate ran out of on-chip memory.
+    Raises ValueError where no mesh of the slice divides the batch, and OnChipOom where no candidate compiles for it.
     """
     began = time.monotonic()
     wider = (_with(e, "run.mesh.model", e.run.mesh.model * n) for n in (1, 2, 4, 8, 16))
     first = next(filter(None, (_fitted(x, topology) for x in wider)), None)
     if first is None:
         raise ValueError(
-            f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name}: with {topology.devices} "
-            f"devices and up to {_WIDEST} on the model axis it must be a multiple of "
-            f"{max(topology.devices // _WIDEST, 1)}"
+            f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name} with up to {_WIDEST} "
+            f"devices on the model axis: take a multiple of {max(topology.devices // _WIDEST, 1)}"
         )
     devices = planning.devices(topology)
     tried: list[Tried] = []
