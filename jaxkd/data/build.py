@@ -147,9 +147,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
             facts["tokens"] += int((row["segments"] > 0).sum())
             facts["bytes"] += int(row["bytes"])
         if not count:
-            raise ValueError(
-                f"domain {facts['name']!r} ({facts['spec']}) gives no {split} rows: its documents are too short"
-            )
+            raise ValueError(f"domain {facts['name']!r} ({facts['spec']}) gives no {split} rows: too short documents")
         facts[f"{split}_rows"] = count
 
 
@@ -226,15 +224,11 @@ def prepare(
 
     Args:
         train_rows, valid_rows: limits, filled from random documents; 0 is no limit.
-        directory: parent of all datasets.
+        directory: parent of all datasets. A full disk leaves no partial dataset.
         valid_share: share of the text that goes to validation, in whole groups of documents, unless the source has a
             validation text of its own.
         bad_records: share of the records that may hold no text; they are left out.
         seed: of the documents' order and split.
-
-    Raises:
-        ValueError: an argument outside its range, too little text, too many bad records, or a damaged directory.
-        OSError: the directory cannot be written; a full disk leaves no partial dataset.
     """
     _check(name, length, (train_rows, valid_rows), valid_share, bad_records)
     caps = {"train": train_rows, "valid": valid_rows}
@@ -275,10 +269,7 @@ def prepare(
 def read_whole(
     name: str, source: Source, tokenizer: Tokenizer, length: int, limit: int = 0, bad_records: float = 0.05
 ) -> MemoryRows:
-    """A source's own validation text, or else its text, as rows in memory: the first `limit`, or all, with duplicates.
-
-    Raises ValueError where there is no text, or more than the share `bad_records` of the records hold none.
-    """
+    """A source's own validation text, or else its text, as rows in memory: the first `limit`, or all."""
     bad: list[BadRecord] = []
     good = 0
 

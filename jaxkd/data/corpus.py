@@ -26,10 +26,8 @@ class Reading(NamedTuple):
     def require_good(self, name: str, share: float) -> None:
         """Raises ValueError when more than a share of a domain's records are bad."""
         if self.bad > share * self.records:
-            raise ValueError(
-                f"domain {name!r}: {self.bad:,} of the {self.records:,} records read are bad, which is more than "
-                f"data.bad_records={share} allows; the first is {self.first_bad}"
-            )
+            counts = f"{self.bad:,} of the {self.records:,} records are bad, above data.bad_records={share}"
+            raise ValueError(f"domain {name!r}: {counts}; the first is {self.first_bad}")
 
 
 class Corpus(NamedTuple):
@@ -67,8 +65,6 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
     Two documents are duplicates when they agree in all but case and white space. One in the validation text is kept
     before one in the training text. Otherwise the first is kept, but among documents without a group, whose order
     depends on the names of files, the one with the smallest hash.
-
-    Raises ValueError when more than the share `bad_records` of the records hold no text.
     """
     index: dict[bytes, int] = {}
     identity: list[int] = []
@@ -126,9 +122,8 @@ def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndar
         groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
         if len(groups) < 2:
             raise ValueError(
-                f"{what} has {len(corpus.order)} distinct documents in {len(groups)} groups; 2 groups are needed, one "
-                "to train and one to validate on: split the text into more documents (files, or records), or name a "
-                "validation text"
+                f"{what} has {len(corpus.order)} distinct documents in {len(groups)} groups; 2 groups are needed, to "
+                "train and to validate on: split the text into more files or records, or name a validation text"
             )
         size = np.bincount(member, weights=corpus.size).astype(np.int64)
         room, chosen = int(share * size.sum()), np.zeros(len(groups), bool)

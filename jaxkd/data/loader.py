@@ -114,16 +114,7 @@ def batches(
         stop_step: the interval's end, exclusive. The order depends on it: to stop earlier, stop iterating.
         sharding: of the batch axis (and the length axis, if it names one).
         host_features: a teacher's; it runs in the prefetching threads.
-
-    Raises ValueError for steps out of order, an empty batch, domains of different lengths, or a batch that does not
-    divide over the devices.
     """
-    if not interval_start_step <= start_step <= stop_step:
-        raise ValueError(
-            f"steps must be in order: interval_start_step={interval_start_step} <= start_step={start_step} "
-            f"<= stop_step={stop_step}"
-        )
-    _require_rows(batch)
     lengths = {rows.length for rows in domains}
     if len(lengths) != 1:
         raise ValueError(f"all domains must have rows of one length, got {sorted(lengths)}: prepare them again")
@@ -137,11 +128,6 @@ def batches(
 
     # Not a generator function, so that the checks above run at the call and not at the first `next`.
     return (to_devices(local, batch, indices, sharding) for local in _prefetched(read, start_step, stop_step))
-
-
-def _require_rows(batch: int) -> None:
-    if batch < 1:
-        raise ValueError(f"the batch must have at least 1 row, got {batch}")
 
 
 def _prefetched(read: Any, start: int, stop: int) -> Iterator[Any]:
@@ -160,10 +146,7 @@ def fixed_batches(
 
     The bytes are of the global batch on every process. The last batch is filled with copies of its last row at zero
     weight and zero bytes. (Copies, because a row of padding alone would leave attention without any key.)
-
-    Raises ValueError for a batch that is empty or does not divide over the devices.
     """
-    _require_rows(batch)
     indices = local_rows(batch, sharding)
 
     def read(number: int) -> tuple[dict[str, Any], np.ndarray]:

@@ -33,7 +33,7 @@ def _checked_sizes(sizes: Sequence[int]) -> np.ndarray:
 
 def natural(sizes: Sequence[int]) -> np.ndarray:
     """`size / sum(sizes)`, [domains], of domains' rows; ValueError when there are none."""
-    return fixed([float(size) for size in _checked_sizes(sizes)], sizes)
+    return fixed(sizes, sizes)
 
 
 def uniform(sizes: Sequence[int]) -> np.ndarray:
@@ -70,8 +70,6 @@ def _checked_sampling(sampling: np.ndarray) -> np.ndarray:
 
 def counts(sampling: np.ndarray, rows: int) -> np.ndarray:
     """Rows per domain int64 [domains], by the largest remainder: their sum is `rows`, each is within 1 of its share."""
-    if rows < 0:
-        raise ValueError(f"the number of rows must not be negative, got {rows}")
     shares = _checked_sampling(sampling)
     exact = shares / shares.sum() * rows
     whole = np.floor(exact).astype(np.int64)

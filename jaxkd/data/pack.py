@@ -25,8 +25,6 @@ class Tokens(NamedTuple):
 
 def pieces(ids: np.ndarray, length: int) -> list[slice]:
     """Slices of 2 to `length` of a document's tokens [n], each overlapping the one before by one; [] where n < 2."""
-    if length < 2:
-        raise ValueError(f"a row needs at least 2 tokens to have a target, got length={length}")
     return [slice(start, min(start + length, len(ids))) for start in range(0, len(ids) - 1, length - 1)]
 
 
@@ -56,10 +54,8 @@ def pack(documents: Iterable[Tokens], length: int, open_rows: int = 64) -> Itera
 
     A row has `tokens`, `segments` (1, 2, ... per piece; 0 is padding) and `positions` (from 0 in each segment), int32
     [length]; `weights`, float32 [length], of the target after each token; and `bytes`, int64 []: text bytes of the
-    targets that have a weight. Raises ValueError for `length` below 2 or `open_rows` below 1.
+    targets that have a weight.
     """
-    if open_rows < 1:
-        raise ValueError(f"at least one row must be open to pack into, got open_rows={open_rows}")
     waiting: list[_OpenRow] = []
     for document in documents:
         for piece in pieces(document.ids, length):

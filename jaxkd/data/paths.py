@@ -35,8 +35,6 @@ def find(spec: str) -> Files:
 
     A folder stands for the data files in it and below, links followed, without hidden ones; a glob stands for what it
     matches, and for files of other text only where it ends with their suffix.
-
-    Raises FileNotFoundError for no such path, nothing to read or a broken link, and ValueError for an unsupported file.
     """
     path = Path(spec).expanduser()
     if path.is_file():

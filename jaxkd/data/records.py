@@ -23,6 +23,7 @@ TEXT = (".txt", *_PROSE, *_PROGRAMS)
 """Suffixes of files that are one document each."""
 
 COMPRESSED = (".gz", ".zst")
+NAME_ONE = "name one (PATH::FIELD, or data.text_key)"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TURNS = ({"role", "content"}, {"from", "value"})  # keys of a chat's turns
 
@@ -52,10 +53,7 @@ def suffix(name: str) -> str:
 
 
 def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
-    """The documents of a file, with the text in `field` of a record; dots go into nested records.
-
-    Raises ValueError for a damaged file, a table without the column, or records of a chat.
-    """
+    """The documents of a file, with the text in `field` of a record; dots go into nested records."""
     kind = suffix(path.name)
     try:
         with _opened(path) as stream:
@@ -101,9 +99,8 @@ def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadR
         except ValueError as error:
             if chat := _chat(record):
                 raise ValueError(
-                    f"{where}: {chat!r} holds the turns of a chat, which cannot be read as text: write each "
-                    "conversation as one text, such as by the tokenizer's chat template, and name its field "
-                    "(PATH::FIELD, or data.text_key)"
+                    f"{where}: {chat!r} holds the turns of a chat: write each conversation as one text, such as by the "
+                    "tokenizer's chat template, and name its field (PATH::FIELD, or data.text_key)"
                 ) from None
             yield BadRecord(where, str(error))
 
@@ -114,9 +111,7 @@ def _text(record: Any, field: str) -> str:
     value, path = record, [field] if field in record else field.split(".")
     for key in path:
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(
-                f"it has no field {field!r}, its fields are {_fields(record)}: name one (PATH::FIELD, or data.text_key)"
-            )
+            raise ValueError(f"it has no field {field!r}, its fields are {_fields(record)}: {NAME_ONE}")
         value = value[key]
     if isinstance(value, bytes):
         try:
@@ -168,10 +163,8 @@ def _parsed(data: bytes) -> Any:
 
 
 def _json_lines(stream: Any, path: Path, field: str) -> Iterator[Record]:
-    if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # a JSON array under this name
-        yield from _json(stream, path, field)
-    else:
-        yield from _lines(stream, path)
+    is_array = stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    return _json(stream, path, field) if is_array else _lines(stream, path)
 
 
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
@@ -209,9 +202,7 @@ def _csv(stream: Any, path: Path, field: str) -> Iterator[Record]:
 
 def _require_column(path: Path, field: str, column: str, columns: Iterable[str]) -> None:
     if column not in columns:
-        raise ValueError(
-            f"{path}: no column {field!r}, the columns are {names(columns)}: name one (PATH::FIELD, or data.text_key)"
-        )
+        raise ValueError(f"{path}: no column {field!r}, but {names(columns)}: {NAME_ONE}")
 
 
 def _parquet(stream: Any, path: Path, field: str) -> Iterator[Record]:

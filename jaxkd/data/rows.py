@@ -16,10 +16,7 @@ class Rows:
     """
 
     def __init__(self, path: epath.PathLike, split: str) -> None:
-        """Open `prepare`'s directory and read the first and last row, so that damage shows before training.
-
-        Raises FileNotFoundError where nothing was prepared, and ValueError for an unknown split or damaged files.
-        """
+        """Open `prepare`'s directory and read the first and last row, so that damage shows before training."""
         self.path, self.split = epath.Path(path), split
         if not (self.path / "dataset_info.json").is_file():
             raise FileNotFoundError(f"{self.path} holds no prepared rows: prepare the domain first")
@@ -59,14 +56,10 @@ class Rows:
         Gives tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64 [n], of
         the text of a row's weighted targets; aux, a dict of arrays [n, ...]. Where targets are not stored,
         `targets[t] = tokens[t + 1]` within a segment and 0 at its end.
-
-        Raises IndexError for an index outside `[0, len)`, and ValueError for damaged files.
         """
         indices = [int(index) for index in indices]
         if indices and (min(indices) < 0 or max(indices) >= self._size):
-            raise IndexError(
-                f"row index {min(indices)} or {max(indices)} is outside the {self._size} rows of {self.path}"
-            )
+            raise IndexError(f"row index {min(indices)} or {max(indices)} is not in the {self._size} of {self.path}")
         try:
             return self._stacked(self._data.__getitems__(indices) if indices else [])
         except Exception as error:

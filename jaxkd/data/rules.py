@@ -237,9 +237,7 @@ DOMAIN_WEIGHTS = "domain_weights.json"
 def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
     workdir = Path(run).expanduser()
     if not workdir.is_dir():
-        raise FileNotFoundError(
-            f"data.mixture: there is no run at {run}: train it first, with data.mixture 'doremi_proxy()'"
-        )
+        raise FileNotFoundError(f"data.mixture: there is no run at {run}: train it first, with 'doremi_proxy()'")
     try:
         weights = json.loads((workdir / DOMAIN_WEIGHTS).read_text(encoding="utf-8"))["weights"]
     except FileNotFoundError:
@@ -250,10 +248,8 @@ def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"data.mixture: {workdir / DOMAIN_WEIGHTS} is damaged: run that run's command again") from None
     if set(weights) != set(domains):
-        raise ValueError(
-            f"data.mixture: the run at {run} has the domains {', '.join(weights)}, this one {', '.join(domains)}: "
-            "train a proxy on the same domains"
-        )
+        both = f"has the domains {', '.join(weights)}, this one {', '.join(domains)}"
+        raise ValueError(f"data.mixture: the run at {run} {both}: train a proxy on the same domains")
     return [weights[name] for name in domains]
 
 

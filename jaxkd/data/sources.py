@@ -41,8 +41,6 @@ def open_source(spec: str, field: str = "text", validation: str = "") -> Source:
 
     `field` holds the text where `spec` names none; dots go into nested records. `validation` is another source to
     validate on; "" takes the split that a folder's file names tell, or none.
-
-    Raises FileNotFoundError for no such path, package or dataset, and ValueError for an unknown name or file type.
     """
     spec, _, own_field = spec.partition("::")
     open_kind = {"builtin": _open_builtin, "tfds": _open_tfds}.get(spec.partition(":")[0], _open_files)
@@ -88,10 +86,7 @@ def _tfds_builder(name: str) -> Any:
     directory = Path(name).expanduser()
     if directory.is_dir():
         if not (directory / "dataset_info.json").is_file():
-            raise FileNotFoundError(
-                f"{directory} is not a prepared TFDS dataset, it has no dataset_info.json: "
-                "give the directory of one version, such as .../name/config/1.0.0"
-            )
+            raise FileNotFoundError(f"{directory} has no dataset_info.json: give TFDS's .../name/config/1.0.0")
         return tfds.builder_from_directory(directory)
     # Nothing is downloaded from here: most TFDS builders need TensorFlow for that.
     how = (
@@ -123,16 +118,11 @@ def _open_tfds(spec: str, field: str) -> Source:
     except Exception:  # a wrong name and a wrong slice raise different things
         raise ValueError(f"{spec}: no split {split!r}, the splits are {records.names(info.splits)}") from None
     if field not in info.features and field.split(".")[0] not in info.features:
-        raise ValueError(
-            f"{spec}: no feature {field!r}, the features are {records.names(info.features)}: name one (::FIELD after "
-            "it, or data.text_key)"
-        )
+        raise ValueError(f"{spec}: no feature {field!r}, but {records.names(info.features)}: {records.NAME_ONE}")
     try:
         data = builder.as_data_source(split=split)
     except NotImplementedError:
-        raise ValueError(
-            f"{spec} is not stored as ArrayRecord: prepare it again with file_format='array_record'"
-        ) from None
+        raise ValueError(f"{spec}: not ArrayRecord; prepare it again with file_format='array_record'") from None
 
     def documents() -> Iterator[Document | BadRecord]:
         examples = ((f"{spec}, example {number}", data[number]) for number in range(len(data)))

@@ -36,19 +36,12 @@ def _words(digits: str) -> str:
 
 
 # GGUF pre-tokenizer name -> pattern, whether the model composes characters first, whether whole words skip the merges.
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
 _SPLITS = {
-    "qwen2": (_words(r"\p{N}"), True, False),
-    "deepseek-r1-qwen": (_words(r"\p{N}"), True, False),
-    "llama-bpe": (_words(r"\p{N}{1,3}"), False, True),
-    "llama3": (_words(r"\p{N}{1,3}"), False, True),
-    "llama-v3": (_words(r"\p{N}{1,3}"), False, True),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_words(r"\p{N}"), True, False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_words(r"\p{N}{1,3}"), False, True)),
     "smaug-bpe": (_words(r"\p{N}{1,3}"), False, False),
-    "tekken": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES,
-        False,
-        True,
-    ),
+    "tekken": (_TEKKEN + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES, False, True),
 }
 
 
@@ -159,9 +152,7 @@ def _byte_level(kind: str) -> tuple[Any, Any, bool]:
         return None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]), False
     if kind not in _SPLITS:
         readable = ", ".join(sorted(["gpt-2", "smollm", *_SPLITS]))
-        raise ValueError(
-            f"the GGUF file's tokenizer.ggml.pre is {kind!r}, which is not read ({readable} are): {_OTHERWISE}"
-        )
+        raise ValueError(f"tokenizer.ggml.pre {kind!r} is not read, only {readable}: {_OTHERWISE}")
     pattern, composed, ignore_merges = _SPLITS[kind]
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
     return normalizers.NFC() if composed else None, split, ignore_merges
@@ -171,9 +162,7 @@ def from_gguf(fields: dict[str, Any]) -> Tokenizer:
     """The byte-level BPE tokenizer of a GGUF file's metadata; ValueError where it is incomplete or of another kind."""
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
-        raise ValueError(
-            f"the GGUF file's tokenizer.ggml.model is {model!r}, and only 'gpt2' (byte-level BPE) is read: {_OTHERWISE}"
-        )
+        raise ValueError(f"tokenizer.ggml.model {model!r} is not read, only 'gpt2' (byte-level BPE): {_OTHERWISE}")
     for key in ("tokens", "merges", "token_type"):
         if f"tokenizer.ggml.{key}" not in fields:
             raise ValueError(f"the GGUF file has no field 'tokenizer.ggml.{key}': {_OTHERWISE}")
@@ -229,10 +218,7 @@ def from_directory(path: str | Path) -> Tokenizer:
     folder = Path(path).expanduser()
     definition = folder / "tokenizer.json"
     if not definition.is_file():
-        raise FileNotFoundError(
-            f"{definition} does not exist: a tokenizer directory needs tokenizer.json "
-            "(save it with transformers' save_pretrained of a fast tokenizer)"
-        )
+        raise FileNotFoundError(f"{definition} does not exist: save a fast tokenizer with its save_pretrained")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(definition))
     except Exception as error:  # the library raises plain Exception

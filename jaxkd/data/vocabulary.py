@@ -14,12 +14,14 @@ _UNCHECKED_ROWS = 1024  # padding rows of a model without a tokenizer, whose ids
 
 SAMPLES = (
     "The operands are evaluated in 2024, from left to right; it's what you'd EXPECT, isn't it? I'LL say we've 12.",
-    " leading",
-    "trailing ",
-    "  two  spaces\n\n\n   three\r\n\ttab\t \t\n",
-    "\n",
-    "    ",
-    "a\u00a0b\u2003c\u200bd\ufeff",
+    *(
+        " leading",
+        "trailing ",
+        "  two  spaces\n\n\n   three\r\n\ttab\t \t\n",
+        "\n",
+        "    ",
+        "a\u00a0b\u2003c\u200bd\ufeff",
+    ),
     "1 12 123 1234 12345 1234567890 3.14159 -1e-9 0x1F 10,000 1/2 ² ½ Ⅷ ٣٤٥ १२३",
     "def f(x: int) -> str:\n        return f'{x!r:>8}' + \"\\n\"  # TODO(me)\n\n#include <stdio.h>\nfor (;i<n;++i){}",
     "camelCase snake_case SCREAMING_CASE kebab-case x.y::z->w a/b//c\\d <tag attr='v'>&amp;</tag> $x^2_i$ \\frac{a}{b}",
@@ -91,9 +93,9 @@ def _check_text(data: Tokenizer, model: Tokenizer, side: str) -> None:
     ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (data, model))
     differ = sorted(word for word in (ours.keys() | theirs.keys()) - added if ours.get(word) != theirs.get(word))
     if differ:
+        example = f"{differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
         raise ValueError(
-            f"the data's tokenizer and the {side}'s own have different vocabularies: {len(differ)} tokens of text have "
-            f"other ids, such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
+            f"the tokenizers of the data and the {side} have other ids for {len(differ)} tokens, such as {example}"
         )
     model = common_text(model, [data])
     splits = [[ids.tolist() for ids, _ in each.encode(list(SAMPLES))] for each in (data, model)]
@@ -101,10 +103,8 @@ def _check_text(data: Tokenizer, model: Tokenizer, side: str) -> None:
         if pair[0] != pair[1]:
             at = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), 0)
             pieces = [[data.tokenizer.id_to_token(i) for i in ids[at : at + 4]] for ids in pair]
-            raise ValueError(
-                f"the data's tokenizer and the {side}'s own split text differently: {text[:30]!r} has {pieces[0]} and "
-                f"{pieces[1]}"
-            )
+            both = f"{text[:30]!r} as {pieces[0]} and {pieces[1]}"
+            raise ValueError(f"the tokenizers of the data and the {side} split text differently: {both}")
 
 
 def _shared(data: Tokenizer, model: Tokenizer, needed: int) -> int:

@@ -134,19 +134,6 @@ def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trai
     assert threading.get_ident() not in readers
 
 
-@pytest.mark.parametrize(
-    ("steps", "batch", "message"),
-    [
-        ((3, 2, 0), 8, "start_step=3"),
-        ((0, 2, 1), 8, "interval_start_step=1"),
-        ((0, 2, 0), 0, "batch"),
-    ],
-)
-def test_bad_arguments(rows, mixture, steps, batch, message):
-    with pytest.raises(ValueError, match=message):
-        loader.batches(rows, mixture, 0, batch, *steps)
-
-
 def test_batch_must_divide(rows, mixture):
     sharding = NamedSharding(mesh(8), PartitionSpec("data"))
     for call in (
