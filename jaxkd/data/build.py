@@ -316,16 +316,9 @@ def _build(
     for unfinished in path.parent.glob("incomplete.*"):  # TFDS's name for what a killed build left
         unfinished.rmtree(missing_ok=True)
     with _quiet():
-        builder = PackedRows(
-            length=length,
-            sides=sides,
-            caps=caps,
-            facts=facts,
-            progress=progress,
-            data_dir=str(path.parents[2]),
-            config=tfds.core.BuilderConfig(name=path.parent.name),
-            file_format="array_record",
-        )
+        config = tfds.core.BuilderConfig(name=path.parent.name)
+        options = {"data_dir": str(path.parents[2]), "config": config, "file_format": "array_record"}
+        builder = PackedRows(length=length, sides=sides, caps=caps, facts=facts, progress=progress, **options)
         with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
             try:
                 builder.download_and_prepare(download_dir=downloads)

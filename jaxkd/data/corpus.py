@@ -85,16 +85,16 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
             continue
         # Lone surrogates, which JSON can spell, have no UTF-8 form.
         text = document.text.encode("utf-8", "replace")
-        digest, mine = hashlib.sha256(folded).digest()[:16], _identity(document, text, side)
+        digest, new = hashlib.sha256(folded).digest()[:16], _identity(document, text, side)
         number = index.setdefault(digest, len(index))
         if number < len(identity):
             duplicates += 1
-            if document.group is not None or (number < held_out) != side or mine >= identity[number]:
+            if document.group is not None or (number < held_out) != side or new >= identity[number]:
                 continue
-            identity[number], start[number], size[number] = mine, end, len(text)
+            identity[number], start[number], size[number] = new, end, len(text)
         else:
             held_out += side
-            identity.append(mine)
+            identity.append(new)
             start.append(end)
             size.append(len(text))
             order.append(_keyed(digest, seed))
@@ -128,11 +128,9 @@ def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndar
         size = np.bincount(member, weights=corpus.size).astype(np.int64)
         room, chosen = int(share * size.sum()), np.zeros(len(groups), bool)
         for number in range(len(groups)):
-            if size[number] <= room:
-                chosen[number] = True
-                room -= int(size[number])
-        if not chosen.any():
-            chosen[np.argmin(size)] = True
+            chosen[number] = size[number] <= room
+            room -= int(size[number] * chosen[number])
+        chosen[np.argmin(size)] |= not chosen.any()
         valid = chosen[member]
     elif valid.all():
         raise ValueError(f"{what} has no training documents that are not in its validation text as well")

@@ -123,8 +123,8 @@ def batches(
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
 
     def read(step: int) -> dict[str, Any]:
-        at = (step - interval_start_step) * batch + indices
-        return host_features(read_rows(domains, domain[at], row[at]))
+        local = (step - interval_start_step) * batch + indices
+        return host_features(read_rows(domains, domain[local], row[local]))
 
     # Not a generator function, so that the checks above run at the call and not at the first `next`.
     return (to_devices(local, batch, indices, sharding) for local in _prefetched(read, start_step, stop_step))
@@ -150,15 +150,15 @@ def fixed_batches(
     indices = local_rows(batch, sharding)
 
     def read(number: int) -> tuple[dict[str, Any], np.ndarray]:
-        wanted = np.arange(number * batch, (number + 1) * batch)
-        real = wanted < len(rows)
-        wanted = np.minimum(wanted, len(rows) - 1)
-        values = read_rows([rows], np.zeros(batch, np.int64), wanted)
+        index = np.arange(number * batch, (number + 1) * batch)
+        real = index < len(rows)
+        index = np.minimum(index, len(rows) - 1)
+        values = read_rows([rows], np.zeros(batch, np.int64), index)
         values["domain"] = np.full(batch, domain, np.int32)
         values["weights"] = values["weights"] * real[:, None].astype(np.float32)
         # A cache adds many times a row's own size: read it only for the rows of this process.
-        mine = host_features(jax.tree.map(lambda value: value[indices], values))
-        return mine, np.where(real, values["bytes"], 0)
+        local = host_features(jax.tree.map(lambda value: value[indices], values))
+        return local, np.where(real, values["bytes"], 0)
 
     count = -(-len(rows) // batch)
-    return ((to_devices(mine, batch, indices, sharding), size) for mine, size in _prefetched(read, 0, count))
+    return ((to_devices(local, batch, indices, sharding), size) for local, size in _prefetched(read, 0, count))

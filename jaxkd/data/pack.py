@@ -31,10 +31,8 @@ def pieces(ids: np.ndarray, length: int) -> list[slice]:
 class _OpenRow:
     def __init__(self, length: int) -> None:
         self.row: Row = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "positions")}
-        self.row["weights"] = np.zeros(length, np.float32)
-        self.row["bytes"] = np.zeros((), np.int64)
-        self.used = 0
-        self.pieces = 0
+        self.row |= {"weights": np.zeros(length, np.float32), "bytes": np.zeros((), np.int64)}
+        self.used = self.pieces = 0
 
     def add(self, ids: np.ndarray, sizes: np.ndarray, weights: np.ndarray | None) -> None:
         span = slice(self.used, self.used + len(ids))

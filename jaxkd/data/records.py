@@ -8,6 +8,7 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -134,11 +135,8 @@ def names(of: Iterable[Any]) -> str:
 
 
 def _fields(record: dict[str, Any]) -> str:
-    return names(
-        name
-        for key, value in record.items()
-        for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])
-    )
+    fields = ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key] for key, value in record.items())
+    return names(itertools.chain.from_iterable(fields))
 
 
 def _chat(record: Any) -> str:

@@ -73,9 +73,9 @@ class Rows:
         if rows and "targets" in rows[0]:
             targets = stack("targets", np.int32)
         else:
-            here, after = stored["segments"][:, :-1], stored["segments"][:, 1:]
+            segment, following = stored["segments"][:, :-1], stored["segments"][:, 1:]
             targets = np.zeros_like(stored["tokens"])
-            targets[:, :-1] = np.where((here == after) & (here > 0), stored["tokens"][:, 1:], 0)
+            targets[:, :-1] = np.where((segment == following) & (segment > 0), stored["tokens"][:, 1:], 0)
         return {
             **stored,
             "targets": targets,

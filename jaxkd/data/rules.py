@@ -77,10 +77,7 @@ def uniform() -> Rule:
 
 
 def temperature(t: float) -> Rule:
-    """Constant flattened sizes: w_i ~ n_i^(1/t), t >= 1; 1 is natural, and the limit of large t is uniform.
-
-    Source: common practice for multilingual models, with t from 3 to 5.
-    """
+    """Constant flattened sizes: w_i ~ n_i^(1/t), t >= 1 (3 to 5 for multilingual models); 1 is natural."""
     if not t >= 1:
         raise ValueError(f"temperature must be at least 1, got {t}")
     return _constant(lambda sizes: mixtures.fixed([size ** (1 / t) for size in sizes], sizes))
@@ -119,11 +116,9 @@ def ddk(
         r_0 = softmax(rho)                                                       (Eq. 1)
         psi_i = r_t(i) exp(rho_i),   r_{t+1} = alpha psi / sum psi + (1 - alpha) / N    (Eq. 2)
 
-    r_{t+1} are interval t+1's shares. The first interval is drawn from the whole pool, as in Algorithm 1, and r_0 only
-    starts the recursion. Gaps are between cross-entropies with the text; the direction of the distillation KL, on which
-    the paper is ambiguous, belongs to the objective. Computed in log space, so ratios of thousands do not overflow.
-    Shares lie between (1 - alpha) / N and alpha + (1 - alpha) / N. With constant gaps the fixed point is
-    r_i = ((1 - alpha) / N) / (1 - alpha exp(rho_i) / Z).
+    r_{t+1} are interval t+1's shares, between (1 - alpha) / N and alpha + (1 - alpha) / N. The first interval is drawn
+    from the whole pool, as in Algorithm 1, and r_0 only starts the recursion. Gaps are between cross-entropies with the
+    text. Computed in log space, so ratios of thousands do not overflow.
 
     Args:
         alpha: weight of the gaps in a share; 0 is uniform.
@@ -176,10 +171,8 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
 
         delta_i = max(nats_S(i) - nats_T(i), 0),   w_i <- w_i exp(delta_i) / sum,   w_i <- (1 - c) w_i + c / N
 
-    The paper's reference loss is the source model's; here it is the teacher's.
-
-    Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; step size 1 and `floor` c as in the authors' code, which
-    clamps nothing.
+    Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1, whose reference loss is the source model's; step size 1 and
+    `floor` c as in the authors' code, which clamps nothing.
     """
     _require_floor(floor)
 
@@ -204,16 +197,11 @@ def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") 
         lambda_i = mean over the batch's tokens of domain i of max(loss - teacher's loss, 0)
         log w <- log w + eta lambda,   w <- (1 - c) w / sum w + c / N,   the loss of domain i counts w_i / share_i
 
-    inside every step (`jaxkd/losses/group_dro.py`). The teacher is the paper's reference model. The mean of w over all
-    steps is stored at the end, in `domain_weights.json`; a second run draws rows by it: `doremi("runs/proxy")`.
+    inside every step (`jaxkd/losses/group_dro.py`), from the losses up to the previous one. The teacher is the paper's
+    reference model. The mean of w over all steps is stored at the end, in `domain_weights.json`; a second run draws
+    rows by it: `doremi("runs/proxy")`. `first` gives the shares: "uniform" as in the paper, or "natural".
 
-    Args:
-        eta: step size of log w.
-        floor: c; no weight is below c / N. 1e-3 in the paper, 1e-4 in the code.
-        first: the shares: "uniform" as in the paper, or "natural".
-
-    Source: DoReMi (arXiv 2305.10429), Algorithm 1 and the authors' code. One difference: a step's weights follow from
-    the losses up to the previous step.
+    Source: DoReMi (arXiv 2305.10429), Algorithm 1 and the authors' code; `floor` c is 1e-3 in the paper, 1e-4 there.
     """
     if not eta >= 0:
         raise ValueError(f"eta must be at least 0, got {eta}")
@@ -248,8 +236,8 @@ def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"data.mixture: {workdir / DOMAIN_WEIGHTS} is damaged: run that run's command again") from None
     if set(weights) != set(domains):
-        both = f"has the domains {', '.join(weights)}, this one {', '.join(domains)}"
-        raise ValueError(f"data.mixture: the run at {run} {both}: train a proxy on the same domains")
+        names = f"{', '.join(weights)}, this one {', '.join(domains)}"
+        raise ValueError(f"data.mixture: the run at {run} has the domains {names}: train a proxy on the same")
     return [weights[name] for name in domains]
 
 
@@ -261,9 +249,9 @@ def doge(mu: float = 0.05, targets: Sequence[str] = (), norm: float = 1.0, limit
         log w_i <- log w_i + score_i / mu,   w <- w / sum w
 
     g_i is the gradient of the student's own loss on training rows of domain i, at each interval's beginning. The paper
-    updates w at every step of a proxy that samples uniformly and weighs the losses; here rows are drawn by w, which is
-    the same in expectation, and w is updated once an interval: for the paper's pace divide mu by the interval's steps.
-    The mean of w is stored at the end, and a second run draws by it: `doremi("runs/proxy")`.
+    updates w at every step and weighs the losses; here rows are drawn by w, which is the same in expectation, and w is
+    updated once an interval: for the paper's pace divide mu by the interval's steps. The mean of w is stored at the
+    end, and a second run draws by it: `doremi("runs/proxy")`.
 
     Args:
         mu: inverse step size of log w.

@@ -89,7 +89,7 @@ def _tfds_builder(name: str) -> Any:
             raise FileNotFoundError(f"{directory} has no dataset_info.json: give TFDS's .../name/config/1.0.0")
         return tfds.builder_from_directory(directory)
     # Nothing is downloaded from here: most TFDS builders need TensorFlow for that.
-    how = (
+    remedy = (
         f"prepare it with tfds.builder({name!r}, file_format='array_record').download_and_prepare(), "
         "or give the local directory of a prepared dataset, tfds:/path/to/name/1.0.0"
     )
@@ -100,9 +100,9 @@ def _tfds_builder(name: str) -> Any:
         prepared = builder.is_prepared()
     except Exception as error:  # an unknown name and a builder that wants TensorFlow: one answer to both
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"TFDS cannot load the dataset {name!r} ({reason}): {how}") from None
+        raise FileNotFoundError(f"TFDS cannot load the dataset {name!r} ({reason}): {remedy}") from None
     if not prepared:
-        raise FileNotFoundError(f"the TFDS dataset {name!r} is not prepared on this machine: {how}")
+        raise FileNotFoundError(f"the TFDS dataset {name!r} is not prepared on this machine: {remedy}")
     return builder
 
 

@@ -23,7 +23,7 @@ from jaxkd.runtime import files
 _END_OF_TEXT = "<|endoftext|>"
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF token types
 _FILLED = re.compile(r"\[PAD\d+\]")  # what llama.cpp's converter calls a row of the embedding that no token has
-_OTHERWISE = "a Hugging Face directory of the same model, with its tokenizer.json, is read: give that instead"
+_OTHERWISE = "give a Hugging Face directory of the same model, with its tokenizer.json"
 
 _BYTE_WORD = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece models write a byte
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -66,19 +66,15 @@ class Tokenizer:
         first of them.
         """
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [
-            (np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding))
-            for text, encoding in zip(texts, encodings)
-        ]
+        pairs = zip(texts, encodings)
+        return [(np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding)) for text, encoding in pairs]
 
     def documents(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """As `encode`, with the start and end token around each document; those stand for 0 bytes."""
         before = np.asarray([] if self.start is None else [self.start], np.int32)
         after = np.asarray([] if self.end is None else [self.end], np.int32)
-        return [
-            (np.concatenate([before, ids, after]), np.pad(sizes, (len(before), len(after))))
-            for ids, sizes in self.encode(texts)
-        ]
+        pad = (len(before), len(after))
+        return [(np.concatenate([before, ids, after]), np.pad(sizes, pad)) for ids, sizes in self.encode(texts)]
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids [n], control tokens left out."""
@@ -131,15 +127,9 @@ def _finish(tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None,
         start = end = whole_text
     if not settings.eos and end is not None:
         settings = replace(settings, bos=start, eos=(end,))
-    return Tokenizer(
-        tokenizer=tokenizer,
-        vocab=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        start=start,
-        end=end,
-        fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
-        generation=settings,
-        json=definition,
-    )
+    vocab = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+    return Tokenizer(tokenizer, vocab, start, end, fingerprint, settings, definition)
 
 
 def _byte_level(kind: str) -> tuple[Any, Any, bool]:

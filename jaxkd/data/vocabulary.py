@@ -101,10 +101,10 @@ def _check_text(data: Tokenizer, model: Tokenizer, side: str) -> None:
     splits = [[ids.tolist() for ids, _ in each.encode(list(SAMPLES))] for each in (data, model)]
     for text, *pair in zip(SAMPLES, *splits, strict=True):
         if pair[0] != pair[1]:
-            at = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), 0)
-            pieces = [[data.tokenizer.id_to_token(i) for i in ids[at : at + 4]] for ids in pair]
-            both = f"{text[:30]!r} as {pieces[0]} and {pieces[1]}"
-            raise ValueError(f"the tokenizers of the data and the {side} split text differently: {both}")
+            start = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), 0)
+            pieces = [[data.tokenizer.id_to_token(i) for i in ids[start : start + 4]] for ids in pair]
+            example = f"{text[:30]!r} as {pieces[0]} and {pieces[1]}"
+            raise ValueError(f"the tokenizers of the data and the {side} split text differently: {example}")
 
 
 def _shared(data: Tokenizer, model: Tokenizer, needed: int) -> int:

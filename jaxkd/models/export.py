@@ -113,8 +113,8 @@ def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[
     resolved = target.resolve()
     for path in (path.resolve() for path in keep_out):
         if resolved == path or resolved in path.parents or path in resolved.parents:
-            how = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
-            raise ValueError(f"cannot export to {target}: it {how} {path}, which belongs to the run. Name another")
+            relation = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
+            raise ValueError(f"cannot export to {target}: it {relation} {path}, which belongs to the run. Name another")
     if not target.exists():
         return
     if not target.is_dir():
@@ -184,7 +184,7 @@ def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, 
         if leaf.shape != tensor.leaf(config):
             raise ValueError(f"parameter {name} is {leaf.shape}, and the config asks for {tensor.leaf(config)}")
         if not np.isfinite(leaf).all():
-            raise ValueError(f"parameter {name} holds NaN or infinity: this model is not worth exporting")
+            raise ValueError(f"parameter {name} holds NaN or infinity: not exported")
         inside = tuple(slice(size) for size in tensor.shape)
         for layer, array in enumerate(leaf if tensor.stacked else leaf[None]):
             yield tensor.hf.format(layer=layer), families.to_stored(tensor, array[inside]).astype(dtype)

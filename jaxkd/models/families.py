@@ -12,12 +12,15 @@ import numpy as np
 
 from jaxkd.models.transformer import Config, RopeScaling
 
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
-_ARCHITECTURES = {
-    **{"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
-    **{"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"},
+_FAMILIES: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # model_type -> architecture, and what its config.json has beside the common entries
+    "llama": ("LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", {"sliding_window": None, "use_sliding_window": False}),
+    "qwen3": ("Qwen3ForCausalLM", {"attention_bias": False, "sliding_window": None, "use_sliding_window": False}),
 }
-FAMILIES = tuple(_ARCHITECTURES)
+_GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
 _HF_KEYS = {  # `Config`'s fields -> keys of config.json
     **{"vocab": "vocab_size", "embed": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"},
     **{"mlp": "intermediate_size", "max_length": "max_position_embeddings", "norm_eps": "rms_norm_eps"},
@@ -35,11 +38,13 @@ _UNREAD_HF = {
     **{"lm_head_multiplier": 1, "key_multiplier": 1, "scale_emb": 1, "clip_qkv": 0, "attention_chunk_size": 0},
     **{"final_logit_softcapping": 0, "attn_logit_softcapping": 0, "use_qk_norm": 0, "qk_layernorm": 0},
     **{"query_pre_attn_scalar": "head_dim", "attention_multiplier": "1/sqrt", "use_parallel_residual": 0},
+    **{"attention_bias": 0, "mlp_bias": 0, "num_experts": 0, "num_local_experts": 0},
 }
 _UNREAD_GGUF = {
     **{"attention.scale": "1/sqrt", "logit_scale": 1, "final_logit_softcapping": 0, "attn_logit_softcapping": 0},
     **{"embedding_scale": 1, "residual_scale": 1, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0},
-    **{"attention.temperature_scale": 0, "use_parallel_residual": 0, "rope.scaling.attn_factor": 1},
+    **{"attention.temperature_scale": 0, "use_parallel_residual": 0, "rope.scaling.attn_factor": 1, "expert_count": 0},
+    **{"attention.value_length": "head_dim", "rope.dimension_count": "head_dim"},
 }
 
 
@@ -91,9 +96,8 @@ class Tensor:
 
 def table(config: Config) -> tuple[Tensor, ...]:
     """All parameters of `config`'s decoder; shapes are per layer, with the true vocabulary."""
-    d, f, h, kv, hd, v = (
-          config.embed, config.mlp, config.heads, config.kv_heads, config.head_dim, config.vocab,
-    )  # fmt: skip
+    d, f, h, kv = config.embed, config.mlp, config.heads, config.kv_heads
+    hd, v = config.head_dim, config.vocab
 
     def layer(name: str, hf: str, gguf: str, stored: tuple, shape: tuple, **more: Any) -> Tensor:
         hf, gguf = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
@@ -156,8 +160,8 @@ def from_hf(
         note: receives a sentence per such option.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{source}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
+    if family not in _FAMILIES:
+        raise ValueError(f"{source}: model_type {family!r} is not known; known: {', '.join(_FAMILIES)}")
     _refuse_hf(config, source)
 
     needed = list(_HF_KEYS.values())
@@ -197,9 +201,10 @@ def to_hf(config: Config, dtype: str = "float32") -> dict[str, Any]:
     # Mistral and Llama compute the same, but a llama config requires that the heads divide the width.
     plain = "mistral" if config.embed % config.heads else "llama"
     family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else plain
+    architecture, own = _FAMILIES[family]
     scaling = config.rope_scaling
     written: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [architecture],
         "model_type": family,
         **{key: getattr(config, field) for field, key in _HF_KEYS.items()},
         "num_key_value_heads": config.kv_heads,
@@ -221,28 +226,12 @@ def to_hf(config: Config, dtype: str = "float32") -> dict[str, Any]:
         # longrope takes one factor per frequency; with two equal lists it does not depend on the length.
         same = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": config.max_length}
         written["rope_scaling"] = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **same}
-    if family in ("llama", "qwen3"):
-        written["attention_bias"] = False
-    if family == "llama":
-        written["mlp_bias"] = False
-    if family != "llama":
-        written["sliding_window"] = None
-    if family.startswith("qwen"):
-        written["use_sliding_window"] = False
-    return written
+    return written | own
 
 
 def _refuse_hf(config: Mapping[str, Any], source: str) -> None:
-    refused = {
-        "quantization_config": "quantised weights are not read; save the model in bfloat16 or float32",
-        "attention_bias": "biases on all four attention projections are not supported",
-        "mlp_bias": "biases in the MLP are not supported",
-        "num_experts": "mixtures of experts are not supported",
-        "num_local_experts": "mixtures of experts are not supported",
-    }
-    for key, why in refused.items():
-        if config.get(key):
-            raise ValueError(f"{source}: {key} is {config[key]!r}: {why}")
+    if config.get("quantization_config"):
+        raise ValueError(f"{source}: quantization_config is set: save the model in bfloat16 or float32")
     act = config.get("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"{source}: hidden_act is {act!r}: only silu is supported")
@@ -301,7 +290,7 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope
     Precedence is that of transformers: a non-empty `rope_scaling` replaces `rope_parameters`; the block's base comes
     before the top level's; the top level's original length comes before the block's.
     """
-    both = config.get("rope_scaling") and config.get("rope_parameters")
+    replaced = config.get("rope_scaling") and config.get("rope_parameters")
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
     if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
@@ -309,7 +298,7 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None and family == "llama" and not rope:
         theta = 10000.0  # the first llamas predate the key
-    if theta is None and both:
+    if theta is None and replaced:
         raise ValueError(
             f"{source}: rope_scaling replaces rope_parameters, as in transformers, and has no rope_theta: merge it "
             "into rope_parameters and remove rope_scaling"
@@ -369,8 +358,8 @@ def from_gguf(
     `tied`: the file has no `output.weight`. `rope_factors`: per-frequency divisors, the tensor `rope_freqs.weight`.
     """
     family = fields.get("general.architecture")
-    if family not in GGUF_FAMILIES:
-        raise ValueError(f"{source}: general.architecture {family!r} is not known; known: {', '.join(GGUF_FAMILIES)}")
+    if family not in _GGUF_FAMILIES:
+        raise ValueError(f"{source}: general.architecture {family!r} is not known; known: {', '.join(_GGUF_FAMILIES)}")
     needed = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
     missing = [f"{family}.{key}" for key in (*needed, "context_length") if f"{family}.{key}" not in fields]
     if missing:
@@ -395,12 +384,6 @@ def from_gguf(
             "the weights were trained without scaling, set the type to 'none'"
         )
     limits = [_Limit(window, f"{family}.attention.sliding_window {window}")] if window else []
-    if field("expert_count"):
-        raise ValueError(f"{source}: {family}.expert_count is set: mixtures of experts are not supported")
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if field(key, head_dim) != head_dim:
-            raise ValueError(f"{source}: {family}.{key} is {field(key)}, not the head size {head_dim}")
-
     vocab = field("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))
     # Stored as float32: its shortest decimal form (1e-5, not 9.99999975e-06).
     eps = float(str(np.float32(field("attention.layer_norm_rms_epsilon", 1e-5))))

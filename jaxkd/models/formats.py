@@ -221,15 +221,9 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         count, keys = cursor.number("Q"), cursor.number("Q")
         try:
             fields = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(keys)}
-            infos = [
-                (
-                    cursor.string(),
-                    tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1],
-                    gguf.GGMLQuantizationType(cursor.number("I")),
-                    cursor.number("Q"),
-                )
-                for _ in range(count)
-            ]
+            kind = lambda: gguf.GGMLQuantizationType(cursor.number("I"))
+            shape = lambda: tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
+            infos = [(cursor.string(), shape(), kind(), cursor.number("Q")) for _ in range(count)]
         except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError):
             size = file.stat().st_size
             raise ValueError(f"{file}: cut short: header damaged or beyond its {size} bytes; fetch it again") from None
@@ -238,9 +232,8 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         align = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         start = -(-cursor.offset // align) * align
     entries = {}
-    for name, shape, kind, offset in infos:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = math.prod(shape) // block * block_bytes
-        entries[name] = Stored(file, start + offset, nbytes, shape, kind.name)
+    for name, dims, type_, offset in infos:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+        entries[name] = Stored(file, start + offset, math.prod(dims) // block * block_bytes, dims, type_.name)
     _require_bytes(file, start, entries)
     return fields, entries

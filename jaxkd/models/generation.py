@@ -69,8 +69,7 @@ def _tokens(content: Mapping[str, Any]) -> dict[str, str]:
 
 def _ids(value: Any) -> list[int]:
     """One id or a list of ids; some files write -1 for none."""
-    values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
 
 
 def _templates(folder: Path, entry: Any) -> dict[str, str]:

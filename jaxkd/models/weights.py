@@ -112,13 +112,10 @@ def locate(path: str | Path) -> Path:
     """The local file or directory of `path`, a name in `KNOWN` or an existing path."""
     if str(path) in KNOWN:
         return _packaged(str(path))
-    local = Path(path).expanduser()
-    if local.exists():
+    if (local := Path(path).expanduser()).exists():
         return local
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or "://" in str(path):
-        raise FileNotFoundError(
-            f"{path!r} is not a local path, and nothing is downloaded: fetch it, give its directory"
-        )
+        raise FileNotFoundError(f"{path!r} is not a local path; nothing is downloaded: fetch it, give its directory")
     raise FileNotFoundError(f"{path}: no such file or directory; names known here: {', '.join(KNOWN)}")
 
 
@@ -152,13 +149,9 @@ def open_checkpoint(path: str | Path, *, length: int | None = None) -> Checkpoin
     notes: list[str] = []
     # Rotary factors exist for the llama architecture only.
     factors = entries.pop(_ROPE_FREQS, None) if families.interleaved(fields) else None
+    tied, rope_factors = "output.weight" not in entries, factors.read().tolist() if factors else ()
     config = families.from_gguf(
-        fields,
-        str(file),
-        tied="output.weight" not in entries,
-        rope_factors=factors.read().tolist() if factors else (),
-        length=length,
-        note=notes.append,
+        fields, str(file), tied=tied, rope_factors=rope_factors, length=length, note=notes.append
     )
     tensors = _match(config, entries, "gguf", str(file), notes)
     return Checkpoint(file, config, fingerprint, None, tensors, fields, tuple(notes))

@@ -61,14 +61,14 @@ class Program:
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
-        self.entry, here = "", []
+        self.entry, body = "", []
         for line in text.splitlines():
             if (head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)) and not line.startswith(" "):
-                here = self.computations.setdefault(head[2], [])
+                body = self.computations.setdefault(head[2], [])
                 self.entry = head[2] if head[1] else self.entry
             elif (instruction := _instruction(line)) is not None:
-                here.append(instruction)
-        self.types = {name: {i.name: i.type for i in body} for name, body in self.computations.items()}
+                body.append(instruction)
+        self.types = {name: {i.name: i.type for i in lines} for name, lines in self.computations.items()}
         self.times: dict[str, int] = {}  # executions of each computation a step, those inside fusions too
         self.looped: set[str] = set()
         self.unfused: set[str] = set()  # computations whose instructions run one by one, not as part of a fusion

@@ -45,11 +45,11 @@ def sentence(oom: Oom, message: str) -> str:
             f"the compiler ran out of memory and did not say of which, or how much: {message.strip().splitlines()[0]}"
         )
     mebi = lambda number: f"{number / 2**20:.2f} MiB"
-    asked = f"{mebi(oom.used)} of {mebi(oom.limit)}" if oom.used and oom.limit else "more than there is"
+    amount = f"{mebi(oom.used)} of {mebi(oom.limit)}" if oom.used and oom.limit else "more than there is"
     flag = ", or --xla_tpu_scoped_vmem_limit_kib in LIBTPU_INIT_ARGS" if oom.space == "vmem" else ""
     return (
         f"the compiler ran out of {oom.space}, on-chip memory, and not of HBM: {oom.instruction or 'a kernel'} needs "
-        f"{asked}. A smaller job does not help: change the kernel's tiles{flag}"
+        f"{amount}. A smaller job does not help: change the kernel's tiles{flag}"
     )
 
 

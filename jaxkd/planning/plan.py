@@ -1,8 +1,7 @@
-"""Plans a run for TPUs that are not here: compiles its real step for them and reads memory and time off the program.
+"""Plans a run for TPUs that are not attached: compiles its real step and reads memory and time from the program.
 
 Memory is the compiler's own count. Collectives and HBM traffic come from the HLO, each instruction as often as it runs.
-Step time is a roofline, a lower bound: compute, HBM and links each at their peak rate and overlapped, except for
-collectives beside which the program computes nothing.
+Step time is a roofline, a lower bound: compute, HBM and links at peak rate and overlapped but for exposed collectives.
 """
 
 import contextlib
