@@ -29,17 +29,12 @@ def _by_row(sharding: NamedSharding) -> NamedSharding:
 
 
 def local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
-    """Ascending indices [n] into the global batch of this process's rows; ValueError where it does not divide."""
+    """Ascending indices [n] into the global batch of the rows that this process's devices hold."""
+    rows = np.arange(batch)
     if sharding is None:
-        return np.arange(batch)
-    try:
-        indices = _by_row(sharding).addressable_devices_indices_map((batch,))
-    except ValueError as error:
-        raise ValueError(f"a batch of {batch} rows does not divide over the mesh {sharding}: {error}") from None
-    needed = np.zeros(batch, bool)
-    for index in indices.values():
-        needed[index] = True
-    return np.nonzero(needed)[0]
+        return rows
+    indices = _by_row(sharding).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([rows[index] for index in indices.values()]))
 
 
 def to_devices(local: dict[str, Any], batch: int, indices: np.ndarray, sharding: NamedSharding | None) -> Batch:
@@ -115,9 +110,6 @@ def batches(
         sharding: of the batch axis (and the length axis, if it names one).
         host_features: a teacher's; it runs in the prefetching threads.
     """
-    lengths = {rows.length for rows in domains}
-    if len(lengths) != 1:
-        raise ValueError(f"all domains must have rows of one length, got {sorted(lengths)}: prepare them again")
     indices = local_rows(batch, sharding)
     sizes = [len(rows) for rows in domains]
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
@@ -126,13 +118,9 @@ def batches(
         local = (step - interval_start_step) * batch + indices
         return host_features(read_rows(domains, domain[local], row[local]))
 
-    # Not a generator function, so that the checks above run at the call and not at the first `next`.
-    return (to_devices(local, batch, indices, sharding) for local in _prefetched(read, start_step, stop_step))
-
-
-def _prefetched(read: Any, start: int, stop: int) -> Iterator[Any]:
-    if start < stop:
-        yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ)
+    if start_step < stop_step:
+        for rows in grain.MapDataset.range(start_step, stop_step).map(read).to_iter_dataset(_READ):
+            yield to_devices(rows, batch, indices, sharding)
 
 
 def fixed_batches(
@@ -160,5 +148,5 @@ def fixed_batches(
         local = host_features(jax.tree.map(lambda value: value[indices], values))
         return local, np.where(real, values["bytes"], 0)
 
-    count = -(-len(rows) // batch)
-    return ((to_devices(local, batch, indices, sharding), size) for local, size in _prefetched(read, 0, count))
+    for local, size in grain.MapDataset.range(-(-len(rows) // batch)).map(read).to_iter_dataset(_READ):
+        yield to_devices(local, batch, indices, sharding), size

@@ -35,8 +35,6 @@ class Rows:
             raise self._damaged(error) from None
         if stored != self._size:
             raise self._damaged(f"it has {stored} of {self._size} rows")
-        if "weights" not in ends[0]:
-            raise ValueError(f"the rows in {self.path} are of an older format: delete that directory, prepare it again")
         self.length = int(ends[0]["tokens"].shape[0])
         # Shape and dtype of each of a row's further arrays.
         self.aux = {name: (np.shape(value), np.asarray(value).dtype) for name, value in ends[0].get("aux", {}).items()}

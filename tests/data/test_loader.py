@@ -132,13 +132,3 @@ def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trai
         assert time.monotonic() < until, "nothing is read until it is asked for"
         time.sleep(0.01)
     assert threading.get_ident() not in readers
-
-
-def test_batch_must_divide(rows, mixture):
-    sharding = NamedSharding(mesh(8), PartitionSpec("data"))
-    for call in (
-        lambda: loader.batches(rows, mixture, 0, 12, 0, 1, 0, sharding),
-        lambda: loader.fixed_batches(rows[0], 0, 12, sharding),
-    ):
-        with pytest.raises(ValueError, match="batch of 12"):
-            call()
