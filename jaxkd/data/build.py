@@ -173,13 +173,11 @@ def _record(path: epath.Path, reading: Reading) -> None:
         files.write_text(Path(path), text)
 
 
-def _check(name: str, length: int, caps: tuple[int, int], valid_share: float, bad_records: float) -> None:
+def _check(name: str, length: int, valid_share: float, bad_records: float) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"domain name {name!r} must be made of letters, digits, '_', '.' and '-'")
     if length < 2:
         raise ValueError(f"a row needs at least 2 tokens to have a target, got length={length}")
-    if min(caps) < 0:
-        raise ValueError(f"train_rows and valid_rows must be 0 (no limit) or more, got {caps[0]} and {caps[1]}")
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must be between 0 and 1, got {valid_share}")
     if not 0 <= bad_records < 1:
@@ -230,7 +228,7 @@ def prepare(
         bad_records: share of the records that may hold no text; they are left out.
         seed: of the documents' order and split.
     """
-    _check(name, length, (train_rows, valid_rows), valid_share, bad_records)
+    _check(name, length, valid_share, bad_records)
     caps = {"train": train_rows, "valid": valid_rows}
     choices = {"length": length, "caps": caps, "valid_share": valid_share, "seed": seed}
     root = epath.Path(directory).expanduser()

@@ -15,6 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxkd.core.types import PyTree
 from jaxkd.models import families, formats, generation
@@ -172,15 +173,11 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of a Hugging Face file, one at a time."""
-    table = families.table(config)
-    inner = params.get("layers", {})
-    present = {("layers", name) for name in inner} | {(name,) for name in params if name != "layers"}
-    differing = sorted("/".join(path) for path in present ^ {tensor.path for tensor in table})
-    if differing:
-        raise ValueError(f"these parameters are only on one side, the tree's or the config's: {differing}")
+    table, leaves = families.table(config), flatten_dict(params)
+    if differing := sorted("/".join(path) for path in leaves.keys() ^ {tensor.path for tensor in table}):
+        raise ValueError(f"only the parameters or only the config has {differing}")
     for tensor in table:
-        name = "/".join(tensor.path)
-        leaf = np.asarray((inner if tensor.stacked else params)[tensor.path[-1]])
+        name, leaf = "/".join(tensor.path), np.asarray(leaves[tensor.path])
         if leaf.shape != tensor.leaf(config):
             raise ValueError(f"parameter {name} is {leaf.shape}, and the config asks for {tensor.leaf(config)}")
         if not np.isfinite(leaf).all():
@@ -192,10 +189,7 @@ def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, 
 
 def _small_files(config: Config, tokenizer_json: str, settings: Generation, dtype: str) -> dict[str, str]:
     """Contents of the configs and the tokenizer by file name; raises if an id has no row in the embedding."""
-    try:
-        definition = json.loads(tokenizer_json)
-    except ValueError as error:
-        raise ValueError(f"tokenizer_json is not valid JSON: {error}") from None
+    definition = json.loads(tokenizer_json)
     vocab = definition.get("model", {}).get("vocab", {})
     words = dict(vocab) if isinstance(vocab, dict) else {word: i for i, (word, _) in enumerate(vocab)}
     words |= {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
