@@ -1,8 +1,6 @@
-"""Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint.
+"""Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint, written atomically.
 
-The fingerprint covers the text itself, the tokenizer and every setting, and names the directory: an existing directory
-is reused, a changed domain is written beside it. File names and times only tell whether a text has to be read again.
-TFDS writes into a temporary directory and renames it at the end, so an interrupted build leaves no dataset behind.
+The fingerprint covers text, tokenizer and settings and names the directory; file times only tell whether to read again.
 """
 
 import contextlib

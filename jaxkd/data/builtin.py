@@ -1,7 +1,6 @@
 """Six text domains that need no download: read from the interpreter and from small packages on PyPI.
 
-A package's files are located and parsed without importing it, since an import could run anything or need more
-packages. Two exceptions: `pydoc_data.topics`, a dictionary, and mathgenerator, a program that writes exercises.
+Packages are located and parsed without importing them, except `pydoc_data.topics` and mathgenerator, a program.
 """
 
 import ast

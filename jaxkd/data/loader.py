@@ -1,7 +1,6 @@
-"""Batches on their devices from packed rows.
+"""Batches on their devices from packed rows, a pure function of the mixture, the seed and the step.
 
-The batch of a step is a pure function of the mixture, the seed and the step. Host threads prefetch rows, each process
-only those that its devices hold; the training thread transfers them.
+Host threads prefetch rows, each process only those that its devices hold; the training thread transfers them.
 """
 
 from collections.abc import Callable, Iterator, Sequence

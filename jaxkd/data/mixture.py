@@ -1,8 +1,4 @@
-"""Which rows an interval trains on: how many of each domain, which ones, and in what order.
-
-`Mixture` is checkpointed. Everything here is a pure function of it, the seed and the domain sizes, in numpy on the
-host, so that all processes agree and a resumed run reads the same rows.
-"""
+"""Which rows an interval trains on, in numpy on the host: a pure function of `Mixture`, seed and domain sizes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

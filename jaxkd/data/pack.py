@@ -1,7 +1,6 @@
-"""Packs documents' tokens into rows of one length, best fit, without losing a token.
+"""Packs documents' tokens into rows of one length, best fit.
 
-A document longer than a row is cut into pieces that overlap by one token: a target at the end of one piece, context
-at the start of the next. Every token but a document's first is then a target exactly once, and so are its bytes.
+A longer document is cut into pieces that overlap by one token, so that each token but the first is a target once.
 """
 
 from collections.abc import Iterable, Iterator

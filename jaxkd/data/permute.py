@@ -1,8 +1,4 @@
-"""A keyed pseudo-random permutation of `range(size)`, computed per index in constant memory.
-
-Row order has to be a pure function of the seed and the position, on any host and for corpora of any size. A Feistel
-network with cycle walking gives any element directly, without a table.
-"""
+"""A keyed permutation of `range(size)`, computed per index: a Feistel network with cycle walking."""
 
 import numpy as np
 

@@ -1,7 +1,4 @@
-"""Documents out of files: JSON Lines, JSON, CSV, Parquet and plain text, each also compressed (.gz, .zst).
-
-A record without text is a `BadRecord`, which `corpus.collect` counts; a file that cannot be read is a ValueError.
-"""
+"""Documents from files: JSON Lines, JSON, CSV, Parquet and plain text, each also compressed (.gz, .zst)."""
 
 import codecs
 import contextlib

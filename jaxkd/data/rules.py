@@ -1,7 +1,6 @@
-"""Rules that re-weight the mixture of domains from measurements, as pairs of pure functions.
+"""Rules that re-weight the mixture of domains from measurements: a recipe's `data.mixture` is a call of one of them.
 
-Numpy float64 on the host, identical on every process; states are JSON values (JSON round-trips float64 exactly). A
-recipe's `data.mixture` is a call of one of these functions.
+Pure functions in numpy float64 on the host, identical on every process; states are JSON values.
 """
 
 import json

@@ -1,7 +1,6 @@
 """Tokenizers from a model's files, on the `tokenizers` library, so that ids equal those of `transformers`.
 
-Text is encoded as text: a string that spells a control token does not become one. Documents get their start and end
-token here and nowhere else.
+Text is encoded as text: a string that spells a control token does not become one.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Whether models read the same text as the same ids, and which ids the loss covers.
 
-Two tokenizers belong together when they split text alike and their text ids agree. Special tokens, which text never
-becomes, may be renamed or appended, and embeddings may have any number of padding rows.
+Special tokens, which text never becomes, may be renamed or appended, and embeddings may have padding rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,9 +57,8 @@ def coverage(data: Tokenizer, own: Mapping[str, Tokenizer], rows: Mapping[str, i
     those hold all text ids, the document marks and the end tokens. Otherwise the ids up to the last that is the same;
     those in between that differ stay in the softmax, but are never an input or a target.
 
-    `own` has the models' tokenizers by side, where they have one, and `rows` the rows of their embeddings.
-
-    Raises ValueError where text has other ids in a model, or its embedding has no row for one of them.
+    `own` has the models' tokenizers by side, where they have one, and `rows` the rows of their embeddings. Raises
+    ValueError where text has other ids in a model, or its embedding has no row for one of them.
     """
     words = _words(data)
     special = {i for i, token in data.tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -69,10 +67,8 @@ def coverage(data: Tokenizer, own: Mapping[str, Tokenizer], rows: Mapping[str, i
     size = data.vocab
     for side, count in rows.items():
         if side not in own and count > data.vocab + _UNCHECKED_ROWS:
-            raise ValueError(
-                f"the tokenizer has {data.vocab} ids but the {side}'s weights have {count}, and it has no tokenizer of "
-                "its own to compare: put its tokenizer.json beside its weights"
-            )
+            counts = f"{count} rows for the tokenizer's {data.vocab} ids"
+            raise ValueError(f"the {side}'s weights have {counts}: put its own tokenizer.json beside them")
         if count < needed:
             raise ValueError(f"the tokenizer has text ids up to {needed - 1}, and the {side}'s weights {count} rows")
         size = min(size, count)

@@ -1,7 +1,6 @@
 """Writing a trained student as a directory that `transformers` loads.
 
-Files are written to a staging directory inside the destination, then moved. Only files of an earlier export, listed in
-its jaxkd.json, are replaced.
+Files are staged inside the destination, then moved; only files of an earlier export (jaxkd.json) are replaced.
 """
 
 import contextlib

@@ -249,10 +249,8 @@ def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_di
         if isinstance(neutral, str):
             neutral = head_dim if neutral == "head_dim" else 1 / math.sqrt(head_dim)
         if not isinstance(value, (int, float)) or not math.isclose(value, neutral, rel_tol=1e-6):
-            raise ValueError(
-                f"{source}{key} is {value!r}, which changes what the model computes and is not supported; if the "
-                f"weights were trained without it, set it to {neutral:.9g}"
-            )
+            remedy = f"if the weights were trained without it, set it to {neutral:.9g}"
+            raise ValueError(f"{source}{key} {value!r} changes the computation: not supported; {remedy}")
 
 
 def _within(limits: Iterable[_Limit], whole: int, length: int | None, source: str, note: Note) -> int:
@@ -262,10 +260,8 @@ def _within(limits: Iterable[_Limit], whole: int, length: int | None, source: st
         return whole
     if length is None or length > tokens:
         rows = f"rows have {length}" if length else f"the model has {whole}"
-        raise ValueError(
-            f"{source}: {key} changes what the model computes beyond {tokens} tokens, which is not supported, and "
-            f"{rows}: set data.length to at most {tokens}, where the model is the same without it"
-        )
+        limit = f"{key} has an effect beyond {tokens} tokens, which is not supported"
+        raise ValueError(f"{source}: {limit}, and {rows}: set data.length to at most {tokens}")
     note(f"{key} changes nothing in rows of up to {tokens} tokens: ignored, and the model's context is {tokens}")
     return tokens
 
@@ -299,10 +295,7 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope
     if theta is None and family == "llama" and not rope:
         theta = 10000.0  # the first llamas predate the key
     if theta is None and replaced:
-        raise ValueError(
-            f"{source}: rope_scaling replaces rope_parameters, as in transformers, and has no rope_theta: merge it "
-            "into rope_parameters and remove rope_scaling"
-        )
+        raise ValueError(f"{source}: rope_scaling without rope_theta replaces rope_parameters: merge the two")
     if theta is None:
         raise ValueError(f"{source}: missing rope_theta")
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))

@@ -1,7 +1,4 @@
-"""Reading safetensors and GGUF files, and writing safetensors; the only module that imports their libraries.
-
-Headers of both formats become `Stored` entries; a truncated file is detected before any weight is read.
-"""
+"""Reading safetensors and GGUF files, and writing safetensors; the only module that imports their libraries."""
 
 import dataclasses
 import hashlib

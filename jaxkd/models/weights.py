@@ -1,7 +1,6 @@
-"""Opening local Hugging Face directories and GGUF files, and loading their weights.
+"""Opening local Hugging Face directories and GGUF files, and loading their weights tensor by tensor.
 
-Opening reads headers only and checks every tensor's name, shape and size. `Checkpoint.load` then reads tensor by tensor
-into arrays stacked over layers, so that the host holds one copy. Nothing is downloaded.
+Opening reads headers only and checks every tensor's name, shape and size. Nothing is downloaded.
 """
 
 import dataclasses

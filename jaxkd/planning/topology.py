@@ -118,10 +118,8 @@ def topology(name: str, slices: int = 1) -> Topology:
     if int(match[2]) in numbers:
         return Topology(name, g, numbers[int(match[2])], slices)
     of_each = f", {g.per_chip} a chip" if g.per_chip > 1 else ""
-    raise ValueError(
-        f"no topology '{name}': the number of a {g.name} slice counts {g.counted}{of_each} and is one of "
-        f"{', '.join(map(str, numbers))}; another grid of chips is given as such, {example}"
-    )
+    counts = f"counts {g.counted}{of_each} and is one of {', '.join(map(str, numbers))}"
+    raise ValueError(f"no topology '{name}': the number of a {g.name} slice {counts}; or give a grid, {example}")
 
 
 def _number(g: Generation, shape: tuple[int, ...]) -> int:
