@@ -121,10 +121,8 @@ def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndar
     if not valid.any():
         groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
         if len(groups) < 2:
-            raise ValueError(
-                f"{what} has {len(corpus.order)} distinct documents in {len(groups)} groups; 2 groups are needed, to "
-                "train and to validate on: split the text into more files or records, or name a validation text"
-            )
+            counts = f"{len(corpus.order)} distinct documents in {len(groups)} groups, and 2 are needed"
+            raise ValueError(f"{what} has {counts}: split it into more files or records, or name a validation text")
         size = np.bincount(member, weights=corpus.size).astype(np.int64)
         room, chosen = int(share * size.sum()), np.zeros(len(groups), bool)
         for number in range(len(groups)):

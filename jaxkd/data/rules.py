@@ -13,10 +13,8 @@ import numpy as np
 from jaxkd.data import mixture as mixtures
 from jaxkd.losses.group_dro import GroupDRO
 
-__all__ = [
-    *("ddk", "doge", "doremi", "doremi_proxy", "fixed", "natural", "sheared_llama", "staged", "temperature"),
-    "uniform",
-]
+__all__ = ["ddk", "doge", "doremi", "doremi_proxy", "fixed", "natural", "sheared_llama", "staged"]
+__all__ += ["temperature", "uniform"]
 
 State = dict[str, Any]  # JSON values
 
@@ -228,10 +226,8 @@ def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
     try:
         weights = json.loads((workdir / DOMAIN_WEIGHTS).read_text(encoding="utf-8"))["weights"]
     except FileNotFoundError:
-        raise ValueError(
-            f"data.mixture: the run at {run} has no {DOMAIN_WEIGHTS}: it is not finished (its own command resumes it), "
-            "or its data.mixture is neither 'doremi_proxy()' nor 'doge()'"
-        ) from None
+        reason = "it is not finished (its command resumes it), or ran neither 'doremi_proxy()' nor 'doge()'"
+        raise ValueError(f"data.mixture: the run at {run} has no {DOMAIN_WEIGHTS}: {reason}") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"data.mixture: {workdir / DOMAIN_WEIGHTS} is damaged: run that run's command again") from None
     if set(weights) != set(domains):

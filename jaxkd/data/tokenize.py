@@ -205,8 +205,7 @@ def _marker(tokenizer: tokenizers.Tokenizer, contents: list[dict[str, Any]], sid
 def from_directory(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory: `tokenizer.json` and the config files beside it."""
     folder = Path(path).expanduser()
-    definition = folder / "tokenizer.json"
-    if not definition.is_file():
+    if not (definition := folder / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{definition} does not exist: save a fast tokenizer with its save_pretrained")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(definition))

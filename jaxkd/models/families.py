@@ -281,10 +281,10 @@ def _window_hf(config: Mapping[str, Any], family: str) -> _Limit | None:
 
 
 def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope, _Limit | None]:
-    """Rotary frequencies from the layout of transformers 4 or 5, and their limit.
+    """Rotary frequencies from the layout of transformers 4 or 5, and their limit, with transformers' precedence.
 
-    Precedence is that of transformers: a non-empty `rope_scaling` replaces `rope_parameters`; the block's base comes
-    before the top level's; the top level's original length comes before the block's.
+    A non-empty `rope_scaling` replaces `rope_parameters`; the block's base comes before the top level's; the top
+    level's original length comes before the block's.
     """
     replaced = config.get("rope_scaling") and config.get("rope_parameters")
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"

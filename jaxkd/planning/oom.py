@@ -47,10 +47,8 @@ def sentence(oom: Oom, message: str) -> str:
     mebi = lambda number: f"{number / 2**20:.2f} MiB"
     amount = f"{mebi(oom.used)} of {mebi(oom.limit)}" if oom.used and oom.limit else "more than there is"
     flag = ", or --xla_tpu_scoped_vmem_limit_kib in LIBTPU_INIT_ARGS" if oom.space == "vmem" else ""
-    return (
-        f"the compiler ran out of {oom.space}, on-chip memory, and not of HBM: {oom.instruction or 'a kernel'} needs "
-        f"{amount}. A smaller job does not help: change the kernel's tiles{flag}"
-    )
+    needs = f"{oom.instruction or 'a kernel'} needs {amount}"
+    return f"out of {oom.space}, on-chip memory: {needs}. A smaller job does not help: change the kernel's tiles{flag}"
 
 
 def _bytes(number: str, unit: str) -> int:

@@ -90,10 +90,9 @@ def suggest(e: Experiment, topology: Topology, budget: float, report: Callable[[
     wider = (_with(e, "run.mesh.model", e.run.mesh.model * n) for n in (1, 2, 4, 8, 16))
     first = next(filter(None, (_fitted(x, topology) for x in wider)), None)
     if first is None:
-        raise ValueError(
-            f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name} with up to {_WIDEST} "
-            f"devices on the model axis: take a multiple of {max(topology.devices // _WIDEST, 1)}"
-        )
+        meshes = f"any mesh of {topology.name} with up to {_WIDEST} devices on the model axis"
+        multiple = max(topology.devices // _WIDEST, 1)
+        raise ValueError(f"data.batch={e.data.batch} does not divide over {meshes}: take a multiple of {multiple}")
     devices = planning.devices(topology)
     tried: list[Tried] = []
     error: OnChipOom | None = None
