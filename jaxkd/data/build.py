@@ -218,13 +218,9 @@ def prepare(
 ) -> Prepared:
     """Build a domain's rows, or reuse them. Concurrent calls for the same rows build them once.
 
-    Args:
-        train_rows, valid_rows: limits, filled from random documents; 0 is no limit.
-        directory: parent of all datasets. A full disk leaves no partial dataset.
-        valid_share: share of the text that goes to validation, in whole groups of documents, unless the source has a
-            validation text of its own.
-        bad_records: share of the records that may hold no text; they are left out.
-        seed: of the documents' order and split.
+    `train_rows` and `valid_rows` are limits, filled from random documents; 0 is no limit. The share `valid_share` of
+    the text goes to validation, in whole groups of documents, unless the source has a validation text of its own. At
+    most the share `bad_records` of the records may hold no text. A full disk leaves no partial dataset in `directory`.
     """
     _check(name, length, valid_share, bad_records)
     caps = {"train": train_rows, "valid": valid_rows}

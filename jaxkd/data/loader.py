@@ -102,12 +102,9 @@ def batches(
     Step s has rows `[(s - interval_start_step) * batch, ... + batch)` of `mixture.order` for the interval's
     `(stop_step - interval_start_step) * batch` rows. Nothing is read beyond `stop_step`.
 
-    Args:
-        batch: rows in the global batch.
-        start_step: the first step; a resumed run starts inside the interval.
-        stop_step: the interval's end, exclusive. The order depends on it: to stop earlier, stop iterating.
-        sharding: of the batch axis (and the length axis, if it names one).
-        host_features: a teacher's; it runs in the prefetching threads.
+    A resumed run starts inside the interval. The order depends on `stop_step`: to stop earlier, stop iterating.
+    `sharding` is of the batch axis (and the length axis, if it names one). A teacher's `host_features` run in the
+    prefetching threads.
     """
     indices = local_rows(batch, sharding)
     sizes = [len(rows) for rows in domains]

@@ -153,11 +153,8 @@ def from_hf(
 ) -> Config:
     """The decoder's config from a Hugging Face `config.json`, as transformers 4 or 5 writes it.
 
-    Args:
-        source: name of the file in errors.
-        length: the longest row that the model will see, `None` for its own maximum. Unsupported options without
-            effect up to there are accepted, and reduce `max_length` to where they would take effect.
-        note: receives a sentence per such option.
+    `length` is that of the longest row that the model will see, None for its own maximum. Unsupported options without
+    effect up to there are accepted, reduce `max_length` to where they would take effect, and are passed to `note`.
     """
     family = config.get("model_type")
     if family not in _FAMILIES:
