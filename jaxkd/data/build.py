@@ -1,9 +1,6 @@
-"""Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint.
+"""Builds packed rows on disk from a source of text: one TFDS dataset per domain and fingerprint, written atomically.
 
-The fingerprint covers the text itself, the tokenizer and every setting, and names the directory: an existing directory
-is reused, a changed domain is written beside the old one. Names, places and times of files do not count; they only tell
-whether a text has to be read again. TFDS writes into a temporary directory and renames it at the end, so an interrupted
-build leaves no dataset behind.
+The fingerprint covers text, tokenizer and settings and names the directory; file times only tell whether to read again.
 """
 
 import contextlib
@@ -70,8 +67,7 @@ def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
         if characters >= _BATCH_CHARACTERS:
             yield from itertools.starmap(Tokens, tokenizer.documents(pending))
             pending, characters = [], 0
-    if pending:
-        yield from itertools.starmap(Tokens, tokenizer.documents(pending))
+    yield from itertools.starmap(Tokens, tokenizer.documents(pending))
 
 
 def _spread(documents: Iterable[Tokens], length: int, most: int, seed: int) -> Iterator[Tokens]:
@@ -116,7 +112,7 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         extra: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Args: tokens in a row; split -> its rows; split -> their limit; metadata to store.
+        """`sides` and `caps` map a split to its rows and their limit; `facts` are stored as metadata.
 
         `extra`: TFDS features of rows that have more than `pack` gives, "targets" (int32 [length]) and "aux" (a dict).
         """
@@ -142,32 +138,24 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, Row]]:
         facts, count = self._facts, 0
-        title = f"{facts['name']}: {split}"
-        total = self._caps[split] or None
+        title, total = f"{facts['name']}: {split}", self._caps[split] or None
         for row in progress_bar(self._sides[split](), title, total, "rows", shown=self._progress):
             yield count, row
             count += 1
             facts["tokens"] += int((row["segments"] > 0).sum())
             facts["bytes"] += int(row["bytes"])
         if not count:
-            raise ValueError(
-                f"domain {facts['name']!r} ({facts['spec']}) gives no {split} rows: its documents are too short"
-            )
+            raise ValueError(f"domain {facts['name']!r} ({facts['spec']}) gives no {split} rows: too short documents")
         facts[f"{split}_rows"] = count
 
 
 def _fingerprint(text: str, tokenizer: Tokenizer, choices: dict[str, Any]) -> str:
-    facts = {
-        "format": FORMAT,
-        "text": text,
-        "tokenizer": [tokenizer.fingerprint, tokenizer.start, tokenizer.end],
-        **choices,
-    }
+    ids = [tokenizer.fingerprint, tokenizer.start, tokenizer.end]
+    facts = {"format": FORMAT, "text": text, "tokenizer": ids, **choices}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _recall(path: epath.Path) -> Reading | None:
-    """What an earlier reading of a source with the same stamp has shown."""
     try:
         return Reading(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -183,13 +171,11 @@ def _record(path: epath.Path, reading: Reading) -> None:
         files.write_text(Path(path), text)
 
 
-def _check(name: str, length: int, caps: tuple[int, int], valid_share: float, bad_records: float) -> None:
+def _check(name: str, length: int, valid_share: float, bad_records: float) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"domain name {name!r} must be made of letters, digits, '_', '.' and '-'")
     if length < 2:
         raise ValueError(f"a row needs at least 2 tokens to have a target, got length={length}")
-    if min(caps) < 0:
-        raise ValueError(f"train_rows and valid_rows must be 0 (no limit) or more, got {caps[0]} and {caps[1]}")
     if not 0 < valid_share < 1:
         raise ValueError(f"valid_share must be between 0 and 1, got {valid_share}")
     if not 0 <= bad_records < 1:
@@ -232,24 +218,11 @@ def prepare(
 ) -> Prepared:
     """Build a domain's rows, or reuse them. Concurrent calls for the same rows build them once.
 
-    Args:
-        name: of the domain.
-        source: its text.
-        tokenizer: encodes it.
-        length: tokens in a row.
-        train_rows, valid_rows: limits, filled from random documents; 0 is no limit.
-        directory: parent of all datasets.
-        valid_share: share of the text that goes to validation, in whole groups of documents, unless the source has a
-            validation text of its own.
-        bad_records: share of the records that may hold no text; they are left out.
-        seed: of the documents' order and split.
-        progress: show it on stderr.
-
-    Raises:
-        ValueError: an argument outside its range, too little text, too many bad records, or a damaged directory.
-        OSError: the directory cannot be written; a full disk leaves no partial dataset.
+    `train_rows` and `valid_rows` are limits, filled from random documents; 0 is no limit. The share `valid_share` of
+    the text goes to validation, in whole groups of documents, unless the source has a validation text of its own. At
+    most the share `bad_records` of the records may hold no text. A full disk leaves no partial dataset in `directory`.
     """
-    _check(name, length, (train_rows, valid_rows), valid_share, bad_records)
+    _check(name, length, valid_share, bad_records)
     caps = {"train": train_rows, "valid": valid_rows}
     choices = {"length": length, "caps": caps, "valid_share": valid_share, "seed": seed}
     root = epath.Path(directory).expanduser()
@@ -288,11 +261,7 @@ def prepare(
 def read_whole(
     name: str, source: Source, tokenizer: Tokenizer, length: int, limit: int = 0, bad_records: float = 0.05
 ) -> MemoryRows:
-    """A source's text, or its own validation text, as rows in memory: the first `limit`, or all; duplicates are kept.
-
-    Raises:
-        ValueError: there is no text, or more than a share of `bad_records` of the records are bad.
-    """
+    """A source's own validation text, or else its text, as rows in memory: the first `limit`, or all."""
     bad: list[BadRecord] = []
     good = 0
 
@@ -339,16 +308,9 @@ def _build(
     for unfinished in path.parent.glob("incomplete.*"):  # TFDS's name for what a killed build left
         unfinished.rmtree(missing_ok=True)
     with _quiet():
-        builder = PackedRows(
-            length=length,
-            sides=sides,
-            caps=caps,
-            facts=facts,
-            progress=progress,
-            data_dir=str(path.parents[2]),
-            config=tfds.core.BuilderConfig(name=path.parent.name),
-            file_format="array_record",
-        )
+        config = tfds.core.BuilderConfig(name=path.parent.name)
+        options = {"data_dir": str(path.parents[2]), "config": config, "file_format": "array_record"}
+        builder = PackedRows(length=length, sides=sides, caps=caps, facts=facts, progress=progress, **options)
         with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
             try:
                 builder.download_and_prepare(download_dir=downloads)

@@ -1,7 +1,6 @@
 """Six text domains that need no download: read from the interpreter and from small packages on PyPI.
 
-A package's files are located and parsed without importing it, since an import could run anything or need more
-packages. Two exceptions: `pydoc_data.topics`, a dictionary, and mathgenerator, a program that writes exercises.
+Packages are located and parsed without importing them, except `pydoc_data.topics` and mathgenerator, a program.
 """
 
 import ast
@@ -50,7 +49,6 @@ def _missing(package: _Package, why: str) -> FileNotFoundError:
 
 
 def _folder(package: _Package) -> Path:
-    """A package's directory, without importing it."""
     spec = importlib.util.find_spec(package.module)
     if spec is None or not spec.submodule_search_locations:
         raise _missing(package, "is not installed")
@@ -73,47 +71,36 @@ def _python() -> str:
     return f"{platform.python_implementation()} {platform.python_version()} in {sysconfig.get_path('stdlib')}"
 
 
-def _standard_library() -> Iterator[tuple[Path, Path]]:
-    """(file, relative path) of the standard library's modules without tests and generated tables, sorted."""
+def _standard_library() -> Iterator[tuple[tuple[str, ...], str]]:
+    """(parts of the name, source) of the standard library's modules without tests and generated tables, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         # _sysconfigdata holds the paths of the machine that built the interpreter.
-        if not left_out & set(relative.parts) and not relative.name.startswith("_sysconfigdata"):
-            yield path, relative
-
-
-def _source_text(path: Path) -> str | None:
-    """A Python file in the encoding that it declares; None if that is not its encoding."""
-    try:
-        with tokenize.open(path) as file:
-            return file.read()
-    except (SyntaxError, UnicodeDecodeError):
-        return None
+        if left_out & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
+            continue
+        # Files that are not in the encoding they declare are left out.
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError), tokenize.open(path) as file:
+            if text := file.read():
+                yield relative.with_suffix("").parts, text
 
 
 def _code() -> Iterator[Document]:
-    for path, relative in _standard_library():
-        text = _source_text(path)
-        if text:
-            yield Document(relative.with_suffix("").parts[0], text)
+    for module, text in _standard_library():
+        yield Document(module[0], text)
 
 
 def _manual() -> Iterator[Document]:
     topics = importlib.import_module("pydoc_data.topics").topics
     for name in sorted(topics):
         yield Document(f"topic {name}", topics[name])
-    for path, relative in _standard_library():
-        text = _source_text(path)
-        if not text:
-            continue
-        try:
+    for module, text in _standard_library():
+        docstring = None
+        with contextlib.suppress(SyntaxError, ValueError):
             docstring = ast.get_docstring(ast.parse(text))
-        except (SyntaxError, ValueError):
-            continue
         if docstring:
-            name = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+            name = ".".join(module).removesuffix(".__init__")
             yield Document(f"module {name}", f"{name}\n\n{docstring}\n")
 
 
@@ -183,23 +170,15 @@ def _dialogue() -> Iterator[Document]:
                 yield Document(turns[0].casefold(), "\n".join(turns) + "\n")
 
 
-@contextlib.contextmanager
-def _random_state() -> Iterator[None]:
-    """Restore the global random generator, from which mathgenerator draws."""
-    state = random.getstate()
+def _exercise(generator: Any, seed: int) -> tuple[str, str] | None:
+    state = random.getstate()  # mathgenerator draws from the global generator
+    random.seed(seed)
     try:
-        yield
+        exercise = generator()
+    except Exception:  # a few generators fail on some of their own draws
+        return None
     finally:
         random.setstate(state)
-
-
-def _exercise(generator: Any, seed: int) -> tuple[str, str] | None:
-    with _random_state():
-        random.seed(seed)
-        try:
-            exercise = generator()
-        except Exception:  # a few generators fail on some of their own draws
-            return None
     if isinstance(exercise, tuple) and len(exercise) == 2 and all(isinstance(part, str) for part in exercise):
         return exercise
     return None

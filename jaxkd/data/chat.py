@@ -58,18 +58,11 @@ def render(
     add_generation_prompt: bool = False,
     **variables: Any,
 ) -> str:
-    """The text of a conversation.
+    """The text of a conversation by a Jinja template; entries of a message that are None are left out.
 
-    Args:
-        template: Jinja, as in tokenizer_config.json or chat_template.jinja.
-        messages: entries that are None are left out.
-        tokens: texts of "bos_token" and the like, `Generation.tokens`; a template sees a missing one as undefined.
-        source: the model's name in errors.
-        add_generation_prompt: end with the header of the model's turn.
-        variables: further names in the template, such as `tools` and `documents`, which are None by default.
-
-    Raises:
-        ValueError: any error of the template; names `source` and the cause.
+    A template sees `Generation.tokens` (a missing one as undefined) and `variables`, such as `tools` and `documents`.
+    `add_generation_prompt` ends it with the header of the model's turn. Errors of the template are ValueErrors that
+    name `source`, the model.
     """
     names = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **tokens, **variables}
     try:

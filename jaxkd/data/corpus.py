@@ -15,21 +15,19 @@ _SAMPLE = 100  # records after which a source of bad ones alone is given up
 
 
 class Reading(NamedTuple):
-    """What reading a source once has shown: kept, so that an unchanged source is not read again."""
+    """Result of reading a source, stored so that an unchanged source is not read again."""
 
     digest: str  # sha256 of all that rows depend on: the distinct texts, their groups and split, in any order
     records: int
     duplicates: int  # documents left out because another one has the same text
     bad: int  # records left out because they hold no text
-    first_bad: str  # where the first one is, and what is wrong with it; "" for none
+    first_bad: str  # location and fault of the first; "" for none
 
     def require_good(self, name: str, share: float) -> None:
         """Raises ValueError when more than a share of a domain's records are bad."""
         if self.bad > share * self.records:
-            raise ValueError(
-                f"domain {name!r}: {self.bad:,} of the {self.records:,} records read are bad, which is more than "
-                f"data.bad_records={share} allows; the first is {self.first_bad}"
-            )
+            counts = f"{self.bad:,} of the {self.records:,} records are bad, above data.bad_records={share}"
+            raise ValueError(f"domain {name!r}: {counts}; the first is {self.first_bad}")
 
 
 class Corpus(NamedTuple):
@@ -44,7 +42,6 @@ class Corpus(NamedTuple):
     reading: Reading
 
     def texts(self, chosen: np.ndarray) -> Iterator[str]:
-        """Documents by index, one after another."""
         for i in chosen:
             self.file.seek(self.start[i])
             yield self.file.read(self.size[i]).decode()
@@ -56,7 +53,6 @@ def _keyed(text: bytes, seed: int) -> int:
 
 
 def _identity(document: Document, text: bytes, held_out: bool) -> int:
-    """128 bits of a document's text, group and split."""
     group = b"-" if document.group is None else b"+" + document.group.encode("utf-8", "replace")
     hashed = hashlib.blake2b(b"%d%d " % (held_out, len(group)) + group, digest_size=16)
     hashed.update(text)
@@ -69,17 +65,6 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
     Two documents are duplicates when they agree in all but case and white space. One in the validation text is kept
     before one in the training text. Otherwise the first is kept, but among documents without a group, whose order
     depends on the names of files, the one with the smallest hash.
-
-    Args:
-        source: of the text.
-        file: receives the text.
-        seed: of the documents' order and split.
-        name: the domain's, for messages.
-        bad_records: share of the records that may be bad.
-        progress: show it on stderr.
-
-    Raises:
-        ValueError: more records are bad.
     """
     index: dict[bytes, int] = {}
     identity: list[int] = []
@@ -100,16 +85,16 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
             continue
         # Lone surrogates, which JSON can spell, have no UTF-8 form.
         text = document.text.encode("utf-8", "replace")
-        digest, mine = hashlib.sha256(folded).digest()[:16], _identity(document, text, side)
+        digest, new = hashlib.sha256(folded).digest()[:16], _identity(document, text, side)
         number = index.setdefault(digest, len(index))
         if number < len(identity):
             duplicates += 1
-            if document.group is not None or (number < held_out) != side or mine >= identity[number]:
+            if document.group is not None or (number < held_out) != side or new >= identity[number]:
                 continue
-            identity[number], start[number], size[number] = mine, end, len(text)
+            identity[number], start[number], size[number] = new, end, len(text)
         else:
             held_out += side
-            identity.append(mine)
+            identity.append(new)
             start.append(end)
             size.append(len(text))
             order.append(_keyed(digest, seed))
@@ -120,9 +105,8 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
     total = f"{len(identity)} {sum(identity)}"  # a sum, which no order of reading changes
     reading = Reading(hashlib.sha256(total.encode()).hexdigest(), records, duplicates, bad, first_bad)
     reading.require_good(name, bad_records)
-    places = (np.array(start, np.int64), np.array(size, np.int64))
-    keys = (np.array(order, np.uint64), np.array(group, np.uint64))
-    return Corpus(file, *places, *keys, np.arange(len(identity)) < held_out, reading)
+    held = np.arange(len(identity)) < held_out
+    return Corpus(file, np.array(start), np.array(size), np.array(order), np.array(group), held, reading)
 
 
 def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -130,29 +114,21 @@ def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndar
 
     Where the source has a validation text of its own, that is the validation. Otherwise groups go to validation in the
     order of their hash while they fit into the share of the text; if none fits, the smallest does. So one huge group
-    cannot take the training text, and neither split is empty.
-
-    Raises:
-        ValueError: there is too little text for both, naming `what` has it.
+    cannot take the training text, and neither split is empty. Raises ValueError where `what` has too little text.
     """
     ordered = np.argsort(corpus.order, kind="stable")
     valid = corpus.held_out
     if not valid.any():
         groups, member = np.unique(corpus.group, return_inverse=True)  # sorted by hash
         if len(groups) < 2:
-            raise ValueError(
-                f"{what} has {len(corpus.order)} distinct documents in {len(groups)} groups; 2 groups are needed, one "
-                "to train and one to validate on: split the text into more documents (files, or records), or name a "
-                "validation text"
-            )
+            counts = f"{len(corpus.order)} distinct documents in {len(groups)} groups, and 2 are needed"
+            raise ValueError(f"{what} has {counts}: split it into more files or records, or name a validation text")
         size = np.bincount(member, weights=corpus.size).astype(np.int64)
         room, chosen = int(share * size.sum()), np.zeros(len(groups), bool)
         for number in range(len(groups)):
-            if size[number] <= room:
-                chosen[number] = True
-                room -= int(size[number])
-        if not chosen.any():
-            chosen[np.argmin(size)] = True
+            chosen[number] = size[number] <= room
+            room -= int(size[number] * chosen[number])
+        chosen[np.argmin(size)] |= not chosen.any()
         valid = chosen[member]
     elif valid.all():
         raise ValueError(f"{what} has no training documents that are not in its validation text as well")

@@ -28,7 +28,7 @@ class LoadedModel(NamedTuple):
 def load_model(
     path: str | Path, *, mesh: Mesh | None = None, dtype: Any = jnp.float32, rules: Rules = RULES, remat: str = "none"
 ) -> LoadedModel:
-    """Load a model from local files; nothing is downloaded.
+    """Load a model from local files; nothing is downloaded. The tokenizer is None without tokenizer.json.
 
     Args:
         path: a name in `models.weights.KNOWN`, a GGUF file, or a Hugging Face directory with safetensors.
@@ -37,9 +37,6 @@ def load_model(
         rules: mesh axes per logical axis, such as `{**RULES, "embed": ("fsdp",), "vocab": ("tensor",)}` for a mesh
             with axes of other names.
         remat: "none", or "layer" to recompute each layer in the backward pass.
-
-    Returns:
-        The tokenizer is None for a directory without tokenizer.json.
 
     Raises:
         FileNotFoundError: a file is missing; the message says how to get it.

@@ -1,7 +1,6 @@
-"""Batches on their devices from packed rows.
+"""Batches on their devices from packed rows, a pure function of the mixture, the seed and the step.
 
-The batch of a step is a pure function of the mixture, the seed and the step. Host threads prefetch rows, each process
-only those that its devices hold; the training thread transfers them.
+Host threads prefetch rows, each process only those that its devices hold; the training thread transfers them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,31 +28,18 @@ def _by_row(sharding: NamedSharding) -> NamedSharding:
 
 
 def local_rows(batch: int, sharding: NamedSharding | None) -> np.ndarray:
-    """Ascending indices [n] into the global batch of the rows that this process's devices hold.
-
-    Raises:
-        ValueError: the batch does not divide over the devices.
-    """
+    """Ascending indices [n] into the global batch of the rows that this process's devices hold."""
+    rows = np.arange(batch)
     if sharding is None:
-        return np.arange(batch)
-    try:
-        indices = _by_row(sharding).addressable_devices_indices_map((batch,))
-    except ValueError as error:
-        raise ValueError(f"a batch of {batch} rows does not divide over the mesh {sharding}: {error}") from None
-    needed = np.zeros(batch, bool)
-    for index in indices.values():
-        needed[index] = True
-    return np.nonzero(needed)[0]
+        return rows
+    indices = _by_row(sharding).addressable_devices_indices_map((batch,))
+    return np.unique(np.concatenate([rows[index] for index in indices.values()]))
 
 
 def to_devices(local: dict[str, Any], batch: int, indices: np.ndarray, sharding: NamedSharding | None) -> Batch:
-    """The global batch, from the rows that this process holds.
+    """The global batch of `batch` rows, from the n rows that this process holds at `indices` (ascending).
 
-    Args:
-        local: arrays, or pytrees of them, [n, ...] by the field names of `Batch`; other names are ignored.
-        batch: rows in the global batch.
-        indices: ascending indices [n] of the local rows in the global batch.
-        sharding: of the batch axis; `None` is the default device.
+    `local` has arrays, or pytrees of them, [n, ...] by the field names of `Batch`; other names are ignored.
     """
     fields = {name: local[name] for name in Batch._fields if name in local}
     if sharding is None:
@@ -94,13 +80,7 @@ def read_rows(domains: Sequence[Rows], domain: np.ndarray, row: np.ndarray) -> d
 def step_rows(
     sizes: Sequence[int], mixture: Mixture, seed: int, batch: int, step: int, stop_step: int, interval_start_step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Domain and row [B] of the whole global batch that `batches` yields for a step, on every process.
-
-    Args:
-        sizes: rows in each domain.
-        mixture, seed, batch, stop_step, interval_start_step: as for `batches`.
-        step: in the interval.
-    """
+    """Domain and row [B] of the whole global batch that `batches` yields for a step, on every process."""
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
     span = slice((step - interval_start_step) * batch, (step - interval_start_step + 1) * batch)
     return domain[span], row[span]
@@ -122,50 +102,21 @@ def batches(
     Step s has rows `[(s - interval_start_step) * batch, ... + batch)` of `mixture.order` for the interval's
     `(stop_step - interval_start_step) * batch` rows. Nothing is read beyond `stop_step`.
 
-    Args:
-        domains: rows of each domain, in the mixture's order.
-        mixture: of the interval.
-        seed: the run's seed.
-        batch: rows in the global batch.
-        start_step: first step wanted; a resumed run starts inside the interval.
-        stop_step: the interval's end, exclusive. The order depends on it: to stop earlier, stop iterating.
-        interval_start_step: the interval's first step.
-        sharding: of the batch axis (and the length axis, if it names one).
-        host_features: a teacher's; it runs in the prefetching threads.
-
-    Raises:
-        ValueError: steps out of order, an empty batch, domains of different lengths, or a batch that does not
-            divide.
+    A resumed run starts inside the interval. The order depends on `stop_step`: to stop earlier, stop iterating.
+    `sharding` is of the batch axis (and the length axis, if it names one). A teacher's `host_features` run in the
+    prefetching threads.
     """
-    if not interval_start_step <= start_step <= stop_step:
-        raise ValueError(
-            f"steps must be in order: interval_start_step={interval_start_step} <= start_step={start_step} "
-            f"<= stop_step={stop_step}"
-        )
-    if batch < 1:
-        raise ValueError(f"the batch must have at least 1 row, got {batch}")
-    lengths = {rows.length for rows in domains}
-    if len(lengths) != 1:
-        raise ValueError(f"all domains must have rows of one length, got {sorted(lengths)}: prepare them again")
     indices = local_rows(batch, sharding)
     sizes = [len(rows) for rows in domains]
     domain, row = mixtures.order(mixture, sizes, seed, (stop_step - interval_start_step) * batch)
 
     def read(step: int) -> dict[str, Any]:
-        at = (step - interval_start_step) * batch + indices
-        return host_features(read_rows(domains, domain[at], row[at]))
+        local = (step - interval_start_step) * batch + indices
+        return host_features(read_rows(domains, domain[local], row[local]))
 
-    # A generator of its own, so that the checks above run at the call and not at the first `next`.
-    return _prefetched(read, start_step, stop_step, batch, indices, sharding)
-
-
-def _prefetched(
-    read: Any, start: int, stop: int, batch: int, indices: np.ndarray, sharding: NamedSharding | None
-) -> Iterator[Batch]:
-    if start == stop:
-        return
-    for local in grain.MapDataset.range(start, stop).map(read).to_iter_dataset(_READ):
-        yield to_devices(local, batch, indices, sharding)
+    if start_step < stop_step:
+        for rows in grain.MapDataset.range(start_step, stop_step).map(read).to_iter_dataset(_READ):
+            yield to_devices(rows, batch, indices, sharding)
 
 
 def fixed_batches(
@@ -175,43 +126,23 @@ def fixed_batches(
     sharding: NamedSharding | None = None,
     host_features: HostFeatures = lambda rows: rows,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """All rows of a domain in stored order, for evaluation.
+    """All rows of a domain in stored order, for evaluation: batches, each with the text bytes [B] of its rows' targets.
 
-    The last batch is filled with copies of its last row at zero weight and zero bytes. (Copies, because a row of
-    padding alone would leave attention without any key.)
-
-    Args:
-        rows: of the domain.
-        domain: its index.
-        batch: rows in the global batch.
-        sharding, host_features: as for `batches`.
-
-    Yields:
-        the batch, and int64 [B]: text bytes of each row's targets, of the global batch on every process.
-
-    Raises:
-        ValueError: the batch is empty or does not divide over the devices.
+    The bytes are of the global batch on every process. The last batch is filled with copies of its last row at zero
+    weight and zero bytes. (Copies, because a row of padding alone would leave attention without any key.)
     """
-    if batch < 1:
-        raise ValueError(f"the batch must have at least 1 row, got {batch}")
     indices = local_rows(batch, sharding)
 
     def read(number: int) -> tuple[dict[str, Any], np.ndarray]:
-        wanted = np.arange(number * batch, (number + 1) * batch)
-        real = wanted < len(rows)
-        wanted = np.minimum(wanted, len(rows) - 1)
-        values = read_rows([rows], np.zeros(batch, np.int64), wanted)
+        index = np.arange(number * batch, (number + 1) * batch)
+        real = index < len(rows)
+        index = np.minimum(index, len(rows) - 1)
+        values = read_rows([rows], np.zeros(batch, np.int64), index)
         values["domain"] = np.full(batch, domain, np.int32)
         values["weights"] = values["weights"] * real[:, None].astype(np.float32)
         # A cache adds many times a row's own size: read it only for the rows of this process.
-        mine = host_features(jax.tree.map(lambda value: value[indices], values))
-        return mine, np.where(real, values["bytes"], 0)
+        local = host_features(jax.tree.map(lambda value: value[indices], values))
+        return local, np.where(real, values["bytes"], 0)
 
-    return _fixed(read, -(-len(rows) // batch), batch, indices, sharding)
-
-
-def _fixed(
-    read: Any, number: int, batch: int, indices: np.ndarray, sharding: NamedSharding | None
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    for mine, size in grain.MapDataset.range(number).map(read).to_iter_dataset(_READ):
-        yield to_devices(mine, batch, indices, sharding), size
+    for local, size in grain.MapDataset.range(-(-len(rows) // batch)).map(read).to_iter_dataset(_READ):
+        yield to_devices(local, batch, indices, sharding), size

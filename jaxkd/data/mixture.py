@@ -1,8 +1,4 @@
-"""Which rows an interval trains on: how many of each domain, which ones, and in what order.
-
-`Mixture` is checkpointed. Everything here is a pure function of it, the seed and the domain sizes, in numpy on the
-host, so that all processes agree and a resumed run reads the same rows.
-"""
+"""Which rows an interval trains on, in numpy on the host: a pure function of `Mixture`, seed and domain sizes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,26 +28,17 @@ def _checked_sizes(sizes: Sequence[int]) -> np.ndarray:
 
 
 def natural(sizes: Sequence[int]) -> np.ndarray:
-    """`size / sum(sizes)`, [domains]. Raises ValueError when there are no rows at all."""
-    return fixed([float(size) for size in _checked_sizes(sizes)], sizes)
+    """`size / sum(sizes)`, [domains], of domains' rows; ValueError when there are none."""
+    return fixed(sizes, sizes)
 
 
 def uniform(sizes: Sequence[int]) -> np.ndarray:
-    """`1 / domains`, [domains]. Raises ValueError when a domain has no rows."""
+    """`1 / domains`, [domains]; ValueError when a domain has no rows."""
     return fixed([1.0] * len(sizes), sizes)
 
 
 def fixed(weights: Sequence[float], sizes: Sequence[int]) -> np.ndarray:
-    """`weight / sum(weights)`, [domains].
-
-    Args:
-        weights: one per domain, at least 0; a domain of weight 0 is never drawn.
-        sizes: rows in each domain.
-
-    Raises:
-        ValueError: wrong length, a negative or non-finite weight, all zero, or a weight on a domain without
-            rows.
-    """
+    """`weight / sum(weights)`, [domains], of finite weights >= 0; ValueError for a weight on a domain without rows."""
     rows, shares = _checked_sizes(sizes), np.asarray(weights, np.float64)
     if shares.shape != rows.shape:
         raise ValueError(f"{shares.size} domain weights were given for {rows.size} domains: give one per domain")
@@ -78,14 +65,7 @@ def _checked_sampling(sampling: np.ndarray) -> np.ndarray:
 
 
 def counts(sampling: np.ndarray, rows: int) -> np.ndarray:
-    """Rows per domain int64 [domains], by the largest remainder: their sum is `rows`, each is within 1 of its share.
-
-    Args:
-        sampling: float [domains], sums to 1; a share of 0 gives 0 rows.
-        rows: in all domains together.
-    """
-    if rows < 0:
-        raise ValueError(f"the number of rows must not be negative, got {rows}")
+    """Rows per domain int64 [domains], by the largest remainder: their sum is `rows`, each is within 1 of its share."""
     shares = _checked_sampling(sampling)
     exact = shares / shares.sum() * rows
     whole = np.floor(exact).astype(np.int64)
@@ -98,19 +78,10 @@ def order(mixture: Mixture, sizes: Sequence[int], seed: int, rows: int) -> tuple
     """The rows of an interval, in training order.
 
     The n-th row ever drawn from a domain is `permute(n % size, size, key)` with a key per epoch `n // size`:
-    each epoch visits every row once. The rows of all domains are then shuffled with a key per interval.
+    each epoch visits every row once. The rows of all domains are then shuffled with a key per interval. `rows` counts
+    the whole interval: the order depends on it, so a resumed run passes the same number.
 
-    Args:
-        mixture: the interval's mixture.
-        sizes: rows in each domain.
-        seed: the run's seed.
-        rows: in the whole interval. The order depends on it: a resumed run passes the same number.
-
-    Returns:
-        domain int64 [rows], row int64 [rows] (an index in that domain).
-
-    Raises:
-        ValueError: sizes and sampling differ in length, or a domain to draw from is empty.
+    Gives domain and row (an index in that domain), int64 [rows]; ValueError where a domain to draw from is empty.
     """
     size = _checked_sizes(sizes)
     if size.shape != mixture.sampling.shape:
@@ -128,30 +99,13 @@ def order(mixture: Mixture, sizes: Sequence[int], seed: int, rows: int) -> tuple
 
 
 def probe(domain: int, size: int, seed: int, interval: int, rows: int) -> np.ndarray:
-    """Indices [rows] of training rows that a rule measures before an interval; no row repeats until all were used.
-
-    Args:
-        domain: the domain's index.
-        size: rows in the domain.
-        seed: the run's seed.
-        interval: index of the interval.
-        rows: how many.
-    """
+    """Indices [rows] of training rows that a rule measures before an interval; no row repeats until all were used."""
     n = interval * rows + np.arange(rows, dtype=np.int64)
     return permute(n % size, size, (seed, _PROBE, domain, n // size))
 
 
 def advance(mixture: Mixture, rows: int, sampling: np.ndarray | None = None) -> Mixture:
-    """The mixture of the next interval.
-
-    Args:
-        mixture: the finished interval's.
-        rows: of the finished interval.
-        sampling: new shares [domains]; `None` keeps the present ones.
-
-    Raises:
-        ValueError: `sampling` is not a vector of shares over the same domains.
-    """
+    """The next interval's mixture, after one of `rows` rows; `sampling` None keeps the shares [domains]."""
     new = mixture.sampling if sampling is None else _checked_sampling(sampling)
     if new.shape != mixture.sampling.shape:
         raise ValueError(f"the mixture has {mixture.sampling.size} domains, the new sampling has {new.size}")

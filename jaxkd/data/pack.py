@@ -1,7 +1,6 @@
-"""Packs documents' tokens into rows of one length, best fit, without losing a token.
+"""Packs documents' tokens into rows of one length, best fit.
 
-A document longer than a row is cut into pieces that overlap by one token: a target at the end of one piece, context
-at the start of the next. Every token but a document's first is then a target exactly once, and so are its bytes.
+A longer document is cut into pieces that overlap by one token, so that each token but the first is a target once.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,29 +19,19 @@ class Tokens(NamedTuple):
     weights: np.ndarray | None = None  # float32 [n], in the loss, of each token as a target; None is 1 for all
 
     def cut(self, span: slice) -> "Tokens":
-        """A part of it."""
         return Tokens(self.ids[span], self.sizes[span], None if self.weights is None else self.weights[span])
 
 
 def pieces(ids: np.ndarray, length: int) -> list[slice]:
-    """Slices of a document's tokens [n], each of 2 to `length` tokens and overlapping the one before by one.
-
-    A document of fewer than 2 tokens has none. Raises ValueError when `length` is below 2.
-    """
-    if length < 2:
-        raise ValueError(f"a row needs at least 2 tokens to have a target, got length={length}")
+    """Slices of 2 to `length` of a document's tokens [n], each overlapping the one before by one; [] where n < 2."""
     return [slice(start, min(start + length, len(ids))) for start in range(0, len(ids) - 1, length - 1)]
 
 
 class _OpenRow:
-    """A row that is being filled."""
-
     def __init__(self, length: int) -> None:
         self.row: Row = {name: np.zeros(length, np.int32) for name in ("tokens", "segments", "positions")}
-        self.row["weights"] = np.zeros(length, np.float32)
-        self.row["bytes"] = np.zeros((), np.int64)
-        self.used = 0
-        self.pieces = 0
+        self.row |= {"weights": np.zeros(length, np.float32), "bytes": np.zeros((), np.int64)}
+        self.used = self.pieces = 0
 
     def add(self, ids: np.ndarray, sizes: np.ndarray, weights: np.ndarray | None) -> None:
         span = slice(self.used, self.used + len(ids))
@@ -58,22 +47,12 @@ class _OpenRow:
 
 
 def pack(documents: Iterable[Tokens], length: int, open_rows: int = 64) -> Iterator[Row]:
-    """Pack documents into rows by best fit among a bounded number of open rows.
+    """Pack documents into rows by best fit among `open_rows` rows; beyond that number the fullest is yielded.
 
-    Args:
-        length: tokens in a row, at least 2.
-        open_rows: rows that are filled at a time; beyond that the fullest is yielded.
-
-    Yields:
-        `tokens`, `segments` (1, 2, ... per piece; 0 is padding), `positions` (from 0 in each segment), int32 [length];
-        `weights`, float32 [length], of the target after each token; `bytes`, int64 []: text bytes of the targets that
-        have a weight.
-
-    Raises:
-        ValueError: `length` is below 2 or `open_rows` below 1.
+    A row has `tokens`, `segments` (1, 2, ... per piece; 0 is padding) and `positions` (from 0 in each segment), int32
+    [length]; `weights`, float32 [length], of the target after each token; and `bytes`, int64 []: text bytes of the
+    targets that have a weight.
     """
-    if open_rows < 1:
-        raise ValueError(f"at least one row must be open to pack into, got open_rows={open_rows}")
     waiting: list[_OpenRow] = []
     for document in documents:
         for piece in pieces(document.ids, length):

@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 
 from jaxkd.data import records
 
-_ABOUT = re.compile(
+_ABOUT = re.compile(  # names of files about data
     r"(licen[cs]e|readme)([-_. ].*)?\.txt|(copying|notice|changelog|citation|requirements)\.txt"
     r"|dataset_(infos?|dict)\.json"
 )
-"""Names of files about data."""
-
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -29,7 +27,7 @@ class Files(NamedTuple):
 
     train: list[Path]
     validation: list[Path]  # where the names tell splits apart
-    notes: tuple[str, ...]  # a line each on what was not read, and on splits
+    notes: tuple[str, ...]  # on files that are not read, and on splits
 
 
 def find(spec: str) -> Files:
@@ -37,10 +35,6 @@ def find(spec: str) -> Files:
 
     A folder stands for the data files in it and below, links followed, without hidden ones; a glob stands for what it
     matches, and for files of other text only where it ends with their suffix.
-
-    Raises:
-        FileNotFoundError: nothing there, nothing to read, or a link to a data file that does not exist.
-        ValueError: a single file of a format that cannot be read.
     """
     path = Path(spec).expanduser()
     if path.is_file():
@@ -48,23 +42,23 @@ def find(spec: str) -> Files:
             raise ValueError(f"{path} is of an unsupported kind: {_supported()}")
         return Files([path], [], ())
     if path.is_dir():
-        root, matches, asked = path, [path], ""
+        root, matches, pattern = path, [path], ""
     elif glob.has_magic(spec):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        matches, asked = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))], path.name
+        matches, pattern = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))], path.name
     else:
         raise FileNotFoundError(f"{spec} does not exist: give a file, a folder, a glob, builtin:NAME or tfds:NAME")
     chosen: dict[Any, Path] = {}  # by device and inode: each file once, however many links lead to it
     others: dict[Any, Path] = {}
-    for file in itertools.chain.from_iterable(map(_below, matches)):
-        wanted = _wanted(file, asked)
+    for file in itertools.chain.from_iterable(map(_files_in, matches)):
+        is_data = _is_data(file, pattern)
         try:
             stat = file.stat()
         except FileNotFoundError:
-            if wanted or not file.suffix:  # a file, or perhaps a folder, of data
+            if is_data or not file.suffix:  # a file, or perhaps a folder, of data
                 raise FileNotFoundError(f"{file} is a link to {os.readlink(file)}, which does not exist") from None
         else:
-            (chosen if wanted else others).setdefault((stat.st_dev, stat.st_ino), file)
+            (chosen if is_data else others).setdefault((stat.st_dev, stat.st_ino), file)
     if not chosen:
         raise FileNotFoundError(f"{spec} has no data to read: {_supported()}")
     files = _by_split(root, list(chosen.values()))
@@ -73,8 +67,8 @@ def find(spec: str) -> Files:
     return files._replace(notes=(*note, *files.notes))
 
 
-def _below(path: Path) -> Iterator[Path]:
-    """The file, or all files in a folder, hidden ones left out; each folder once, however many links lead to it."""
+def _files_in(path: Path) -> Iterator[Path]:
+    """The file, or all files in a folder but hidden ones; each folder once, however many links lead to it."""
     if not path.is_dir():
         yield path
         return
@@ -86,31 +80,28 @@ def _below(path: Path) -> Iterator[Path]:
         seen.add(real)
 
 
-def _wanted(file: Path, asked: str) -> bool:
+def _is_data(file: Path, pattern: str) -> bool:
     kind = records.suffix(file.name)
     if kind in records.TEXT and kind not in records.DATA:
-        return asked.lower().removesuffix(".gz").removesuffix(".zst").endswith(kind)
-    asked_for = re.match(r"[^*?\[]", asked)  # the glob spells how the name begins
-    return kind in records.DATA and bool(asked_for or not _ABOUT.fullmatch(file.name.lower()))
+        return records.suffix(pattern) == kind
+    is_named = re.match(r"[^*?\[]", pattern)  # the glob spells how the name begins
+    return kind in records.DATA and bool(is_named or not _ABOUT.fullmatch(file.name.lower()))
 
 
 def _by_split(root: Path, files: list[Path]) -> Files:
-    """Training and validation files, where some are named for training and others for validation or a test."""
+    """Split files by their names, where some are named for training and others for validation or a test."""
     by_split: dict[str, list[Path]] = {split: [] for split in ("", *_SPLITS)}
     for file in files:
         by_split[_split(file.relative_to(root))].append(file)
     if not by_split["train"] or not (by_split["validation"] or by_split["test"]):
         return Files(files, [], ())
-    notes = []
-    if by_split["validation"]:
-        notes.append(f"validation rows are of {_listed(root, by_split['validation'])}")
-    if by_split["test"]:
-        notes.append(f"not read, as a test split: {_listed(root, by_split['test'])}")
-    return Files(by_split["train"] + by_split[""], by_split["validation"], tuple(notes))
+    texts = {"validation": "validation rows are of", "test": "not read, as a test split:"}
+    notes = tuple(f"{text} {_listed(root, by_split[split])}" for split, text in texts.items() if by_split[split])
+    return Files(by_split["train"] + by_split[""], by_split["validation"], notes)
 
 
 def _split(relative: Path) -> str:
-    """The split that a data file's name or one of its folders names, or ""."""
+    """The split named by a data file or one of its folders, or ""."""
     if records.suffix(relative.name) not in records.DATA:
         return ""
     parts = re.split(r"[-_. ]", relative.name.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[0])

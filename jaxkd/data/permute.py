@@ -1,8 +1,4 @@
-"""A keyed pseudo-random permutation of `range(size)`, computed per index in constant memory.
-
-Row order has to be a pure function of the seed and the position, on any host and for corpora of any size. A Feistel
-network with cycle walking gives any element directly, without a table.
-"""
+"""A keyed permutation of `range(size)`, computed per index: a Feistel network with cycle walking."""
 
 import numpy as np
 
@@ -48,18 +44,7 @@ def _feistel(x: np.ndarray, bits: int, key: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, key: Key) -> np.ndarray:
-    """The image int64 [n] of each index [n] in `[0, size)` under a keyed permutation of `range(size)`.
-
-    Raises:
-        ValueError: `size` is not positive, or an index is outside the range.
-    """
-    index = np.asarray(index, np.int64)
-    if size < 1:
-        raise ValueError(f"cannot permute range({size}): the size must be at least 1")
-    if index.size == 0:
-        return index.copy()
-    if index.min() < 0 or index.max() >= size:
-        raise ValueError(f"indices must be in [0, {size}), got {index.min()} to {index.max()}")
+    """The image int64 [n] of each index [n] in `[0, size)` under a keyed permutation of `range(size)`."""
     if size == 1:
         return np.zeros_like(index)
     bits = (size - 1).bit_length()

@@ -1,13 +1,11 @@
-"""Documents out of files: JSON Lines, JSON, CSV, Parquet and plain text, each also compressed (.gz, .zst).
-
-A record without text is a `BadRecord`, which `corpus.collect` counts; a file that cannot be read is a ValueError.
-"""
+"""Documents from files: JSON Lines, JSON, CSV, Parquet and plain text, each also compressed (.gz, .zst)."""
 
 import codecs
 import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,6 +21,7 @@ TEXT = (".txt", *_PROSE, *_PROGRAMS)
 """Suffixes of files that are one document each."""
 
 COMPRESSED = (".gz", ".zst")
+NAME_ONE = "name one (PATH::FIELD, or data.text_key)"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TURNS = ({"role", "content"}, {"from", "value"})  # keys of a chat's turns
 
@@ -42,32 +41,27 @@ class BadRecord(NamedTuple):
 
 
 Record = tuple[str, Any]
-"""Where it is, and its value: a mapping, or a ValueError that says why it cannot be read."""
+"""Location and value of a record: a mapping, or a ValueError that says why it cannot be read."""
 
 
 def suffix(name: str) -> str:
-    """The suffix that names a file's format, without that of its compression, in lower case."""
+    """A file's suffix in lower case, without that of its compression."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
-    """The documents of a file.
-
-    Args:
-        path: of a suffix in `DATA` or `TEXT`, perhaps compressed.
-        field: holds the text of a record; dots go into nested records.
-
-    Raises:
-        ValueError: a damaged file, a table without the column, or records of a chat.
-    """
+    """The documents of a file, with the text in `field` of a record; dots go into nested records."""
     kind = suffix(path.name)
     try:
         with _opened(path) as stream:
             if stream.peek(2).startswith(_UTF16):
                 raise ValueError(f"{path} is UTF-16 text: convert it to UTF-8 first")
             if kind in TEXT:
-                yield _whole_text(stream, path)
+                try:
+                    yield Document(None, stream.read().decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    yield BadRecord(str(path), f"not UTF-8 text (byte {error.start})")
             else:
                 reader = {".csv": _csv, ".parquet": _parquet, ".json": _json}.get(kind, _json_lines)
                 yield from documents(reader(stream, path, field), field)
@@ -78,28 +72,22 @@ def read(path: Path, field: str) -> Iterator[Document | BadRecord]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file's content, decompressed, as a buffered reader."""
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:
+    kind = path.suffix.lower()
+    if kind != ".zst":
+        with gzip.open(path) if kind == ".gz" else path.open("rb") as file:
             yield file
-    elif path.suffix.lower() == ".zst":
-        import pyarrow
+        return
+    import pyarrow
 
-        with io.BufferedReader(cast(io.RawIOBase, pyarrow.CompressedInputStream(str(path), "zstd"))) as file:
-            try:
-                yield file
-            except OSError as error:  # pyarrow's for a damaged frame
-                raise ValueError(f"{path} is damaged: {error}") from None
-    else:
-        with path.open("rb") as file:
+    with io.BufferedReader(cast(io.RawIOBase, pyarrow.CompressedInputStream(str(path), "zstd"))) as file:
+        try:
             yield file
+        except OSError as error:  # pyarrow's for a damaged frame
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadRecord]:
-    """The text of each record.
-
-    Raises:
-        ValueError: a record holds a chat, and no text in the field.
-    """
+    """The text of each record. Raises ValueError where one holds a chat, and no text in the field."""
     for where, record in records:
         if isinstance(record, ValueError):
             yield BadRecord(where, str(record))
@@ -109,23 +97,19 @@ def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadR
         except ValueError as error:
             if chat := _chat(record):
                 raise ValueError(
-                    f"{where}: {chat!r} holds the turns of a chat, which cannot be read as text: write each "
-                    "conversation as one text, such as by the tokenizer's chat template, and name its field "
-                    "(PATH::FIELD, or data.text_key)"
+                    f"{where}: {chat!r} holds the turns of a chat: write each conversation as one text, such as by the "
+                    "tokenizer's chat template, and name its field (PATH::FIELD, or data.text_key)"
                 ) from None
             yield BadRecord(where, str(error))
 
 
 def _text(record: Any, field: str) -> str:
-    """A record's text. Raises ValueError where it has none."""
     if not isinstance(record, dict):
         raise ValueError(f"it is {_kind(record)} and not an object with a field {field!r}")
     value, path = record, [field] if field in record else field.split(".")
     for key in path:
         if not isinstance(value, dict) or key not in value:
-            raise ValueError(
-                f"it has no field {field!r}, its fields are {_fields(record)}: name one (PATH::FIELD, or data.text_key)"
-            )
+            raise ValueError(f"it has no field {field!r}, its fields are {_fields(record)}: {NAME_ONE}")
         value = value[key]
     if isinstance(value, bytes):
         try:
@@ -138,23 +122,18 @@ def _text(record: Any, field: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
     words = {type(None): "null", bool: "a truth value", list: "a list", dict: "an object", str: "text"}
     return words.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def names(of: Iterable[Any]) -> str:
-    """Names in a message."""
+    """Names as a message lists them."""
     return ", ".join(repr(name) for name in sorted(map(str, of))) or "none"
 
 
 def _fields(record: dict[str, Any]) -> str:
-    """The fields of a record and of the records in it."""
-    return names(
-        name
-        for key, value in record.items()
-        for name in ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key])
-    )
+    fields = ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key] for key, value in record.items())
+    return names(itertools.chain.from_iterable(fields))
 
 
 def _chat(record: Any) -> str:
@@ -166,15 +145,8 @@ def _chat(record: Any) -> str:
     return ""
 
 
-def _whole_text(stream: Any, path: Path) -> Document | BadRecord:
-    try:
-        return Document(None, stream.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return BadRecord(str(path), f"not UTF-8 text (byte {error.start})")
-
-
 def _parsed(data: bytes) -> Any:
-    """A JSON value, or the ValueError that says why it is none."""
+    """A JSON value, or a ValueError that says why it is none."""
     try:
         return json.loads(data.decode("utf-8-sig"), parse_int=float)  # int refuses numbers of thousands of digits
     except UnicodeDecodeError:
@@ -186,23 +158,17 @@ def _parsed(data: bytes) -> Any:
 
 
 def _json_lines(stream: Any, path: Path, field: str) -> Iterator[Record]:
-    if stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":  # a JSON array under this name
-        yield from _json(stream, path, field)
-    else:
-        yield from _lines(stream, path)
+    is_array = stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    return _json(stream, path, field) if is_array else _lines(stream, path)
 
 
 def _lines(lines: Iterable[bytes], path: Path) -> Iterator[Record]:
-    number = 0
-    for line in lines:
-        for part in line.rstrip(b"\r\n").split(b"\r"):  # a string in JSON has no line ends, so any of them will do
-            number += 1
-            if part.strip():
-                yield f"{path}, line {number}", _parsed(part)
+    parts = (part for line in lines for part in line.rstrip(b"\r\n").split(b"\r"))  # JSON strings have no line ends
+    yield from ((f"{path}, line {number}", _parsed(part)) for number, part in enumerate(parts, 1) if part.strip())
 
 
 def _json(stream: Any, path: Path, field: str) -> Iterator[Record]:
-    """Of one array of records, one record, or lines after all, as many files named .json have."""
+    """Records of one array, one record, or JSON Lines, which many files named .json hold."""
     data = stream.read()
     value = _parsed(data)
     if isinstance(value, ValueError):
@@ -231,9 +197,7 @@ def _csv(stream: Any, path: Path, field: str) -> Iterator[Record]:
 
 def _require_column(path: Path, field: str, column: str, columns: Iterable[str]) -> None:
     if column not in columns:
-        raise ValueError(
-            f"{path}: no column {field!r}, the columns are {names(columns)}: name one (PATH::FIELD, or data.text_key)"
-        )
+        raise ValueError(f"{path}: no column {field!r}, but {names(columns)}: {NAME_ONE}")
 
 
 def _parquet(stream: Any, path: Path, field: str) -> Iterator[Record]:
@@ -244,17 +208,12 @@ def _parquet(stream: Any, path: Path, field: str) -> Iterator[Record]:
         compressed = path.suffix.lower() in COMPRESSED
         with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if compressed else path) as file:
             columns = file.schema_arrow.names
-            if field not in columns:  # the first records tell a chat by its turns
-                yield from ((str(path), record) for record in _first(file) if _chat(record))
+            if field not in columns:  # for `documents`' error, where the first record holds a chat
+                first: list[Any] = next((batch.to_pylist() for batch in file.iter_batches(batch_size=1)), [])
+                yield from ((str(path), record) for record in first if _chat(record))
             _require_column(path, field, field if field in columns else field.split(".")[0], columns)
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", record
+            batches = file.iter_batches(batch_size=1024, columns=[field])
+            rows = (record for batch in batches for record in batch.to_pylist())
+            yield from ((f"{path}, row {number}", record) for number, record in enumerate(rows, 1))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-
-
-def _first(file: Any) -> list[Any]:
-    return next((batch.to_pylist() for batch in file.iter_batches(batch_size=1)), [])

@@ -1,8 +1,4 @@
-"""Packed rows of one domain and split, read back in any order.
-
-A row stores tokens, segments, positions and weights; targets only where they are not the next tokens of the segment;
-and further arrays by name (`Batch.aux`).
-"""
+"""Packed rows of one domain and split, read back in any order."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,19 +9,14 @@ from etils import epath
 
 
 class Rows:
-    """A prepared domain's rows in one split."""
+    """A prepared domain's rows in one split.
+
+    A row stores tokens, segments, positions and weights; targets only where they are not the next tokens of the
+    segment; and further arrays by name (`Batch.aux`).
+    """
 
     def __init__(self, path: epath.PathLike, split: str) -> None:
-        """Open the rows and read the first and the last, so that a damaged file is found before training.
-
-        Args:
-            path: directory of the prepared dataset, as `prepare` returns it.
-            split: "train" or "valid".
-
-        Raises:
-            FileNotFoundError: there is no prepared dataset.
-            ValueError: the split does not exist, or files are missing, cut short or damaged.
-        """
+        """Open `prepare`'s directory and read the first and last row, so that damage shows before training."""
         self.path, self.split = epath.Path(path), split
         if not (self.path / "dataset_info.json").is_file():
             raise FileNotFoundError(f"{self.path} holds no prepared rows: prepare the domain first")
@@ -44,11 +35,9 @@ class Rows:
             raise self._damaged(error) from None
         if stored != self._size:
             raise self._damaged(f"it has {stored} of {self._size} rows")
-        if "weights" not in ends[0]:
-            raise ValueError(f"the rows in {self.path} are of an older format: delete that directory, prepare it again")
         self.length = int(ends[0]["tokens"].shape[0])
+        # Shape and dtype of each of a row's further arrays.
         self.aux = {name: (np.shape(value), np.asarray(value).dtype) for name, value in ends[0].get("aux", {}).items()}
-        """Shape and dtype of each of a row's further arrays."""
 
     def _damaged(self, why: object) -> ValueError:
         reason = (str(why).strip() or type(why).__name__).splitlines()[0]
@@ -60,26 +49,15 @@ class Rows:
         return self._size
 
     def read(self, indices: Sequence[int | np.integer] | np.ndarray) -> dict[str, Any]:
-        """Rows by index.
+        """Rows by index [n], in any order, repeats allowed.
 
-        Where targets are not stored, `targets[t] = tokens[t + 1]` within a segment and 0 at its end.
-
-        Args:
-            indices: integers [n] in `[0, len)`, in any order, repeats allowed.
-
-        Returns:
-            tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64 [n], of the
-            text of a row's weighted targets; aux, a dict of arrays [n, ...].
-
-        Raises:
-            IndexError: an index is outside the range.
-            ValueError: the files are damaged.
+        Gives tokens, targets, segments, positions int32 [n, length]; weights float32 [n, length]; bytes int64 [n], of
+        the text of a row's weighted targets; aux, a dict of arrays [n, ...]. Where targets are not stored,
+        `targets[t] = tokens[t + 1]` within a segment and 0 at its end.
         """
         indices = [int(index) for index in indices]
         if indices and (min(indices) < 0 or max(indices) >= self._size):
-            raise IndexError(
-                f"row index {min(indices)} or {max(indices)} is outside the {self._size} rows of {self.path}"
-            )
+            raise IndexError(f"row index {min(indices)} or {max(indices)} is not in the {self._size} of {self.path}")
         try:
             return self._stacked(self._data.__getitems__(indices) if indices else [])
         except Exception as error:
@@ -93,9 +71,9 @@ class Rows:
         if rows and "targets" in rows[0]:
             targets = stack("targets", np.int32)
         else:
-            here, after = stored["segments"][:, :-1], stored["segments"][:, 1:]
+            segment, following = stored["segments"][:, :-1], stored["segments"][:, 1:]
             targets = np.zeros_like(stored["tokens"])
-            targets[:, :-1] = np.where((here == after) & (here > 0), stored["tokens"][:, 1:], 0)
+            targets[:, :-1] = np.where((segment == following) & (segment > 0), stored["tokens"][:, 1:], 0)
         return {
             **stored,
             "targets": targets,
@@ -109,10 +87,9 @@ class Rows:
 
 
 class MemoryRows(Rows):
-    """Rows in memory, of a text that is read once."""
+    """Rows in memory, at least one, as `pack` yields them; `name` is for messages."""
 
     def __init__(self, rows: Sequence[dict[str, np.ndarray]], name: str) -> None:
-        """`rows` as `pack` yields them, at least one; `name` is for messages."""
         self.path, self.split, self._size = epath.Path(name), "valid", len(rows)
         self.length, self.aux = len(rows[0]["tokens"]), {}
         self._rows, self._data = rows, self

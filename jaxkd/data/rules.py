@@ -1,7 +1,6 @@
-"""Rules that re-weight the mixture of domains from measurements, as pairs of pure functions.
+"""Rules that re-weight the mixture of domains from measurements: a recipe's `data.mixture` is a call of one of them.
 
-Numpy float64 on the host, identical on every process; states are JSON values (JSON round-trips float64 exactly). A
-recipe's `data.mixture` is a call of one of these functions.
+Pure functions in numpy float64 on the host, identical on every process; states are JSON values.
 """
 
 import json
@@ -14,21 +13,10 @@ import numpy as np
 from jaxkd.data import mixture as mixtures
 from jaxkd.losses.group_dro import GroupDRO
 
-__all__ = [
-    "ddk",
-    "doge",
-    "doremi",
-    "doremi_proxy",
-    "fixed",
-    "natural",
-    "sheared_llama",
-    "staged",
-    "temperature",
-    "uniform",
-]
+__all__ = ["ddk", "doge", "doremi", "doremi_proxy", "fixed", "natural", "sheared_llama", "staged"]
+__all__ += ["temperature", "uniform"]
 
-State = dict[str, Any]
-"""A rule's state between intervals: JSON values."""
+State = dict[str, Any]  # JSON values
 
 
 class Gaps(NamedTuple):
@@ -53,8 +41,8 @@ class Rule(NamedTuple):
     `init(sizes, measured) -> (sampling, state)` gives the first interval's shares, from the rows per domain and a
     measurement before the first step. `update(state, measured, interval) -> (sampling, state)` gives those of
     `interval`, from a measurement at its beginning. `measures` is the measurement's type: `Gaps` (for `init` too),
-    `Gradients` (for `update` only, `init` gets None), or None for no measurement. "average" in the state, [domains], is
-    stored at the run's end, for `doremi`. `group_dro` re-weights the domains in the loss as well.
+    `Gradients` (for `update` only), or None. "average" in the state, [domains], is stored at the run's end, for
+    `doremi`. `group_dro` re-weights the domains in the loss as well.
     """
 
     init: Callable[[Sequence[int], Any], tuple[np.ndarray, State]]
@@ -86,10 +74,7 @@ def uniform() -> Rule:
 
 
 def temperature(t: float) -> Rule:
-    """Constant flattened sizes: w_i ~ n_i^(1/t), t >= 1; 1 is natural, and the limit of large t is uniform.
-
-    Source: common practice for multilingual models, with t from 3 to 5.
-    """
+    """Constant flattened sizes: w_i ~ n_i^(1/t), t >= 1 (3 to 5 for multilingual models); 1 is natural."""
     if not t >= 1:
         raise ValueError(f"temperature must be at least 1, got {t}")
     return _constant(lambda sizes: mixtures.fixed([size ** (1 / t) for size in sizes], sizes))
@@ -101,11 +86,7 @@ def fixed(weights: Sequence[float]) -> Rule:
 
 
 def staged(stages: Mapping[int, Sequence[float]]) -> Rule:
-    """Given shares that change at given intervals.
-
-    Args:
-        stages: {first interval: weights, one per domain}; one stage begins at interval 0.
-    """
+    """Shares by {first interval: weights, one per domain}; one stage begins at interval 0."""
     if not isinstance(stages, Mapping) or 0 not in stages or any(type(n) is not int or n < 0 for n in stages):
         raise ValueError(f"stages must map intervals to weights, and one begins at 0, got {stages!r}")
 
@@ -132,11 +113,9 @@ def ddk(
         r_0 = softmax(rho)                                                       (Eq. 1)
         psi_i = r_t(i) exp(rho_i),   r_{t+1} = alpha psi / sum psi + (1 - alpha) / N    (Eq. 2)
 
-    r_{t+1} are interval t+1's shares. The first interval is drawn from the whole pool, as in Algorithm 1, and r_0 only
-    starts the recursion. Gaps are between cross-entropies with the text; the direction of the distillation KL, on which
-    the paper is ambiguous, belongs to the objective. Computed in log space, so ratios of thousands do not overflow.
-    Shares lie between (1 - alpha) / N and alpha + (1 - alpha) / N. With constant gaps the fixed point is
-    r_i = ((1 - alpha) / N) / (1 - alpha exp(rho_i) / Z).
+    r_{t+1} are interval t+1's shares, between (1 - alpha) / N and alpha + (1 - alpha) / N. The first interval is drawn
+    from the whole pool, as in Algorithm 1, and r_0 only starts the recursion. Gaps are between cross-entropies with the
+    text. Computed in log space, so ratios of thousands do not overflow.
 
     Args:
         alpha: weight of the gaps in a share; 0 is uniform.
@@ -146,9 +125,6 @@ def ddk(
         smooth: False is the paper's ablation: the shares of an interval are Eq. 1 at its beginning.
         first: the first interval's shares: "natural" (the pool as it is) or "uniform".
 
-    Raises:
-        ValueError: an argument outside its range, or, from `init` and `update`, a gap that is not finite.
-
     Source: DDK (arXiv 2407.16154), Eq. 1, Eq. 2, Algorithm 1; alpha 0.5, an interval of 1,000 steps.
     """
     if not 0 <= alpha <= 1:
@@ -157,8 +133,7 @@ def ddk(
         raise ValueError(f"unknown score '{score}': known: {', '.join(_SCORES)}")
     if not clip >= 0:
         raise ValueError(f"clip must be at least 0, got {clip}")
-    if first not in ("natural", "uniform"):
-        raise ValueError(f"first must be natural or uniform, got '{first}'")
+    begin = _start(first)
 
     def rho(gaps: Gaps | None) -> np.ndarray:
         assert gaps is not None
@@ -171,9 +146,8 @@ def ddk(
         return np.minimum(values, clip) if clip else values
 
     def init(sizes: Sequence[int], start: Gaps | None) -> tuple[np.ndarray, State]:
-        begin = mixtures.natural(sizes) if first == "natural" else mixtures.uniform(sizes)
-        values = rho(start)
-        return begin, {"log_r": _log_softmax(values).tolist(), "rho": values.tolist()}
+        sampling, values = begin(sizes), rho(start)
+        return sampling, {"log_r": _log_softmax(values).tolist(), "rho": values.tolist()}
 
     def update(state: State, gaps: Gaps | None, interval: int) -> tuple[np.ndarray, State]:
         values = rho(gaps)
@@ -194,15 +168,8 @@ def sheared_llama(floor: float = 1e-4) -> Rule:
 
         delta_i = max(nats_S(i) - nats_T(i), 0),   w_i <- w_i exp(delta_i) / sum,   w_i <- (1 - c) w_i + c / N
 
-    The paper's reference loss is the source model's; here it is the teacher's.
-
-    Args:
-        floor: c, as in the authors' code; the paper has none.
-
-    Raises:
-        ValueError: a floor outside [0, 1), or, from `update`, a gap that is not finite.
-
-    Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1; the code's step size 1 and floor 1e-4; it clamps nothing.
+    Source: Sheared LLaMA (arXiv 2310.06694), Algorithm 1, whose reference loss is the source model's; step size 1 and
+    `floor` c as in the authors' code, which clamps nothing.
     """
     _require_floor(floor)
 
@@ -227,33 +194,23 @@ def doremi_proxy(eta: float = 1.0, floor: float = 1e-4, first: str = "uniform") 
         lambda_i = mean over the batch's tokens of domain i of max(loss - teacher's loss, 0)
         log w <- log w + eta lambda,   w <- (1 - c) w / sum w + c / N,   the loss of domain i counts w_i / share_i
 
-    inside every step (`jaxkd/losses/group_dro.py`). The teacher is the paper's reference model. The mean of w over all
-    steps is stored at the end, in `domain_weights.json`; a second run draws rows by it: `doremi("runs/proxy")`.
+    inside every step (`jaxkd/losses/group_dro.py`), from the losses up to the previous one. The teacher is the paper's
+    reference model. The mean of w over all steps is stored at the end, in `domain_weights.json`; a second run draws
+    rows by it: `doremi("runs/proxy")`. `first` gives the shares: "uniform" as in the paper, or "natural".
 
-    Args:
-        eta: step size of log w.
-        floor: c; no weight is below c / N. 1e-3 in the paper, 1e-4 in the code.
-        first: the shares: "uniform" as in the paper, or "natural".
-
-    Source: DoReMi (arXiv 2305.10429), Algorithm 1 and the authors' code. One difference: a step's weights follow from
-    the losses up to the previous step.
+    Source: DoReMi (arXiv 2305.10429), Algorithm 1 and the authors' code; `floor` c is 1e-3 in the paper, 1e-4 there.
     """
     if not eta >= 0:
         raise ValueError(f"eta must be at least 0, got {eta}")
     _require_floor(floor)
-    if first not in ("natural", "uniform"):
-        raise ValueError(f"first must be natural or uniform, got '{first}'")
-    return _constant(getattr(mixtures, first))._replace(group_dro=GroupDRO(eta, floor))
+    return _constant(_start(first))._replace(group_dro=GroupDRO(eta, floor))
 
 
 def doremi(proxy: str) -> ByName:
     """Constant shares, the average weights of another run: the second run of DoReMi and of DoGE.
 
-    Args:
-        proxy: workdir of a finished run under `doremi_proxy` or `doge`, over the same domains.
-
-    Raises:
-        FileNotFoundError, ValueError: from `init`, when there is no such run, it is not finished, or has other domains.
+    `proxy` is the workdir of a finished run under `doremi_proxy` or `doge`, over the same domains. `init` raises
+    FileNotFoundError or ValueError where it is not.
     """
     return lambda domains: _constant(lambda sizes: mixtures.fixed(_stored_weights(proxy, domains), sizes))
 
@@ -263,26 +220,19 @@ DOMAIN_WEIGHTS = "domain_weights.json"
 
 
 def _stored_weights(run: str, domains: tuple[str, ...]) -> list[float]:
-    """Weights that a finished run stored, in the domains' order."""
     workdir = Path(run).expanduser()
     if not workdir.is_dir():
-        raise FileNotFoundError(
-            f"data.mixture: there is no run at {run}: train it first, with data.mixture 'doremi_proxy()'"
-        )
+        raise FileNotFoundError(f"data.mixture: there is no run at {run}: train it first, with 'doremi_proxy()'")
     try:
         weights = json.loads((workdir / DOMAIN_WEIGHTS).read_text(encoding="utf-8"))["weights"]
     except FileNotFoundError:
-        raise ValueError(
-            f"data.mixture: the run at {run} has no {DOMAIN_WEIGHTS}: it is not finished (its own command resumes it), "
-            "or its data.mixture is neither 'doremi_proxy()' nor 'doge()'"
-        ) from None
+        reason = "it is not finished (its command resumes it), or ran neither 'doremi_proxy()' nor 'doge()'"
+        raise ValueError(f"data.mixture: the run at {run} has no {DOMAIN_WEIGHTS}: {reason}") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"data.mixture: {workdir / DOMAIN_WEIGHTS} is damaged: run that run's command again") from None
     if set(weights) != set(domains):
-        raise ValueError(
-            f"data.mixture: the run at {run} has the domains {', '.join(weights)}, this one {', '.join(domains)}: "
-            "train a proxy on the same domains"
-        )
+        names = f"{', '.join(weights)}, this one {', '.join(domains)}"
+        raise ValueError(f"data.mixture: the run at {run} has the domains {names}: train a proxy on the same")
     return [weights[name] for name in domains]
 
 
@@ -294,18 +244,15 @@ def doge(mu: float = 0.05, targets: Sequence[str] = (), norm: float = 1.0, limit
         log w_i <- log w_i + score_i / mu,   w <- w / sum w
 
     g_i is the gradient of the student's own loss on training rows of domain i, at each interval's beginning. The paper
-    updates w at every step of a proxy that samples uniformly and weighs the losses; here rows are drawn by w, which is
-    the same in expectation, and w is updated once an interval: for the paper's pace divide mu by the interval's steps.
-    The mean of w is stored at the end, and a second run draws by it: `doremi("runs/proxy")`.
+    updates w at every step and weighs the losses; here rows are drawn by w, which is the same in expectation, and w is
+    updated once an interval: for the paper's pace divide mu by the interval's steps. The mean of w is stored at the
+    end, and a second run draws by it: `doremi("runs/proxy")`.
 
     Args:
         mu: inverse step size of log w.
         targets: names of domains that are measured and never drawn; none for universal.
         norm: each gradient is clipped to this norm first, 0 for none.
         limit: largest score, in learning rates.
-
-    Raises:
-        ValueError: an argument outside its range, or, from `update`, a product that is not finite.
 
     Source: DoGE (arXiv 2310.15393), Algorithm 1; mu, the mean norm and both clips as in the authors' code.
     """
@@ -354,6 +301,12 @@ def _doge(trained: np.ndarray, mu: float, norm: float, limit: float) -> Rule:
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max()
     return x - np.log(np.exp(x).sum())
+
+
+def _start(first: str) -> Callable[[Sequence[int]], np.ndarray]:
+    if first not in ("natural", "uniform"):
+        raise ValueError(f"first must be natural or uniform, got '{first}'")
+    return getattr(mixtures, first)
 
 
 def _require_floor(floor: float) -> None:

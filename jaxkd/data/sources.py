@@ -33,20 +33,14 @@ class Source:
     stamp: str  # sha256 of names, sizes, times and versions: while it is the same, so is the text
     documents: Documents
     validation: Documents | None = None  # text of its own to validate on
-    notes: tuple[str, ...] = ()  # a line each on what is not read, and on splits
+    notes: tuple[str, ...] = ()  # on files that are not read, and on splits
 
 
 def open_source(spec: str, field: str = "text", validation: str = "") -> Source:
     """Open a source; its text is read when `documents` is called.
 
-    Args:
-        spec: `builtin:NAME`, `tfds:NAME[:SPLIT]`, or a file, folder or glob; perhaps with `::FIELD`.
-        field: the field that holds the text where `spec` names none; dots go into nested records.
-        validation: another source to validate on; "" for the split that a folder's file names tell, or none.
-
-    Raises:
-        FileNotFoundError: no such path, package or dataset.
-        ValueError: an unknown name, or an unsupported file type.
+    `field` holds the text where `spec` names none; dots go into nested records. `validation` is another source to
+    validate on; "" takes the split that a folder's file names tell, or none.
     """
     spec, _, own_field = spec.partition("::")
     open_kind = {"builtin": _open_builtin, "tfds": _open_tfds}.get(spec.partition(":")[0], _open_files)
@@ -72,23 +66,16 @@ def _open_builtin(spec: str, field: str) -> Source:
 
 
 def _open_files(spec: str, field: str) -> Source:
-    found = paths.find(spec)
-    stats = [(str(path.absolute()), path.stat()) for path in (*found.train, *found.validation)]
+    train, validation, notes = paths.find(spec)
+    stats = [(str(path.absolute()), path.stat()) for path in (*train, *validation)]
     facts = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
 
     def reading(paths: list[Path]) -> Documents:
         return lambda: itertools.chain.from_iterable(records.read(path, field) for path in paths)
 
-    return Source(
-        spec,
-        _hash("files", field, len(found.train), facts),
-        reading(found.train),
-        reading(found.validation) if found.validation else None,
-        found.notes,
-    )
+    stamp = _hash("files", field, len(train), facts)
+    return Source(spec, stamp, reading(train), reading(validation) if validation else None, notes)
 
-
-# TFDS
 
 _TFDS_SPEC = re.compile(r"tfds:(?P<name>.+?(:\d+\.\d+\.\d+)?)(:(?P<split>[A-Za-z_]\w*(\[.*\])?))?")
 
@@ -99,13 +86,10 @@ def _tfds_builder(name: str) -> Any:
     directory = Path(name).expanduser()
     if directory.is_dir():
         if not (directory / "dataset_info.json").is_file():
-            raise FileNotFoundError(
-                f"{directory} is not a prepared TFDS dataset, it has no dataset_info.json: "
-                "give the directory of one version, such as .../name/config/1.0.0"
-            )
+            raise FileNotFoundError(f"{directory} has no dataset_info.json: give TFDS's .../name/config/1.0.0")
         return tfds.builder_from_directory(directory)
     # Nothing is downloaded from here: most TFDS builders need TensorFlow for that.
-    how = (
+    remedy = (
         f"prepare it with tfds.builder({name!r}, file_format='array_record').download_and_prepare(), "
         "or give the local directory of a prepared dataset, tfds:/path/to/name/1.0.0"
     )
@@ -116,9 +100,9 @@ def _tfds_builder(name: str) -> Any:
         prepared = builder.is_prepared()
     except Exception as error:  # an unknown name and a builder that wants TensorFlow: one answer to both
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FileNotFoundError(f"TFDS cannot load the dataset {name!r} ({reason}): {how}") from None
+        raise FileNotFoundError(f"TFDS cannot load the dataset {name!r} ({reason}): {remedy}") from None
     if not prepared:
-        raise FileNotFoundError(f"the TFDS dataset {name!r} is not prepared on this machine: {how}")
+        raise FileNotFoundError(f"the TFDS dataset {name!r} is not prepared on this machine: {remedy}")
     return builder
 
 
@@ -134,16 +118,11 @@ def _open_tfds(spec: str, field: str) -> Source:
     except Exception:  # a wrong name and a wrong slice raise different things
         raise ValueError(f"{spec}: no split {split!r}, the splits are {records.names(info.splits)}") from None
     if field not in info.features and field.split(".")[0] not in info.features:
-        raise ValueError(
-            f"{spec}: no feature {field!r}, the features are {records.names(info.features)}: name one (::FIELD after "
-            "it, or data.text_key)"
-        )
+        raise ValueError(f"{spec}: no feature {field!r}, but {records.names(info.features)}: {records.NAME_ONE}")
     try:
         data = builder.as_data_source(split=split)
     except NotImplementedError:
-        raise ValueError(
-            f"{spec} is not stored as ArrayRecord: prepare it again with file_format='array_record'"
-        ) from None
+        raise ValueError(f"{spec}: not ArrayRecord; prepare it again with file_format='array_record'") from None
 
     def documents() -> Iterator[Document | BadRecord]:
         examples = ((f"{spec}, example {number}", data[number]) for number in range(len(data)))
@@ -151,6 +130,5 @@ def _open_tfds(spec: str, field: str) -> Source:
 
     stats = [(path.name, path.stat()) for path in sorted(epath.Path(builder.data_path).iterdir())]
     facts = [(name, stat.length, stat.mtime) for name, stat in stats]
-    return Source(
-        spec, _hash("tfds", info.full_name, str(builder.data_path), split, field, rows, size, facts), documents
-    )
+    stamp = _hash("tfds", info.full_name, str(builder.data_path), split, field, rows, size, facts)
+    return Source(spec, stamp, documents)

@@ -1,7 +1,6 @@
 """Tokenizers from a model's files, on the `tokenizers` library, so that ids equal those of `transformers`.
 
-Text is encoded as text: a string that spells a control token does not become one. Documents get their start and end
-token here and nowhere else.
+Text is encoded as text: a string that spells a control token does not become one.
 """
 
 import hashlib
@@ -23,7 +22,7 @@ from jaxkd.runtime import files
 _END_OF_TEXT = "<|endoftext|>"
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # GGUF token types
 _FILLED = re.compile(r"\[PAD\d+\]")  # what llama.cpp's converter calls a row of the embedding that no token has
-_OTHERWISE = "a Hugging Face directory of the same model, with its tokenizer.json, is read: give that instead"
+_OTHERWISE = "give a Hugging Face directory of the same model, with its tokenizer.json"
 
 _BYTE_WORD = re.compile(r"<0x[0-9A-F]{2}>")  # how SentencePiece models write a byte
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -36,19 +35,12 @@ def _words(digits: str) -> str:
 
 
 # GGUF pre-tokenizer name -> pattern, whether the model composes characters first, whether whole words skip the merges.
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
 _SPLITS = {
-    "qwen2": (_words(r"\p{N}"), True, False),
-    "deepseek-r1-qwen": (_words(r"\p{N}"), True, False),
-    "llama-bpe": (_words(r"\p{N}{1,3}"), False, True),
-    "llama3": (_words(r"\p{N}{1,3}"), False, True),
-    "llama-v3": (_words(r"\p{N}{1,3}"), False, True),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_words(r"\p{N}"), True, False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), (_words(r"\p{N}{1,3}"), False, True)),
     "smaug-bpe": (_words(r"\p{N}{1,3}"), False, False),
-    "tekken": (
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES,
-        False,
-        True,
-    ),
+    "tekken": (_TEKKEN + r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _SPACES, False, True),
 }
 
 
@@ -65,33 +57,23 @@ class Tokenizer:
     json: str = field(repr=False)  # the definition, as the `tokenizers` library writes it
 
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Token ids of each text and the bytes of text each token stands for.
+        """Token ids int32 [n] of each text and the bytes of text int64 [n] each token stands for; no start, no end.
 
-        A token stands for the bytes up to its end that no earlier token stands for; the sum is
-        `len(text.encode())`. A byte-level token that holds part of a character counts its own bytes, so that a row that
-        ends there counts its targets' bytes exactly. A character that a normaliser replaced and that several tokens
-        share counts for the first of them.
-
-        Args:
-            texts: any text without lone surrogates.
-
-        Returns:
-            per text: ids int32 [n], bytes int64 [n]. No start and end tokens.
+        A token stands for the bytes up to its end that no earlier token stands for; the sum is `len(text.encode())`. A
+        byte-level token that holds part of a character counts its own bytes, so that a row that ends there counts its
+        targets' bytes exactly. A character that a normaliser replaced and that several tokens share counts for the
+        first of them.
         """
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [
-            (np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding))
-            for text, encoding in zip(texts, encodings)
-        ]
+        pairs = zip(texts, encodings)
+        return [(np.asarray(encoding.ids, np.int32), _token_bytes(text, encoding)) for text, encoding in pairs]
 
     def documents(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """As `encode`, with the start and end token around each document; those stand for 0 bytes."""
         before = np.asarray([] if self.start is None else [self.start], np.int32)
         after = np.asarray([] if self.end is None else [self.end], np.int32)
-        return [
-            (np.concatenate([before, ids, after]), np.pad(sizes, (len(before), len(after))))
-            for ids, sizes in self.encode(texts)
-        ]
+        pad = (len(before), len(after))
+        return [(np.concatenate([before, ids, after]), np.pad(sizes, pad)) for ids, sizes in self.encode(texts)]
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids [n], control tokens left out."""
@@ -99,7 +81,6 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The default chat template."""
         return self.generation.templates.get("default")
 
     def save(self, folder: Path) -> None:
@@ -111,7 +92,7 @@ class Tokenizer:
 
 
 def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
-    """Bytes per token, from character offsets; tokens that share a character get the bytes that each holds."""
+    """Bytes per token, from character offsets: see `Tokenizer.encode`."""
     if not encoding.offsets:
         return np.zeros(0, np.int64)
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
@@ -126,14 +107,10 @@ def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:
         return sizes
     group, own, words = np.cumsum(~joined) - 1, sizes.copy(), encoding.tokens
     shared = np.flatnonzero(joined | np.append(joined[1:], False))
-    own[shared] = [_own_bytes(words[i]) for i in shared]
+    # A byte-level word has one character per byte.
+    own[shared] = [1 if _BYTE_WORD.fullmatch(words[i]) else len(words[i]) for i in shared]
     exact = np.bincount(group, own) == np.bincount(group, sizes)
     return np.where(exact[group], own, sizes)
-
-
-def _own_bytes(word: str) -> int:
-    """Bytes of a token that may hold part of a character: a byte-level word has one character per byte."""
-    return 1 if _BYTE_WORD.fullmatch(word) else len(word)
 
 
 def _finish(tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None, settings: Generation) -> Tokenizer:
@@ -149,19 +126,13 @@ def _finish(tokenizer: tokenizers.Tokenizer, start: int | None, end: int | None,
         start = end = whole_text
     if not settings.eos and end is not None:
         settings = replace(settings, bos=start, eos=(end,))
-    return Tokenizer(
-        tokenizer=tokenizer,
-        vocab=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        start=start,
-        end=end,
-        fingerprint=hashlib.sha256(canonical.encode()).hexdigest(),
-        generation=settings,
-        json=definition,
-    )
+    vocab = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+    return Tokenizer(tokenizer, vocab, start, end, fingerprint, settings, definition)
 
 
 def _byte_level(kind: str) -> tuple[Any, Any, bool]:
-    """Normaliser, pre-tokenizer and `ignore_merges` for a GGUF pre-tokenizer name."""
+    """Normaliser, pre-tokenizer and `ignore_merges` of a GGUF pre-tokenizer."""
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if kind == "gpt-2":
@@ -169,40 +140,27 @@ def _byte_level(kind: str) -> tuple[Any, Any, bool]:
     if kind == "smollm":
         return None, pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]), False
     if kind not in _SPLITS:
-        known = ", ".join(sorted(["gpt-2", "smollm", *_SPLITS]))
-        raise ValueError(
-            f"the GGUF file's tokenizer.ggml.pre is {kind!r}, which is not read ({known} are): {_OTHERWISE}"
-        )
+        readable = ", ".join(sorted(["gpt-2", "smollm", *_SPLITS]))
+        raise ValueError(f"tokenizer.ggml.pre {kind!r} is not read, only {readable}: {_OTHERWISE}")
     pattern, composed, ignore_merges = _SPLITS[kind]
     split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), plain])
     return normalizers.NFC() if composed else None, split, ignore_merges
 
 
 def from_gguf(fields: dict[str, Any]) -> Tokenizer:
-    """The byte-level BPE tokenizer of a GGUF file's metadata ("tokenizer.ggml.model" and so on).
-
-    Raises:
-        ValueError: a field is missing, or the tokenizer is of another kind.
-    """
+    """The byte-level BPE tokenizer of a GGUF file's metadata; ValueError where it is incomplete or of another kind."""
     model = fields.get("tokenizer.ggml.model")
     if model != "gpt2":
-        raise ValueError(
-            f"the GGUF file's tokenizer.ggml.model is {model!r}, and only 'gpt2' (byte-level BPE) is read: {_OTHERWISE}"
-        )
+        raise ValueError(f"tokenizer.ggml.model {model!r} is not read, only 'gpt2' (byte-level BPE): {_OTHERWISE}")
     for key in ("tokens", "merges", "token_type"):
         if f"tokenizer.ggml.{key}" not in fields:
-            raise ValueError(
-                f"the GGUF file has no field 'tokenizer.ggml.{key}', and so no complete tokenizer: {_OTHERWISE}"
-            )
+            raise ValueError(f"the GGUF file has no field 'tokenizer.ggml.{key}': {_OTHERWISE}")
     words = list(fields["tokenizer.ggml.tokens"])
     kinds = list(fields["tokenizer.ggml.token_type"])
     normalizer, splitter, ignore_merges = _byte_level(fields.get("tokenizer.ggml.pre", "gpt-2"))
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    vocab = {
-        word: number
-        for number, (word, kind) in enumerate(zip(words, kinds))
-        if kind != _UNUSED or not _FILLED.fullmatch(word)
-    }
+    real = (kind != _UNUSED or not _FILLED.fullmatch(word) for word, kind in zip(words, kinds))
+    vocab = {word: number for number, (word, is_real) in enumerate(zip(words, real)) if is_real}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -245,19 +203,10 @@ def _marker(tokenizer: tokenizers.Tokenizer, contents: list[dict[str, Any]], sid
 
 
 def from_directory(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory: `tokenizer.json` and the config files beside it.
-
-    Raises:
-        FileNotFoundError: it holds no `tokenizer.json`.
-        ValueError: a file cannot be parsed.
-    """
+    """The tokenizer of a model directory: `tokenizer.json` and the config files beside it."""
     folder = Path(path).expanduser()
-    definition = folder / "tokenizer.json"
-    if not definition.is_file():
-        raise FileNotFoundError(
-            f"{definition} does not exist: a tokenizer directory needs tokenizer.json "
-            "(save it with transformers' save_pretrained of a fast tokenizer)"
-        )
+    if not (definition := folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{definition} does not exist: save a fast tokenizer with its save_pretrained")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(definition))
     except Exception as error:  # the library raises plain Exception

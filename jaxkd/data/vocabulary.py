@@ -1,7 +1,6 @@
 """Whether models read the same text as the same ids, and which ids the loss covers.
 
-Two tokenizers belong together when they split text alike and their text ids agree. Special tokens, which text never
-becomes, may be renamed or appended, and embeddings may have any number of padding rows.
+Special tokens, which text never becomes, may be renamed or appended, and embeddings may have padding rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,14 @@ _UNCHECKED_ROWS = 1024  # padding rows of a model without a tokenizer, whose ids
 
 SAMPLES = (
     "The operands are evaluated in 2024, from left to right; it's what you'd EXPECT, isn't it? I'LL say we've 12.",
-    " leading",
-    "trailing ",
-    "  two  spaces\n\n\n   three\r\n\ttab\t \t\n",
-    "\n",
-    "    ",
-    "a\u00a0b\u2003c\u200bd\ufeff",
+    *(
+        " leading",
+        "trailing ",
+        "  two  spaces\n\n\n   three\r\n\ttab\t \t\n",
+        "\n",
+        "    ",
+        "a\u00a0b\u2003c\u200bd\ufeff",
+    ),
     "1 12 123 1234 12345 1234567890 3.14159 -1e-9 0x1F 10,000 1/2 ² ½ Ⅷ ٣٤٥ १२३",
     "def f(x: int) -> str:\n        return f'{x!r:>8}' + \"\\n\"  # TODO(me)\n\n#include <stdio.h>\nfor (;i<n;++i){}",
     "camelCase snake_case SCREAMING_CASE kebab-case x.y::z->w a/b//c\\d <tag attr='v'>&amp;</tag> $x^2_i$ \\frac{a}{b}",
@@ -56,33 +57,25 @@ def coverage(data: Tokenizer, own: Mapping[str, Tokenizer], rows: Mapping[str, i
     those hold all text ids, the document marks and the end tokens. Otherwise the ids up to the last that is the same;
     those in between that differ stay in the softmax, but are never an input or a target.
 
-    Args:
-        data: the tokenizer of the data's rows.
-        own: the models' tokenizers by side, where they have one.
-        rows: of the models' embeddings, by side.
-
-    Raises:
-        ValueError: text has other ids in a model, or its embedding has no row for one of them.
+    `own` has the models' tokenizers by side, where they have one, and `rows` the rows of their embeddings. Raises
+    ValueError where text has other ids in a model, or its embedding has no row for one of them.
     """
     words = _words(data)
     special = {i for i, token in data.tokenizer.get_added_tokens_decoder().items() if token.special}
     marks = {mark for mark in (data.start, data.end) if mark is not None}
     needed = 1 + max((words.keys() - special) | marks, default=data.vocab - 1)
-    size, notes = data.vocab, []
+    size = data.vocab
     for side, count in rows.items():
         if side not in own and count > data.vocab + _UNCHECKED_ROWS:
-            raise ValueError(
-                f"the tokenizer has {data.vocab} ids but the {side}'s weights have {count}, and it has no tokenizer of "
-                "its own to compare: put its tokenizer.json beside its weights"
-            )
+            counts = f"{count} rows for the tokenizer's {data.vocab} ids"
+            raise ValueError(f"the {side}'s weights have {counts}: put its own tokenizer.json beside them")
         if count < needed:
             raise ValueError(f"the tokenizer has text ids up to {needed - 1}, and the {side}'s weights {count} rows")
         size = min(size, count)
         if side in own and words and own[side].fingerprint != data.fingerprint:
             _check_text(data, own[side], side)
             size = min(size, max(needed, _shared(data, own[side], needed)))
-    for side, count in rows.items():
-        notes += _notes(side, data, own.get(side, data), count, size)
+    notes = [note for side, count in rows.items() for note in _notes(side, data, own.get(side, data), count, size)]
     return Coverage(size, tuple(notes))
 
 
@@ -96,20 +89,18 @@ def _check_text(data: Tokenizer, model: Tokenizer, side: str) -> None:
     ours, theirs = (t.tokenizer.get_vocab(with_added_tokens=True) for t in (data, model))
     differ = sorted(word for word in (ours.keys() | theirs.keys()) - added if ours.get(word) != theirs.get(word))
     if differ:
+        example = f"{differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
         raise ValueError(
-            f"the data's tokenizer and the {side}'s own have different vocabularies: {len(differ)} tokens of text have "
-            f"other ids, such as {differ[0]!r} ({ours.get(differ[0])} and {theirs.get(differ[0])})"
+            f"the tokenizers of the data and the {side} have other ids for {len(differ)} tokens, such as {example}"
         )
     model = common_text(model, [data])
     splits = [[ids.tolist() for ids, _ in each.encode(list(SAMPLES))] for each in (data, model)]
     for text, *pair in zip(SAMPLES, *splits, strict=True):
         if pair[0] != pair[1]:
-            at = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), 0)
-            pieces = [[data.tokenizer.id_to_token(i) for i in ids[at : at + 4]] for ids in pair]
-            raise ValueError(
-                f"the data's tokenizer and the {side}'s own split text differently: {text[:30]!r} has {pieces[0]} and "
-                f"{pieces[1]}"
-            )
+            start = next((i for i, (a, b) in enumerate(zip(*pair)) if a != b), 0)
+            pieces = [[data.tokenizer.id_to_token(i) for i in ids[start : start + 4]] for ids in pair]
+            example = f"{text[:30]!r} as {pieces[0]} and {pieces[1]}"
+            raise ValueError(f"the tokenizers of the data and the {side} split text differently: {example}")
 
 
 def _shared(data: Tokenizer, model: Tokenizer, needed: int) -> int:
@@ -127,9 +118,8 @@ def _notes(side: str, data: Tokenizer, model: Tokenizer, rows: int, size: int) -
     ours, theirs = ({}, {}) if equal else (_words(data), _words(model))
     extra = [theirs.get(i, ours.get(i, "")) for i in sorted(ours.keys() | theirs.keys()) if size <= i < rows]
     padding = rows - max(size, data.vocab, model.vocab)
-    parts = (
-        [", ".join(map(repr, extra[:3])) + (f" and {len(extra) - 3:,} more" if len(extra) > 3 else "")] if extra else []
-    )
+    more = f" and {len(extra) - 3:,} more" if len(extra) > 3 else ""
+    parts = [", ".join(map(repr, extra[:3])) + more] if extra else []
     parts += [f"{padding:,} padding rows"] if padding > 0 else []
     notes = [f"{side}: ids from {size} on are left out of the loss: {' and '.join(parts)}"] if parts else []
     renamed = [i for i in sorted(ours.keys() & theirs.keys()) if i < size and ours[i] != theirs[i]]

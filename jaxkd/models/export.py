@@ -1,7 +1,6 @@
 """Writing a trained student as a directory that `transformers` loads.
 
-Files are written to a staging directory inside the destination, then moved. Only files of an earlier export, listed in
-its jaxkd.json, are replaced.
+Files are staged inside the destination, then moved; only files of an earlier export (jaxkd.json) are replaced.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jaxkd.core.types import PyTree
 from jaxkd.models import families, formats, generation
@@ -25,14 +25,8 @@ from jaxkd.runtime import files
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 _RECORD = "jaxkd.json"
 _FILES = (
-    _RECORD,
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
-    "plain_tokenizer.py",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *(_RECORD, "README.md", "config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("plain_tokenizer.py", "tokenizer.json", "tokenizer_config.json"),
 )
 _STAGING = ".jaxkd-export-"
 # Transformers 5 loads any tokenizer.json beside a qwen2 model as Qwen2Tokenizer, which replaces the normalizer and the
@@ -49,6 +43,10 @@ _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GATE = "config.json"  # removed first and written last: an incomplete directory does not load
+# Matches a checkpoint, a directory of checkpoints, a workdir and a directory of workdirs.
+_CHECKPOINTS = tuple(
+    f"{parent}{name}" for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "checkpoints") for parent in ("", "*/")
+)
 
 
 def export(
@@ -63,11 +61,9 @@ def export(
     overwrite: bool = False,
     keep_out: Sequence[Path] = (),
 ) -> Path:
-    """Writes a Hugging Face model directory.
+    """Writes a Hugging Face model directory, with the true vocabulary; an earlier export there is replaced.
 
     Args:
-        directory: destination. An earlier export there is replaced, file by file.
-        config: the decoder's; only the true vocabulary is written.
         params: fully addressable arrays.
         tokenizer_json: text of tokenizer.json.
         generation: the student's; without a padding token the first end token is used.
@@ -77,12 +73,8 @@ def export(
         overwrite: write even if `directory` holds other files; those are kept.
         keep_out: directories of the run (workdir, checkpoints) that `directory` must not be, contain or lie inside.
 
-    Raises:
-        FileExistsError: `directory` holds checkpoints, or files of others and `overwrite` is not set, or a file of
-            others with the name of one to be written.
-        ValueError: parameters, tokenizer and config do not match, a parameter is not finite, or `directory` is,
-            contains or lies inside one of `keep_out`.
-        OSError: the disk is full or a file cannot be written; names `directory`, which is as it was before.
+    Raises FileExistsError where `directory` holds checkpoints, or files of others that are not to be overwritten. After
+    any failure `directory` is as it was before.
     """
     target = Path(directory).expanduser()
     if "://" in str(directory):
@@ -121,8 +113,8 @@ def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[
     resolved = target.resolve()
     for path in (path.resolve() for path in keep_out):
         if resolved == path or resolved in path.parents or path in resolved.parents:
-            how = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
-            raise ValueError(f"cannot export to {target}: it {how} {path}, which belongs to the run. Name another")
+            relation = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
+            raise ValueError(f"cannot export to {target}: it {relation} {path}, which belongs to the run. Name another")
     if not target.exists():
         return
     if not target.is_dir():
@@ -138,21 +130,14 @@ def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[
             f"{target} holds files that no export wrote ({', '.join(foreign[:3])}): give another directory, or set"
             " overwrite (--overwrite), which leaves them in place and replaces the files of an earlier export"
         )
-    if taken := [name for name in foreign if name in _FILES or name.endswith(".safetensors")]:
+    _refuse_foreign(target, [name for name in foreign if name in _FILES or name.endswith(".safetensors")])
+
+
+def _refuse_foreign(target: Path, names: Sequence[str]) -> None:
+    if names:
         raise FileExistsError(
-            f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
+            f"{target} holds {', '.join(names[:3])}, which no export wrote: move it away or give another directory"
         )
-
-
-# Matches a checkpoint, a directory of checkpoints, a workdir and a directory of workdirs.
-_CHECKPOINTS = (
-    "_CHECKPOINT_METADATA",
-    "commit_success.txt",
-    "*/_CHECKPOINT_METADATA",
-    "*/commit_success.txt",
-    "checkpoints",
-    "*/checkpoints",
-)
 
 
 def _earlier(target: Path) -> set[str]:
@@ -172,10 +157,7 @@ def _publish(staging: Path, target: Path) -> None:
     """
     new = sorted(file.name for file in staging.iterdir())
     old = _earlier(target)
-    if taken := [name for name in new if name not in old and (target / name).exists()]:
-        raise FileExistsError(
-            f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
-        )
+    _refuse_foreign(target, [name for name in new if name not in old and (target / name).exists()])
     if old:
         (staging / "list").write_text(_json({"files": sorted({*new, *old} - {_RECORD})}), encoding="utf-8")
         os.replace(staging / "list", target / _RECORD)
@@ -190,19 +172,15 @@ def _publish(staging: Path, target: Path) -> None:
 
 def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Names and arrays of a Hugging Face file, one at a time."""
-    table = families.table(config)
-    inner = params.get("layers", {})
-    present = {("layers", name) for name in inner} | {(name,) for name in params if name != "layers"}
-    differing = sorted("/".join(path) for path in present ^ {tensor.path for tensor in table})
-    if differing:
-        raise ValueError(f"these parameters are only on one side, the tree's or the config's: {differing}")
+    table, leaves = families.table(config), flatten_dict(params)
+    if differing := sorted("/".join(path) for path in leaves.keys() ^ {tensor.path for tensor in table}):
+        raise ValueError(f"only the parameters or only the config has {differing}")
     for tensor in table:
-        name = "/".join(tensor.path)
-        leaf = np.asarray((inner if tensor.stacked else params)[tensor.path[-1]])
+        name, leaf = "/".join(tensor.path), np.asarray(leaves[tensor.path])
         if leaf.shape != tensor.leaf(config):
             raise ValueError(f"parameter {name} is {leaf.shape}, and the config asks for {tensor.leaf(config)}")
         if not np.isfinite(leaf).all():
-            raise ValueError(f"parameter {name} holds NaN or infinity: this model is not worth exporting")
+            raise ValueError(f"parameter {name} holds NaN or infinity: not exported")
         inside = tuple(slice(size) for size in tensor.shape)
         for layer, array in enumerate(leaf if tensor.stacked else leaf[None]):
             yield tensor.hf.format(layer=layer), families.to_stored(tensor, array[inside]).astype(dtype)
@@ -210,10 +188,7 @@ def _tensors(config: Config, params: PyTree, dtype: Any) -> Iterator[tuple[str, 
 
 def _small_files(config: Config, tokenizer_json: str, settings: Generation, dtype: str) -> dict[str, str]:
     """Contents of the configs and the tokenizer by file name; raises if an id has no row in the embedding."""
-    try:
-        definition = json.loads(tokenizer_json)
-    except ValueError as error:
-        raise ValueError(f"tokenizer_json is not valid JSON: {error}") from None
+    definition = json.loads(tokenizer_json)
     vocab = definition.get("model", {}).get("vocab", {})
     words = dict(vocab) if isinstance(vocab, dict) else {word: i for i, (word, _) in enumerate(vocab)}
     words |= {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
@@ -250,14 +225,8 @@ def _small_files(config: Config, tokenizer_json: str, settings: Generation, dtyp
 def _qwen2_tokenizer(definition: Mapping[str, Any], words: Mapping[str, int]) -> bool:
     """Whether transformers' Qwen2Tokenizer, built from its vocabulary and merges alone, is the same tokenizer."""
     model, pre = definition.get("model", {}), definition.get("pre_tokenizer") or {}
-    options = (
-        "ignore_merges",
-        "byte_fallback",
-        "fuse_unk",
-        "dropout",
-        "continuing_subword_prefix",
-        "end_of_word_suffix",
-    )
+    options = ["ignore_merges", "byte_fallback", "fuse_unk", "dropout"]
+    options += ["continuing_subword_prefix", "end_of_word_suffix"]
     parts = pre.get("pretokenizers") or [{}]
     return (
         (model.get("type"), (definition.get("normalizer") or {}).get("type")) == ("BPE", "NFC")
@@ -270,11 +239,11 @@ def _qwen2_tokenizer(definition: Mapping[str, Any], words: Mapping[str, int]) ->
 
 
 def _card(name: str, card: Mapping[str, Any]) -> str:
-    """README.md: a YAML header, how to load the model, and the facts in the given order."""
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- knowledge-distillation"]
+    """README.md: a YAML header, code that loads the model, and the facts in the given order."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- knowledge-distillation"]
     # A JSON string is a YAML string.
-    header += [f"{key}: {json.dumps(card[key])}" for key in ("base_model", "license") if key in card]
-    lines = [*header, "---", "", f"# {card.get('name', name)}", "", "A distilled language model.", ""]
+    lines += [f"{key}: {json.dumps(card[key])}" for key in ("base_model", "license") if key in card]
+    lines += ["---", "", f"# {card.get('name', name)}", "", "A distilled language model.", ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")']
     lines += ['tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")', "```", ""]
@@ -289,7 +258,6 @@ def _card(name: str, card: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of the card; floats with four digits."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -12,17 +12,20 @@ import numpy as np
 
 from jaxkd.models.transformer import Config, RopeScaling
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
-
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+_FAMILIES: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # model_type -> architecture, and what its config.json has beside the common entries
+    "llama": ("LlamaForCausalLM", {"attention_bias": False, "mlp_bias": False}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", {"sliding_window": None, "use_sliding_window": False}),
+    "qwen3": ("Qwen3ForCausalLM", {"attention_bias": False, "sliding_window": None, "use_sliding_window": False}),
+}
+_GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+_HF_KEYS = {  # `Config`'s fields -> keys of config.json
+    **{"vocab": "vocab_size", "embed": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"},
+    **{"mlp": "intermediate_size", "max_length": "max_position_embeddings", "norm_eps": "rms_norm_eps"},
 }
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
 _LLAMA3_PUBLISHED = (1.0, 4.0, 8192)  # the keys after `factor`, the same in Llama 3.1, 3.2 and 3.3
 
 Note = Callable[[str], object]
@@ -31,44 +34,26 @@ Note = Callable[[str], object]
 # Keys that change the computation and are not supported, with their neutral value; null and False are always neutral.
 # "head_dim" stands for the size of a head, "1/sqrt" for 1/sqrt(head_dim).
 _UNREAD_HF = {
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "final_logit_softcapping": 0,
-    "attn_logit_softcapping": 0,
-    "query_pre_attn_scalar": "head_dim",
-    "attention_multiplier": "1/sqrt",
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-    "lm_head_multiplier": 1,
-    "key_multiplier": 1,
-    "scale_emb": 1,
-    "clip_qkv": 0,
-    "use_qk_norm": 0,
-    "qk_layernorm": 0,
-    "use_parallel_residual": 0,
-    "attention_chunk_size": 0,
+    **{"logit_scale": 1, "logits_scaling": 1, "embedding_multiplier": 1, "residual_multiplier": 1},
+    **{"lm_head_multiplier": 1, "key_multiplier": 1, "scale_emb": 1, "clip_qkv": 0, "attention_chunk_size": 0},
+    **{"final_logit_softcapping": 0, "attn_logit_softcapping": 0, "use_qk_norm": 0, "qk_layernorm": 0},
+    **{"query_pre_attn_scalar": "head_dim", "attention_multiplier": "1/sqrt", "use_parallel_residual": 0},
+    **{"attention_bias": 0, "mlp_bias": 0, "num_experts": 0, "num_local_experts": 0},
 }
 _UNREAD_GGUF = {
-    "attention.scale": "1/sqrt",
-    "logit_scale": 1,
-    "final_logit_softcapping": 0,
-    "attn_logit_softcapping": 0,
-    "embedding_scale": 1,
-    "residual_scale": 1,
-    "attention.clamp_kqv": 0,
-    "attention.max_alibi_bias": 0,
-    "attention.temperature_scale": 0,
-    "use_parallel_residual": 0,
-    "rope.scaling.attn_factor": 1,
+    **{"attention.scale": "1/sqrt", "logit_scale": 1, "final_logit_softcapping": 0, "attn_logit_softcapping": 0},
+    **{"embedding_scale": 1, "residual_scale": 1, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0},
+    **{"attention.temperature_scale": 0, "use_parallel_residual": 0, "rope.scaling.attn_factor": 1, "expert_count": 0},
+    **{"attention.value_length": "head_dim", "rope.dimension_count": "head_dim"},
 }
 
 
 class _Rope(NamedTuple):
-    """Rotary base, and the scaling of its frequencies."""
+    """`Config`'s fields of the same names."""
 
-    theta: float
-    scaling: RopeScaling | None = None
-    factors: tuple[float, ...] = ()
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    rope_factors: tuple[float, ...] = ()
 
 
 class _Limit(NamedTuple):
@@ -76,9 +61,6 @@ class _Limit(NamedTuple):
 
     tokens: int
     key: str  # with its value, for messages
-
-
-# ---------------------------------------------------------------------------------------------------- names
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ class Tensor:
         return self.path[0] == "layers"
 
     def leaf(self, config: Config) -> tuple[int, ...]:
-        """The shape in the tree, with the layer axis and the padded vocabulary."""
+        """The tree's shape, with the layer axis and the padded vocabulary."""
         shape = list(self.shape)
         if self.vocab_axis is not None:
             shape[self.vocab_axis] = config.padded_vocab
@@ -114,9 +96,8 @@ class Tensor:
 
 def table(config: Config) -> tuple[Tensor, ...]:
     """All parameters of `config`'s decoder; shapes are per layer, with the true vocabulary."""
-    d, f, h, kv, hd, v = (
-          config.embed, config.mlp, config.heads, config.kv_heads, config.head_dim, config.vocab,
-    )  # fmt: skip
+    d, f, h, kv = config.embed, config.mlp, config.heads, config.kv_heads
+    hd, v = config.head_dim, config.vocab
 
     def layer(name: str, hf: str, gguf: str, stored: tuple, shape: tuple, **more: Any) -> Tensor:
         hf, gguf = f"model.layers.{{layer}}.{hf}", f"blk.{{layer}}.{gguf}"
@@ -167,31 +148,20 @@ def to_stored(tensor: Tensor, array: np.ndarray) -> np.ndarray:
     return array.reshape(tensor.stored[::-1]).T if tensor.transposed else array.reshape(tensor.stored)
 
 
-# --------------------------------------------------------------------------------------------- Hugging Face
-
-
 def from_hf(
     config: Mapping[str, Any], source: str, *, length: int | None = None, note: Note = lambda text: None
 ) -> Config:
-    """The decoder's config from a Hugging Face `config.json`.
+    """The decoder's config from a Hugging Face `config.json`, as transformers 4 or 5 writes it.
 
-    Args:
-        config: the parsed file, as transformers 4 or 5 writes it.
-        source: name of the file in errors.
-        length: the longest row that the model will see, `None` for its own maximum. Unsupported options without
-            effect up to there are accepted, and reduce `max_length` to where they would take effect.
-        note: receives a sentence per such option.
-
-    Raises:
-        ValueError: unknown family, missing key, or unsupported option.
+    `length` is that of the longest row that the model will see, None for its own maximum. Unsupported options without
+    effect up to there are accepted, reduce `max_length` to where they would take effect, and are passed to `note`.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"{source}: model_type {family!r} is not known; known: {', '.join(FAMILIES)}")
-    _refuse_hf(config, family, source)
+    if family not in _FAMILIES:
+        raise ValueError(f"{source}: model_type {family!r} is not known; known: {', '.join(_FAMILIES)}")
+    _refuse_hf(config, source)
 
-    needed = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
-    needed += ["max_position_embeddings", "rms_norm_eps"]
+    needed = list(_HF_KEYS.values())
     needed += [] if family == "llama" else ["num_key_value_heads"]  # the first llamas predate the key
     needed += ["head_dim"] if family == "qwen3" else []  # elsewhere it follows from the width
     missing = [key for key in needed if config.get(key) is None]
@@ -205,59 +175,38 @@ def from_hf(
     _refuse_unread(config, _UNREAD_HF, head_dim, f"{source}: ")
     rope, rope_limit = _rope_hf(config, family, source)
     limits = [limit for limit in (_window_hf(config, family), rope_limit) if limit]
+    numbers = {field: config[key] for field, key in _HF_KEYS.items()}
     return _checked(
         source,
-        vocab=config["vocab_size"],
-        embed=width,
-        layers=config["num_hidden_layers"],
-        heads=heads,
+        **numbers | {"max_length": _within(limits, numbers["max_length"], length, source, note)},
+        **rope._asdict(),
         kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        mlp=config["intermediate_size"],
-        rope_theta=rope.theta,
-        rope_scaling=rope.scaling,
-        rope_factors=rope.factors,
-        norm_eps=config["rms_norm_eps"],
-        max_length=_within(limits, config["max_position_embeddings"], length, source, note),
         tied=bool(config.get("tie_word_embeddings", False)),  # the four families' own default
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
     )
 
 
-def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> dict[str, Any]:
-    """A `config.json` that transformers 4 and 5 both read, with the true vocabulary.
+def to_hf(config: Config, dtype: str = "float32") -> dict[str, Any]:
+    """A `config.json` that transformers 4 and 5 both read, with the true vocabulary; `dtype` is of the weights.
 
-    Args:
-        family: a name in `FAMILIES`, `None` for the one that has `config`'s options.
-        dtype: of the stored weights.
-
-    Raises:
-        ValueError: no family has these options.
+    The family is the one that has the config's options; ValueError where none has.
     """
     if config.qkv_bias and config.qk_norm:
         raise ValueError("no Hugging Face family has qkv_bias and qk_norm together: cannot export")
-    # Both compute the same, but a llama config requires that the heads divide the width.
+    # Mistral and Llama compute the same, but a llama config requires that the heads divide the width.
     plain = "mistral" if config.embed % config.heads else "llama"
-    natural = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else plain
-    family = family or natural
-    if family != natural and {family, natural} != {"llama", "mistral"}:
-        raise ValueError(f"family {family!r} does not have this model's options; {natural!r} does")
-
+    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else plain
+    architecture, own = _FAMILIES[family]
     scaling = config.rope_scaling
     written: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [architecture],
         "model_type": family,
-        "vocab_size": config.vocab,
-        "hidden_size": config.embed,
-        "intermediate_size": config.mlp,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
+        **{key: getattr(config, field) for field, key in _HF_KEYS.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "attention_dropout": 0.0,
         # The layout of transformers 4; transformers 5 converts it to its own `rope_parameters`.
@@ -274,29 +223,12 @@ def to_hf(config: Config, family: str | None = None, dtype: str = "float32") -> 
         # longrope takes one factor per frequency; with two equal lists it does not depend on the length.
         same = {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": config.max_length}
         written["rope_scaling"] = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, **same}
-    if family in ("llama", "qwen3"):
-        written["attention_bias"] = False
-    if family == "llama":
-        written["mlp_bias"] = False
-    if family != "llama":
-        written["sliding_window"] = None
-    if family.startswith("qwen"):
-        written["use_sliding_window"] = False
-    return written
+    return written | own
 
 
-def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
-    """Raises on unsupported weights, activations and architectures."""
-    refused = {
-        "quantization_config": "quantised weights are not read; save the model in bfloat16 or float32",
-        "attention_bias": "biases on all four attention projections are not supported",
-        "mlp_bias": "biases in the MLP are not supported",
-        "num_experts": "mixtures of experts are not supported",
-        "num_local_experts": "mixtures of experts are not supported",
-    }
-    for key, why in refused.items():
-        if config.get(key):
-            raise ValueError(f"{source}: {key} is {config[key]!r}: {why}")
+def _refuse_hf(config: Mapping[str, Any], source: str) -> None:
+    if config.get("quantization_config"):
+        raise ValueError(f"{source}: quantization_config is set: save the model in bfloat16 or float32")
     act = config.get("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"{source}: hidden_act is {act!r}: only silu is supported")
@@ -306,13 +238,7 @@ def _refuse_hf(config: Mapping[str, Any], family: str, source: str) -> None:
 
 
 def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_dim: Any, source: str) -> None:
-    """Raises on an unsupported key that is not at its neutral value.
-
-    Args:
-        config: values by the keys of `unread`.
-        unread: key -> neutral value.
-        source: prefix of messages: the file, and the key's prefix in it.
-    """
+    """Raises on a key of `unread` (key -> neutral value) that is not neutral; `source` is a prefix for messages."""
     for key, neutral in unread.items():
         value = config.get(key)
         if not value:
@@ -320,53 +246,44 @@ def _refuse_unread(config: Mapping[str, Any], unread: Mapping[str, Any], head_di
         if isinstance(neutral, str):
             neutral = head_dim if neutral == "head_dim" else 1 / math.sqrt(head_dim)
         if not isinstance(value, (int, float)) or not math.isclose(value, neutral, rel_tol=1e-6):
-            raise ValueError(
-                f"{source}{key} is {value!r}, which changes what the model computes and is not supported; if the "
-                f"weights were trained without it, set it to {neutral:.9g}"
-            )
+            remedy = f"if the weights were trained without it, set it to {neutral:.9g}"
+            raise ValueError(f"{source}{key} {value!r} changes the computation: not supported; {remedy}")
 
 
 def _within(limits: Iterable[_Limit], whole: int, length: int | None, source: str, note: Note) -> int:
-    """Tokens up to which the decoder is exact: `whole`, or the smallest of `limits` if `length` fits in it.
-
-    Raises:
-        ValueError: `length` does not.
-    """
+    """Tokens up to which the decoder is exact: `whole`, or the smallest of `limits`; ValueError for longer rows."""
     tokens, key = min(limits, default=_Limit(whole, ""))
     if not isinstance(whole, int) or tokens >= whole:
         return whole
     if length is None or length > tokens:
         rows = f"rows have {length}" if length else f"the model has {whole}"
-        raise ValueError(
-            f"{source}: {key} changes what the model computes beyond {tokens} tokens, which is not supported, and "
-            f"{rows}: set data.length to at most {tokens}, where the model is the same without it"
-        )
+        limit = f"{key} has an effect beyond {tokens} tokens, which is not supported"
+        raise ValueError(f"{source}: {limit}, and {rows}: set data.length to at most {tokens}")
     note(f"{key} changes nothing in rows of up to {tokens} tokens: ignored, and the model's context is {tokens}")
     return tokens
 
 
 def _window_hf(config: Mapping[str, Any], family: str) -> _Limit | None:
-    """The sliding window of some layer, with transformers' defaults for missing keys; None without one."""
+    """The sliding window, with transformers' defaults for missing keys; None without one."""
     window = config.get("sliding_window", 4096 if family == "mistral" else None)
     if not window or family == "llama":
         return None
     if family.startswith("qwen"):
-        kinds, layers = config.get("layer_types"), config.get("num_hidden_layers") or 0
-        everywhere_full = all(kind == "full_attention" for kind in kinds) if kinds else (
-              config.get("max_window_layers", 28) >= layers
-          )  # fmt: skip
+        everywhere_full = config.get("max_window_layers", 28) >= (config.get("num_hidden_layers") or 0)
+        if kinds := config.get("layer_types"):
+            everywhere_full = all(kind == "full_attention" for kind in kinds)
         if not config.get("use_sliding_window") or everywhere_full:
             return None
     return _Limit(window, f"sliding_window {window}")
 
 
 def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope, _Limit | None]:
-    """Rotary frequencies from the layout of transformers 4 or 5, and their limit.
+    """Rotary frequencies from the layout of transformers 4 or 5, and their limit, with transformers' precedence.
 
-    Precedence is that of transformers: a non-empty `rope_scaling` replaces `rope_parameters`; the block's base comes
-    before the top level's; the top level's original length comes before the block's.
+    A non-empty `rope_scaling` replaces `rope_parameters`; the block's base comes before the top level's; the top
+    level's original length comes before the block's.
     """
-    both = config.get("rope_scaling") and config.get("rope_parameters")
+    replaced = config.get("rope_scaling") and config.get("rope_parameters")
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(name) or {}
     if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
@@ -374,11 +291,8 @@ def _rope_hf(config: Mapping[str, Any], family: str, source: str) -> tuple[_Rope
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None and family == "llama" and not rope:
         theta = 10000.0  # the first llamas predate the key
-    if theta is None and both:
-        raise ValueError(
-            f"{source}: rope_scaling replaces rope_parameters, as in transformers, and has no rope_theta: merge it "
-            "into rope_parameters and remove rope_scaling"
-        )
+    if theta is None and replaced:
+        raise ValueError(f"{source}: rope_scaling without rope_theta replaces rope_parameters: merge the two")
     if theta is None:
         raise ValueError(f"{source}: missing rope_theta")
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -409,18 +323,15 @@ def _stretched_hf(rope: Mapping[str, Any], theta: float, whole: Any, where: str)
     if kind == "llama3":
         if missing := [key for key in _LLAMA3_KEYS if rope.get(key) is None]:
             raise ValueError(f"{where}: rope_type llama3 without {', '.join(missing)}")
-        return plain._replace(scaling=RopeScaling(*(rope[key] for key in _LLAMA3_KEYS))), None
+        return plain._replace(rope_scaling=RopeScaling(*(rope[key] for key in _LLAMA3_KEYS))), None
     if kind == "longrope" and attention == 1 and rope.get("short_factor"):
         short, long = (tuple(map(float, rope.get(f"{side}_factor") or ())) for side in ("short", "long"))
         limit = None if short == long else _Limit(original, f"the long_factor of rope_type {kind!r}")
-        return plain._replace(factors=short if set(short) != {1.0} else ()), limit
+        return plain._replace(rope_factors=short if set(short) != {1.0} else ()), limit
     raise ValueError(
         f"{where}: rope_type {kind!r} with factor {factor} is not supported (default, llama3, dynamic, linear and yarn "
         "of factor 1, and longrope without an attention_factor are); if the weights were trained without it, remove it"
     )
-
-
-# ----------------------------------------------------------------------------------------------------- GGUF
 
 
 def from_gguf(
@@ -432,21 +343,13 @@ def from_gguf(
     length: int | None = None,
     note: Note = lambda text: None,
 ) -> Config:
-    """The decoder's config from the metadata of a GGUF file.
+    """The decoder's config from a GGUF file's metadata; as `from_hf`.
 
-    Args:
-        fields: the file's metadata; of `tokenizer.ggml.tokens` only the length is used.
-        source: name of the file in errors.
-        tied: whether the file has no `output.weight`.
-        rope_factors: per-frequency divisors, the tensor `rope_freqs.weight`.
-        length, note: as for `from_hf`.
-
-    Raises:
-        ValueError: unknown architecture, missing key, or unsupported option.
+    `tied`: the file has no `output.weight`. `rope_factors`: per-frequency divisors, the tensor `rope_freqs.weight`.
     """
     family = fields.get("general.architecture")
-    if family not in GGUF_FAMILIES:
-        raise ValueError(f"{source}: general.architecture {family!r} is not known; known: {', '.join(GGUF_FAMILIES)}")
+    if family not in _GGUF_FAMILIES:
+        raise ValueError(f"{source}: general.architecture {family!r} is not known; known: {', '.join(_GGUF_FAMILIES)}")
     needed = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
     missing = [f"{family}.{key}" for key in (*needed, "context_length") if f"{family}.{key}" not in fields]
     if missing:
@@ -471,17 +374,11 @@ def from_gguf(
             "the weights were trained without scaling, set the type to 'none'"
         )
     limits = [_Limit(window, f"{family}.attention.sliding_window {window}")] if window else []
-    if field("expert_count"):
-        raise ValueError(f"{source}: {family}.expert_count is set: mixtures of experts are not supported")
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if field(key, head_dim) != head_dim:
-            raise ValueError(f"{source}: {family}.{key} is {field(key)}, not the head size {head_dim}")
-
     vocab = field("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ()))
     # Stored as float32: its shortest decimal form (1e-5, not 9.99999975e-06).
     eps = float(str(np.float32(field("attention.layer_norm_rms_epsilon", 1e-5))))
     theta = float(field("rope.freq_base", 10000.0))
-    rope = _rope_of_factors(theta, head_dim, tuple(float(factor) for factor in rope_factors))
+    rope = _rope_of_factors(theta, head_dim, tuple(map(float, rope_factors)))
     return _checked(
         source,
         vocab=vocab,
@@ -491,9 +388,7 @@ def from_gguf(
         kv_heads=field("attention.head_count_kv", heads),
         head_dim=head_dim,
         mlp=field("feed_forward_length"),
-        rope_theta=theta,
-        rope_scaling=rope.scaling,
-        rope_factors=rope.factors,
+        **rope._asdict(),
         norm_eps=eps,
         max_length=_within(limits, whole, length, source, note),
         tied=tied,
@@ -503,7 +398,7 @@ def from_gguf(
 
 
 def _rope_of_factors(theta: float, head_dim: int, factors: tuple[float, ...]) -> _Rope:
-    """Frequencies with per-frequency divisors, as Llama 3's `RopeScaling` where the divisors are equal to it."""
+    """Per-frequency divisors, as Llama 3's `RopeScaling` where they are equal to it."""
     if set(factors) <= {1.0}:
         return _Rope(theta)
     llama3 = RopeScaling(max(factors), *_LLAMA3_PUBLISHED)
@@ -513,16 +408,16 @@ def _rope_of_factors(theta: float, head_dim: int, factors: tuple[float, ...]) ->
     expected = 1 / (keep + (1 - keep) / llama3.factor)
     if len(factors) == len(expected) and np.allclose(factors, expected, rtol=1e-4, atol=0):
         return _Rope(theta, llama3)
-    return _Rope(theta, factors=factors)
+    return _Rope(theta, rope_factors=factors)
 
 
 def interleaved(fields: Mapping[str, Any]) -> bool:
-    """Whether a GGUF file interleaves the rotary halves in q's and k's rows: llama does, Qwen does not."""
+    """Whether a GGUF file interleaves the rotary halves in q's and k's rows, as those of llama do."""
     return fields.get("general.architecture") == "llama"
 
 
 def _checked(source: str, **numbers: Any) -> Config:
-    """`Config(**numbers)`; errors on sizes name the file."""
+    """`Config(**numbers)`, once its sizes are checked."""
     for key in ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_length"):
         value = numbers[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -533,8 +428,6 @@ def _checked(source: str, **numbers: Any) -> Config:
         raise ValueError(f"{source}: head_dim {numbers['head_dim']} is odd, and rotary embedding needs pairs")
     factors = numbers.get("rope_factors") or ()
     if factors and (len(factors) != numbers["head_dim"] // 2 or not all(0 < factor < math.inf for factor in factors)):
-        raise ValueError(
-            f"{source}: the rotary factors {list(factors)} must be positive, one for each of the "
-            f"{numbers['head_dim'] // 2} frequencies"
-        )
+        count = numbers["head_dim"] // 2
+        raise ValueError(f"{source}: rotary factors must be positive, for {count} frequencies, got {list(factors)}")
     return Config(**numbers)

@@ -13,8 +13,7 @@ def body(config: Config, length: int) -> int:
     2 (q + k + v + o + gate + up + down) layers + 4 heads head_dim (length + 1) / 2 layers
     """
     c = config
-    attention = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    weights = attention + 3 * c.embed * c.mlp
+    weights = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.embed * c.mlp
     return c.layers * (2 * weights + 2 * c.heads * c.head_dim * (length + 1))
 
 
@@ -46,7 +45,6 @@ class Step(NamedTuple):
 
     @property
     def executed(self) -> float:
-        """FLOPs that the devices execute."""
         return self.model + self.recomputed + self.masked
 
 
@@ -61,16 +59,10 @@ class Side(NamedTuple):
 def step(
     teachers: Sequence[Side], student: Side, tokens: int, length: int, *, remat: bool, trains: bool = True
 ) -> Step:
-    """FLOPs of a train step: 2 per weight and token of each teacher, 6 of the student, plus attention.
+    """FLOPs of a train step: 2 per weight and token of each teacher, 6 of the student (2 unless it `trains`), plus
+    attention over rows of `length` tokens.
 
-    Optimiser, norms and the pointwise part of the loss are not counted.
-
-    Args:
-        teachers: one entry per teacher; with cached hidden states it runs the head only, with cached top-k nothing.
-        tokens: in a batch.
-        length: tokens in a row.
-        remat: whether the layers' forward pass is recomputed in the backward pass.
-        trains: whether the student has a backward pass.
+    Optimiser, norms and the pointwise part of the loss are not counted. `remat` recomputes the layers' forward pass.
     """
     forward = lambda side: side.body * body(side.config, length) + side.head * head(side.config)
     wasted = lambda side: side.body * masked(side.config, length)
@@ -84,10 +76,6 @@ def step(
 
 
 def rates(model: float, seconds: float, devices: int, kind: str) -> dict[str, float]:
-    """`tflops` per device, and `mfu` where the peak of `kind` (JAX's `device_kind`) is known.
-
-    Args:
-        model: `Step.model` of the whole batch.
-    """
+    """`tflops` per device of `Step.model` FLOPs, and `mfu` where the peak of `kind` (JAX's `device_kind`) is known."""
     each = model / seconds / devices
     return {"tflops": each / 1e12} | ({"mfu": each / CHIPS[kind].flops} if kind in CHIPS else {})

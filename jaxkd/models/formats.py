@@ -1,7 +1,4 @@
-"""Reading safetensors and GGUF files, and writing safetensors; the only module that imports their libraries.
-
-Headers of both formats become `Stored` entries; a truncated file is detected before any weight is read.
-"""
+"""Reading safetensors and GGUF files, and writing safetensors; the only module that imports their libraries."""
 
 import dataclasses
 import hashlib
@@ -67,18 +64,11 @@ def fingerprint(files: Iterable[Path], entries: Mapping[str, Stored], config: by
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------- safetensors
-
-
-def _cut_short(file: Path, expected: int) -> ValueError:
-    size = file.stat().st_size
-    return ValueError(f"{file}: cut short: {expected} bytes expected, {size} found; fetch it again")
-
-
-def _check_end(file: Path, start: int, entries: Mapping[str, Stored]) -> None:
-    expected = max((entry.offset + entry.size for entry in entries.values()), default=start)
-    if expected > file.stat().st_size:
-        raise _cut_short(file, expected)
+def _require_bytes(file: Path, expected: int, entries: Mapping[str, Stored] | None = None) -> None:
+    """Raises where the file ends before `expected` or the last entry's end."""
+    expected = max((entry.offset + entry.size for entry in (entries or {}).values()), default=expected)
+    if expected > (size := file.stat().st_size):
+        raise ValueError(f"{file}: cut short: {expected} bytes expected, {size} found; fetch it again")
 
 
 def _refuse_pointer(file: Path) -> None:
@@ -88,19 +78,13 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def read_safetensors(file: Path) -> dict[str, Stored]:
-    """Tensors of a safetensors file by name; reads the header only.
-
-    Raises:
-        ValueError: the file is truncated or damaged.
-    """
+    """Tensors of a safetensors file by name; reads the header only. Raises ValueError for a damaged file."""
     _refuse_pointer(file)
-    size = file.stat().st_size
     with file.open("rb") as opened:
         start = 8 + int.from_bytes(opened.read(8), "little")
         if start > _HEADER_BYTES:
             raise ValueError(f"{file}: not a safetensors file")
-        if size < start:
-            raise _cut_short(file, start)
+        _require_bytes(file, start)
         header_text = opened.read(start - 8)
     entries = {}
     try:
@@ -114,19 +98,16 @@ def read_safetensors(file: Path) -> dict[str, Stored]:
     for name, entry in entries.items():
         if entry.kind in FLOATS and entry.size != math.prod(entry.shape) * np.dtype(FLOATS[entry.kind]).itemsize:
             raise ValueError(f"{file}: {name} takes {entry.size} bytes, which is not {entry.kind} {entry.shape}")
-    _check_end(file, start, entries)
+    _require_bytes(file, start, entries)
     return entries
 
 
 def save_safetensors(
     directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes model.safetensors, or numbered shards and their index.
+    """Writes model.safetensors, or numbered shards of `shard_bytes` (or one tensor) and their index.
 
-    Args:
-        directory: must exist.
-        tensors: names and arrays; only one shard's are held in memory.
-        shard_bytes: upper limit of a shard's size, unless one tensor is larger.
+    Holds the tensors of one shard in memory. The directory must exist.
     """
     shards: list[list[str]] = []
     pending: dict[str, np.ndarray] = {}
@@ -157,9 +138,6 @@ def save_safetensors(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------- GGUF
-
-
 @dataclasses.dataclass(frozen=True)
 class Lazy:
     """An array in a GGUF header that is decoded on demand, because a vocabulary is slow to decode."""
@@ -173,7 +151,6 @@ class Lazy:
         return self.count
 
     def decode(self) -> list:
-        """The array's values."""
         with _Cursor(self.file, self.offset) as cursor:
             if self.kind in _NUMBERS:
                 return list(struct.unpack_from(f"<{self.count}{_NUMBERS[self.kind]}", cursor.data, self.offset))
@@ -231,15 +208,9 @@ class _Cursor:
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """(metadata, tensors by name) of a GGUF file; reads the header only (ggml/docs/gguf.md).
-
-    Raises:
-        ValueError: the file is truncated or damaged, has another version, or is one part of a split file.
-    """
+    """(metadata, tensors by name) of a GGUF file; reads the header only (ggml/docs/gguf.md)."""
     _refuse_pointer(file)
-    size = file.stat().st_size
-    if size < 24:
-        raise _cut_short(file, 24)
+    _require_bytes(file, 24)
     with _Cursor(file) as cursor:
         magic, version = cursor.number("I"), cursor.number("I")
         if magic != gguf.GGUF_MAGIC or version not in (2, 3):
@@ -247,27 +218,19 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         count, keys = cursor.number("Q"), cursor.number("Q")
         try:
             fields = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(keys)}
-            infos = [
-                (
-                    cursor.string(),
-                    tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1],
-                    gguf.GGMLQuantizationType(cursor.number("I")),
-                    cursor.number("Q"),
-                )
-                for _ in range(count)
-            ]
+            kind = lambda: gguf.GGMLQuantizationType(cursor.number("I"))
+            shape = lambda: tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
+            infos = [(cursor.string(), shape(), kind(), cursor.number("Q")) for _ in range(count)]
         except (struct.error, UnicodeDecodeError, KeyError, ValueError, OverflowError):
-            raise ValueError(
-                f"{file}: cut short: its header is damaged or runs past the file's {size} bytes; fetch it again"
-            ) from None
+            size = file.stat().st_size
+            raise ValueError(f"{file}: cut short: header damaged or beyond its {size} bytes; fetch it again") from None
         if fields.get("split.count", 1) > 1:
             raise ValueError(f"{file}: one part of a split GGUF file; join them with llama-gguf-split --merge")
         align = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         start = -(-cursor.offset // align) * align
     entries = {}
-    for name, shape, kind, offset in infos:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = math.prod(shape) // block * block_bytes
-        entries[name] = Stored(file, start + offset, nbytes, shape, kind.name)
-    _check_end(file, start, entries)
+    for name, dims, type_, offset in infos:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
+        entries[name] = Stored(file, start + offset, math.prod(dims) // block * block_bytes, dims, type_.name)
+    _require_bytes(file, start, entries)
     return fields, entries

@@ -12,13 +12,8 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DROPPED = (*IDS, "transformers_version", "_from_model_config")  # of generation_config.json
 # Entries of tokenizer_config.json that stay true for an export.
 _COPIED = (
-    "padding_side",
-    "truncation_side",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "model_input_names",
-    "add_bos_token",
-    "add_eos_token",
+    *("padding_side", "truncation_side", "additional_special_tokens", "extra_special_tokens", "model_input_names"),
+    *("add_bos_token", "add_eos_token"),
 )
 _GGUF_TOKENS = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "mask": "mask"}
 _GGUF_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"} | {
@@ -42,15 +37,9 @@ class Generation:
 def from_directory(folder: Path, token_id: Callable[[str], int | None]) -> Generation:
     """The settings in a Hugging Face directory, with the precedence of transformers.
 
-    `eos` also holds the tokenizer's `eos_token`, where generation_config.json does not list it.
-
-    Args:
-        folder: holds some of generation_config.json, config.json, tokenizer_config.json, special_tokens_map.json,
-            chat_template.jinja, additional_chat_templates/NAME.jinja.
-        token_id: id of a token's text, None for an unknown one.
-
-    Raises:
-        ValueError: a file cannot be parsed; names it.
+    Read from generation_config.json, config.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja
+    and additional_chat_templates/NAME.jinja. `eos` also holds the tokenizer's `eos_token`, where
+    generation_config.json does not list it. `token_id` gives the id of a token's text.
     """
     read = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
     tokenizer_config, settings = read("tokenizer_config.json"), read("generation_config.json")
@@ -80,8 +69,7 @@ def _tokens(content: Mapping[str, Any]) -> dict[str, str]:
 
 def _ids(value: Any) -> list[int]:
     """One id or a list of ids; some files write -1 for none."""
-    values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i >= 0]
 
 
 def _templates(folder: Path, entry: Any) -> dict[str, str]:
@@ -124,16 +112,12 @@ def from_gguf(fields: Mapping[str, Any]) -> Generation:
 def to_files(generation: Generation) -> dict[str, dict[str, Any]]:
     """Contents by file name, which `from_directory` and transformers read back."""
     g = generation
-    ids = {"bos_token_id": g.bos, "eos_token_id": g.eos[0] if len(g.eos) == 1 else list(g.eos) or None}
-    ids["pad_token_id"] = g.pad
+    ids = zip(IDS, (g.bos, g.eos[0] if len(g.eos) == 1 else list(g.eos) or None, g.pad))
     templates: Any = [{"name": name, "template": text} for name, text in g.templates.items()]
     if tuple(g.templates) == ("default",):
         templates = g.templates["default"]
+    chat = {"chat_template": templates} if templates else {}
     return {
-        "generation_config.json": {
-            **g.sampling,
-            **{name: number for name, number in ids.items() if number is not None},
-        },
-        "tokenizer_config.json": {**g.tokenizer_config, **g.tokens}
-        | ({"chat_template": templates} if templates else {}),
+        "generation_config.json": {**g.sampling, **{name: number for name, number in ids if number is not None}},
+        "tokenizer_config.json": {**g.tokenizer_config, **g.tokens, **chat},
     }

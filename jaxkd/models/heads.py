@@ -12,8 +12,5 @@ def names(config: Config) -> tuple[str, ...]:
 
 
 def output(config: Config, params: PyTree, hidden: jax.Array) -> Output:
-    """The forward pass's output for given last hidden states [*tokens D], after the final norm.
-
-    `params` needs at least `names(config)`.
-    """
+    """The forward pass's output for last hidden states [*tokens D], after the final norm; `params` has `names`."""
     return Output(Head(hidden, params["embed"].T if config.tied else params["unembed"]), {})

@@ -19,17 +19,7 @@ _SUMMED = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
 def matrix(weights: np.ndarray, summed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds weights [*contracted *outputs] to int8.
-
-    Args:
-        summed: number of leading axes that are contracted.
-
-    Returns:
-        (int8 of the same shape, scales [*outputs] float32).
-
-    Raises:
-        ValueError: weights that are not finite.
-    """
+    """Weights [*contracted *outputs] as int8, and scales [*outputs] float32; `summed` axes are contracted."""
     largest = np.abs(weights).max(axis=tuple(range(summed)))
     if not np.isfinite(largest).all():
         raise ValueError("weights that are not finite cannot be stored as int8")
@@ -38,11 +28,7 @@ def matrix(weights: np.ndarray, summed: int = 1) -> tuple[np.ndarray, np.ndarray
 
 
 def quantize(params: PyTree) -> PyTree:
-    """A copy of a decoder's host arrays with the layers' matrices as int8, with scales beside them.
-
-    Raises:
-        ValueError: weights that are not finite; names the first such layer.
-    """
+    """A copy of a decoder's host arrays with the layers' matrices as int8, with scales beside them."""
     if "layers" not in params:
         return params
     stack = dict(params["layers"])
@@ -54,9 +40,7 @@ def quantize(params: PyTree) -> PyTree:
             try:
                 stack[name][i], stack[name + SCALE][i] = matrix(weights, summed)
             except ValueError as error:
-                raise ValueError(
-                    f"'{name}' of layer {i}: {error}; check the file, or set teacher.dtype=float32"
-                ) from None
+                raise ValueError(f"'{name}' of layer {i}: {error}; set teacher.dtype=float32") from None
     return {**params, "layers": stack}
 
 

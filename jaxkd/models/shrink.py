@@ -9,26 +9,16 @@ from jaxkd.core.types import PyTree
 
 
 def keep_layers(params: PyTree, layers: tuple[int, ...]) -> PyTree:
-    """The decoder's parameters with only `layers`, counted from 0 in rising order.
-
-    Raises:
-        ValueError: a layer that does not exist, is repeated or is out of order.
-    """
+    """The decoder's parameters with only `layers`, counted from 0 in rising order; ValueError for other layers."""
     depth = jax.tree.leaves(params["layers"])[0].shape[0]
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
-        raise ValueError(
-            f"student.layers {tuple(layers)} must be different layers of the teacher in rising order, "
-            f"from 0 to {depth - 1}"
-        )
+        raise ValueError(f"student.layers {tuple(layers)} must rise, from 0 to the teacher's last layer, {depth - 1}")
     index = np.asarray(layers)
     return {**params, "layers": jax.tree.map(lambda a: a[index], params["layers"])}
 
 
 def without_layer(params: PyTree, layer: jax.Array | int) -> PyTree:
-    """The decoder with one layer made the identity, by zeroing its output projections.
-
-    Shapes do not change, so one compiled program can measure every layer.
-    """
+    """The decoder with one layer made the identity by zeroing its output projections: shapes do not change."""
     stack = dict(params["layers"])
     for name in ("o", "down"):
         gate = np.arange(stack[name].shape[0]) != layer
@@ -37,21 +27,12 @@ def without_layer(params: PyTree, layer: jax.Array | int) -> PyTree:
 
 
 def importance(loss: Callable[[int], float], layers: int, progress: Callable = iter) -> np.ndarray:
-    """Importance [layers] of each layer: the loss without it, in nats per token.
-
-    Args:
-        loss: maps i to the loss of the decoder without layer i.
-        progress: wraps the iteration, to show a progress bar.
-    """
+    """Importance [layers]: `loss(i)` without layer i, in nats per token; `progress` wraps the iteration."""
     return np.array([loss(layer) for layer in progress(range(layers))])
 
 
 def most_important(scores: np.ndarray, keep: int) -> tuple[int, ...]:
-    """The `keep` layers with the largest `importance`, in rising order.
-
-    Raises:
-        ValueError: `keep` is not between 1 and the number of layers.
-    """
+    """The `keep` layers with the largest `importance`, in rising order."""
     if not 1 <= keep <= len(scores):
         raise ValueError(f"student.keep is {keep}, but the teacher has {len(scores)} layers")
     return tuple(sorted(int(i) for i in np.argsort(-scores, kind="stable")[:keep]))

@@ -1,8 +1,6 @@
 """One decoder for every Llama-like family; families differ only in their `Config`.
 
-Parameters carry logical axis names. The layers are stacked on a leading axis and scanned; the scan is split at tapped
-layers. Taps: `layer_N` is the residual stream after N layers; `query_N`, `key_N`, `value_N` are the attention inputs
-of the N-th layer, after norm and rotary embedding.
+Parameters carry logical axis names. The layers are stacked on a leading axis and scanned; the scan is split at taps.
 """
 
 import dataclasses
@@ -95,6 +93,16 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * scale).astype(x.dtype)
 
 
+_NORMAL = nn.initializers.normal(0.02)
+
+
+def _declare(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Any = _NORMAL
+) -> jax.Array:
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    return value
+
+
 class Layer(nn.Module):
     """Pre-norm block: grouped-query attention, then a gated MLP."""
 
@@ -102,16 +110,11 @@ class Layer(nn.Module):
     dtype: Any = jnp.float32
     taps: tuple[str, ...] = ()  # subset of query, key, value
 
-    def _declare(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init=None) -> jax.Array:
-        init = init or nn.initializers.normal(0.02)
-        value: Any = self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-        return value
-
     def _matmul(
         self, equation: str, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...]
     ) -> jax.Array:
         """Declares a matrix and multiplies by it, and by its scales if it is int8 (`models.quantized`)."""
-        kernel = self._declare(name, shape, axes)
+        kernel = _declare(self, name, shape, axes)
         if not self.has_variable("params", name + SCALE):
             return jnp.einsum(equation, x, kernel.astype(self.dtype))
         # The all-gather happens on int8, before the cast.
@@ -124,12 +127,12 @@ class Layer(nn.Module):
         shape = (c.embed, heads, c.head_dim)
         y = self._matmul("bld,dhk->blhk", x, name, shape, ("embed", axis, "head_dim"))
         if c.qkv_bias:
-            bias = self._declare(f"{name}_bias", (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros)
+            bias = _declare(self, f"{name}_bias", (heads, c.head_dim), (axis, "head_dim"), nn.initializers.zeros)
             y = y + bias.astype(self.dtype)
         return y
 
     def _norm(self, name: str, x: jax.Array, axis: str = "embed") -> jax.Array:
-        scale = self._declare(name, (x.shape[-1],), (axis,), nn.initializers.ones)
+        scale = _declare(self, name, (x.shape[-1],), (axis,), nn.initializers.ones)
         return rms_norm(x, scale, self.config.norm_eps)
 
     @nn.compact
@@ -177,13 +180,8 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens, context, positions, taps: tuple[str, ...] = ()) -> Output:
         """See `forward`; with a cache as `context`, `extend`."""
-        c = self.config
-
-        def declare(name, shape, axes, init):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-        shape = (c.padded_vocab, c.embed)
-        embedding = declare("embed", shape, ("vocab", "embed"), nn.initializers.normal(0.02))
+        c, shape = self.config, (self.config.padded_vocab, self.config.embed)
+        embedding = _declare(self, "embed", shape, ("vocab", "embed"))
         x = constrain(embedding.astype(self.dtype)[tokens], "batch", "length", None)
         tapped: dict[str, jax.Array] = {}
         if self.is_initializing():
@@ -200,11 +198,8 @@ class Transformer(nn.Module):
             x, tapped = self._cached_layers(x, context, positions)
         else:
             x, tapped = self._layers(x, context, positions, taps)
-        x = rms_norm(x, declare("norm", (c.embed,), ("embed",), nn.initializers.ones), c.norm_eps)
-        if c.tied:
-            unembed = embedding.T
-        else:
-            unembed = declare("unembed", shape[::-1], ("embed", "vocab"), nn.initializers.normal(0.02))
+        x = rms_norm(x, _declare(self, "norm", (c.embed,), ("embed",), nn.initializers.ones), c.norm_eps)
+        unembed = embedding.T if c.tied else _declare(self, "unembed", shape[::-1], ("embed", "vocab"))
         return Output(Head(x, unembed), tapped)
 
     def _layers(self, x, segments, positions, taps) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -249,11 +244,7 @@ class Transformer(nn.Module):
 
 
 def tap_layer(name: str, layers: int) -> tuple[str, int]:
-    """(kind in `TAPS`, layer counted from 1) of a tap's name such as "layer_3".
-
-    Raises:
-        ValueError: not such a name, or the model has no such layer.
-    """
+    """(kind in `TAPS`, layer counted from 1) of a tap's name such as "layer_3"; ValueError where there is none."""
     kind, _, number = name.partition("_")
     if kind not in TAPS or not number.isdigit() or not 1 <= int(number) <= layers:
         raise ValueError(f"no tap '{name}': this model has {', '.join(f'{k}_1 to {k}_{layers}' for k in TAPS)}")
@@ -261,28 +252,19 @@ def tap_layer(name: str, layers: int) -> tuple[str, int]:
 
 
 def forward(
-    config: Config,
-    params: PyTree,
-    batch: Batch,
-    *,
-    taps: tuple[str, ...] = (),
-    dtype=jnp.float32,
-    remat: str = "none",
+    config: Config, params: PyTree, batch: Batch, *, taps: tuple[str, ...] = (), dtype=jnp.float32, remat: str = "none"
 ) -> Output:
-    """Runs the decoder on packed rows.
+    """Runs the decoder on packed rows; of `batch` only tokens, segments and positions [B L] are read.
 
     Args:
         params: nested dict of arrays, layers stacked on the leading axis; matrices may be int8 (`models.quantized`).
-        batch: only tokens, segments and positions [B L] are read.
-        taps: static names: `layer_N` [B L D], `query_N` [B L H d], `key_N` and `value_N` [B L K d].
+        taps: static names: `layer_N` [B L D] is the residual stream after N layers; `query_N` [B L H d], `key_N` and
+            `value_N` [B L K d] are the attention inputs of the N-th layer, after norm and rotary embedding.
         dtype: of activations and matmul operands; parameters are cast at each use.
         remat: "none", or "layer" to save only each layer's input, and taps, for the backward pass.
-
-    Raises:
-        ValueError: a tap that the model does not have.
     """
-    module = Transformer(config, dtype, remat)
-    output: Any = module.apply({"params": params}, batch.tokens, batch.segments, batch.positions, taps=taps)
+    args = ({"params": params}, batch.tokens, batch.segments, batch.positions)
+    output: Any = Transformer(config, dtype, remat).apply(*args, taps=taps)
     return output
 
 
@@ -293,9 +275,8 @@ class CausalLM:
     config: Config
     dtype: Any = jnp.float32  # of activations and matmul operands
     remat: str = "none"
-    rules: Rules = dataclasses.field(
-        default_factory=lambda: RULES, repr=False
-    )  # mesh axes of activations per logical axis
+    # Mesh axes of activations per logical axis.
+    rules: Rules = dataclasses.field(default_factory=lambda: RULES, repr=False)
 
     def __call__(self, params: PyTree, batch: Batch, *, taps: tuple[str, ...] = ()) -> Output:
         """See `forward`."""
@@ -311,20 +292,13 @@ def empty_cache(config: Config, batch: int, slots: int, dtype=jnp.float32) -> Ca
 
 
 def extend(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, *, dtype=jnp.float32) -> tuple[Head, Cache]:
-    """Runs the decoder on the next tokens of each row, with keys and values of the earlier ones from a cache.
+    """Runs the decoder on the next tokens [B T] of each row, one document, after those in `cache`.
 
-    The result is that of `forward` on the whole rows, at the last T positions.
-
-    Args:
-        tokens: [B T]; each row is one document.
-        cache: of the earlier tokens, in `dtype`, with at least T free slots.
-
-    Returns:
-        (head with hidden [B T D], the cache with the new tokens added).
+    The head, with hidden [B T D], is that of `forward` on the whole rows, at the last T positions. The cache, in
+    `dtype`, needs T free slots; it is returned with the new tokens added.
     """
     positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
-    module = Transformer(config, dtype)
-    output: Any = module.apply({"params": params}, tokens, cache, positions)
+    output: Any = Transformer(config, dtype).apply({"params": params}, tokens, cache, positions)
 
     def written(slots: jax.Array, new: jax.Array) -> jax.Array:
         slots = jax.lax.dynamic_update_slice_in_dim(slots, new, cache.length, axis=2)
@@ -356,5 +330,5 @@ def _boxed(config: Config, key: jax.Array) -> PyTree:
 
 def parameter_count(config: Config) -> int:
     """Number of parameters without vocabulary padding; a tied head is counted once."""
-    padding = (config.padded_vocab - config.vocab) * config.embed * (1 if config.tied else 2)
+    padding = (config.padded_vocab - config.vocab) * config.embed * (2 - config.tied)
     return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)[0])) - padding

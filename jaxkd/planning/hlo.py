@@ -57,19 +57,18 @@ class Collective:
 
 
 class Program:
-    """A parsed HLO module."""
+    """A parsed HLO module, of `compiled.as_text()`."""
 
     def __init__(self, text: str):
-        """Parse `compiled.as_text()`."""
         self.computations: dict[str, list[Instruction]] = {}
-        self.entry, here = "", []
+        self.entry, body = "", []
         for line in text.splitlines():
             if (head := re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$", line)) and not line.startswith(" "):
-                here = self.computations.setdefault(head[2], [])
+                body = self.computations.setdefault(head[2], [])
                 self.entry = head[2] if head[1] else self.entry
             elif (instruction := _instruction(line)) is not None:
-                here.append(instruction)
-        self.types = {name: {i.name: i.type for i in body} for name, body in self.computations.items()}
+                body.append(instruction)
+        self.types = {name: {i.name: i.type for i in lines} for name, lines in self.computations.items()}
         self.times: dict[str, int] = {}  # executions of each computation a step, those inside fusions too
         self.looped: set[str] = set()
         self.unfused: set[str] = set()  # computations whose instructions run one by one, not as part of a fusion
@@ -77,21 +76,16 @@ class Program:
 
     def _visit(self, name: str, times: int, looped: bool, unfused: bool) -> None:
         self.times[name] = self.times.get(name, 0) + times
-        if looped:
-            self.looped.add(name)
-        if unfused:
-            self.unfused.add(name)
+        self.looped |= {name} if looped else set()
+        self.unfused |= {name} if unfused else set()
         for i in self.computations.get(name, []):
             if i.op == "while":
                 trips = self.trips(i, self.computations[name])
                 for part in re.findall(r"\b(?:body|condition)=%?([\w.\-]+)", i.attributes):
                     self._visit(part, times * trips, True, unfused)
-            elif i.op in ("call", "conditional"):
+            elif i.op in ("call", "conditional", "fusion", "async-start"):
                 for part in _called(i):
-                    self._visit(part, times, looped, unfused)
-            elif i.op in ("fusion", "async-start"):
-                for part in _called(i):
-                    self._visit(part, times, looped, False)
+                    self._visit(part, times, looped, unfused and i.op in ("call", "conditional"))
 
     def trips(self, loop: Instruction, around: list[Instruction]) -> int:
         """Trip count of a `while` in `around`: annotated by the compiler, or from its counter's bound, step, start."""
@@ -113,9 +107,7 @@ class Program:
     def collectives(self, mesh: Mapping[str, int], ids: Sequence[int] = ()) -> list[Collective]:
         """All communication between devices, equal ones counted together, most bytes in total first.
 
-        Args:
-            mesh: axis name -> devices, in the order in which the mesh's devices are numbered.
-            ids: the devices' ids in that order; transfers between slices name devices by id.
+        `ids` are those of the devices in the mesh's order; transfers between slices name devices by id.
         """
         numbers = {device_id: number for number, device_id in enumerate(ids)}
         counts: dict[Collective, int] = {}
@@ -186,9 +178,7 @@ class Program:
         A fusion counts the slices that it reads of its operands, an update in place only the update. Arrays in
         on-chip memory, S(1) in their layout, do not count.
         """
-        return sum(
-            self.times[name] * sum(self._moved(name, i) for i in self.computations[name]) for name in self.unfused
-        )
+        return sum(self.times[name] * self._moved(name, i) for name in self.unfused for i in self.computations[name])
 
     def _moved(self, computation: str, i: Instruction) -> int:
         if i.op in _NO_TRAFFIC or i.op.endswith("-done"):

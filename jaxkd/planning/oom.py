@@ -5,15 +5,11 @@ from typing import NamedTuple
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)i?B?"
-_FIGURES = tuple(
-    re.compile(pattern.replace("SIZE", _SIZE))
-    for pattern in (
-        r"\(SIZE\) exceeds available HBM \(SIZE\)",
-        r"Used SIZE of SIZE",
-        r"allocation with size SIZE and limit SIZE",
-    )
+_FIGURES = (
+    *(rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)", rf"Used {_SIZE} of {_SIZE}"),
+    rf"allocation with size {_SIZE} and limit {_SIZE}",
 )
-_BOTH_CORES = re.compile(f"TensorCore Hbm usage: {_SIZE}, SparseCore Hbm usage:? {_SIZE}, exceeding available bytes")
+_BOTH_CORES = f"TensorCore Hbm usage: {_SIZE}, SparseCore Hbm usage:? {_SIZE}, exceeding available bytes"
 
 
 class OnChipOom(ValueError):
@@ -35,9 +31,9 @@ def read(message: str) -> Oom:
     spaces = re.search(r"in memory space (\w+)|on (HBM)\b|available (HBM)\b|scoped (\w+) limit", message)
     space = next(filter(None, spaces.groups()), "").lower() if spaces else ""
     instruction = re.search(r"while allocating on stack for %?([\w.\-]+)", message)
-    if both := _BOTH_CORES.search(message):
+    if both := re.search(_BOTH_CORES, message):
         return Oom("hbm", _bytes(both[1], both[2]) + _bytes(both[3], both[4]))
-    numbers = next(filter(None, (figures.search(message) for figures in _FIGURES)), None)
+    numbers = next(filter(None, (re.search(figures, message) for figures in _FIGURES)), None)
     used, limit = (_bytes(numbers[1], numbers[2]), _bytes(numbers[3], numbers[4])) if numbers else (None, None)
     return Oom(space, used, limit, "HLO temporaries" in message, instruction[1] if instruction else "")
 
@@ -49,12 +45,10 @@ def sentence(oom: Oom, message: str) -> str:
             f"the compiler ran out of memory and did not say of which, or how much: {message.strip().splitlines()[0]}"
         )
     mebi = lambda number: f"{number / 2**20:.2f} MiB"
-    asked = f"{mebi(oom.used)} of {mebi(oom.limit)}" if oom.used and oom.limit else "more than there is"
+    amount = f"{mebi(oom.used)} of {mebi(oom.limit)}" if oom.used and oom.limit else "more than there is"
     flag = ", or --xla_tpu_scoped_vmem_limit_kib in LIBTPU_INIT_ARGS" if oom.space == "vmem" else ""
-    return (
-        f"the compiler ran out of {oom.space}, on-chip memory, and not of HBM: {oom.instruction or 'a kernel'} needs "
-        f"{asked}. A smaller job does not help: change the kernel's tiles{flag}"
-    )
+    needs = f"{oom.instruction or 'a kernel'} needs {amount}"
+    return f"out of {oom.space}, on-chip memory: {needs}. A smaller job does not help: change the kernel's tiles{flag}"
 
 
 def _bytes(number: str, unit: str) -> int:

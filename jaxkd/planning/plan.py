@@ -1,8 +1,7 @@
-"""Plans a run for TPUs that are not here: compiles its real step for them and reads memory and time off the program.
+"""Plans a run for TPUs that are not attached: compiles its real step and reads memory and time from the program.
 
 Memory is the compiler's own count. Collectives and HBM traffic come from the HLO, each instruction as often as it runs.
-Step time is a roofline, a lower bound: compute, HBM and links each at their peak rate and overlapped, except for
-collectives beside which the program computes nothing.
+Step time is a roofline, a lower bound: compute, HBM and links at peak rate and overlapped but for exposed collectives.
 """
 
 import contextlib
@@ -55,19 +54,19 @@ class Estimate(NamedTuple):
     network: float = 0.0  # between slices
     exposed: float = 0.0  # the part of links and network that no compute overlaps
 
+    def _parts(self) -> dict[str, float]:
+        return {"compute": self.compute + self.exposed, "hbm": self.memory, "ici": self.links, "dcn": self.network}
+
     @property
     def step_s(self) -> float:
-        """max(compute + exposed, memory, links, network)."""
-        return max(self._parts())
+        return max(self._parts().values())
 
     @property
     def bound(self) -> str:
-        """Which of them it is: compute, hbm, ici or dcn."""
-        name = ("compute", "hbm", "ici", "dcn")[int(np.argmax(self._parts()))]
+        """Which part takes longest: compute, hbm, ici or dcn."""
+        parts = self._parts()
+        name = max(parts, key=lambda part: parts[part])
         return "ici" if name == "compute" and self.exposed > self.compute else name
-
-    def _parts(self) -> tuple[float, ...]:
-        return (self.compute + self.exposed, self.memory, self.links, self.network)
 
 
 class Plan(NamedTuple):
@@ -82,12 +81,10 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether it compiled within a device's HBM."""
         return self.estimate is not None
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
         return self.job.experiment.data.batch * self.job.experiment.data.length
 
     def rates(self) -> dict[str, Any]:
@@ -102,18 +99,8 @@ class Plan(NamedTuple):
             return dict.fromkeys(names)
         mfu = self.flops.model / t.step_s / (chip.flops * self.job.mesh.size)
         hours = t.step_s * self.job.experiment.run.steps / 3600
-        traffic = t.memory * chip.bandwidth / 1e9
-        values = (
-            t.step_s,
-            self.tokens / t.step_s,
-            mfu,
-            t.bound,
-            t.exposed,
-            hours,
-            hours * self.topology.chips,
-            traffic,
-        )
-        return dict(zip(names, values, strict=True))
+        values = (t.step_s, self.tokens / t.step_s, mfu, t.bound, t.exposed, hours, hours * self.topology.chips)
+        return dict(zip(names, (*values, t.memory * chip.bandwidth / 1e9), strict=True))
 
     def json(self) -> dict[str, Any]:
         """As a JSON object: bytes are per device, FLOPs of a step on all devices."""
@@ -130,16 +117,9 @@ class Plan(NamedTuple):
 
 
 def devices(topology: Topology) -> list:
-    """The devices of slices that are not here, as libtpu describes them.
-
-    Raises:
-        ValueError: libtpu is not installed, or does not know the slice.
-    """
+    """The devices of slices that are not here, as libtpu describes them."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "planning compiles with libtpu, which is not installed: pip install 'jax[tpu]' (or bash launch/setup.sh "
-            "tpu); it needs no TPU"
-        )
+        raise ValueError("planning needs libtpu, and no TPU: pip install 'jax[tpu]' (or bash launch/setup.sh tpu)")
     # No TPU is queried, and none has to be locked against other processes; the type only silences a warning.
     settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     for name, value in (settings | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
@@ -154,11 +134,7 @@ def devices(topology: Topology) -> list:
 
 
 def shapes(e: Experiment) -> dict[str, Config]:
-    """Shapes, by path, of models whose weights are not on this machine: from config.json, the recipe, or by name.
-
-    Raises:
-        ValueError: none of the three gives the shape of a model.
-    """
+    """Shapes, by path, of models whose weights are not on this machine: from config.json, the recipe, or by name."""
     blocks: dict[str, Any] = {f"teacher.members.{name}": m for name, m in e.teacher.members.items()}
     blocks |= {"teacher": e.teacher, "student": e.student}
     by_path = {}
@@ -195,8 +171,7 @@ def build(e: Experiment, devices: Sequence[Any]) -> Job:
 def plan(built: Job, topology: Topology) -> Plan:
     """Compile the step of a job on a slice's devices. If its arguments alone exceed their memory, nothing is compiled.
 
-    Raises:
-        OnChipOom: a kernel needs more on-chip memory than there is, whatever the size of the job.
+    Raises OnChipOom where a kernel needs more on-chip memory than there is, whatever the size of the job.
     """
     e, models, uses_teacher = built.experiment, built.models, built.objective.uses_teacher
     teacher = build_teacher(e, models, teacher_weights(models), {}, uses_teacher).train
@@ -241,11 +216,7 @@ def plan(built: Job, topology: Topology) -> Plan:
 
 
 def _compile(lowered: Any) -> Any:
-    """The compiled program, or the shortage of HBM that the compiler reports.
-
-    Raises:
-        OnChipOom: a kernel needs more on-chip memory than there is.
-    """
+    """The compiled program, or the shortage of HBM that the compiler reports; raises OnChipOom."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -265,7 +236,7 @@ def _peak(compiled: Any) -> int:
 
 @contextlib.contextmanager
 def _progress(what: str, every: float = 15.0) -> Iterator[None]:
-    """Say on stderr that `what` has begun, and every so many seconds how long it has taken."""
+    """Print to stderr that `what` has begun, and every so many seconds how long it has taken."""
     done, began = threading.Event(), time.monotonic()
 
     def report() -> None:
@@ -284,11 +255,9 @@ def _progress(what: str, every: float = 15.0) -> Iterator[None]:
 
 def teacher_weights(models: Models) -> dict[str, Any]:
     """Each teacher's weights on the devices as abstract arrays; of a cached teacher only its head."""
-    by_name = {}
-    for name, model in () if models.is_self else models.teachers.items():
-        params = model.abstract
-        by_name[name] = {n: params[n] for n in heads.names(model.config)} if model.cache else params
-    return by_name
+    head = lambda model: {name: model.abstract[name] for name in heads.names(model.config)}
+    teachers = {} if models.is_self else models.teachers
+    return {name: head(model) if model.cache else model.abstract for name, model in teachers.items()}
 
 
 def device_bytes(tree: Any) -> int:
@@ -298,7 +267,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def collective_seconds(c: Collective, mesh: Any, topology: Topology) -> tuple[float, float]:
-    """Least time of one execution on the links within a slice, and on the network between slices.
+    """Least seconds of one execution on the links within a slice, and on the network between slices.
 
         all-gather, reduce-scatter: bytes (n - 1) / n / bandwidth;  all-reduce: twice that;  permutation: one hop
 

@@ -15,10 +15,8 @@ def lines(p: Plan) -> list[str]:
     # Flags change the compiled program, and a launcher sets some.
     flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
     launcher = f"none; with a launcher's: bash launch/host.sh --chip {p.topology.generation.name} -- plan ..."
-    models = [
-        (name, model, "the student's EMA" if p.job.models.is_self else e.teacher.models[name].path)
-        for name, model in p.job.models.teachers.items()
-    ]
+    path = lambda name: "the student's EMA" if p.job.models.is_self else e.teacher.models[name].path
+    models = [(name, model, path(name)) for name, model in p.job.models.teachers.items()]
     text = [
         f"slice     {p.topology.sentence()}",
         f"flags     {f'{len(flags)} in LIBTPU_INIT_ARGS' if flags else launcher}",

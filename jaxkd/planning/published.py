@@ -1,7 +1,4 @@
-"""Shapes of published models by Hugging Face name, to plan with where the weights are not.
-
-Source: each model's `config.json`; the tests compare them with the published numbers of parameters.
-"""
+"""Shapes of published models by Hugging Face name, from their `config.json`, to plan with where the weights are not."""
 
 from pathlib import PurePath
 from typing import Any

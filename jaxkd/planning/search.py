@@ -78,25 +78,21 @@ class Suggestion(NamedTuple):
         ]
 
 
-def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str], None]) -> Suggestion:
+def suggest(e: Experiment, topology: Topology, budget: float, report: Callable[[str], None]) -> Suggestion:
     """Compile the recipe on the whole slice, then variants of the best candidate so far that differ in one setting.
 
     Ends when no variant of the best is left, or when another compilation as long as the last would exceed the budget,
-    in seconds; one candidate is compiled whatever it is. `say` is called with a line per candidate.
+    in seconds; one candidate is always compiled. `report` is called with a line per candidate.
 
-    Raises:
-        ValueError: no mesh of the slice divides the batch.
-        OnChipOom: every candidate ran out of on-chip memory.
+    Raises ValueError where no mesh of the slice divides the batch, and OnChipOom where no candidate compiles for it.
     """
     began = time.monotonic()
     wider = (_with(e, "run.mesh.model", e.run.mesh.model * n) for n in (1, 2, 4, 8, 16))
     first = next(filter(None, (_fitted(x, topology) for x in wider)), None)
     if first is None:
-        raise ValueError(
-            f"data.batch={e.data.batch} rows do not divide over any mesh of {topology.name}: with {topology.devices} "
-            f"devices and up to {_WIDEST} on the model axis it must be a multiple of "
-            f"{max(topology.devices // _WIDEST, 1)}"
-        )
+        meshes = f"any mesh of {topology.name} with up to {_WIDEST} devices on the model axis"
+        multiple = max(topology.devices // _WIDEST, 1)
+        raise ValueError(f"data.batch={e.data.batch} does not divide over {meshes}: take a multiple of {multiple}")
     devices = planning.devices(topology)
     tried: list[Tried] = []
     error: OnChipOom | None = None
@@ -111,7 +107,7 @@ def suggest(e: Experiment, topology: Topology, budget: float, say: Callable[[str
             error = raised
         tried.append(Tried(candidate, result, time.monotonic() - start))
         why = "" if result else f" ({error})"
-        say(f"{_name(e, candidate)}: {_outcome(tried[-1])}{why}, {tried[-1].seconds:.0f} s to compile")
+        report(f"{_name(e, candidate)}: {_outcome(tried[-1])}{why}, {tried[-1].seconds:.0f} s to compile")
         best = min(tried, key=lambda t: t.rank)
         seen = [overrides(e, t.experiment) for t in tried]
         candidate = next((v for v in _variants(best, topology) if overrides(e, v) not in seen), None)
@@ -177,8 +173,8 @@ def _with(block: Any, key: str, value: Any) -> Any:
 
 def overrides(asked: Experiment, e: Experiment) -> list[str]:
     """Command-line arguments that turn one experiment into the other, of the settings that the search changes."""
-    both = [(key, *(functools.reduce(getattr, key.split("."), x) for x in (asked, e))) for key in SETTINGS]
-    return [f"--config.{key}={value}" for key, before, value in both if value != before]
+    values = [(key, *(functools.reduce(getattr, key.split("."), x) for x in (asked, e))) for key in SETTINGS]
+    return [f"--config.{key}={value}" for key, before, value in values if value != before]
 
 
 def _name(asked: Experiment, e: Experiment) -> str:

@@ -55,7 +55,6 @@ class Topology(NamedTuple):
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
@@ -95,21 +94,15 @@ class Topology(NamedTuple):
 
 
 def topology(name: str, slices: int = 1) -> Topology:
-    """Parse a slice's name, such as "v5litepod-256", "v5p-128", "v6e-64", "tpu7x-4x4x4" or "v5e:16x16".
-
-    Raises:
-        ValueError: unknown generation, a number that names no slice of it, or a grid larger than a pod.
-    """
+    """Parse a slice's name, such as "v5litepod-256", "v5p-128", "v6e-64", "tpu7x-4x4x4" or "v5e:16x16"."""
     if slices < 1:
         raise ValueError(f"--slices {slices}: there must be at least 1")
     generations = {alias: g for g in GENERATIONS for alias in (g.name, *g.aliases)}
     match = re.fullmatch(r"([a-z0-9]+)[-:=](\d+(?:x\d+)*)", name.strip().lower())
     if match is None or match[1] not in generations:
         examples = ", ".join(f"{g.name}-{_number(g, g.shapes[3])}" for g in GENERATIONS)
-        raise ValueError(
-            f"no topology '{name}': give a generation and a size, such as {examples} or v5litepod-256, or a grid of "
-            "chips such as v5e:16x16 or v5p:4x4x8"
-        )
+        examples += " or v5litepod-256, or a grid of chips such as v5e:16x16 or v5p:4x4x8"
+        raise ValueError(f"no topology '{name}': give a generation and a size, such as {examples}")
     g = generations[match[1]]
     example = f"such as {g.name}:{_grid(g.shapes[3])}"
     if "x" in match[2]:
@@ -118,17 +111,15 @@ def topology(name: str, slices: int = 1) -> Topology:
             raise ValueError(f"no topology '{name}': a {g.name} slice has {len(g.pod)} dimensions, {example}")
         if any(n > most for n, most in zip(sorted(shape), sorted(g.pod), strict=True)):
             raise ValueError(
-                f"no topology '{name}': a {g.name} pod has {_grid(g.pod)} chips; for more than one pod add --slices N"
+                f"no topology '{name}': a {g.name} pod has {_grid(g.pod)} chips; for several add --slices N"
             )
         return Topology(name, g, shape, slices)
     numbers = {_number(g, shape): shape for shape in g.shapes}
     if int(match[2]) in numbers:
         return Topology(name, g, numbers[int(match[2])], slices)
     of_each = f", {g.per_chip} a chip" if g.per_chip > 1 else ""
-    raise ValueError(
-        f"no topology '{name}': the number of a {g.name} slice counts {g.counted}{of_each} and is one of "
-        f"{', '.join(map(str, numbers))}; another grid of chips is given as such, {example}"
-    )
+    counts = f"counts {g.counted}{of_each} and is one of {', '.join(map(str, numbers))}"
+    raise ValueError(f"no topology '{name}': the number of a {g.name} slice {counts}; or give a grid, {example}")
 
 
 def _number(g: Generation, shape: tuple[int, ...]) -> int:

@@ -371,7 +371,6 @@ def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path):
     [
         ({"name": "a/b"}, "'a/b'"),
         ({"length": 1}, "length=1"),
-        ({"train_rows": -1}, "train_rows"),
         ({"valid_share": 1.0}, "valid_share"),
         ({"bad_records": 1.0}, "bad_records"),
     ],

@@ -132,26 +132,3 @@ def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trai
         assert time.monotonic() < until, "nothing is read until it is asked for"
         time.sleep(0.01)
     assert threading.get_ident() not in readers
-
-
-@pytest.mark.parametrize(
-    ("steps", "batch", "message"),
-    [
-        ((3, 2, 0), 8, "start_step=3"),
-        ((0, 2, 1), 8, "interval_start_step=1"),
-        ((0, 2, 0), 0, "batch"),
-    ],
-)
-def test_bad_arguments(rows, mixture, steps, batch, message):
-    with pytest.raises(ValueError, match=message):
-        loader.batches(rows, mixture, 0, batch, *steps)
-
-
-def test_batch_must_divide(rows, mixture):
-    sharding = NamedSharding(mesh(8), PartitionSpec("data"))
-    for call in (
-        lambda: loader.batches(rows, mixture, 0, 12, 0, 1, 0, sharding),
-        lambda: loader.fixed_batches(rows[0], 0, 12, sharding),
-    ):
-        with pytest.raises(ValueError, match="batch of 12"):
-            call()

@@ -96,7 +96,6 @@ def test_advance():
         (lambda: mixtures.order(mixtures.init(np.array([1.0])), [1, 2], 0, 4), "2 sizes"),
         (lambda: mixtures.order(mixtures.init(np.array([1.0])), [0], 0, 4), "domain 0"),
         (lambda: mixtures.advance(mixtures.init(np.array([1.0])), 4, np.array([0.5, 0.5])), "sampling"),
-        (lambda: mixtures.counts(np.array([1.0]), -1), "rows"),
     ],
 )
 def test_errors(call, message):

@@ -1,7 +1,6 @@
 """Packing loses no token, scores each once and keeps documents apart."""
 
 import numpy as np
-import pytest
 from corpus import quick
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,9 +82,3 @@ def test_rows_come_while_documents_are_read():
 
     next(pack(documents(), 20, open_rows=4))
     assert len(read) < 20
-
-
-@pytest.mark.parametrize(("arguments", "message"), [((1, 64), "length=1"), ((8, 0), "open_rows=0")])
-def test_errors(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        list(pack(corpus([5]), *arguments))

@@ -1,6 +1,5 @@
 """Rows come back as they were stored, and damage is noticed."""
 
-import json
 import shutil
 
 import jax
@@ -102,15 +101,6 @@ def test_batches_carry_aux_of_every_domain(labelled, domains):
     whole, _ = next(loader.fixed_batches(labelled, 1, 4))
     assert whole.aux["label"].tolist() == [-1, 0, 0, 0]
     assert whole.weights[2:].sum() == 0
-
-
-def test_rows_of_an_older_format_are_refused(domains, tmp_path):
-    copy = shutil.copytree(domains[0].path, tmp_path / "1.0.0")
-    features = json.loads((copy / "features.json").read_text())
-    del features["featuresDict"]["features"]["weights"]
-    (copy / "features.json").write_text(json.dumps(features))
-    with pytest.raises(ValueError, match="older format"):
-        Rows(copy, "train")
 
 
 def test_bad_requests(domains, tmp_path):

@@ -248,7 +248,6 @@ def test_a_full_disk(tmp_path, monkeypatch, earlier):
     ("change", "message"),
     [
         ({"dtype": "int8"}, "int8"),
-        ({"tokenizer_json": "{"}, "tokenizer_json"),
         ({"generation": Generation(tokens={"bos_token": "<bos>"})}, "<bos>"),
         ({"generation": Generation(eos=(100,))}, "100"),
         (
