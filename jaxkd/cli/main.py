@@ -102,7 +102,7 @@ def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:
         yield compare.table([row for row in evaluations if row["step"] == last], start)
         if cost := mixture.cost(files.read_jsonl(workdir / "mixture.jsonl")):
             yield cost
-    yield goodput.sentence(goodput.read(workdir))
+    yield goodput.sentence(files.read_jsonl(workdir / "goodput.jsonl"))
     page = report.write(workdir) if files.read_jsonl(workdir / "metrics.jsonl") else "none before step 1"
     yield f"report: {page}"
     yield f"all output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
