@@ -60,9 +60,6 @@ def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
     """One model against another, which a recipe's values name, on text that is read whole.
 
     `sources` are SOURCE or NAME=SOURCE, as in `data.domains`.
-
-    Raises:
-        ValueError, FileNotFoundError: models or text are missing, or do not fit together.
     """
     e = job.fit_devices(experiment(_with_domains(values, sources)))
     mesh = job.build_mesh(e.run.mesh, jax.devices())
@@ -76,17 +73,9 @@ def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
 
 
 def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Sequence[str], log: bool) -> Evaluated:
-    """A checkpoint of a run on its held-out rows, or on text that is read whole.
+    """A checkpoint of a run on its held-out rows or, given `sources` as for `of_models`, on text that is read whole.
 
-    Args:
-        values: of the run's recipe.
-        workdir: of the run.
-        step: of the checkpoint, "best", or None for the newest.
-        sources: as for `of_models`; none for the run's own held-out rows.
-        log: append the rows to evals.jsonl, where it has none of this step.
-
-    Raises:
-        ValueError, FileNotFoundError: no such checkpoint, or what the run was made from is missing or different.
+    `step` is a number, "best", or None for the newest. `log` appends to evals.jsonl, where it has none of this step.
     """
     e = job.fit_devices(experiment(_with_domains(values, sources)))
     mesh = job.build_mesh(e.run.mesh, jax.devices())
@@ -111,11 +100,11 @@ def _with_domains(values: dict[str, Any], sources: Sequence[str]) -> dict[str, A
     """The sources as domains, each named by itself where it has no NAME=."""
     domains: dict[str, str] = {}
     for source in sources:
-        named = re.fullmatch(r"([\w.-]+)=(.+)", source)
-        spec = named[2] if named else source
-        name = (
-            named[1] if named else re.sub(r"[^\w.-]+", "_", Path(spec.partition("::")[0]).stem).strip("_.-") or "data"
-        )
+        if named := re.fullmatch(r"([\w.-]+)=(.+)", source):
+            name, spec = named.groups()
+        else:
+            spec = source
+            name = re.sub(r"[^\w.-]+", "_", Path(spec.partition("::")[0]).stem).strip("_.-") or "data"
         if name in domains:
             raise ValueError(f"--data {source}: the name '{name}' is taken: write NAME={spec}")
         domains[name] = spec
@@ -157,8 +146,7 @@ def _score(
     else:  # beside itself; `_student_columns` leaves out what is then without meaning
         alone = self_teacher(models.student.forward)
         teachers = teacher.Teachers(alone, alone)
-    comparison = jax.jit(compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab))
-    inputs = (teachers.evaluate.state, step, average)
+    comparison, inputs = teachers.comparison(models), (teachers.evaluate.state, step, average)
     batches = load.held_out(rows, e.run.eval_batch, batch_sharding(mesh), teachers.evaluate.host_features)
     return compare.evaluate(lambda batch: comparison(student, inputs, batch), batches, step, start)
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
-from jaxkd.core.types import Batch, Forward, Head, PyTree
+from jaxkd.core.types import Batch, Forward, PyTree
 from jaxkd.data import chat, loader
 from jaxkd.evals import compare
 from jaxkd.kernels.api import linear_divergence
@@ -29,9 +29,6 @@ _PRECISION = 0.05  # nats per token that a compute dtype may cost against float3
 _BEHIND = 0.02  # nats per token by which a teacher may be worse than its student: noise of a few rows
 
 
-Compare = Callable[[PyTree, Any, Batch], compare.Sums]
-
-
 class Loaded(NamedTuple):
     """A run's models and rows before its first step."""
 
@@ -41,29 +38,19 @@ class Loaded(NamedTuple):
     teachers: Teachers
     student: PyTree
     average: PyTree  # `TrainState.ema`, or the student's parameters
-    comparison: Compare  # the evaluation's, jitted
+    comparison: Callable[[PyTree, Any, Batch], compare.Sums]  # as `Teachers.comparison`
 
 
 def prepare(e: Experiment, models: Models, rows: load.Domains) -> tuple[Loaded, dict[str, Store]]:
-    """Load what the checks look at, as before a run's first step.
-
-    Raises:
-        ValueError, FileNotFoundError: when something cannot be loaded.
-    """
+    """Load what the checks look at, as before a run's first step."""
     stores = open_stores(e, models, rows.fingerprints)
-    weights = load.weights(models, e.student, rows)
-    teachers = build_teacher(e, models, weights.teachers, stores)
-    comparison = compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab)
-    student = weights.student
-    return Loaded(models, rows, weights.teachers, teachers, student, student, jax.jit(comparison)), stores
+    teacher_params, student, _ = load.weights(models, e.student, rows)
+    teachers = build_teacher(e, models, teacher_params, stores)
+    return Loaded(models, rows, teacher_params, teachers, student, student, teachers.comparison(models)), stores
 
 
 def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) -> Iterator[str]:
-    """The checks, one after the other; each yields a line on what it measured. Caches are compared with their teachers.
-
-    Raises:
-        ValueError: at the first that fails.
-    """
+    """The checks, one after the other; each yields a line on what it measured, or raises ValueError."""
     models = loaded.models
     yield _chat(models)
     batch = _batch(loaded, e.run.eval_batch, batch_sharding(mesh))
@@ -161,7 +148,9 @@ def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) 
     @jax.jit
     def losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         def mean_nats(forward: Forward, batch: Batch) -> jax.Array:
-            nats = _nats(forward(params, batch).head, batch, vocab)[:, :length]
+            head, targets, weights = forward(params, batch).head, batch.targets, batch.weights[None]
+            _, nats = linear_divergence((next_token(),), head, None, targets, weights, (1.0,), vocab=vocab)
+            nats = nats[0][:, :length]
             live = batch.weights[:, :length] != 0
             return jnp.sum(jnp.where(live, nats, 0.0)) / jnp.sum(live)
 
@@ -184,9 +173,3 @@ def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) 
             f"{key}=float32, or use weights that were trained in this dtype"
         )
     return f"{side}: loss changed by {abs(plain - padded):.1e} nats by padding, {abs(plain - wide):.1e} by its dtype"
-
-
-def _nats(head: Head, batch: Batch, vocab: int) -> jax.Array:
-    """Cross-entropy [B L] of a head with the next tokens."""
-    weights = batch.weights[None]
-    return linear_divergence((next_token(),), head, None, batch.targets, weights, (1.0,), vocab=vocab)[1][0]

@@ -16,15 +16,9 @@ from jaxkd.train.checkpoint import Checkpoints
 
 
 def go(workdir: Path, step: str) -> list[str]:
-    """Make a step, a number or "best", the newest of a run.
+    """Make a step, a number or "best", the newest of a run; returns lines on what was done and how to undo it.
 
-    Returns:
-        Lines for the console: what was done, how to resume, how to undo it.
-
-    Raises:
-        FileNotFoundError: the workdir holds no run.
-        ValueError: there is no such step, it is damaged, or the run is still in progress.
-        OSError: storage does not answer.
+    ValueError where there is no such step, it is damaged, or the run is still in progress.
     """
     e = saved_experiment(workdir)
     if cluster.detect(os.environ, "cpu", single_ok=True).size > 1:
@@ -51,12 +45,8 @@ def go(workdir: Path, step: str) -> list[str]:
 
 @contextlib.contextmanager
 def _alone(workdir: Path) -> Iterator[None]:
-    """Hold the workdir's lock.
-
-    Raises:
-        ValueError: `train` is in progress in it, on this host or another.
-    """
-    how = "Stop it first: SIGTERM saves and ends it"
+    """Hold the workdir's lock; ValueError while `train` is in progress in it, on this host or another."""
+    stop = "Stop it first: SIGTERM saves and ends it"
     beat = watchdog.live_heartbeat(workdir)
     try:
         host = (workdir / ".lock").read_text(encoding="utf-8").split()[0]
@@ -65,11 +55,11 @@ def _alone(workdir: Path) -> Iterator[None]:
     if beat is not None and host != platform.node():  # on this host the lock decides
         raise ValueError(
             f"a run is in progress in {workdir}: {host} wrote heartbeat.json {time.time() - beat['time']:.0f} s ago, "
-            f"in the phase '{beat['phase']}'. {how}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
+            f"in the phase '{beat['phase']}'. {stop}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
         )
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(lock(workdir))
         except ValueError:
-            raise ValueError(f"a run is in progress in {workdir}, on this host. {how}") from None
+            raise ValueError(f"a run is in progress in {workdir}, on this host. {stop}") from None
         yield

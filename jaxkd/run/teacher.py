@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxkd.config.resolve import teacher_weights
 from jaxkd.config.schema import DataBlock, Experiment, TeacherBlock
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Output, PyTree
+from jaxkd.evals import compare
 from jaxkd.models import heads
 from jaxkd.run.job import abstract_batch as rows_batch
 from jaxkd.run.open_models import Model, Models
@@ -33,12 +35,19 @@ class Teachers(NamedTuple):
     train: Teacher  # gives the signal that the objective learns from
     evaluate: Teacher  # always the whole distribution, on held-out rows
 
-    def evaluation_signal(self, inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
-        """The signal of `evaluate`, from (its state, the step, `TrainState.ema` or the student's parameters)."""
-        state, step, average = inputs
-        options = {"step": step, "own": average}
-        wanted = {name: options[name] for name in self.evaluate.requires if name in options}
-        return self.evaluate.signal(state, batch, **wanted)
+    def comparison(self, models: Models) -> Callable[[PyTree, Any, Batch], compare.Sums]:
+        """`(student, inputs, batch) -> sums` against `evaluate`, jitted.
+
+        `inputs` are the state of `evaluate`, the step, and `TrainState.ema` or the student's parameters.
+        """
+
+        def signal(inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
+            state, step, average = inputs
+            options = {"step": step, "own": average}
+            wanted = {name: options[name] for name in self.evaluate.requires if name in options}
+            return self.evaluate.signal(state, batch, **wanted)
+
+        return jax.jit(compare.make_comparison(models.student.forward, signal, models.vocab))
 
 
 def build_teacher(
@@ -160,13 +169,9 @@ def abstract_batch(e: Experiment, models: Models, mesh: Mesh) -> Batch:
 
 
 def open_stores(e: Experiment, models: Models, rows: Mapping[str, str]) -> dict[str, Store]:
-    """The caches that the recipe names, by teacher, each checked to be of its teacher and of the rows it serves.
+    """The caches that the recipe names, by teacher; `rows` has a fingerprint per domain.
 
-    `rows` has a fingerprint per domain.
-
-    Raises:
-        FileNotFoundError: a cache does not exist yet.
-        ValueError: it is of something else, incomplete or damaged; the message names both sides.
+    FileNotFoundError for one that does not exist yet, ValueError for one of another teacher or other rows, or damaged.
     """
     stores = {}
     for name, model in e.teacher.models.items():
@@ -182,9 +187,8 @@ def bytes_per_device(params: Mapping[str, PyTree]) -> dict[str, int]:
     """Of each teacher's arrays on the device that holds most of them."""
     totals = {}
     for name, tree in params.items():
-        held: dict[Any, int] = {}
-        for leaf in jax.tree.leaves(tree):
-            for shard in leaf.addressable_shards:
-                held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-        totals[name] = max(held.values(), default=0)
+        by_device: Counter = Counter()
+        for shard in (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards):
+            by_device[shard.device] += shard.data.nbytes
+        totals[name] = max(by_device.values(), default=0)
     return totals
