@@ -1,8 +1,4 @@
-"""The six blocks of an experiment as frozen dataclasses: every key's type, default and meaning.
-
-`docs/config.md` is rendered from this file. Inside the package an experiment is these dataclasses, never an
-`ml_collections` object.
-"""
+"""The six blocks of an experiment: every key's type, default and meaning, from which docs/config.md is rendered."""
 
 import dataclasses
 import difflib
@@ -12,8 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-SELF = "self"
-"""`teacher.path` when the teacher is a running average of the student."""
+SELF = "self"  # `teacher.path` when the teacher is a running average of the student
 
 Path = Annotated[str, "a known name, a GGUF file, a Hugging Face directory, or `random` with `shape`"]
 Shape = Annotated[Mapping[str, Any], "sizes of a `random` model: fields of `jaxkd.models.transformer.Config`"]
@@ -255,11 +250,7 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 
 
 def experiment(values: Mapping[str, Any]) -> Experiment:
-    """Dataclasses of a recipe's values.
-
-    Raises:
-        ValueError: naming the key: unknown (with the nearest known ones), missing, or of another type.
-    """
+    """Dataclasses of a recipe's values; ValueError names a key that is unknown, missing or of another type."""
     return from_mapping(Experiment, values, "config")
 
 
@@ -271,11 +262,7 @@ def nearest(name: str, choices: Iterable[str], otherwise: str = "") -> str:
 
 
 def from_mapping(kind: Any, values: Any, where: str) -> Any:
-    """An instance of the dataclass `kind`; `where` is its dotted key, for messages.
-
-    Raises:
-        ValueError: as `experiment`.
-    """
+    """An instance of the dataclass `kind`; `where` is its dotted key, for messages."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a block of keys, got {values!r}")
     hints = typing.get_type_hints(kind)
@@ -290,11 +277,7 @@ def from_mapping(kind: Any, values: Any, where: str) -> Any:
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """A value of the schema's type `kind`: an int becomes a float, a list a tuple, a mapping a dataclass.
-
-    Raises:
-        ValueError: as `experiment`.
-    """
+    """A value of the schema's type `kind`: an int becomes a float, a list a tuple, a mapping a dataclass."""
     if scalars := scalars_of(kind):
         kind = block_of(kind) if isinstance(value, Mapping) else scalars[0]
     if dataclasses.is_dataclass(kind):

@@ -14,8 +14,7 @@ from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
-"""Dtypes of a teacher's weights, and the dtype that its activations have then."""
+STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}  # of a teacher's weights -> activations
 AVERAGES = ("probabilities", "log_probabilities")
 AT_LEAST = {
     **dict.fromkeys(
@@ -68,11 +67,7 @@ def _check_teacher(t: TeacherBlock) -> None:
 
 
 def check(e: Experiment, mesh: Mapping[str, int]) -> None:
-    """Check values that can be judged without opening a file; `mesh` is the number of devices per axis.
-
-    Raises:
-        ValueError: naming the key, and what it may be.
-    """
+    """Check values that can be judged without opening a file; `mesh` is the number of devices per axis."""
     models = {n if n == "teacher" else f"teacher.members.{n}": m for n, m in e.teacher.models.items()}
     if e.run.dtype in STORED and e.run.dtype not in DTYPES:
         raise ValueError(f"run.dtype '{e.run.dtype}' is for a teacher's weights only (teacher.dtype)")

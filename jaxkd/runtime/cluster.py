@@ -15,15 +15,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-# Exit codes, named as in sysexits.h. Launchers start the same command again on these three, and never on 0, 1 and 2.
-EXIT_UNAVAILABLE = 69
-"""EX_UNAVAILABLE: other processes did not join, or storage did not answer."""
-EXIT_INTERNAL = 70
-"""EX_SOFTWARE: an unexpected error, such as a host lost in the middle of a step."""
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL: stopped by a signal after saving everything."""
-EXIT_INTERRUPTED = 130
-"""Ctrl-C as shells report it; launchers do not restart on it."""
+# Exit codes, as in sysexits.h. Launchers start the same command again on the first three, and never on 0, 1, 2, 130.
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: other processes did not join, or storage did not answer
+EXIT_INTERNAL = 70  # EX_SOFTWARE: an unexpected error, such as a host lost in the middle of a step
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving everything
+EXIT_INTERRUPTED = 130  # Ctrl-C as shells report it
 
 COORDINATOR, COUNT, INDEX = VARIABLES = ("JAXKD_COORDINATOR", "JAXKD_NUM_PROCESSES", "JAXKD_PROCESS_ID")
 JOIN_SECONDS = "JAXKD_JOIN_SECONDS"
@@ -53,15 +49,10 @@ class ProcessInfo(NamedTuple):
 
 
 def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) -> ProcessInfo:
-    """Read this process's rank from the environment.
+    """Read this process's rank from the environment; ValueError for contradictory variables, or no coordinator.
 
-    Args:
-        environ: environment variables.
-        platforms: JAX's `jax_platforms` setting after its import, e.g. "tpu,cpu" on a machine with a TPU; "" if unset.
-        single_ok: accept a SLURM batch script that runs the command once without srun.
-
-    Raises:
-        ValueError: contradictory variables, or a launcher that does not provide a coordinator.
+    `platforms` is JAX's `jax_platforms` after its import, e.g. "tpu,cpu" on a machine with a TPU, "" if unset.
+    `single_ok` accepts a SLURM batch script that runs the command once without srun.
     """
     if "proxy" in platforms.split(","):
         return ProcessInfo("pathways")  # its single controller does not use `jax.distributed`
@@ -88,10 +79,7 @@ def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) 
 
 
 def avoid_absent_tpu() -> None:
-    """Set JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU; to be called before `import jax`.
-
-    Otherwise JAX loads libtpu to look for devices, and libtpu prints errors.
-    """
+    """Set JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU, else it prints errors; before `import jax`."""
     tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") or any(map(os.environ.get, _TPU_VARIABLES))
     if not tpu and importlib.util.find_spec("libtpu") and not importlib.util.find_spec("jax_plugins"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -170,25 +158,17 @@ def _number(environ: Mapping[str, str], *names: str, default: int = 1) -> int:
 def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
     """Call `jax.distributed.initialize` once, before any other use of JAX's devices.
 
-    The coordination service is what receives SIGTERM, so it is started for a single process too. A Python handler
-    for SIGTERM installed later would replace it.
-
-    Args:
-        handles_sigterm: the process polls for SIGTERM between steps and saves; otherwise SIGTERM ends it at once.
-        single_ok: as in `detect`.
-
-    Raises:
-        ValueError: as `detect`.
-        Unavailable: the other processes did not join within `JAXKD_JOIN_SECONDS` (300).
-        OSError: process 0 cannot listen at the coordinator's port.
+    The coordination service is what receives SIGTERM, so it is started for a single process too; a Python handler
+    installed later would replace it. With `handles_sigterm` the process polls for SIGTERM between steps and saves,
+    otherwise SIGTERM ends it at once. `single_ok` and ValueError are as in `detect`; Unavailable where other processes
+    do not join within `JAXKD_JOIN_SECONDS` (300), OSError where process 0 cannot listen at the coordinator's port.
     """
     import jax
 
     info = detect(os.environ, jax.config.values["jax_platforms"] or "", single_ok)
     if jax.distributed.is_initialized() or info.source == "pathways":
         return info
-    seconds = _seconds(os.environ, JOIN_SECONDS, 300)
-    heartbeat = _seconds(os.environ, HEARTBEAT_SECONDS, 100)
+    seconds, heartbeat = _seconds(JOIN_SECONDS, 300), _seconds(HEARTBEAT_SECONDS, 100)
     initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat)
     with _without_proxies():
         if info.source == "one":
@@ -203,8 +183,17 @@ def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
         else:
             # At its own limit JAX aborts with a C++ stack trace: our limit comes first.
             others = "the tasks of this SLURM job" if info.source == "slurm" else "the hosts of this TPU"
-            with _exit_after(others, seconds):
-                _initialize_detected(initialize, info.source, seconds + 60)
+            try:
+                with _exit_after(others, seconds):
+                    initialize(cluster_detection_method=info.source, initialization_timeout=seconds + 60)
+            except ImportError as error:
+                reason = f"to find the other hosts of a TPU, JAX needs {error.name}: install jaxkd[tpu]"
+                raise ValueError(reason) from None
+            except OSError as error:
+                raise ValueError(
+                    "this machine has a TPU, but its metadata server does not list the TPU's hosts "
+                    f"({type(error).__name__}): {_SET_VARIABLES}, or set TPU_SKIP_MDS_QUERY=1 if there is one host"
+                ) from None
     if not handles_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if info.size > 1:
@@ -212,20 +201,8 @@ def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
     return info
 
 
-def _initialize_detected(initialize, method: str, seconds: int) -> None:
-    try:
-        initialize(cluster_detection_method=method, initialization_timeout=seconds)
-    except ImportError as error:
-        raise ValueError(f"to find the other hosts of a TPU, JAX needs {error.name}: install jaxkd[tpu]") from None
-    except OSError as error:
-        raise ValueError(
-            "this machine has a TPU, but its metadata server does not list the TPU's hosts "
-            f"({type(error).__name__}): {_SET_VARIABLES}, or set TPU_SKIP_MDS_QUERY=1 if there is one host"
-        ) from None
-
-
-def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name) or str(default)
+def _seconds(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{name}={text} must be a number of seconds, such as {default}")
     return int(text)
@@ -272,12 +249,8 @@ def roll_call(info: ProcessInfo, seconds: float) -> None:
     """Check that all processes are there before JAX connects them, because JAX only aborts when one is missing.
 
     Every process sends its index and its process count to the coordinator as one line of JSON; process 0 answers all
-    with the same result. The port is free again afterwards.
-
-    Raises:
-        ValueError: two processes have the same index, or their process counts differ.
-        Unavailable: some processes did not connect; process 0 names them.
-        OSError: process 0 cannot listen at the port.
+    with the same result: Unavailable where some did not connect, ValueError where two have the same index, or their
+    counts differ. The port is free again afterwards.
     """
     result = (_serve_roll_call if info.rank == 0 else _answer_roll_call)(info, seconds)
     if "missing" in result:
@@ -287,7 +260,6 @@ def roll_call(info: ProcessInfo, seconds: float) -> None:
 
 
 def _serve_roll_call(info: ProcessInfo, seconds: float) -> dict[str, str]:
-    """Process 0: wait for the others, then send all the same result."""
     result: dict[str, str] = {}
     present: dict[int, socket.socket] = {}
     connections: list[socket.socket] = []
@@ -358,7 +330,6 @@ def _is_open(connection: socket.socket) -> bool:
 
 
 def _answer_roll_call(info: ProcessInfo, seconds: float) -> dict[str, str]:
-    """Every other process: send count and index until process 0 answers."""
     host, port = info.coordinator.rsplit(":", 1)
     start, reports, reason = time.monotonic(), 0, ""
     while (left := start + seconds - time.monotonic()) > 0:

@@ -1,7 +1,5 @@
-"""Multi-host helpers: broadcast from process 0, barriers, abort on any failure.
-
-They use the key-value store of JAX's coordination service and not device collectives: a host may build rows for hours
-while the others wait. The service's heartbeats detect processes that died.
+"""Broadcast from process 0, barriers, abort on any failure, by the key-value store of JAX's coordination service: with
+device collectives no host could wait for hours. The service's heartbeats detect processes that died.
 """
 
 import atexit
@@ -32,6 +30,7 @@ _ACK_TIMEOUT = 10.0  # seconds that process 0, which hosts the store, waits for 
 _PEER_LOST = re.compile("closed by peer|reset by peer|remote process exited|unhealthy|heartbeat", re.IGNORECASE)
 _call_ids = itertools.count()  # of the calls below; equal on all processes, because they make the same calls in order
 _exit_lock = threading.Lock()  # one thread prints the reason and exits
+_watching = threading.Event()
 
 
 class _World(NamedTuple):
@@ -53,15 +52,15 @@ def _world() -> _World:
 
 
 def join(handles_sigterm: bool = False, single_ok: bool = False) -> None:
-    """`cluster.join`, and a thread that ends this process when any other fails.
-
-    Raises:
-        ValueError, OSError: as `cluster.join`.
-    """
+    """`cluster.join`, and a thread that ends this process when any other fails."""
     cluster.join(handles_sigterm, single_ok)
     if is_multihost() and not _watching.is_set():
+        import jax
+
         _watching.set()
-        _disable_cpu_compilation_cache()
+        # A CPU program from JAX's cache loses the order of its collectives, and two processes deadlock.
+        if jax.default_backend() == "cpu":
+            jax.config.update("jax_enable_compilation_cache", False)
         done = threading.Event()
         thread = threading.Thread(target=_watch_for_failure, args=(done,), daemon=True)
         thread.start()
@@ -71,17 +70,6 @@ def join(handles_sigterm: bool = False, single_ok: bool = False) -> None:
             thread.join(10)
 
         atexit.register(stop)
-
-
-_watching = threading.Event()
-
-
-def _disable_cpu_compilation_cache() -> None:
-    """A CPU program from JAX's cache loses the order of its collectives, and two processes deadlock."""
-    import jax
-
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_multihost() -> bool:
@@ -104,17 +92,10 @@ def print_main(text: str) -> None:
 
 
 def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
-    """Run `make` on process 0 and return its result on all processes.
+    """Run `make` on process 0 and return its JSON values (lists, not tuples; text as keys) on all processes.
 
-    All processes must call it in the same order. An error in `make` ends all of them.
-
-    Args:
-        name: shown while the others wait.
-        make: returns JSON values (lists, not tuples; text as keys).
-        patience: timeout in seconds.
-
-    Raises:
-        Unavailable: timeout.
+    All processes must call it in the same order; an error in `make` ends all of them. `name` is shown while the others
+    wait; Unavailable after `patience` seconds.
     """
     client, rank, size = _world()
     if size == 1:
@@ -126,11 +107,7 @@ def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T
 
 
 def all_gather(name: str, value: T, patience: float = math.inf) -> list[T]:
-    """Return the JSON `value` of every process, by rank, on all processes.
-
-    Raises:
-        Unavailable: timeout after `patience` seconds; names a process that is missing.
-    """
+    """The JSON `value` of every process, by rank, on all; Unavailable names one that is missing after `patience` s."""
     client, rank, size = _world()
     if size == 1:
         return [value]
@@ -157,11 +134,7 @@ def main_first(name: str, make: Callable[[], T]) -> T:
 
 
 def assert_equal(what: str, values: dict[str, str]) -> None:
-    """Check that `values` are the same on all processes.
-
-    Raises:
-        ValueError: a value differs from that of process 0; `what` (a plural) begins the message.
-    """
+    """ValueError where `values` differ between processes; `what` (a plural) begins the message."""
     expected = broadcast(what, lambda: values)
     for name, value in values.items():
         if value != expected.get(name):
@@ -191,23 +164,19 @@ def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal arrived where there is nothing to save."""
+    """A signal arrived where there is nothing to save; `code` is the exit code."""
 
     def __init__(self, message: str, code: int):
-        """`code` is the exit code."""
         super().__init__(message)
         self.code = code
 
 
 @contextlib.contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end work that has nothing to save, within seconds and on all processes.
+    """Let SIGTERM and Ctrl-C raise Stopped in work that has nothing to save, within seconds and on all processes.
 
     JAX's handler receives SIGTERM, and the training loop polls it between steps. Here a thread polls it and sends
     SIGINT to the main thread, which also interrupts blocking calls.
-
-    Raises:
-        Stopped: with `message`, when any process received a signal.
     """
     client, main, done, preempted = _world().client, threading.get_ident(), threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -243,12 +212,9 @@ def interruptible(message: str) -> Iterator[None]:
 
 
 def fail(error: BaseException) -> int:
-    """Print why the command ends: one line for errors that a user can correct, else the traceback.
+    """Print why the command ends: one line for errors that a user can correct, else the traceback; the exit code.
 
     On several processes the first to fail publishes its reason and all exit: this does not return, nor for `Stopped`.
-
-    Returns:
-        the exit code.
     """
     code, text = _describe(error)
     _, rank, size = _world()
@@ -271,13 +237,8 @@ def fail(error: BaseException) -> int:
 
 
 def abort(code: int, text: str) -> NoReturn:
-    """Exit from any thread, and end the other processes too; for a process whose main thread hangs.
-
-    Publishing is limited to seconds, because process 0, which hosts the store, may hang as well.
-
-    Args:
-        code: exit code, of the others too unless another process failed first.
-        text: the reason that the others print.
+    """Exit from any thread with `code`, and end the other processes too, which print `text`; for a main thread that
+    hangs. Publishing is limited to seconds, because process 0, which hosts the store, may hang as well.
     """
 
     def publish() -> None:
@@ -309,7 +270,6 @@ def abort_on_error() -> Iterator[None]:
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
-    """Exit code and message."""
     if isinstance(error, Stopped):
         return error.code, f"jaxkd: {error}"
     if isinstance(error, KeyboardInterrupt):
