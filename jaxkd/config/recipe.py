@@ -68,9 +68,6 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-# ------------------------------------------------------------------------------------------- the file
-
-
 def _load(recipe: str) -> dict[str, Any]:
     name, _, argument = recipe.partition(":")
     path = Path(name)
@@ -96,9 +93,6 @@ def _load(recipe: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise ValueError(f"{name}: get_config must return a ConfigDict, got {type(config).__name__}")
     return copy.deepcopy(dict(config))
-
-
-# ------------------------------------------------------------------------------------------ overrides
 
 
 class _Target(NamedTuple):
@@ -164,9 +158,6 @@ def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
         yield prefix
     for name, kind in inner.items():
         yield from _keys(kind, values.get(name), f"{prefix}.{name}" if prefix else name)
-
-
-# --------------------------------------------------------------------------------------------- values
 
 
 def _parse(kind: Any, text: str, key: str) -> Any:

@@ -114,12 +114,10 @@ def terms(
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
             if (reason := _refusal(divergence, term, signal)) is not None:
                 raise ValueError(
-                    f"{where}.divergence: '{term.divergence}' cannot be learned from this teacher: {reason}"
+                    f"{where}.divergence '{term.divergence}' cannot be learned from this teacher: {reason}"
                 )
             if divergence.normaliser and temperature != 1:
-                raise ValueError(
-                    f"{where}.temperature must be 1: '{term.divergence}' is defined on the untempered logits"
-                )
+                raise ValueError(f"{where}.temperature must be 1: '{term.divergence}' takes the untempered logits")
             result[name] = (weight, objective.match(divergence, temperature, term.standardize))
         else:
             feature = call(term.feature, features, f"{where}.feature", FeatureTerm)
@@ -127,8 +125,7 @@ def terms(
                 _check_layers(f"{where}.feature", side, taps, models[side].layers)
             if feature.uses_teacher and signal.kind is not Head:
                 raise ValueError(
-                    f"{where}.feature: '{term.feature}' needs hidden states, and this teacher's signal has none: "
-                    "take teacher.signal 'head' or 'hidden'"
+                    f"{where}.feature '{term.feature}' needs hidden states: take teacher.signal 'head' or 'hidden'"
                 )
             if feature.teacher_taps and not signal.layers:
                 raise ValueError(
@@ -182,9 +179,6 @@ def _check_layers(where: str, side: str, taps: Sequence[str], layers: int) -> No
             raise ValueError(f"{where} names layer {layer} of the {side}, which has layers 1 to {layers}") from None
 
 
-# ---------------------------------------------------------------------------------- per domain
-
-
 def mixture_rule(data: DataBlock, teacher: TeacherBlock) -> rules.Rule:
     """The rule that `data.mixture` spells: a call such as "ddk(alpha=0.5)", or fixed weights "code=2,math=1".
 
@@ -215,9 +209,7 @@ def _fixed_weights(text: str, names: Sequence[str]) -> list[float]:
         try:
             value = float(weight)
         except ValueError:
-            raise ValueError(
-                f"data.mixture '{text}' must be a rule, such as ddk(alpha=0.5), or weights such as code=2,math=1"
-            ) from None
+            raise ValueError(f"data.mixture '{text}' must be a rule or weights such as code=2,math=1") from None
         if name.strip() not in weights:
             raise ValueError(f"data.mixture names no domain '{name.strip()}': {nearest(name, names)}")
         weights[name.strip()] = value
@@ -239,13 +231,11 @@ def teacher_weights(members: Mapping[str, Member], names: Sequence[str], steps: 
             weights = weights * (member.domains.get(domain, 0.0) if member.domains else 1.0)
             if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
                 raise ValueError(
-                    f"teacher.members.{name} weighs {weights[bad][0]:g} in the domain '{domain}': a weight must be "
-                    "finite and not negative"
+                    f"teacher.members.{name} weighs {weights[bad][0]:g} in '{domain}': take a finite weight of at least 0"
                 )
             total += weights
         if not total.all():
             raise ValueError(
-                f"all teachers of the domain '{domain}' have weight 0 at step {int(np.argmin(total))} of {steps}: "
-                "give one of them a weight that stays above 0"
+                f"all teachers of the domain '{domain}' have weight 0 at step {int(np.argmin(total))} of {steps}"
             )
     return weigh

@@ -76,7 +76,6 @@ class TeacherBlock:
 
     @property
     def is_self(self) -> bool:
-        """Whether the student is its own teacher."""
         return self.path == SELF
 
     @property
@@ -243,9 +242,6 @@ def changed(block: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-# ------------------------------------------------------------------------------- from plain values
-
-
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
@@ -295,9 +291,6 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{where} must be {_NAMES.get(kind, kind.__name__)}, got {value!r}")
     return value
-
-
-# ------------------------------------------------------------------------- what the schema's types hold
 
 
 def scalars_of(kind: Any) -> tuple[Any, ...]:

@@ -113,9 +113,6 @@ def _name(workdir: Path) -> str:
     return resolved.parent.name if re.fullmatch(r"seed-\d+", resolved.name) else resolved.name
 
 
-# -------------------------------------------------------------------------------------- statistics
-
-
 class Spread(NamedTuple):
     """A figure over seeds."""
 
@@ -138,7 +135,6 @@ class Difference(NamedTuple):
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
@@ -167,9 +163,6 @@ def changes(c: Comparison) -> dict[str, dict[str, Any]]:
     keys = dict.fromkeys(key for table in tables.values() for key in table if key != "run.seed")
     values = {key: {name: table.get(key, "") for name, table in tables.items()} for key in keys}
     return {key: by for key, by in values.items() if any(value != by[c.baseline] for value in by.values())}
-
-
-# ------------------------------------------------------------------------------------ as text, as JSON
 
 
 def plus_minus(s: Spread, key: str) -> str:

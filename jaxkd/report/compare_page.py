@@ -78,9 +78,6 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     return table(shown[0], shown[1:]) if rows else ""
 
 
-# ------------------------------------------------------------------------------------------ curves
-
-
 def curves(c: Comparison) -> str:
     """Evaluations and training terms over steps, a line per variant with a band of one standard deviation."""
     styles = {v.name: style for style, v in enumerate(c.variants)}

@@ -38,7 +38,6 @@ class Account(NamedTuple):
         return sum(self.seconds.values())
 
     def share(self, phase: str) -> float:
-        """A phase's share of the wall clock."""
         return self.seconds[phase] / self.wall if self.wall else 0.0
 
 

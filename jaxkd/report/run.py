@@ -75,9 +75,6 @@ def change(rows: Sequence[Row], key: str, show=fixed) -> str:
     return ' <span class="to">→</span> '.join(values)
 
 
-# --- the parts of the page ---
-
-
 def summary(metrics: Sequence[Row], domains: dict[str, list[Row]]) -> str:
     """The key result in one sentence, and the same numbers as tiles."""
     rows = domains.get(MEAN, [])

@@ -167,8 +167,6 @@ def _fill(
 
 
 def _encoded(layout: codec.Layout, signal: Any, weights: np.ndarray) -> list[bytes]:
-    """Payloads of this process's rows of a batch."""
-
     def local(x: jax.Array) -> np.ndarray:
         shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}  # each row once
         return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
@@ -218,8 +216,7 @@ def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, na
     if store.layout("train").signal == "token":
         if then < _SAME_TEXT:
             raise ValueError(
-                f"{where} holds text that this teacher does not write: it repeats {then:.0%} of the tokens; delete the "
-                "directory and run `jaxkd cache`"
+                f"{where} holds other text: {then:.0%} of the tokens agree; delete it and run `jaxkd cache`"
             )
         return f"cache: the teacher repeats {then:.0%} of the text"
     if not then <= 1.5 * now + 0.01:

@@ -29,7 +29,6 @@ class Evaluated(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The title and a table."""
         return f"{self.title}\n{compare.table(self.rows, self.start)}"
 
 

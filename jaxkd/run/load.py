@@ -117,7 +117,7 @@ class Weights(NamedTuple):
 
     teachers: dict[str, PyTree]  # by name; of cached ones the head alone; {} where the student is its own teacher
     student: PyTree | None
-    kept_layers: tuple[int, ...] | None  # of the model that the student was cut from
+    kept_layers: tuple[int, ...] | None  # of the model that the student is cut from
 
 
 def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree], PyTree]:
@@ -137,24 +137,22 @@ def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree]
 def weights(
     models: Models, block: StudentBlock, rows: Domains, progress: bool = True, with_student: bool = True
 ) -> Weights:
-    """Load the teachers and, with `with_student`, the student's first parameters, from which `student.keep` is chosen
-    by the loss on `rows`.
-    """
+    """Load the teachers and, with `with_student`, the student's first parameters."""
     cut = with_student and block.path == "teacher"
     placed, host = teachers(models, keep_host=cut)
     if not with_student:
         return Weights(placed, None, None)
     source = models.teacher if cut else models.student
     host = host if cut else host_params(source)
-    kept: tuple[int, ...] | None = block.layers or None
+    layers: tuple[int, ...] | None = block.layers or None
     if block.keep:
         config = source.config if source.checkpoint is None else source.checkpoint.config  # with all its layers
         chosen = _by_importance(config, block.keep, models.vocab, rows, host, progress and multihost.is_main())
         # Near ties may be decided differently on another host.
-        kept = tuple(multihost.broadcast("layers", lambda: list(chosen)))
-    if kept:
-        host = shrink.keep_layers(host, kept)
-    return Weights(placed, put(host, models.student), kept)
+        layers = tuple(multihost.broadcast("layers", lambda: list(chosen)))
+    if layers:
+        host = shrink.keep_layers(host, layers)
+    return Weights(placed, put(host, models.student), layers)
 
 
 def frozen(e: Experiment, models: Models) -> PyTree:

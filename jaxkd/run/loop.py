@@ -37,7 +37,6 @@ class Interrupt:
         self._ctrl_c, self._polls = False, 0
 
     def __call__(self) -> bool:
-        """Whether to save and stop now."""
         # JAX stops every process at the poll after the largest number that any of them had reached, compared by
         # equality: so numbers count this process's polls, from 1, and not steps.
         self._polls += 1
@@ -139,7 +138,6 @@ class Run:
 
     @property
     def student(self) -> PyTree:
-        """The student's parameters now."""
         return assemble(self.state.params["student"], self.frozen)
 
     @property
@@ -189,25 +187,6 @@ class Run:
         """Logged rows of a step's evaluation; "mean" is the last of a complete one."""
         read = lambda: [row for row in files.read_jsonl(self.workdir / "evals.jsonl") if row["step"] == step]
         return multihost.broadcast(f"evaluation of step {step}", read)
-
-    def _compare(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
-        """Student and teacher on the held-out rows; raises `_Stopped`."""
-        params, inputs = self.student, (self.teachers.evaluate.state, self.state.step, self.average)
-
-        def sums(batch: Batch) -> compare.Sums:
-            if interrupt():
-                raise _Stopped
-            self.phases.alive()
-            return self.comparison(params, inputs, batch)
-
-        size, sharding = self.job.experiment.run.eval_batch, batch_sharding(self.job.mesh)
-        held_out = load.held_out(self.rows, size, sharding, self.teachers.evaluate.host_features)
-        start = self.start if step else None
-        # The gap to a teacher that moves cannot be closed.
-        rows = compare.evaluate(sums, held_out, step, {} if self.job.models.is_self else start)
-        if step == 0:
-            self.start = {row["domain"]: row["student_nats"] for row in rows}
-        return rows
 
     def go(self, profile: tuple[int, int] = (0, 0)) -> bool:
         """Train to the last step; False when a signal stopped the run before it, with everything saved.
@@ -298,7 +277,6 @@ class Run:
         return True
 
     def _due(self, step: int) -> bool:
-        """Whether there is an evaluation at this step."""
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
 
@@ -345,11 +323,25 @@ class Run:
 
     def _evaluate(self, output: log.TrainLog, step: int, interrupt: Interrupt) -> float | None:
         """Evaluate and log; returns the student's mean loss, which ranks checkpoints, or None after a signal."""
+        params, inputs = self.student, (self.teachers.evaluate.state, self.state.step, self.average)
+
+        def sums(batch: Batch) -> compare.Sums:
+            if interrupt():
+                raise _Stopped
+            self.phases.alive()
+            return self.comparison(params, inputs, batch)
+
+        size, sharding = self.job.experiment.run.eval_batch, batch_sharding(self.job.mesh)
+        start = None if step == 0 else self.start
         try:
             with self.phases.during("evaluation"):
-                rows = self._compare(step, interrupt)
+                held_out = load.held_out(self.rows, size, sharding, self.teachers.evaluate.host_features)
+                # The gap to a teacher that moves cannot be closed.
+                rows = compare.evaluate(sums, held_out, step, {} if self.job.models.is_self else start)
         except _Stopped:
             return None
+        if step == 0:
+            self.start = {row["domain"]: row["student_nats"] for row in rows}
         output.evaluation(rows)
         mean = rows[-1]
         if step < self.job.experiment.run.steps:

@@ -83,7 +83,6 @@ class Mixing:
         self.gaps: rules.Gaps | None = None  # as last measured by this process
 
     def first(self) -> None:
-        """The mixture before the first step."""
         if self.rule.measures is rules.Gaps:
             # Such a rule starts from the first evaluation (`begin`); until then the domains' own sizes count.
             self.mixture = mixture.init(mixture.natural(self._rows.whole))
@@ -113,7 +112,6 @@ class Mixing:
         return {**drawn, "rule_state": m.rule_state, "interval": m.interval}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take over a mixture that `saved` returned."""
         sampling, drawn = np.asarray(saved["sampling"], np.float64), np.asarray(saved["drawn"], np.int64)
         self.mixture = Mixture(sampling, saved["rule_state"], drawn, saved["interval"])
 
@@ -179,9 +177,8 @@ class Mixing:
     ) -> dict[str, Any]:
         """The current interval's row of `mixture.jsonl`.
 
-        `tokens` were trained on before it; `weights` of the domains in the loss are as from `group_dro.columns`;
-        `seconds` is what `advance` took, None for the first interval; `step_s` the median seconds of a step of the
-        previous interval, None where this process trained none.
+        `weights` in the loss are as from `group_dro.columns`; `seconds` is what `advance` took, None for the first
+        interval; `step_s` the median seconds of the previous interval's steps, None where this process made none.
         """
         m = self.mixture
         row: dict[str, Any] = {"step": self.start, "interval": m.interval, "tokens": tokens}

@@ -44,7 +44,6 @@ class Model(NamedTuple):
 
     @property
     def abstract(self) -> PyTree:
-        """Parameters as ShapeDtypeStruct leaves with shardings."""
         leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return jax.tree.map(leaf, self.shapes, self.shardings)
 
@@ -65,7 +64,6 @@ class Models(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What the mesh could not shard."""
         return sorted({note for model in (self.student, *self.teachers.values()) for note in model.notes})
 
 
@@ -132,9 +130,7 @@ def _tokenizers(
     """
     for side, (_, config) in by_side.items():
         if e.data.length > config.max_length:
-            raise ValueError(
-                f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
-            )
+            raise ValueError(f"data.length={e.data.length} exceeds the {side}'s context of {config.max_length} tokens")
     name, checkpoint = e.data.tokenizer, next(iter(by_side.values()))[0]
     if name == "bytes":
         data = tokenize.byte_tokenizer()
@@ -156,9 +152,6 @@ def _tokenizers(
     for note in covered.notes if multihost.is_main() else ():
         print(f"jaxkd: {note}", file=sys.stderr)
     return data, own, covered.size
-
-
-# ------------------------------------------------------------------------------- abstract models
 
 
 def student_model(e: Experiment, source: Source, mesh: Mesh, columns: int, cut: bool = True) -> Model:

@@ -63,8 +63,6 @@ def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) 
         yield cache_teacher.spot_check(e, models, mesh, loaded.rows, name, store)
 
 
-# ------------------------------------------------------------------------------------ chat templates
-
 CONVERSATION = (
     {"role": "user", "content": "What is 2 + 2?"},
     {"role": "assistant", "content": "4"},
@@ -96,9 +94,6 @@ def _chat(models: Models) -> str:
     return "chat templates: different, but they render the same text"
 
 
-# ------------------------------------------------------------------------------------- losses of real rows
-
-
 def _batch(loaded: Loaded, size: int, sharding: NamedSharding) -> Batch:
     """Held-out rows of all domains in turn, with what the evaluation's teacher needs of them."""
     rows = loaded.rows
@@ -125,9 +120,7 @@ def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
     guess = math.log(models.vocab)
     for side, nats in (("teacher", teacher), ("student", student)):
         if not math.isfinite(nats):
-            raise ValueError(
-                f"the {side}'s loss on held-out rows is {nats}: its weights are damaged, or its dtype overflows"
-            )
+            raise ValueError(f"the {side}'s loss on held-out rows is {nats}: damaged weights, or its dtype overflows")
     real = models.is_self or all(m.checkpoint is not None for m in models.teachers.values())
     if real and not models.is_self and teacher >= guess:
         raise ValueError(
@@ -163,8 +156,7 @@ def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) 
     plain, padded, wide = (float(x) for x in losses(params, batch._replace(teacher=None)))
     if abs(plain - padded) > (_SAME if plain == wide else _PRECISION):
         raise ValueError(
-            f"the {side}'s loss is {plain:.4f} nats per token, and {padded:.4f} when the same rows are padded: its "
-            "forward pass attends to padding"
+            f"the {side}'s loss is {plain:.4f}, and {padded:.4f} on padded rows: its forward pass attends to padding"
         )
     if abs(plain - wide) > _PRECISION:
         key = "run.dtype" if side == "student" else "teacher.dtype"

@@ -128,10 +128,7 @@ def numbered(checkpoints: Checkpoints, workdir: Path, step: str) -> int:
     if step != "best":
         raise ValueError(f"--step {step} is no checkpoint: give a number of steps, or best")
     if (best := checkpoints.best()) is None:
-        raise ValueError(
-            f"{workdir} has no checkpoint of a step that was evaluated: run.eval_every and run.checkpoint_every "
-            "say which steps are; give --step NUMBER"
-        )
+        raise ValueError(f"{workdir} has no checkpoint of an evaluated step (run.eval_every): give --step NUMBER")
     return best
 
 

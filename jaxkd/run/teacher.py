@@ -79,7 +79,6 @@ def build_teacher(
 
 
 def _teacher(model: Model, params: PyTree, store: Store | None, split: str, domains: tuple[str, ...]) -> Teacher:
-    """One model, online or from its cache."""
     if not model.cache:
         return online(params, model.forward)
 
@@ -109,9 +108,6 @@ def text_rollout(t: TeacherBlock, models: Models) -> Callable[..., Batch]:
         temperature=t.temperatures[0],
         end=tokenizer.end,
     )
-
-
-# ----------------------------------------------------------------------------------- caches
 
 
 def fingerprint(model: Model, shape: Mapping[str, Any]) -> str:

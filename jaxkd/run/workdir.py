@@ -60,17 +60,12 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     # A checkpoint knows its rows by their content, so the same domains may be read from renamed or moved files.
     moved = {k for k in keys if k.startswith("data.domains.") and saved_steps and "data.domains" not in keys}
     fixed = [k for k in keys if k.startswith(_ORDER) and k not in moved]
+    differs = f"{workdir} holds another experiment: {'; '.join(changes[:6])}"
     if fixed:
-        raise ValueError(
-            f"{workdir} holds another experiment: {'; '.join(changes[:6])}. {fixed[0]} decides which rows a step sees "
-            "and cannot change in a run: use a new --workdir"
-        )
+        raise ValueError(f"{differs}. {fixed[0]} decides which rows a step sees: use a new --workdir")
     if not moved.issuperset(keys) and not accept_changes:
         more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
-        raise ValueError(
-            f"{workdir} holds another experiment: {'; '.join(changes[:6])}{more}. "
-            "Use a new --workdir, or add --accept-changes"
-        )
+        raise ValueError(f"{differs}{more}. Use a new --workdir, or add --accept-changes")
     return changes
 
 
@@ -114,9 +109,7 @@ def saved_experiment(workdir: Path) -> Experiment:
     """The experiment in a workdir's config.json; FileNotFoundError without it, ValueError where it is damaged."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{workdir} holds no run: {path} is missing; `jaxkd train --workdir {workdir}` makes one"
-        )
+        raise FileNotFoundError(f"{workdir} holds no run: {path} is missing; `jaxkd train --workdir` makes one")
     try:
         return experiment(files.read_json(path))
     except files.Torn as error:

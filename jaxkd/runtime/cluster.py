@@ -71,15 +71,12 @@ def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) 
         raise ValueError(f"{values} would run each process as a job of its own: {_SET_VARIABLES}")
     for name, launcher in _OTHER_LAUNCHERS.items():
         if environ.get(name, "1") not in ("", "0", "1"):
-            raise ValueError(
-                f"{name}={environ[name]}: {launcher} started several processes without a coordinator address: "
-                f"{_SET_VARIABLES}"
-            )
+            raise ValueError(f"{name}={environ[name]}: {launcher} gives no coordinator address: {_SET_VARIABLES}")
     return ProcessInfo("one")
 
 
 def avoid_absent_tpu() -> None:
-    """Set JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU, else it prints errors; before `import jax`."""
+    """Before `import jax`: JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU and would print errors."""
     tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") or any(map(os.environ.get, _TPU_VARIABLES))
     if not tpu and importlib.util.find_spec("libtpu") and not importlib.util.find_spec("jax_plugins"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -92,9 +89,7 @@ def _explicit(environ: Mapping[str, str]) -> ProcessInfo:
     try:
         count, index = int(environ[COUNT]), int(environ[INDEX])
     except ValueError:
-        raise ValueError(
-            f"{COUNT}={environ[COUNT]} and {INDEX}={environ[INDEX]} must be whole numbers, such as 4 and 0"
-        ) from None
+        raise ValueError(f"{COUNT}={environ[COUNT]} and {INDEX}={environ[INDEX]} must be whole numbers") from None
     if not 0 <= index < count:
         raise ValueError(f"{INDEX}={index} must be from 0 to {count - 1}, since {COUNT}={count}")
     address = environ[COORDINATOR]
@@ -130,10 +125,7 @@ def _check_gpus_per_task(environ: Mapping[str, str]) -> None:
     tasks = tasks_per_node[node] if node < len(tasks_per_node) else local + 1
     request = "request --ntasks-per-node=N --gres=gpu:N, without --gpus-per-task and --gpu-bind"
     if bound := [n for n in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND") if environ.get(n) not in (None, "none")]:
-        raise ValueError(
-            f"{bound[0]}={environ[bound[0]]} hides the other GPUs of the node from each task, which must see all: "
-            f"{request}"
-        )
+        raise ValueError(f"{bound[0]}={environ[bound[0]]} hides the node's other GPUs from each task: {request}")
     if gpus and gpus < max(tasks, local + 1):
         raise ValueError(f"this node has {max(tasks, local + 1)} tasks but each sees {gpus} of its GPUs: {request}")
     if gpus > tasks:
@@ -143,13 +135,13 @@ def _check_gpus_per_task(environ: Mapping[str, str]) -> None:
         )
 
 
-def _say(text: str) -> None:
-    print(f"jaxkd: {text}", file=sys.stderr, flush=True)
-
-
 def _number(environ: Mapping[str, str], *names: str, default: int = 1) -> int:
     value = next((environ[name] for name in names if environ.get(name)), "")
     return int(value) if value.isdigit() else default
+
+
+def _say(text: str) -> None:
+    print(f"jaxkd: {text}", file=sys.stderr, flush=True)
 
 
 # -------------------------------------------------------------------------------------------- join

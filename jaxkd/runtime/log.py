@@ -73,7 +73,6 @@ class _Writer:
         self._check()
 
     def close(self) -> None:
-        """Write the queue and end the thread."""
         self._thread.shutdown()
         if self._error is None:
             with files.errors_name(self._board):
@@ -166,7 +165,6 @@ class TrainLog:
             _drop_after(self._evals, step - 1)
 
     def flush(self) -> None:
-        """Wait until all rows are on disk."""
         if self._writer is not None:
             self._writer.settle(board=True)
 
@@ -184,7 +182,6 @@ class TrainLog:
         self._shares = shares
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
         self._bar.clear()
         multihost.print_main(text)
         self._bar.refresh()

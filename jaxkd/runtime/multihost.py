@@ -61,14 +61,23 @@ def join(handles_sigterm: bool = False, single_ok: bool = False) -> None:
         # A CPU program from JAX's cache loses the order of its collectives, and two processes deadlock.
         if jax.default_backend() == "cpu":
             jax.config.update("jax_enable_compilation_cache", False)
-        done = threading.Event()
-        thread = threading.Thread(target=_watch_for_failure, args=(done,), daemon=True)
-        thread.start()
+        done, client = threading.Event(), _world().client
+
+        def watch() -> None:  # the main thread may be blocked in a collective
+            while not done.wait(_POLL):
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # none so far; or the store is gone, on which JAX ends the process
+                    failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
+                    with _exit_lock:
+                        _exit_because_of(failure)
 
         def stop() -> None:  # registered after JAX's own exit handler, which closes the client: runs before it
             done.set()
             thread.join(10)
 
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
         atexit.register(stop)
 
 
@@ -217,8 +226,7 @@ def fail(error: BaseException) -> int:
     On several processes the first to fail publishes its reason and all exit: this does not return, nor for `Stopped`.
     """
     code, text = _describe(error)
-    _, rank, size = _world()
-    if size == 1:
+    if not is_multihost():
         print(text, file=sys.stderr)
         if isinstance(error, Stopped):
             _exit(code)  # the interpreter's own shutdown took two minutes where writing rows was interrupted
@@ -227,29 +235,16 @@ def fail(error: BaseException) -> int:
         code = cluster.EXIT_INTERNAL
         reason = str(error).splitlines()[0][:300]
         text = f"jaxkd: error: lost a process of this job ({reason}); the same command resumes from the last checkpoint"
-    with _exit_lock:
-        short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
-        failure = _publish_failure(code, short.removeprefix("jaxkd: "))
-        if failure["process"] == rank:
-            print(text, file=sys.stderr)
-            _exit(code)
-        _exit_because_of(failure)
+    short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
+    _publish_and_exit(code, short.removeprefix("jaxkd: "), text)
 
 
 def abort(code: int, text: str) -> NoReturn:
     """Exit from any thread with `code`, and end the other processes too, which print `text`; for a main thread that
     hangs. Publishing is limited to seconds, because process 0, which hosts the store, may hang as well.
     """
-
-    def publish() -> None:
-        with _exit_lock:
-            failure = _publish_failure(code, text)
-            if failure["process"] == _world().rank:
-                _exit(code)
-            _exit_because_of(failure)
-
     if is_multihost():
-        publisher = threading.Thread(target=publish, daemon=True)
+        publisher = threading.Thread(target=_publish_and_exit, args=(code, text), daemon=True)
         publisher.start()
         publisher.join(_ACK_TIMEOUT + 5.0)
     os._exit(code)
@@ -291,27 +286,20 @@ def _describe(error: BaseException) -> tuple[int, str]:
     return code, f"jaxkd: error: {' '.join(text.split())}"
 
 
-def _publish_failure(code: int, text: str) -> dict[str, Any]:
-    """Publish this process's failure; returns the one that was published first."""
+def _publish_and_exit(code: int, text: str, own_text: str = "") -> NoReturn:
+    """Publish this process's failure unless another was first, print `own_text` or the other's, and exit."""
     client, rank, _ = _world()
     failure = {"process": rank, "code": code, "text": text}
-    with contextlib.suppress(RuntimeError):  # another process was first, or the store is gone with process 0
-        client.key_value_set(_FAILURE_KEY, json.dumps(failure))
-    with contextlib.suppress(RuntimeError):
-        failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
-    return failure
-
-
-def _watch_for_failure(done: threading.Event) -> None:
-    """Exit when another process has failed; the main thread may be blocked in a collective."""
-    client = _world().client
-    while not done.wait(_POLL):
-        try:
+    with _exit_lock:
+        with contextlib.suppress(RuntimeError):  # another process was first, or the store is gone with process 0
+            client.key_value_set(_FAILURE_KEY, json.dumps(failure))
+        with contextlib.suppress(RuntimeError):
             failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
-        except RuntimeError:  # none so far; or the store is gone, on which JAX ends the process
-            continue
-        with _exit_lock:
+        if failure["process"] != rank:
             _exit_because_of(failure)
+        if own_text:
+            print(own_text, file=sys.stderr)
+        _exit(code)
 
 
 def _exit_because_of(failure: dict[str, Any]) -> NoReturn:

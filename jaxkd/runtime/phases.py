@@ -39,7 +39,6 @@ class Phases:
         self._watchdog.phase(phase, self._step)
 
     def restored(self, step: int) -> None:
-        """Count steps from the restored one on."""
         self._first = self._step = step
 
     @contextlib.contextmanager

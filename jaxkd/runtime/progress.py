@@ -53,7 +53,6 @@ class Lines:
         self.close()
 
     def set_postfix_str(self, note: str, refresh: bool = False) -> None:
-        """What the next line says besides the count."""
         self._note = note
 
     def update(self, number: int = 1) -> None:

@@ -71,7 +71,6 @@ class Watchdog:
             self._phase, self._step, self._since, self._waited = name, step, time.time(), 0.0
 
     def alive(self) -> None:
-        """Report progress within the phase."""
         with self._progress_lock:
             self._since, self._waited = time.time(), 0.0
 
