@@ -6,13 +6,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxkd.cli import arguments
 from jaxkd.config.recipe import override, read_config, split
-from jaxkd.config.schema import Experiment, experiment
+from jaxkd.config.schema import experiment
 from jaxkd.run.workdir import claim, lock, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
@@ -47,7 +47,12 @@ def train(options: argparse.Namespace) -> Iterator[str]:
     with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, multihost.abort_on_error():
         if not (workdir / "checkpoints").exists():  # the checkpoint's mixture needs no other run
             mixing.check_rule(built.rule, len(e.data.domains))
-        changes = held.enter_context(_claimed(workdir, e, options.accept_changes))
+        take: Callable[[], list[Any]] = lambda: [
+            claim(workdir, e, options.accept_changes),
+            held.enter_context(lock(workdir)),
+        ]
+        changes, mark = multihost.broadcast("workdir", take)
+        wait_for_lock(workdir, mark)
         if (directory := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
             yield f"compiled programs: {directory}"
         yield from (f"mesh: {note}" for note in built.models.notes)
@@ -58,8 +63,9 @@ def train(options: argparse.Namespace) -> Iterator[str]:
             if multihost.is_main():
                 write_config(workdir, e)
                 saved_student.save(workdir, built.models)
-                kept = run.kept_layers or (saved_info(workdir).student.kept_layers if run.resumed else ())
-                record = metadata.info(built, rows, kept, teacher.bytes_per_device(run.teacher_params), options.command)
+                layers = run.kept_layers or (saved_info(workdir).student.kept_layers if run.resumed else ())
+                memory = teacher.bytes_per_device(run.teacher_params)
+                record = metadata.info(built, rows, layers, memory, options.command)
                 write_run(workdir, record)
                 yield from metadata.model_lines(e.teacher, record, built.models.student.source_layers)
             if not run.resumed and not options.no_check:
@@ -71,19 +77,6 @@ def train(options: argparse.Namespace) -> Iterator[str]:
         yield from _outcome(workdir, run.start if finished else None)
     if not finished:
         raise SystemExit(cluster.EXIT_STOPPED)
-
-
-@contextlib.contextmanager
-def _claimed(workdir: Path, e: Experiment, accept_changes: bool) -> Iterator[list[str]]:
-    """Hold a run's workdir in all processes; yields how its config changes."""
-    with contextlib.ExitStack() as held:
-
-        def take() -> list[Any]:
-            return [claim(workdir, e, accept_changes), held.enter_context(lock(workdir))]
-
-        changes, mark = multihost.broadcast("workdir", take)
-        wait_for_lock(workdir, mark)
-        yield changes
 
 
 def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:

@@ -231,11 +231,10 @@ def teacher_weights(members: Mapping[str, Member], names: Sequence[str], steps: 
             weights = weights * (member.domains.get(domain, 0.0) if member.domains else 1.0)
             if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
                 raise ValueError(
-                    f"teacher.members.{name} weighs {weights[bad][0]:g} in '{domain}': take a finite weight of at least 0"
+                    f"teacher.members.{name} weighs {weights[bad][0]:g} in '{domain}': must be finite and at least 0"
                 )
             total += weights
         if not total.all():
-            raise ValueError(
-                f"all teachers of the domain '{domain}' have weight 0 at step {int(np.argmin(total))} of {steps}"
-            )
+            step = int(np.argmin(total))
+            raise ValueError(f"all teachers of '{domain}' have weight 0 at step {step} of {steps}: keep one above 0")
     return weigh

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,8 +90,8 @@ def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparis
         names.setdefault(key, _name(workdir))
     if not groups:
         raise ValueError("; ".join(left_out) or "no run is finished")
-    taken = list(names.values())
-    unique = {k: name if taken.count(name) == 1 else str(groups[k][0].workdir) for k, name in names.items()}
+    counts = Counter(names.values())
+    unique = {k: name if counts[name] == 1 else str(groups[k][0].workdir) for k, name in names.items()}
     variants = tuple(Variant(unique[k], tuple(sorted(runs, key=lambda r: r.seed))) for k, runs in groups.items())
     if baseline is not None and baseline not in unique.values():
         raise ValueError(f"there is no finished variant '{baseline}': there are {', '.join(unique.values())}")

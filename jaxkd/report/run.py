@@ -194,8 +194,8 @@ def training_charts(config: Row, metrics: Sequence[Row], style: Mapping[str, int
     for term in terms:
         names = [name for name in style if f"{term}/{name}" in keys]
         lines = [series(metrics, f"{term}/{name}", name, style[name], gaps=False) for name in names]
-        bare = [line._replace(raw=None) for line in lines]  # faint raw values of many domains hide the curves
-        drawn += [figure(f"{term} by domain", bare, unit="nats per token")] if bare else []
+        lines = [line._replace(raw=None) for line in lines]  # faint raw values of many domains hide the curves
+        drawn += [figure(f"{term} by domain", lines, unit="nats per token")] if lines else []
     rate = series(metrics, "lr", "learning rate", 0)
     # A schedule is exact: not smoothed.
     drawn.append(figure("Learning rate", [rate._replace(y=rate.raw or rate.y, raw=None)], zero=True))

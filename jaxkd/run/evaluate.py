@@ -89,7 +89,9 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
         result = _score(e, models, mesh, rows, teachers, scored, {} if models.is_self else start)
     title = f"step {number} of {workdir}"
     if missing:
-        return Evaluated(f"{title}, the student alone: {missing}", [_student_columns(row) for row in result], start)
+        shown = lambda name: name in ("step", "domain", "tokens") or name.startswith("student_")
+        result = [{name: value for name, value in row.items() if shown(name)} for row in result]
+        return Evaluated(f"{title}, the student alone: {missing}", result, start)
     if log and multihost.is_main() and not any(row["step"] == number for row in before):
         files.append_jsonl(workdir / "evals.jsonl", result)
     return Evaluated(title, result, start)
@@ -142,13 +144,9 @@ def _score(
     if models.teachers:
         stores = teacher.open_stores(e, models, rows.fingerprints)
         teachers = teacher.build_teacher(e, models, teacher_params, stores)
-    else:  # beside itself; `_student_columns` leaves out what is then without meaning
+    else:  # beside itself; `of_run` leaves out what is then without meaning
         alone = self_teacher(models.student.forward)
         teachers = teacher.Teachers(alone, alone)
     comparison, inputs = teachers.comparison(models), (teachers.evaluate.state, step, average)
     batches = load.held_out(rows, e.run.eval_batch, batch_sharding(mesh), teachers.evaluate.host_features)
     return compare.evaluate(lambda batch: comparison(student, inputs, batch), batches, step, start)
-
-
-def _student_columns(row: compare.Row) -> compare.Row:
-    return {name: x for name, x in row.items() if name in ("step", "domain", "tokens") or name.startswith("student_")}

@@ -77,8 +77,8 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
 
     # Matrices that the objective learns are as wide as the model and sharded as its `embed` is. They do not decay
     # (`decayed` has no axes for them): an identity pulled to 0 would be another objective.
-    wide = jax.tree.map(lambda x: ("embed", *[None] * (len(x.shape) - 1)) if len(x.shape) > 1 else (None,), learned)
-    trees = {"student": ({}, {}) if frozen else (student.axes, student.shapes), "objective": (wide, learned)}
+    axes = jax.tree.map(lambda x: ("embed", *[None] * (len(x.shape) - 1)) if len(x.shape) > 1 else (None,), learned)
+    trees = {"student": ({}, {}) if frozen else (student.axes, student.shapes), "objective": (axes, learned)}
     shardings, moments = (
         {name: sharding.shardings(axes, shapes, mesh, table) for name, (axes, shapes) in trees.items()}
         for table in (student.rules, sharding.MOMENTS)

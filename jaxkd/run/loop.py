@@ -1,6 +1,7 @@
 """The training loop, from a run's first evaluation to its last."""
 
 import contextlib
+import itertools
 import math
 import signal
 import statistics
@@ -30,35 +31,33 @@ from jaxkd.train import faults, guard, optim
 from jaxkd.train.state import TrainState, assemble, init_state
 
 
-class Interrupt:
-    """Polls for Ctrl-C and SIGTERM; all processes poll at the same points and get the same answer."""
+@contextlib.contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Yields a poll for Ctrl-C and SIGTERM: whether to save and stop now, the same on all processes at the same poll.
 
-    def __init__(self) -> None:
-        self._ctrl_c, self._polls = False, 0
+    The first Ctrl-C is a request to stop; a second one raises KeyboardInterrupt.
+    """
+    requested, polls = False, itertools.count(1)
 
-    def __call__(self) -> bool:
+    def request(number: int, frame: Any) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+        if multihost.is_multihost():
+            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to all processes
+
+    def interrupt() -> bool:
         # JAX stops every process at the poll after the largest number that any of them had reached, compared by
         # equality: so numbers count this process's polls, from 1, and not steps.
-        self._polls += 1
-        signalled = multihost_utils.reached_preemption_sync_point(self._polls)
-        return signalled or (self._ctrl_c and not multihost.is_multihost())
+        signalled = multihost_utils.reached_preemption_sync_point(next(polls))
+        return signalled or (requested and not multihost.is_multihost())
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the first Ctrl-C as a request to stop; a second one raises KeyboardInterrupt."""
-
-        def request(number: int, frame: Any) -> None:
-            if self._ctrl_c:
-                raise KeyboardInterrupt
-            self._ctrl_c = True
-            if multihost.is_multihost():
-                signal.raise_signal(signal.SIGTERM)  # JAX passes it on to all processes
-
-        before = signal.signal(signal.SIGINT, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Stopped(Exception):
@@ -196,9 +195,9 @@ class Run:
         """
         run, step = self.job.experiment.run, int(self.state.step)
         output = log.TrainLog(self.workdir, run.steps, step, self.mixing.start)
-        interrupt, trace = Interrupt(), Profile(self.workdir / "profile", *profile)
+        trace = Profile(self.workdir / "profile", *profile)
         try:
-            with interrupt.listening(), contextlib.closing(trace):
+            with interruptions() as interrupt, contextlib.closing(trace):
                 stop = interrupt()
                 if not stop and self._due(step) and "mean" not in [row["domain"] for row in self._evaluation(step)]:
                     output.restart_evaluation(step)
@@ -224,11 +223,11 @@ class Run:
             output.close()
         return self.finished
 
-    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt, trace: Profile) -> bool:
+    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Callable[[], bool], trace: Profile) -> bool:
         """Train; a step's metrics are fetched when the next step is dispatched and the batch after it is on devices."""
         waiting: tuple[int, Metrics] | None = None
-        clock = time.perf_counter()
-        batches = None
+        clock, batches = time.perf_counter(), None
+        phase: contextlib.AbstractContextManager = self.phases.during("compile")  # of the first step
         if step < run.steps:
             output.compiling()
         while step < run.steps:
@@ -245,11 +244,12 @@ class Run:
                     self.seconds, self.rule_s = [], line.get("rule_s")
                 clock = time.perf_counter()
             batches = self._interval(step) if batches is None else batches
-            with trace.step(step + 1), self.phases.once("compile"):
+            with trace.step(step + 1), phase:
                 batch = next(batches)
                 if self.rollout is not None:
                     batch = self.rollout(self.teacher_params["teacher"], batch, self.state.step)
                 self.state, measured = self.step(self.state, self.frozen, self.teachers.train.state, batch)
+            phase = contextlib.nullcontext()
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
             step, waiting = step + 1, (step + 1, measured)
@@ -321,7 +321,7 @@ class Run:
         by_domain = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
         return {name: rows for name, rows in by_domain.items() if rows}
 
-    def _evaluate(self, output: log.TrainLog, step: int, interrupt: Interrupt) -> float | None:
+    def _evaluate(self, output: log.TrainLog, step: int, interrupt: Callable[[], bool]) -> float | None:
         """Evaluate and log; returns the student's mean loss, which ranks checkpoints, or None after a signal."""
         params, inputs = self.student, (self.teachers.evaluate.state, self.state.step, self.average)
 

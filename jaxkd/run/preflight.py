@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
@@ -51,9 +51,15 @@ def prepare(e: Experiment, models: Models, rows: load.Domains) -> tuple[Loaded, 
 
 def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) -> Iterator[str]:
     """The checks, one after the other; each yields a line on what it measured, or raises ValueError."""
-    models = loaded.models
+    models, rows = loaded.models, loaded.rows
     yield _chat(models)
-    batch = _batch(loaded, e.run.eval_batch, batch_sharding(mesh))
+    # Held-out rows of all domains in turn, with what the evaluation's teacher needs of them.
+    size, sharding = e.run.eval_batch, batch_sharding(mesh)
+    domain = np.arange(size) % len(rows.names)
+    row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
+    mine = loader.local_rows(size, sharding)
+    local = loader.read_rows(rows.valid, domain[mine], row[mine])
+    batch = loader.to_devices(loaded.teachers.evaluate.host_features(local), size, mine, sharding)
     yield from _losses(loaded, batch)
     for name, model in () if models.is_self else models.teachers.items():
         if name not in stores:
@@ -92,16 +98,6 @@ def _chat(models: Models) -> str:
                 "distribution is no target: give both models one template, or add --no-check where the data has no chat"
             )
     return "chat templates: different, but they render the same text"
-
-
-def _batch(loaded: Loaded, size: int, sharding: NamedSharding) -> Batch:
-    """Held-out rows of all domains in turn, with what the evaluation's teacher needs of them."""
-    rows = loaded.rows
-    domain = np.arange(size) % len(rows.names)
-    row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
-    where = loader.local_rows(size, sharding)
-    local = loader.read_rows(rows.valid, domain[where], row[where])
-    return loader.to_devices(loaded.teachers.evaluate.host_features(local), size, where, sharding)
 
 
 def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
@@ -149,19 +145,19 @@ def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) 
 
         length = batch.tokens.shape[1]
         longer: dict[str, Any] = {name: jnp.pad(getattr(batch, name), ((0, 0), (0, _PADDING))) for name in _WIDE}
-        wide = partial(model.forward, dtype=jnp.float32)
+        float32 = partial(model.forward, dtype=jnp.float32)
         padded = batch._replace(**longer)
-        return mean_nats(model.forward, batch), mean_nats(model.forward, padded), mean_nats(wide, batch)
+        return mean_nats(model.forward, batch), mean_nats(model.forward, padded), mean_nats(float32, batch)
 
-    plain, padded, wide = (float(x) for x in losses(params, batch._replace(teacher=None)))
-    if abs(plain - padded) > (_SAME if plain == wide else _PRECISION):
+    plain, padded, float32 = (float(x) for x in losses(params, batch._replace(teacher=None)))
+    if abs(plain - padded) > (_SAME if plain == float32 else _PRECISION):
         raise ValueError(
             f"the {side}'s loss is {plain:.4f}, and {padded:.4f} on padded rows: its forward pass attends to padding"
         )
-    if abs(plain - wide) > _PRECISION:
+    if abs(plain - float32) > _PRECISION:
         key = "run.dtype" if side == "student" else "teacher.dtype"
         raise ValueError(
-            f"the {side}'s loss is {plain:.3f} nats per token in its dtype, and {wide:.3f} in float32: set "
+            f"the {side}'s loss is {plain:.3f} nats per token in its dtype, and {float32:.3f} in float32: set "
             f"{key}=float32, or use weights that were trained in this dtype"
         )
-    return f"{side}: loss changed by {abs(plain - padded):.1e} nats by padding, {abs(plain - wide):.1e} by its dtype"
+    return f"{side}: loss changed by {abs(plain - padded):.1e} nats by padding, {abs(plain - float32):.1e} by its dtype"

@@ -22,7 +22,6 @@ class Phases:
         self._watchdog = Watchdog(workdir, stall_s, process)
         self._phase, self._began = goodput.START, started
         self._first, self._step, self._skipped = 0, 0, 0
-        self._once: set[str] = set()
         self._enter(goodput.LOAD)
 
     def _write(self, finished: bool = False) -> None:
@@ -50,13 +49,6 @@ class Phases:
             yield
         finally:
             self._enter(before)
-
-    def once(self, phase: str) -> contextlib.AbstractContextManager[None]:
-        """`during` on the first call for a phase, a null context on later ones."""
-        if phase in self._once:
-            return contextlib.nullcontext()
-        self._once.add(phase)
-        return self.during(phase)
 
     def alive(self) -> None:
         """Report progress within a phase to the watchdog."""
