@@ -193,12 +193,11 @@ def evaluate(options: argparse.Namespace) -> Iterator[str]:
     multihost.join(single_ok=True)
     if saved is None:
         values = evaluation.values_of_models(options.model, options.teacher)
-        result = evaluation.of_models(override(values, options.recipe), options.data)
+        yield evaluation.of_models(override(values, options.recipe), options.data)
     else:
         values = override(evaluation.values_of_run(saved, options.data), options.recipe)
         log = not (options.data or options.recipe)
-        result = evaluation.of_run(values, Path(options.workdir), options.step, options.data, log)
-    yield result.text
+        yield evaluation.of_run(values, Path(options.workdir), options.step, options.data, log)
 
 
 def export(options: argparse.Namespace) -> Iterator[str]:

@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,10 +60,17 @@ def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparis
 
     A directory without runs is a FileNotFoundError; no finished run, or an unknown baseline, a ValueError.
     """
+    workdirs: list[Path] = []
+    for directory in directories:  # a run's, or one with runs up to two levels below it
+        nested = (path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/config.json"))
+        runs = [directory] if (directory / "config.json").is_file() else sorted(nested)
+        if not runs:
+            raise missing(directory, "config.json")
+        workdirs += runs
     groups: dict[str, list[Finished]] = {}
     names: dict[str, str] = {}
     left_out, rows = [], None
-    for workdir in (run for directory in directories for run in _runs(Path(directory))):
+    for workdir in workdirs:
         try:
             config, info = read_json(workdir, "config.json"), read_run(workdir)
             evals, metrics = (files.read_jsonl(workdir / name) for name in ("evals.jsonl", "metrics.jsonl"))
@@ -87,7 +94,8 @@ def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparis
             left_out.append(f"{workdir} has the config and seed of {same[0].workdir}")
             continue
         groups.setdefault(key, []).append(Finished(workdir, seed, config, by_domain(evals), metrics))
-        names.setdefault(key, _name(workdir))
+        resolved = workdir.resolve()  # of a sweep: VARIANT/seed-N
+        names.setdefault(key, resolved.parent.name if re.fullmatch(r"seed-\d+", resolved.name) else resolved.name)
     if not groups:
         raise ValueError("; ".join(left_out) or "no run is finished")
     counts = Counter(names.values())
@@ -97,21 +105,6 @@ def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparis
         raise ValueError(f"there is no finished variant '{baseline}': there are {', '.join(unique.values())}")
     domains = tuple(variants[0].runs[0].evals)
     return Comparison(variants, baseline or variants[0].name, domains, tuple(left_out))
-
-
-def _runs(directory: Path) -> Iterator[Path]:
-    """The directory itself if it is a run's, otherwise the runs up to two levels below it, by name."""
-    runs = [directory] if (directory / "config.json").is_file() else []
-    runs = runs or sorted(p.parent for depth in ("*", "*/*") for p in directory.glob(f"{depth}/config.json"))
-    if not runs:
-        raise missing(directory, "config.json")
-    yield from runs
-
-
-def _name(workdir: Path) -> str:
-    """A sweep's name of the variant, or the directory's own."""
-    resolved = workdir.resolve()
-    return resolved.parent.name if re.fullmatch(r"seed-\d+", resolved.name) else resolved.name
 
 
 class Spread(NamedTuple):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,18 +18,6 @@ from jaxkd.run import job, load, restore, saved_student, teacher
 from jaxkd.run.open_models import Models, open_models
 from jaxkd.runtime import files, multihost
 from jaxkd.teachers.online import self_teacher
-
-
-class Evaluated(NamedTuple):
-    """Rows as in evals.jsonl, the mean last, and what they are of."""
-
-    title: str
-    rows: list[compare.Row]
-    start: dict[str, float]  # the student's nats per token at step 0 by domain, where they are known
-
-    @property
-    def text(self) -> str:
-        return f"{self.title}\n{compare.table(self.rows, self.start)}"
 
 
 def values_of_models(student_path: str, teacher_path: str) -> dict[str, Any]:
@@ -55,8 +43,8 @@ def values_of_run(e: Experiment, sources: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
-    """One model against another, which a recipe's values name, on text that is read whole.
+def of_models(values: dict[str, Any], sources: Sequence[str]) -> str:
+    """A table of one model against another, which a recipe's values name, on text that is read whole.
 
     `sources` are SOURCE or NAME=SOURCE, as in `data.domains`.
     """
@@ -68,11 +56,11 @@ def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
         weights = load.weights(models, e.student, rows)
         scored = (weights.student, weights.student, 0)
         result = _score(e, models, mesh, rows, weights.teachers, scored, {})
-    return Evaluated(f"{e.student.path} against {e.teacher.path}", result, {})
+    return f"{e.student.path} against {e.teacher.path}\n{compare.table(result, {})}"
 
 
-def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Sequence[str], log: bool) -> Evaluated:
-    """A checkpoint of a run on its held-out rows or, given `sources` as for `of_models`, on text that is read whole.
+def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Sequence[str], log: bool) -> str:
+    """A table of a run's checkpoint on its held-out rows or, given `sources` as for `of_models`, on their whole text.
 
     `step` is a number, "best", or None for the newest. `log` appends to evals.jsonl, where it has none of this step.
     """
@@ -91,10 +79,10 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
     if missing:
         shown = lambda name: name in ("step", "domain", "tokens") or name.startswith("student_")
         result = [{name: value for name, value in row.items() if shown(name)} for row in result]
-        return Evaluated(f"{title}, the student alone: {missing}", result, start)
-    if log and multihost.is_main() and not any(row["step"] == number for row in before):
+        title = f"{title}, the student alone: {missing}"
+    elif log and multihost.is_main() and not any(row["step"] == number for row in before):
         files.append_jsonl(workdir / "evals.jsonl", result)
-    return Evaluated(title, result, start)
+    return f"{title}\n{compare.table(result, start)}"
 
 
 def _with_domains(values: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:

@@ -45,9 +45,6 @@ class ProcessInfo(NamedTuple):
     rank: int = 0
 
 
-# ------------------------------------------------------------------------------------------- detect
-
-
 def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) -> ProcessInfo:
     """Read this process's rank from the environment; ValueError for contradictory variables, or no coordinator.
 
@@ -144,9 +141,6 @@ def _say(text: str) -> None:
     print(f"jaxkd: {text}", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------------------- join
-
-
 def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
     """Call `jax.distributed.initialize` once, before any other use of JAX's devices.
 
@@ -232,9 +226,6 @@ def _exit_after(who: str, seconds: int) -> Iterator[None]:
         yield
     finally:
         done.set()
-
-
-# --------------------------------------------------------------------------------------- roll call
 
 
 def roll_call(info: ProcessInfo, seconds: float) -> None:

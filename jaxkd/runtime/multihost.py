@@ -97,9 +97,6 @@ def print_main(text: str) -> None:
         print(text, flush=True)
 
 
-# ------------------------------------------------------------------------------- broadcast, barrier
-
-
 def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
     """Run `make` on process 0 and return its JSON values (lists, not tuples; text as keys) on all processes.
 
@@ -167,9 +164,6 @@ def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
         if not reported and waited > 30:
             reported = True
             print(f"jaxkd: waiting for {who}", file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------- signals and failures
 
 
 class Stopped(KeyboardInterrupt):
