@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -26,11 +26,7 @@ def _drop_after(path: Path, step: int) -> None:
         files.write_jsonl(path, [row for row in files.read_jsonl(path) if row["step"] <= step])
 
 
-class _Row(NamedTuple):
-    path: Path
-    prefix: str  # of its names in TensorBoard
-    row: dict[str, Any]
-    when: float
+_Row = tuple[Path, str, dict[str, Any], float]  # file, prefix of the names in TensorBoard, row, time
 
 
 class _Writer:
@@ -86,15 +82,15 @@ class _Writer:
             rows, self._queue = self._queue, []
         if self._error is not None:
             return
-        by_path: dict[Path, list[dict[str, Any]]] = {}
-        for row in rows:
-            by_path.setdefault(row.path, []).append(row.row)
         try:
-            for path, together in by_path.items():
-                files.append_jsonl(path, together)
+            for path in dict.fromkeys(path for path, *_ in rows):
+                files.append_jsonl(path, [row for of, _, row, _ in rows if of == path])
             with files.errors_name(self._board):
-                for row in rows:
-                    self._add_event(row)
+                for _, prefix, row, when in rows:
+                    numbers = {name: x for name, x in row.items() if name != "step" and isinstance(x, int | float)}
+                    finite = {f"{prefix}/{name}": x for name, x in numbers.items() if math.isfinite(x)}
+                    summary = Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in finite.items()])
+                    self._events.write_event(Event(step=row["step"], wall_time=when, summary=summary))
                 if time.monotonic() - self._flushed >= flush:
                     self._events.flush()
                     self._flushed = time.monotonic()
@@ -102,13 +98,6 @@ class _Writer:
             with contextlib.suppress(OSError):
                 self._events.close()
             self._error = error
-
-    def _add_event(self, row: _Row) -> None:
-        numbers = {name: x for name, x in row.row.items() if name != "step" and isinstance(x, int | float)}
-        values = [
-            Summary.Value(tag=f"{row.prefix}/{n}", simple_value=x) for n, x in numbers.items() if math.isfinite(x)
-        ]
-        self._events.write_event(Event(step=row.row["step"], wall_time=row.when, summary=Summary(value=values)))
 
 
 class TrainLog:
@@ -140,7 +129,7 @@ class TrainLog:
 
     def _put(self, path: Path, prefixes: Iterable[str], rows: Iterable[dict[str, Any]], settle: bool = True) -> None:
         if self._writer is not None:
-            self._writer.put([_Row(path, prefix, row, time.time()) for prefix, row in zip(prefixes, rows)])
+            self._writer.put([(path, prefix, row, time.time()) for prefix, row in zip(prefixes, rows)])
             if settle:
                 self._writer.settle()
 
