@@ -43,7 +43,22 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     """The values with `--config.KEY=VALUE` arguments applied to them, in place."""
     for argument in overrides:
         key, _, text = argument.removeprefix("--config.").partition("=")
-        _override(values, key, text)
+        target, block = _target(values, key), values
+        *blocks, name = target.path
+        kind: Any = Experiment
+        for inner in blocks:
+            kind = typing.get_type_hints(block_of(kind))[inner] if block_of(kind) else entry_of(kind)
+            if not isinstance(scalar := block.get(inner), dict):  # becomes the block's first key if the types agree
+                first, its_type = next(iter(typing.get_type_hints(block_of(kind) or object).items()), ("", None))
+                block[inner] = {first: scalar} if type(scalar) is its_type else {}
+            block = block[inner]
+        if target.removable and text.lower() in ("", "none"):
+            if block.pop(name, None) is None:
+                raise ValueError(f"--config.{key} removes nothing: {nearest(name, block)}")
+        elif text.lower() == "none":
+            block.pop(name, None)
+        else:
+            block[name] = _parse(target.kind, text, f"--config.{key}")
     return values
 
 
@@ -101,25 +116,6 @@ class _Target(NamedTuple):
     path: tuple[str, ...]  # keys of nested dicts
     kind: Any  # the schema's type there
     removable: bool  # an entry of a mapping, such as a domain
-
-
-def _override(values: dict[str, Any], key: str, text: str) -> None:
-    target = _target(values, key)
-    *blocks, name = target.path
-    kind: Any = Experiment
-    for inner in blocks:
-        kind = typing.get_type_hints(block_of(kind))[inner] if block_of(kind) else entry_of(kind)
-        if not isinstance(scalar := values.get(inner), dict):  # it stays as the block's first key if the types agree
-            name_of_first, first = next(iter(typing.get_type_hints(block_of(kind) or object).items()), ("", None))
-            values[inner] = {name_of_first: scalar} if type(scalar) is first else {}
-        values = values[inner]
-    if target.removable and text.lower() in ("", "none"):
-        if values.pop(name, None) is None:
-            raise ValueError(f"--config.{key} removes nothing: {nearest(name, values)}")
-    elif text.lower() == "none":
-        values.pop(name, None)
-    else:
-        values[name] = _parse(target.kind, text, f"--config.{key}")
 
 
 def _target(values: Mapping[str, Any], key: str) -> _Target:

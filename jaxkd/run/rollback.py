@@ -4,7 +4,6 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,28 +23,6 @@ def go(workdir: Path, step: str) -> list[str]:
     if cluster.detect(os.environ, "cpu", single_ok=True).size > 1:
         raise ValueError("`jaxkd rollback` renames directories from one process: start it on one host, by itself")
     jax.config.update("jax_platforms", "cpu")  # a TPU would wait for its other hosts
-    with _alone(workdir):
-        checkpoints = Checkpoints(restore.directory(e.run, workdir), read_only=True)
-        number = restore.numbered(checkpoints, workdir, step)
-        checkpoints.verify(number)
-        with contextlib.closing(restore.writer(e.run, workdir)) as writer:
-            names = writer.rollback(number)
-            restore.mark(writer, e.run, workdir)
-    if not names:
-        return [f"step {number} is already the newest whole checkpoint under {checkpoints.directory}"]
-    done = ", ".join(f"{later} as {name}" for later, name in names.items())
-    back = ", ".join(f"{name} to {later}" for later, name in names.items())
-    return [
-        f"step {number} is the newest checkpoint again. Renamed under {checkpoints.directory}: {done}",
-        f"the same `jaxkd train` resumes from step {number} and drops later lines of its logs; with changed settings, "
-        "such as a lower --config.optim.lr.peak, it needs --accept-changes",
-        f"to undo this before resuming, rename {back}",
-    ]
-
-
-@contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-    """Hold the workdir's lock; ValueError while `train` is in progress in it, on this host or another."""
     stop = "Stop it first: SIGTERM saves and ends it"
     beat = watchdog.live_heartbeat(workdir)
     try:
@@ -62,4 +39,19 @@ def _alone(workdir: Path) -> Iterator[None]:
             held.enter_context(lock(workdir))
         except ValueError:
             raise ValueError(f"a run is in progress in {workdir}, on this host. {stop}") from None
-        yield
+        checkpoints = Checkpoints(restore.directory(e.run, workdir), read_only=True)
+        number = restore.numbered(checkpoints, workdir, step)
+        checkpoints.verify(number)
+        with contextlib.closing(restore.writer(e.run, workdir)) as writer:
+            names = writer.rollback(number)
+            restore.mark(writer, e.run, workdir)
+    if not names:
+        return [f"step {number} is already the newest whole checkpoint under {checkpoints.directory}"]
+    done = ", ".join(f"{later} as {name}" for later, name in names.items())
+    back = ", ".join(f"{name} to {later}" for later, name in names.items())
+    return [
+        f"step {number} is the newest checkpoint again. Renamed under {checkpoints.directory}: {done}",
+        f"the same `jaxkd train` resumes from step {number} and drops later lines of its logs; with changed settings, "
+        "such as a lower --config.optim.lr.peak, it needs --accept-changes",
+        f"to undo this before resuming, rename {back}",
+    ]
