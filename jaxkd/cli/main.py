@@ -6,35 +6,35 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxkd.cli import arguments
 from jaxkd.config.recipe import override, read_config, split
-from jaxkd.config.schema import Experiment, experiment
+from jaxkd.config.schema import experiment
 from jaxkd.run.workdir import claim, lock, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
 
-def prepare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def prepare(options: argparse.Namespace) -> Iterator[str]:
     """Build the packed rows of every domain, as `train` would."""
     from jaxkd.run import job, load
 
-    built = job.build(job.fit_devices(experiment(read_config(config))))
+    built = job.build(job.fit_devices(experiment(read_config(options.recipe))))
     rows = load.domains(built.experiment.data, built.models.tokenizer)
     for p in rows.prepared:
         training = f"{p.train_rows:,}" + (f" of about {p.whole_rows:,}" if p.whole_rows > p.train_rows else "")
-        print(
+        yield (
             f"{p.name}: {training} training and {p.valid_rows:,} held-out rows from {p.documents:,} documents "
             f"({p.duplicates:,} duplicates dropped, {p.bad:,} bad records left out), "
             f"{'built in' if p.built else 'already in'} {p.path}"
         )
 
 
-def train(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def train(options: argparse.Namespace) -> Iterator[str]:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
-    started, e, workdir = time.time(), experiment(read_config(config)), Path(options.workdir)
+    started, e, workdir = time.time(), experiment(read_config(options.recipe)), Path(options.workdir)
     from jaxkd.report.records import write_run
     from jaxkd.run import job, load, loop, metadata, mixing, preflight, saved_student, teacher
     from jaxkd.runtime import compile_cache, profiling
@@ -47,47 +47,36 @@ def train(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     with jax.set_mesh(built.mesh), contextlib.ExitStack() as held, multihost.abort_on_error():
         if not (workdir / "checkpoints").exists():  # the checkpoint's mixture needs no other run
             mixing.check_rule(built.rule, len(e.data.domains))
-        changes = held.enter_context(_claimed(workdir, e, options.accept_changes))
+        take: Callable[[], list[Any]] = lambda: [
+            claim(workdir, e, options.accept_changes),
+            held.enter_context(lock(workdir)),
+        ]
+        changes, mark = multihost.broadcast("workdir", take)
+        wait_for_lock(workdir, mark)
         if (directory := compile_cache.configure(workdir / "programs", jax.default_backend())) is not None:
-            multihost.print_main(f"compiled programs: {directory}")
-        for note in built.models.notes:
-            multihost.print_main(f"mesh: {note}")
+            yield f"compiled programs: {directory}"
+        yield from (f"mesh: {note}" for note in built.models.notes)
         rows = load.domains(e.data, built.models.tokenizer)
         with multihost.interruptible("stopped by a signal before the first step: the same command starts over"):
             run = held.enter_context(contextlib.closing(loop.Run(built, workdir, rows, multihost.print_main, started)))
-            for change in changes:
-                multihost.print_main(f"changed: {change}")
+            yield from (f"changed: {change}" for change in changes)
             if multihost.is_main():
                 write_config(workdir, e)
                 saved_student.save(workdir, built.models)
-                kept = run.kept_layers or (saved_info(workdir).student.kept_layers if run.resumed else ())
-                record = metadata.info(built, rows, kept, teacher.bytes_per_device(run.teacher_params), command)
+                layers = run.kept_layers or (saved_info(workdir).student.kept_layers if run.resumed else ())
+                memory = teacher.bytes_per_device(run.teacher_params)
+                record = metadata.info(built, rows, layers, memory, options.command)
                 write_run(workdir, record)
-                for line in metadata.model_lines(e.teacher, record, built.models.student.source_layers):
-                    print(line)
+                yield from metadata.model_lines(e.teacher, record, built.models.student.source_layers)
             if not run.resumed and not options.no_check:
                 with run.phases.during("check"):
                     for line in preflight.run(run.loaded(), run.stores, e, built.mesh):
-                        multihost.print_main(f"check: {line}")
+                        yield f"check: {line}"
         finished = run.go(profile)
     if multihost.is_main():
-        for line in _outcome(workdir, run.start if finished else None):
-            print(line)
+        yield from _outcome(workdir, run.start if finished else None)
     if not finished:
         raise SystemExit(cluster.EXIT_STOPPED)
-
-
-@contextlib.contextmanager
-def _claimed(workdir: Path, e: Experiment, accept_changes: bool) -> Iterator[list[str]]:
-    """Hold a run's workdir in all processes; yields how its config changes."""
-    with contextlib.ExitStack() as held:
-
-        def take() -> list[Any]:
-            return [claim(workdir, e, accept_changes), held.enter_context(lock(workdir))]
-
-        changes, mark = multihost.broadcast("workdir", take)
-        wait_for_lock(workdir, mark)
-        yield changes
 
 
 def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:
@@ -102,15 +91,15 @@ def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:
         yield compare.table([row for row in evaluations if row["step"] == last], start)
         if cost := mixture.cost(files.read_jsonl(workdir / "mixture.jsonl")):
             yield cost
-    yield goodput.sentence(goodput.read(workdir))
+    yield goodput.sentence(files.read_jsonl(workdir / "goodput.jsonl"))
     page = report.write(workdir) if files.read_jsonl(workdir / "metrics.jsonl") else "none before step 1"
     yield f"report: {page}"
     yield f"all output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
 
 
-def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def plan(options: argparse.Namespace) -> Iterator[str]:
     """Compile a run's step for TPUs that are not attached: memory, communication, time, settings that fit."""
-    e = experiment(read_config(config))
+    e = experiment(read_config(options.recipe))
     from jaxkd.planning import plan as planning
     from jaxkd.planning import plan_report, search
     from jaxkd.planning import topology as topologys
@@ -122,19 +111,18 @@ def plan(options: argparse.Namespace, config: Sequence[str], command: str) -> No
     else:
         planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
         values, text = planned.json(), plan_report.lines(planned)
-    print(json.dumps(values) if options.json else "\n".join(text))
+    yield json.dumps(values) if options.json else "\n".join(text)
 
 
-def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def cache(options: argparse.Namespace) -> Iterator[str]:
     """Store the teacher's signal for every row, to train from it without the teacher. The same command resumes."""
-    e = experiment(read_config(config))
+    e = experiment(read_config(options.recipe))
     if not (e.teacher.cache or (options.verify and any(model.cache for model in e.teacher.models.values()))):
         raise ValueError("teacher.cache is empty: set --config.teacher.cache=DIRECTORY and teacher.signal")
     from jaxkd.run import cache_teacher, job, load
 
     if options.verify:
-        for line in cache_teacher.verify(e.teacher):
-            print(line)
+        yield from cache_teacher.verify(e.teacher)
         return
     multihost.join()
     import jax
@@ -142,13 +130,12 @@ def cache(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     built = job.build(e)
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
         rows = load.domains(e.data, built.models.tokenizer)
-        for line in cache_teacher.write(e, built.models, built.mesh, rows):
-            multihost.print_main(line)
+        yield from cache_teacher.write(e, built.models, built.mesh, rows)
 
 
-def check(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def check(options: argparse.Namespace) -> Iterator[str]:
     """Check everything that a run depends on, before it takes an accelerator."""
-    e = experiment(read_config(config))
+    e = experiment(read_config(options.recipe))
     from jaxkd.run import cache_teacher, job, load, mixing, preflight
 
     multihost.join()
@@ -160,39 +147,35 @@ def check(options: argparse.Namespace, config: Sequence[str], command: str) -> N
     with jax.set_mesh(built.mesh), multihost.abort_on_error():
         rows = load.domains(e.data, models.tokenizer)
         loaded, stores = preflight.prepare(e, models, rows)
-        multihost.print_main("check: the models' tokenizers and vocabularies agree")
-        if multihost.is_main():
-            for line in cache_teacher.verify(e.teacher):
-                print(f"check: {line}")
+        yield "check: the models' tokenizers and vocabularies agree"
+        for line in cache_teacher.verify(e.teacher) if multihost.is_main() else ():
+            yield f"check: {line}"
         for line in preflight.run(loaded, stores, e, built.mesh):
-            multihost.print_main(f"check: {line}")
-        for line in cache_teacher.costs(e, models, rows, stores):
-            multihost.print_main(line)
+            yield f"check: {line}"
+        yield from cache_teacher.costs(e, models, rows, stores)
 
 
-def sweep(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def sweep(options: argparse.Namespace) -> Iterator[str]:
     """Train variants of a recipe times seeds, one after another. The same command skips finished runs and resumes."""
     from jaxkd.cli import sweep as sweeps
 
     workdir = Path(options.workdir)
     lines = [*options.run, *(sweeps.read_runs(Path(options.runs)) if options.runs else [])]
-    runs = sweeps.plan(options.config, config[1:], workdir, options.variants, lines, options.seeds)
+    runs = sweeps.plan(options.config, options.recipe[1:], workdir, options.variants, lines, options.seeds)
     if options.print:
-        for line in sweeps.printed(runs, workdir):
-            print(line)
+        yield from sweeps.printed(runs, workdir)
     elif code := sweeps.run_all(runs, workdir, lambda line: print(line, flush=True)):
         raise SystemExit(code)
 
 
-def rollback(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def rollback(options: argparse.Namespace) -> Iterator[str]:
     """Go back to a checkpoint: move later ones aside, so that `train` resumes from it."""
     from jaxkd.run import rollback as rollbacks
 
-    for line in rollbacks.go(Path(options.workdir), options.step):
-        print(line)
+    yield from rollbacks.go(Path(options.workdir), options.step)
 
 
-def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def evaluate(options: argparse.Namespace) -> Iterator[str]:
     """Evaluate a run's student, or any model, against a teacher: on held-out rows, or on text of your own."""
     if bool(options.workdir) == bool(options.model):
         raise ValueError("give --workdir DIR, or --model PATH with --teacher PATH and --data SOURCE")
@@ -210,14 +193,14 @@ def evaluate(options: argparse.Namespace, config: Sequence[str], command: str) -
     multihost.join(single_ok=True)
     if saved is None:
         values = evaluation.values_of_models(options.model, options.teacher)
-        result = evaluation.of_models(override(values, config), options.data)
+        yield evaluation.of_models(override(values, options.recipe), options.data)
     else:
-        values, log = evaluation.values_of_run(saved, options.data), not (options.data or config)
-        result = evaluation.of_run(override(values, config), Path(options.workdir), options.step, options.data, log)
-    multihost.print_main(result.text)
+        values = override(evaluation.values_of_run(saved, options.data), options.recipe)
+        log = not (options.data or options.recipe)
+        yield evaluation.of_run(values, Path(options.workdir), options.step, options.data, log)
 
 
-def export(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def export(options: argparse.Namespace) -> Iterator[str]:
     """Write a run's student as a Hugging Face directory."""
     workdir = Path(options.workdir)
     from jaxkd.models import export as exporter
@@ -248,17 +231,17 @@ def export(options: argparse.Namespace, config: Sequence[str], command: str) -> 
         overwrite=options.overwrite,
         keep_out=keep_out,
     )
-    print(f"step {step} of {workdir} exported to {directory}")
+    yield f"step {step} of {workdir} exported to {directory}"
 
 
-def report(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def report(options: argparse.Namespace) -> Iterator[str]:
     """Write report.html of a run, finished or not."""
     from jaxkd.report import run as reporter
 
-    print(f"report: {reporter.write(Path(options.workdir))}")
+    yield f"report: {reporter.write(Path(options.workdir))}"
 
 
-def compare(options: argparse.Namespace, config: Sequence[str], command: str) -> None:
+def compare(options: argparse.Namespace) -> Iterator[str]:
     """Compare finished runs: mean and spread over seeds, per domain, and a page of curves."""
     from jaxkd.report import compare as comparison
     from jaxkd.report import compare_page
@@ -267,32 +250,19 @@ def compare(options: argparse.Namespace, config: Sequence[str], command: str) ->
     variants = comparison.gather(directories, options.baseline)
     page = compare_page.write(variants, Path(options.output) if options.output else directories[0] / "compare.html")
     if options.json:
-        print(json.dumps(comparison.as_json(variants), indent=2))
+        yield json.dumps(comparison.as_json(variants), indent=2)
     else:
-        print(f"{comparison.text(variants)}\n\npage: {page}")
+        yield f"{comparison.text(variants)}\n\npage: {page}"
 
 
 VERBS = {
-    "prepare": prepare,
-    "cache": cache,
-    "check": check,
-    "plan": plan,
-    "train": train,
-    "sweep": sweep,
-    "rollback": rollback,
-    "evaluate": evaluate,
-    "export": export,
-    "report": report,
-    "compare": compare,
+    verb.__name__: verb
+    for verb in (prepare, cache, check, plan, train, sweep, rollback, evaluate, export, report, compare)
 }
 
 
 def main(line: Sequence[str]) -> None:
-    """Run one verb.
-
-    Raises:
-        ValueError, OSError, FloatingPointError: with a message of one line.
-    """
+    """Run one verb, and print its lines on process 0."""
     rest, overrides = split(line)
     summaries = {name: (verb.__doc__ or "").splitlines()[0] for name, verb in VERBS.items()}
     options = arguments.parser(summaries).parse_args(rest)
@@ -301,7 +271,9 @@ def main(line: Sequence[str]) -> None:
         raise ValueError(f"`jaxkd {options.verb}` takes no recipe: {overrides[0]} has no effect")
     if "://" in (workdir := str(getattr(options, "workdir", ""))):
         raise ValueError(f"--workdir {workdir} must be a directory (or a mounted bucket); run.checkpoints may be gs://")
-    VERBS[options.verb](options, [*recipe, *overrides], shlex.join(["jaxkd", *line]))
+    options.recipe, options.command = [*recipe, *overrides], shlex.join(["jaxkd", *line])
+    for text in VERBS[options.verb](options):
+        multihost.print_main(text)
 
 
 def console(line: Sequence[str] | None = None) -> None:

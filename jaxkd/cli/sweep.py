@@ -47,16 +47,8 @@ def plan(
 ) -> list[Run]:
     """The runs of a sweep, seed by seed: an interrupted sweep has about as many seeds of each variant.
 
-    Args:
-        recipe: FILE or FILE:ARGUMENT.
-        overrides: `--config.KEY=VALUE`, for all.
-        workdir: of the sweep; a run's is VARIANT/seed-N in it.
-        variants: recipe arguments, each appended to the recipe's own: `small` and `kd` give `small,kd`.
-        runs: "NAME: [:ARGUMENT] [--config.KEY=VALUE ...]".
-        seeds: values of `run.seed`.
-
-    Raises:
-        ValueError: a line cannot be parsed, two variants share a name, or a config is wrong.
+    `variants` are recipe arguments, each appended to the recipe's own: `small` and `kd` give `small,kd`. `runs` are
+    lines "NAME: [:ARGUMENT] [--config.KEY=VALUE ...]". ValueError for a bad line or config, or two variants of a name.
     """
     lines = [(name, name, ()) for name in variants] + [_parse(line) for line in runs]
     if not lines:
@@ -70,21 +62,17 @@ def plan(
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds repeats a seed: {' '.join(map(str, seeds))}")
     planned = []
+    file, _, own = recipe.partition(":")
     for seed in seeds:
         for name, argument, more in lines:
-            config = (f"--config={_with(recipe, argument)}", *overrides, *more, f"--config.run.seed={seed}")
+            path = ":".join(filter(None, [file, ",".join(filter(None, [own, argument]))]))
+            config = (f"--config={path}", *overrides, *more, f"--config.run.seed={seed}")
             try:
                 e = experiment(read_config(config))
             except ValueError as error:
                 raise ValueError(f"variant '{name}': {error}") from None
             planned.append(Run(name, seed, workdir / name / f"seed-{seed}", config, e))
     return planned
-
-
-def _with(recipe: str, argument: str) -> str:
-    file, _, own = recipe.partition(":")
-    both = ",".join(part for part in (own, argument) if part)
-    return f"{file}:{both}" if both else file
 
 
 def _parse(line: str) -> tuple[str, str, tuple[str, ...]]:
@@ -103,9 +91,6 @@ def read_runs(file: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-# ----------------------------------------------------------------------------------- finished runs
-
-
 def result(run: Run) -> dict[str, Any] | None:
     """The mean row of a finished run's last evaluation, or None.
 
@@ -122,17 +107,11 @@ def result(run: Run) -> dict[str, Any] | None:
     return last[-1] if same and saved and last else None
 
 
-def _cached(e: Experiment) -> bool:
-    """Whether the experiment needs no cache, or has a complete one."""
-    if not e.teacher.cache:
-        return True
+def _complete(cache: str) -> bool:
     try:
-        return bool(files.read_json(Path(e.teacher.cache).expanduser() / "manifest.json")["complete"])
+        return bool(files.read_json(Path(cache).expanduser() / "manifest.json")["complete"])
     except (OSError, ValueError, KeyError):
         return False
-
-
-# ---------------------------------------------------------------------------------------- commands
 
 
 class Command(NamedTuple):
@@ -149,9 +128,9 @@ def commands(runs: Sequence[Run], workdir: Path) -> Iterator[Command]:
     for run in runs:
         if result(run) is not None:
             continue
-        where = run.experiment.teacher.cache
-        if where not in caches and not _cached(run.experiment):
-            caches.add(where)
+        cache = run.experiment.teacher.cache
+        if cache and cache not in caches and not _complete(cache):
+            caches.add(cache)
             yield Command(("cache", *run.config), workdir / f"cache-{len(caches)}.log", None)
         # A finished run that differs only in its seed has passed the same checks.
         checked = any(other.variant == run.variant and result(other) is not None for other in runs)
@@ -171,14 +150,10 @@ def printed(runs: Sequence[Run], workdir: Path) -> Iterator[str]:
         yield " ".join([*setting, shlex.join(["jaxkd", *command.words])])
 
 
-# ----------------------------------------------------------------------------------------- running
-
-
 class Child:
     """The running process; SIGINT and SIGTERM are forwarded to it."""
 
     def __init__(self) -> None:
-        """None yet."""
         self.stopped = 0
         self._forwarded = False
         self._process: subprocess.Popen | None = None
@@ -221,9 +196,8 @@ class Child:
 def run_all(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = print) -> int:
     """Run the remaining commands; a failed one does not stop the others.
 
-    Returns:
-        The exit code: 0 when all runs are finished, 1 when some are not, 130 after Ctrl-C, and after SIGTERM
-        `cluster.EXIT_STOPPED`, on which launchers restart the command.
+    The exit code is 0 when all runs are finished, 1 when some are not, 130 after Ctrl-C, and after SIGTERM
+    `cluster.EXIT_STOPPED`, on which launchers restart the command.
     """
     done = [run for run in runs if result(run) is not None]
     say(f"{len(runs)} runs in {workdir}: {len(done)} finished, {len(runs) - len(done)} to go")
@@ -240,7 +214,8 @@ def run_all(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = pri
                 return EXIT_STOPPED if child.stopped == signal.SIGTERM else 128 + child.stopped
             row = result(command.run) if command.run else {}
             if code or row is None:
-                failed[name] = _last_line(command.log) or f"exit code {code}"
+                output = command.log.read_text(encoding="utf-8", errors="replace")
+                failed[name] = re.split(r"[\r\n]+", output.strip())[-1][:300] or f"exit code {code}"
                 say(f"{name}: failed after {seconds}: {failed[name]}")
             elif row:
                 say(
@@ -249,11 +224,6 @@ def run_all(runs: Sequence[Run], workdir: Path, say: Callable[[str], None] = pri
                 )
     left = [run for run in runs if result(run) is None]
     say(f"{len(runs) - len(left)} of {len(runs)} runs are finished: jaxkd compare {workdir}")
-    for name, why in failed.items():
-        say(f"failed: {name}: {why}")
+    for name, reason in failed.items():
+        say(f"failed: {name}: {reason}")
     return 1 if left else 0
-
-
-def _last_line(log: Path) -> str:
-    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())
-    return lines[-1][:300]

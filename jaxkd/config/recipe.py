@@ -31,9 +31,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 def read_config(arguments: Sequence[str]) -> dict[str, Any]:
     """The values that `--config=FILE[:ARGUMENT]` and `--config.KEY=VALUE` arguments state, as nested dicts.
 
-    Raises:
-        ValueError: an unknown key, a value of another type, a recipe that fails, or not exactly one recipe.
-        FileNotFoundError: no such file.
+    ValueError for an unknown key, a value of another type, a recipe that fails, or not exactly one recipe.
     """
     recipes = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
     if len(recipes) != 1:
@@ -42,23 +40,30 @@ def read_config(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The values with `--config.KEY=VALUE` arguments applied to them, in place.
-
-    Raises:
-        ValueError: as `read_config`.
-    """
+    """The values with `--config.KEY=VALUE` arguments applied to them, in place."""
     for argument in overrides:
         key, _, text = argument.removeprefix("--config.").partition("=")
-        _override(values, key, text)
+        target, block = _target(values, key), values
+        *blocks, name = target.path
+        kind: Any = Experiment
+        for inner in blocks:
+            kind = typing.get_type_hints(block_of(kind))[inner] if block_of(kind) else entry_of(kind)
+            if not isinstance(scalar := block.get(inner), dict):  # becomes the block's first key if the types agree
+                first, its_type = next(iter(typing.get_type_hints(block_of(kind) or object).items()), ("", None))
+                block[inner] = {first: scalar} if type(scalar) is its_type else {}
+            block = block[inner]
+        if target.removable and text.lower() in ("", "none"):
+            if block.pop(name, None) is None:
+                raise ValueError(f"--config.{key} removes nothing: {nearest(name, block)}")
+        elif text.lower() == "none":
+            block.pop(name, None)
+        else:
+            block[name] = _parse(target.kind, text, f"--config.{key}")
     return values
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Other arguments, and `--config.KEY=VALUE` ones, also of `--config.KEY VALUE` and of boolean `--config.KEY`.
-
-    Raises:
-        ValueError: an unknown key, or one that needs a value and has none.
-    """
+    """Other arguments, and `--config.KEY=VALUE` ones, also of `--config.KEY VALUE` and of boolean `--config.KEY`."""
     rest, overrides, queue = [], [], list(arguments)
     while queue:
         argument = queue.pop(0)
@@ -76,9 +81,6 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             else:
                 overrides.append(f"{argument}={queue.pop(0)}")
     return rest, overrides
-
-
-# ------------------------------------------------------------------------------------------- the file
 
 
 def _load(recipe: str) -> dict[str, Any]:
@@ -108,39 +110,12 @@ def _load(recipe: str) -> dict[str, Any]:
     return copy.deepcopy(dict(config))
 
 
-# ------------------------------------------------------------------------------------------ overrides
-
-
 class _Target(NamedTuple):
     """Where an override goes."""
 
     path: tuple[str, ...]  # keys of nested dicts
     kind: Any  # the schema's type there
     removable: bool  # an entry of a mapping, such as a domain
-
-
-def _override(values: dict[str, Any], key: str, text: str) -> None:
-    target = _target(values, key)
-    *blocks, name = target.path
-    kind: Any = Experiment
-    for inner in blocks:
-        kind = typing.get_type_hints(block_of(kind))[inner] if block_of(kind) else entry_of(kind)
-        if not isinstance(values.get(inner), dict):
-            values[inner] = _as_block(kind, values.get(inner))
-        values = values[inner]
-    if target.removable and text.lower() in ("", "none"):
-        if values.pop(name, None) is None:
-            raise ValueError(f"--config.{key} removes nothing: {nearest(name, values)}")
-    elif text.lower() == "none":
-        values.pop(name, None)
-    else:
-        values[name] = _parse(target.kind, text, f"--config.{key}")
-
-
-def _as_block(kind: Any, scalar: Any) -> dict[str, Any]:
-    """A block in a scalar's place: the scalar is its first key where the types agree, else dropped."""
-    name, first = next(iter(typing.get_type_hints(block_of(kind)).items())) if block_of(kind) else ("", None)
-    return {name: scalar} if type(scalar) is first else {}
 
 
 def _target(values: Mapping[str, Any], key: str) -> _Target:
@@ -165,8 +140,8 @@ def _resolve(kind: Any, parts: Sequence[str], values: Any) -> _Target | None:
     names = [".".join(parts[:n]) for n in range(1, longest + 1)]
     for name in sorted(names, key=lambda name: name not in values):
         inner, rest = typing.get_type_hints(block).get(name) if block else entry, parts[name.count(".") + 1 :]
-        if name and inner and (found := _resolve(inner, rest, values.get(name))) is not None:
-            return _Target((name, *found.path), found.kind, found.removable or not (rest or block))
+        if name and inner and (target := _resolve(inner, rest, values.get(name))) is not None:
+            return _Target((name, *target.path), target.kind, target.removable or not (rest or block))
     return None
 
 
@@ -179,9 +154,6 @@ def _keys(kind: Any, values: Any, prefix: str = "") -> Iterator[str]:
         yield prefix
     for name, kind in inner.items():
         yield from _keys(kind, values.get(name), f"{prefix}.{name}" if prefix else name)
-
-
-# --------------------------------------------------------------------------------------------- values
 
 
 def _parse(kind: Any, text: str, key: str) -> Any:

@@ -43,11 +43,8 @@ importable module, such as `my_package.my_module:my_kl(beta=0.5)`: put its folde
 
 def render() -> str:
     """The page: a table of keys for each block."""
-    sections = [_INTRO]
-    for name, kind in typing.get_type_hints(Experiment).items():
-        sections += _sections(name, kind)
-    sections += _section("A schedule", "", Schedule)
-    return "\n".join(sections)
+    blocks = (line for name, kind in typing.get_type_hints(Experiment).items() for line in _sections(name, kind))
+    return "\n".join([_INTRO, *blocks, *_section("A schedule", "", Schedule)])
 
 
 def _sections(prefix: str, kind: Any) -> Iterator[str]:
@@ -66,10 +63,8 @@ def _section(title: str, prefix: str, kind: Any) -> Iterator[str]:
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        base, *notes = (
-            typing.get_args(hints[field.name]) if hasattr(hints[field.name], "__metadata__") else [hints[field.name]]
-        )
-        meaning = notes[0] if notes else (base.__doc__ or "").splitlines()[0]
+        hint = hints[field.name]
+        base, meaning = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint, hint.__doc__.splitlines()[0])
         yield f"| `{prefix}{field.name}` | {_type(base)} | {_default(field)} | {meaning} |"
     yield ""
 
@@ -88,14 +83,8 @@ def _default(field: dataclasses.Field) -> str:
         return "required" if field.default_factory is dataclasses.MISSING else "none"
     if dataclasses.is_dataclass(field.default):
         return ""
-    value = field.default
-    text = (
-        str(value).lower()
-        if isinstance(value, bool)
-        else ", ".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value)
-    )
+    text = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
+    text = text.lower() if isinstance(field.default, bool) else text
     return f"`{text}`" if text else "empty"
 
 

@@ -20,7 +20,7 @@ from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers import ensemble
 
-_RESERVED = (
+_METRICS = [
     "loss",
     "step",
     "lr",
@@ -33,15 +33,11 @@ _RESERVED = (
     "rule_s",
     "excess",
     "weight",
-)
+]
 
 
 def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
-    """A function of the step for a `Schedule`, a number unchanged; `where` is the key, for messages.
-
-    Raises:
-        ValueError: `jaxkd/core/schedules.py` has no such schedule.
-    """
+    """A function of the step for a `Schedule`, a number unchanged; `where` is the key, for messages."""
     if not isinstance(spec, Schedule):
         return spec
     if spec.schedule not in schedules.__all__:
@@ -52,15 +48,8 @@ def scalar(spec: float | Schedule, steps: int, where: str) -> Scalar:
 def call(text: str, module: ModuleType, where: str, kind: type = object) -> Any:
     """The result of a call written as text: "reverse_kl", "hidden_mse(layers={2: 4})", "my_package.my_module:my_kl()".
 
-    Args:
-        text: a public function of `module`, or MODULE:FUNCTION of an importable one, with literals as arguments. It is
-            parsed, never evaluated.
-        module: where to look, in its `__all__`.
-        where: the config key, for messages.
-        kind: what the function must return.
-
-    Raises:
-        ValueError: naming the key, for an unknown function, arguments that it does not take, or another result.
+    `text` is parsed, never evaluated: a function in `module.__all__`, or MODULE:FUNCTION of an importable one, with
+    literals as arguments; it must return a `kind`. `where` is the config key, which ValueErrors name.
     """
     head, parenthesis, rest = text.partition("(")
     source, _, head = head.rpartition(":")
@@ -73,8 +62,12 @@ def call(text: str, module: ModuleType, where: str, kind: type = object) -> Any:
             name, arguments, options = ast.unparse(node), [], {}
     except (SyntaxError, ValueError):
         raise ValueError(f"{where} must be a name or a call with literals, got '{text}'") from None
-    if source:
-        module = _imported(source, where)
+    try:
+        module = importlib.import_module(source) if source else module
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{where}: no module '{error.name}'; the folder of '{source}' must be on PYTHONPATH") from None
+    except Exception as error:
+        raise ValueError(f"{where}: importing '{source}' failed: {type(error).__name__}: {error}") from None
     public = [n for n in vars(module) if not n.startswith("_")] if source else module.__all__
     if name not in public:
         raise ValueError(f"unknown {where} '{source + ':' if source else ''}{name}': {nearest(name, public)}")
@@ -85,15 +78,6 @@ def call(text: str, module: ModuleType, where: str, kind: type = object) -> Any:
     if not isinstance(result, kind):
         raise ValueError(f"{where}: '{text}' must return a {kind.__name__}, got {type(result).__name__}")
     return result
-
-
-def _imported(source: str, where: str) -> ModuleType:
-    try:
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{where}: no module '{error.name}'; the folder of '{source}' must be on PYTHONPATH") from None
-    except Exception as error:
-        raise ValueError(f"{where}: importing '{source}' failed: {type(error).__name__}: {error}") from None
 
 
 class SignalSpec(NamedTuple):
@@ -114,16 +98,10 @@ def signal_spec(t: TeacherBlock) -> SignalSpec:
 def terms(
     block: Mapping[str, Term], steps: int, models: Mapping[str, Config], teacher: TeacherBlock
 ) -> dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]]:
-    """Terms for `losses.objective.objective` from the recipe's block.
+    """Terms by name for `losses.objective.objective`, from the recipe's block.
 
-    Args:
-        block: terms by name.
-        steps: of the run, for schedules.
-        models: "student" and "teacher", to check the layers that features name.
-        teacher: whose signal the terms learn from.
-
-    Raises:
-        ValueError: naming the key of a term that is inconsistent, or that this signal or these models cannot serve.
+    `models` has "student" and "teacher", whose layers features name. ValueError with the key of a term that is
+    inconsistent, or that the teacher's signal or these models cannot serve.
     """
     signal = signal_spec(teacher)
     result: dict[str, tuple[Scalar, objective.Vocab | FeatureTerm]] = {}
@@ -136,20 +114,18 @@ def terms(
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
             if (reason := _refusal(divergence, term, signal)) is not None:
                 raise ValueError(
-                    f"{where}.divergence: '{term.divergence}' cannot be learned from this teacher: {reason}"
+                    f"{where}.divergence '{term.divergence}' cannot be learned from this teacher: {reason}"
                 )
             if divergence.normaliser and temperature != 1:
-                raise ValueError(
-                    f"{where}.temperature must be 1: '{term.divergence}' is defined on the untempered logits"
-                )
+                raise ValueError(f"{where}.temperature must be 1: '{term.divergence}' takes the untempered logits")
             result[name] = (weight, objective.match(divergence, temperature, term.standardize))
         else:
             feature = call(term.feature, features, f"{where}.feature", FeatureTerm)
-            _check_layers(where, feature, models)
+            for side, taps in (("student", feature.student_taps), ("teacher", feature.teacher_taps)):
+                _check_layers(f"{where}.feature", side, taps, models[side].layers)
             if feature.uses_teacher and signal.kind is not Head:
                 raise ValueError(
-                    f"{where}.feature: '{term.feature}' needs hidden states, and this teacher's signal has none: "
-                    "take teacher.signal 'head' or 'hidden'"
+                    f"{where}.feature '{term.feature}' needs hidden states: take teacher.signal 'head' or 'hidden'"
                 )
             if feature.teacher_taps and not signal.layers:
                 raise ValueError(
@@ -177,48 +153,36 @@ def _refusal(divergence: Divergence, term: Term, signal: SignalSpec) -> str | No
 def _check(where: str, term: Term) -> None:
     if "/" in where:
         raise ValueError(f"{where} cannot contain /, which separates metric and domain: choose another name")
-    if where.removeprefix("objective.") in _RESERVED:
+    if where.removeprefix("objective.") in _METRICS:
         raise ValueError(f"{where} is the name of a metric: choose another name")
     if bool(term.divergence) == bool(term.feature):
         given = f"both '{term.divergence}' and '{term.feature}'" if term.divergence else "neither"
         raise ValueError(f"{where} must have a divergence or a feature, got {given}")
-    if term.feature and term.temperature != 1:
-        raise ValueError(f"{where}.temperature is for divergences, not for the feature '{term.feature}'")
-    if term.feature and term.standardize:
-        raise ValueError(f"{where}.standardize is for divergences, not for the feature '{term.feature}'")
-    lowest = {
-        key: min(v.peak, v.end) if isinstance(v, Schedule) else v
-        for key, v in (("weight", term.weight), ("temperature", term.temperature))
-    }
-    for key, value in lowest.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{where}.{key} must be a finite number, got {value}")
-    if lowest["weight"] < 0:
-        raise ValueError(f"{where}.weight must not be negative, got {lowest['weight']}")
-    if lowest["temperature"] <= 0:
-        raise ValueError(f"{where}.temperature must be above 0, got {lowest['temperature']}")
+    for key, changed in (("temperature", term.temperature != 1), ("standardize", term.standardize)):
+        if term.feature and changed:
+            raise ValueError(f"{where}.{key} is for divergences, not for the feature '{term.feature}'")
+    for key, scale in (("weight", term.weight), ("temperature", term.temperature)):
+        lowest = min(scale.peak, scale.end) if isinstance(scale, Schedule) else scale
+        if not math.isfinite(lowest):
+            raise ValueError(f"{where}.{key} must be a finite number, got {lowest}")
+        if lowest < 0 or (key == "temperature" and lowest == 0):
+            rule = "be above 0" if key == "temperature" else "not be negative"
+            raise ValueError(f"{where}.{key} must {rule}, got {lowest}")
 
 
-def _check_layers(where: str, feature: FeatureTerm, models: Mapping[str, Config]) -> None:
-    for side, taps in (("student", feature.student_taps), ("teacher", feature.teacher_taps)):
-        for tap in taps:
-            try:
-                transformer.tap_layer(tap, models[side].layers)
-            except ValueError:
-                layer = tap.rpartition("_")[2]
-                raise ValueError(
-                    f"{where}.feature names layer {layer} of the {side}, which has layers 1 to {models[side].layers}"
-                ) from None
-
-
-# ---------------------------------------------------------------------------------- per domain
+def _check_layers(where: str, side: str, taps: Sequence[str], layers: int) -> None:
+    for tap in taps:
+        try:
+            transformer.tap_layer(tap, layers)
+        except ValueError:
+            layer = tap.rpartition("_")[2]
+            raise ValueError(f"{where} names layer {layer} of the {side}, which has layers 1 to {layers}") from None
 
 
 def mixture_rule(data: DataBlock, teacher: TeacherBlock) -> rules.Rule:
     """The rule that `data.mixture` spells: a call such as "ddk(alpha=0.5)", or fixed weights "code=2,math=1".
 
-    Raises:
-        ValueError: for an unknown rule or domain, or a rule that needs per-token losses this teacher does not give.
+    ValueError for an unknown rule or domain, or a rule that needs per-token losses this teacher does not give.
     """
     text, names = data.mixture, tuple(data.domains)
     if "=" in text.partition("(")[0]:
@@ -245,9 +209,7 @@ def _fixed_weights(text: str, names: Sequence[str]) -> list[float]:
         try:
             value = float(weight)
         except ValueError:
-            raise ValueError(
-                f"data.mixture '{text}' must be a rule, such as ddk(alpha=0.5), or weights such as code=2,math=1"
-            ) from None
+            raise ValueError(f"data.mixture '{text}' must be a rule or weights such as code=2,math=1") from None
         if name.strip() not in weights:
             raise ValueError(f"data.mixture names no domain '{name.strip()}': {nearest(name, names)}")
         weights[name.strip()] = value
@@ -257,9 +219,7 @@ def _fixed_weights(text: str, names: Sequence[str]) -> list[float]:
 def teacher_weights(members: Mapping[str, Member], names: Sequence[str], steps: int) -> ensemble.Weigh:
     """The weight of each of several teachers in a row, by the step and the row's domain.
 
-    Raises:
-        ValueError: for an unknown domain, a weight that is negative or not finite, or a domain in which all weights
-            are 0 at some step.
+    ValueError for an unknown domain, a weight that is negative or not finite, or a domain without a teacher at a step.
     """
     scalars = [scalar(m.weight, steps, f"teacher.members.{name}.weight") for name, m in members.items()]
     weigh = ensemble.shares(scalars, [m.domains for m in members.values()], names)
@@ -271,13 +231,10 @@ def teacher_weights(members: Mapping[str, Member], names: Sequence[str], steps: 
             weights = weights * (member.domains.get(domain, 0.0) if member.domains else 1.0)
             if (bad := ~(np.isfinite(weights) & (weights >= 0))).any():
                 raise ValueError(
-                    f"teacher.members.{name} weighs {weights[bad][0]:g} in the domain '{domain}': a weight must be "
-                    "finite and not negative"
+                    f"teacher.members.{name} weighs {weights[bad][0]:g} in '{domain}': must be finite and at least 0"
                 )
             total += weights
         if not total.all():
-            raise ValueError(
-                f"all teachers of the domain '{domain}' have weight 0 at step {int(np.argmin(total))} of {steps}: "
-                "give one of them a weight that stays above 0"
-            )
+            step = int(np.argmin(total))
+            raise ValueError(f"all teachers of '{domain}' have weight 0 at step {step} of {steps}: keep one above 0")
     return weigh

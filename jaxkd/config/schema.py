@@ -1,8 +1,4 @@
-"""The six blocks of an experiment as frozen dataclasses: every key's type, default and meaning.
-
-`docs/config.md` is rendered from this file. Inside the package an experiment is these dataclasses, never an
-`ml_collections` object.
-"""
+"""The six blocks of an experiment: every key's type, default and meaning, from which docs/config.md is rendered."""
 
 import dataclasses
 import difflib
@@ -12,10 +8,10 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-SELF = "self"
-"""`teacher.path` when the teacher is a running average of the student."""
+SELF = "self"  # `teacher.path` when the teacher is a running average of the student
 
 Path = Annotated[str, "a known name, a GGUF file, a Hugging Face directory, or `random` with `shape`"]
+Factors = Annotated[Mapping[str, float], "factor on `weight` per domain; 0 for domains not listed, unless none is"]
 Shape = Annotated[Mapping[str, Any], "sizes of a `random` model: fields of `jaxkd.models.transformer.Config`"]
 
 
@@ -37,9 +33,7 @@ class Member:
     dtype: Annotated[str, "as `teacher.dtype`"] = "float32"
     shape: Shape = dataclasses.field(default_factory=dict)
     weight: Annotated[float | Schedule, "of its distribution in the average, relative to the other members'"] = 1.0
-    domains: Annotated[
-        Mapping[str, float], "factor on `weight` per domain; 0 for domains not listed, unless none is"
-    ] = dataclasses.field(default_factory=dict)
+    domains: Factors = dataclasses.field(default_factory=dict)
     sharding: Annotated[str, "as `teacher.sharding`"] = "fsdp"
     cache: Annotated[str, "directory of its hidden states, written by `jaxkd cache`; empty: computed online"] = ""
 
@@ -50,38 +44,28 @@ class TeacherBlock:
 
     path: Annotated[str, "as a member's, or `self`: a running average of the student; empty with `members`"] = ""
     dtype: Annotated[
-        str,
-        "of weights and activations: `float32` or `bfloat16`; `int8` stores the layers' matrices quantized and "
-        "computes in bfloat16",
+        str, "of weights and activations: `float32`, `bfloat16`, or `int8` (quantized matrices, bfloat16 activations)"
     ] = "float32"
-    sharding: Annotated[
-        str,
-        "of its parameters: `fsdp` splits them over the mesh's `data` and `model` axes, `replicated` over `model` only",
-    ] = "fsdp"
-    shape: Shape = dataclasses.field(default_factory=dict)
-    decay: Annotated[float, "of a `self` teacher's average, per step: 1 keeps the initial student, 0 the current"] = (
-        0.999
+    sharding: Annotated[str, "`fsdp` splits parameters over `data` and `model`, `replicated` over `model` only"] = (
+        "fsdp"
     )
+    shape: Shape = dataclasses.field(default_factory=dict)
+    decay: Annotated[float, "of a `self` teacher's average per step: 1 keeps the first student, 0 the current"] = 0.999
     members: Annotated[Mapping[str, Member], "several teachers by name, instead of `path`"] = dataclasses.field(
         default_factory=dict
     )
     average: Annotated[str, "of members: of their `probabilities` or `log_probabilities`"] = "probabilities"
     signal: Annotated[
-        str,
-        "`head` (the whole distribution), `hidden` (the same from cached hidden states), `top_k`, `sampled`, or "
-        "`token` (text written by the teacher)",
+        str, "`head` (the whole distribution), `hidden` (the same, cached), `top_k`, `sampled`, `token` (its own text)"
     ] = "head"
     entries: Annotated[int, "K of a `top_k` signal, or draws per token of a `sampled` one"] = 64
-    temperatures: Annotated[
-        tuple[float, ...], "at which a `top_k` signal stores the tail's mass, or at which `token` text is drawn"
-    ] = (1.0,)
+    temperatures: Annotated[tuple[float, ...], "at which `top_k` tails are stored, or `token` text is drawn"] = (1.0,)
     cache: Annotated[str, "directory written by `jaxkd cache`; empty: computed online"] = ""
     stored: Annotated[str, "dtype in the cache; empty: the signal's default"] = ""
     prompt: Annotated[int, "tokens of a row that `token` text continues"] = 32
 
     @property
     def is_self(self) -> bool:
-        """Whether the student is its own teacher."""
         return self.path == SELF
 
     @property
@@ -110,12 +94,8 @@ class Term:
     """A term of the objective: either a divergence or a feature loss."""
 
     weight: Annotated[float | Schedule, "factor on the term's value"]
-    divergence: Annotated[
-        str, "a call of `jaxkd/losses/divergences.py`, such as `generalized_jsd(beta=0.1)`, or `MODULE:CALL`"
-    ] = ""
-    feature: Annotated[
-        str, "a call of `jaxkd/losses/features.py`, such as `hidden_mse(layers={2: 4})`, or `MODULE:CALL`"
-    ] = ""
+    divergence: Annotated[str, "such as `reverse_kl()` of `jaxkd/losses/divergences.py`, or `MODULE:CALL`"] = ""
+    feature: Annotated[str, "such as `hidden_mse(layers={2: 4})` of `jaxkd/losses/features.py`, or `MODULE:CALL`"] = ""
     temperature: Annotated[float | Schedule, "T of a divergence; its value is multiplied by T^2"] = 1.0
     standardize: Annotated[bool, "divide logits by their standard deviation over the vocabulary first"] = False
 
@@ -126,9 +106,7 @@ class Domain:
 
     source: Annotated[str, "file, folder, glob, `builtin:NAME` or `tfds:NAME`: see `jaxkd prepare --help`"]
     field: Annotated[str, "field of a record that holds the text, such as `data.text`; empty: `data.text_key`"] = ""
-    validation: Annotated[
-        str, "source of the held-out rows; empty: the split that file names tell, or else `data.valid_share`"
-    ] = ""
+    validation: Annotated[str, "source of held-out rows; empty: the split in file names, or `data.valid_share`"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,17 +119,12 @@ class DataBlock:
     directory: Annotated[str, "where prepared rows are kept"] = "rows"
     tokenizer: Annotated[str, "`teacher`, `bytes`, or a directory with tokenizer.json"] = "teacher"
     text_key: Annotated[str, "field of a record that holds the text"] = "text"
-    mixture: Annotated[
-        str,
-        "a call of `jaxkd/data/rules.py`, such as `ddk(alpha=0.5)`, `MODULE:CALL`, or shares such as `code=2,math=1`",
-    ] = "natural"
+    mixture: Annotated[str, "a call of `jaxkd/data/rules.py`, `MODULE:CALL`, or shares `code=2,math=1`"] = "natural"
     interval: Annotated[int, "steps in which the domains' row counts match their shares"] = 100
     train_rows: Annotated[int, "limit of training rows per domain; 0: none"] = 0
     valid_rows: Annotated[int, "limit of held-out rows per domain; 0: none"] = 0
     valid_share: Annotated[float, "share of the text that is held out"] = 0.05
-    bad_records: Annotated[
-        float, "share of a domain's records that may be bad or null; they are counted and left out"
-    ] = 0.05
+    bad_records: Annotated[float, "share of a domain's records that may be bad or null, counted and left out"] = 0.05
 
     @property
     def sources(self) -> Mapping[str, Domain]:
@@ -170,13 +143,9 @@ class OptimBlock:
     weight_decay: Annotated[float, "of matrices; norms, biases and the objective's parameters do not decay"] = 0.1
     clip: Annotated[float, "limit of the gradient's global norm"] = 1.0
     micro_batches: Annotated[int, "parts of a batch whose gradients are accumulated"] = 1
-    skip_limit: Annotated[
-        int, "steps with a non-finite loss or gradient that may be skipped; 100 good steps cancel one"
-    ] = 3
+    skip_limit: Annotated[int, "steps with a non-finite loss or gradient to skip; 100 good steps cancel one"] = 3
     spike: Annotated[
-        float,
-        "also skip steps whose loss or gradient norm is so many standard deviations above the mean of the last 128; "
-        "0: never",
+        float, "also skip steps with a loss or gradient norm so many standard deviations above the last 128; 0: never"
     ] = 0.0
 
 
@@ -197,9 +166,7 @@ class RunBlock:
 
     steps: Annotated[int, "optimiser steps"]
     seed: Annotated[int, "of random weights, row order, splits and sampling"] = 0
-    dtype: Annotated[str, "of the student's activations, `float32` or `bfloat16`; its parameters are float32"] = (
-        "float32"
-    )
+    dtype: Annotated[str, "of the student's activations, `float32` or `bfloat16`; parameters are float32"] = "float32"
     remat: Annotated[str, "what the backward pass recomputes: `none` or `layer`"] = "none"
     mesh: MeshBlock = MeshBlock()
     eval_every: Annotated[int, "steps between evaluations; 0: only before and after training"] = 0
@@ -248,18 +215,11 @@ def changed(block: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-# ------------------------------------------------------------------------------- from plain values
-
-
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 def experiment(values: Mapping[str, Any]) -> Experiment:
-    """Dataclasses of a recipe's values.
-
-    Raises:
-        ValueError: naming the key: unknown (with the nearest known ones), missing, or of another type.
-    """
+    """Dataclasses of a recipe's values; ValueError names a key that is unknown, missing or of another type."""
     return from_mapping(Experiment, values, "config")
 
 
@@ -271,11 +231,7 @@ def nearest(name: str, choices: Iterable[str], otherwise: str = "") -> str:
 
 
 def from_mapping(kind: Any, values: Any, where: str) -> Any:
-    """An instance of the dataclass `kind`; `where` is its dotted key, for messages.
-
-    Raises:
-        ValueError: as `experiment`.
-    """
+    """An instance of the dataclass `kind`; `where` is its dotted key, for messages."""
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a block of keys, got {values!r}")
     hints = typing.get_type_hints(kind)
@@ -290,11 +246,7 @@ def from_mapping(kind: Any, values: Any, where: str) -> Any:
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
-    """A value of the schema's type `kind`: an int becomes a float, a list a tuple, a mapping a dataclass.
-
-    Raises:
-        ValueError: as `experiment`.
-    """
+    """A value of the schema's type `kind`: an int becomes a float, a list a tuple, a mapping a dataclass."""
     if scalars := scalars_of(kind):
         kind = block_of(kind) if isinstance(value, Mapping) else scalars[0]
     if dataclasses.is_dataclass(kind):
@@ -312,9 +264,6 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{where} must be {_NAMES.get(kind, kind.__name__)}, got {value!r}")
     return value
-
-
-# ------------------------------------------------------------------------- what the schema's types hold
 
 
 def scalars_of(kind: Any) -> tuple[Any, ...]:

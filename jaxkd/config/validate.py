@@ -14,8 +14,7 @@ from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
-"""Dtypes of a teacher's weights, and the dtype that its activations have then."""
+STORED = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}  # of a teacher's weights -> activations
 AVERAGES = ("probabilities", "log_probabilities")
 AT_LEAST = {
     **dict.fromkeys(
@@ -36,21 +35,13 @@ def _check_teacher(t: TeacherBlock) -> None:
     if t.signal == "hidden" and not t.cache:
         raise ValueError("teacher.signal 'hidden' is read from a cache: set teacher.cache, or take 'head'")
     if t.signal == "head" and t.cache:
-        raise ValueError(
-            "teacher.signal 'head' cannot be cached: take 'hidden', which is exact too, or no teacher.cache"
-        )
+        raise ValueError("teacher.signal 'head' cannot be cached: take 'hidden', which is exact too, or no cache")
     if t.members and t.signal != "head":
-        raise ValueError(
-            f"teacher.signal must be 'head' with teacher.members, got '{t.signal}': set the members' own cache instead"
-        )
+        raise ValueError(f"teacher.signal must be 'head' with teacher.members, got '{t.signal}': cache the members")
     if t.path == SELF and (t.cache or t.signal == "token"):
-        raise ValueError(
-            "teacher.path 'self' changes at every step: it takes no teacher.cache and no teacher.signal 'token'"
-        )
+        raise ValueError("teacher.path 'self' changes at every step: it takes no teacher.cache and no signal 'token'")
     if t.path == SELF and t.dtype not in DTYPES:
-        raise ValueError(
-            f"teacher.dtype '{t.dtype}' is not for teacher.path 'self': its average has the student's dtype"
-        )
+        raise ValueError(f"teacher.dtype '{t.dtype}' is not for teacher.path 'self', which has the student's dtype")
     if not 0 <= t.decay <= 1:
         raise ValueError(f"teacher.decay must be from 0 to 1, got {t.decay}")
     if t.entries < 1:
@@ -68,11 +59,7 @@ def _check_teacher(t: TeacherBlock) -> None:
 
 
 def check(e: Experiment, mesh: Mapping[str, int]) -> None:
-    """Check values that can be judged without opening a file; `mesh` is the number of devices per axis.
-
-    Raises:
-        ValueError: naming the key, and what it may be.
-    """
+    """Check values that can be judged without opening a file; `mesh` is the number of devices per axis."""
     models = {n if n == "teacher" else f"teacher.members.{n}": m for n, m in e.teacher.models.items()}
     if e.run.dtype in STORED and e.run.dtype not in DTYPES:
         raise ValueError(f"run.dtype '{e.run.dtype}' is for a teacher's weights only (teacher.dtype)")
@@ -104,9 +91,7 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     if not 0 <= e.run.seed < seeds.LIMIT:
         raise ValueError(f"run.seed must be from 0 to 2**63 - 1, got {e.run.seed}")
     if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):
-        raise ValueError(
-            f"run.checkpoints={at} must be absolute or gs://BUCKET/PATH: a run may be resumed from another directory"
-        )
+        raise ValueError(f"run.checkpoints={at} must be absolute or gs://BUCKET/PATH, the same from any directory")
     if problems := _mesh_problems(e, mesh):
         raise ValueError(f"the recipe does not fit its mesh: {'; '.join(problems)}")
 

@@ -1,9 +1,4 @@
-"""Line charts as inline SVG, without a script or another file; and the style sheet of their pages.
-
-A chart is a function of its width, so that a grid can draw one twice: wide where it fills a row alone, and narrow for
-small screens. Colours are CSS variables, `--c0` to `--c6`, for light, dark and paper; the marker's shape repeats with
-another period than the colour.
-"""
+"""Line charts as inline SVG without scripts, and the style sheet of their pages."""
 
 import math
 from bisect import bisect_left
@@ -20,8 +15,7 @@ MARKED_POINTS = 24  # a line with more points has no markers
 HOVER_COLUMNS = 48  # places of a chart that show their values
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 36  # margins, in the units of the drawing
 NARROW, WIDE, HEIGHT = 440, 908, 250
-Chart = Callable[[int], str]
-"""Draws an HTML `<figure>` of a width."""
+Chart = Callable[[int], str]  # width -> an HTML <figure>; `grid` draws one chart at two widths
 
 STYLE = """
 :root { --back: #fff; --panel: #f6f7f9; --ink: #1b1f24; --soft: #5b6570; --edge: #d9dee4; --warn: #fff4e0;
@@ -112,7 +106,7 @@ class Line(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A range of values laid on a range of pixels, with its ticks."""
+    """Maps values [low, high] to pixels [start, end]."""
 
     low: float
     high: float
@@ -122,7 +116,6 @@ class Axis(NamedTuple):
     log: bool = False
 
     def at(self, value: float) -> float:
-        """The pixel of `value`."""
         low, high = self.low, self.high
         if self.log:
             value, low, high = math.log10(value), math.log10(low), math.log10(high)
@@ -297,13 +290,6 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def swatch(line: Line) -> str:
-    """A short piece of a line, with its marker, for the legend."""
-    dashes = " dashed" if line.dashed else ""
-    dot = "" if line.dashed or len(line.x) > MARKED_POINTS else marker(line.style, 13, 6)
-    return f'<path class="line s{line.style % COLORS}{dashes}" d="M1 6H25"/>{dot}'
-
-
 def panel(title: str, unit: str, names: Iterable[str], drawing: str, width: int, below: str = "") -> str:
     """The `<figure>` around a drawing of the standard height."""
     label = escape(f"{title}: {', '.join(names)} over steps")
@@ -350,6 +336,11 @@ def figure(
     elif 0 < low < 0.1 * high:
         low = 0.0
     shown_unit = f"{unit}, log scale".strip(", ") if log else unit
+
+    def swatch(line: Line) -> str:
+        dashes = " dashed" if line.dashed else ""
+        dot = "" if line.dashed or len(line.x) > MARKED_POINTS else marker(line.style, 13, 6)
+        return f'<path class="line s{line.style % COLORS}{dashes}" d="M1 6H25"/>{dot}'
 
     def draw(width: int) -> str:
         x_axis = x_axis_of(low, high, width)

@@ -4,7 +4,8 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +29,6 @@ class Finished(NamedTuple):
     evals: dict[str, list[Row]]  # by domain, in the order of steps
     metrics: list[Row]
 
-    def last(self, domain: str, key: str) -> float:
-        """A figure of the last evaluation, NaN where there is none."""
-        rows = self.evals.get(domain)
-        return value_of(rows[-1], key) if rows else math.nan
-
 
 class Variant(NamedTuple):
     """Runs whose configs differ in the seed alone."""
@@ -41,8 +37,8 @@ class Variant(NamedTuple):
     runs: tuple[Finished, ...]
 
     def values(self, domain: str, key: str) -> list[float]:
-        """A figure of the last evaluation of each run."""
-        return [run.last(domain, key) for run in self.runs]
+        """A figure of the last evaluation of each run, NaN where there is none."""
+        return [value_of(run.evals.get(domain, [{}])[-1], key) for run in self.runs]
 
 
 class Comparison(NamedTuple):
@@ -62,14 +58,19 @@ class Comparison(NamedTuple):
 def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparison:
     """Runs, or those inside a directory such as a sweep's, as variants; the first is the baseline unless it is named.
 
-    Raises:
-        FileNotFoundError: a directory holds no run.
-        ValueError: no run is finished, or there is no such variant.
+    A directory without runs is a FileNotFoundError; no finished run, or an unknown baseline, a ValueError.
     """
+    workdirs: list[Path] = []
+    for directory in directories:  # a run's, or one with runs up to two levels below it
+        nested = (path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/config.json"))
+        runs = [directory] if (directory / "config.json").is_file() else sorted(nested)
+        if not runs:
+            raise missing(directory, "config.json")
+        workdirs += runs
     groups: dict[str, list[Finished]] = {}
     names: dict[str, str] = {}
     left_out, rows = [], None
-    for workdir in (run for directory in directories for run in _runs(Path(directory))):
+    for workdir in workdirs:
         try:
             config, info = read_json(workdir, "config.json"), read_run(workdir)
             evals, metrics = (files.read_jsonl(workdir / name) for name in ("evals.jsonl", "metrics.jsonl"))
@@ -93,34 +94,17 @@ def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparis
             left_out.append(f"{workdir} has the config and seed of {same[0].workdir}")
             continue
         groups.setdefault(key, []).append(Finished(workdir, seed, config, by_domain(evals), metrics))
-        names.setdefault(key, _name(workdir))
+        resolved = workdir.resolve()  # of a sweep: VARIANT/seed-N
+        names.setdefault(key, resolved.parent.name if re.fullmatch(r"seed-\d+", resolved.name) else resolved.name)
     if not groups:
         raise ValueError("; ".join(left_out) or "no run is finished")
-    taken = list(names.values())
-    unique = {k: name if taken.count(name) == 1 else str(groups[k][0].workdir) for k, name in names.items()}
+    counts = Counter(names.values())
+    unique = {k: name if counts[name] == 1 else str(groups[k][0].workdir) for k, name in names.items()}
     variants = tuple(Variant(unique[k], tuple(sorted(runs, key=lambda r: r.seed))) for k, runs in groups.items())
     if baseline is not None and baseline not in unique.values():
         raise ValueError(f"there is no finished variant '{baseline}': there are {', '.join(unique.values())}")
     domains = tuple(variants[0].runs[0].evals)
     return Comparison(variants, baseline or variants[0].name, domains, tuple(left_out))
-
-
-def _runs(directory: Path) -> Iterator[Path]:
-    """The directory itself if it is a run's, otherwise the runs up to two levels below it, by name."""
-    runs = [directory] if (directory / "config.json").is_file() else []
-    runs = runs or sorted(p.parent for depth in ("*", "*/*") for p in directory.glob(f"{depth}/config.json"))
-    if not runs:
-        raise missing(directory, "config.json")
-    yield from runs
-
-
-def _name(workdir: Path) -> str:
-    """A sweep's name of the variant, or the directory's own."""
-    resolved = workdir.resolve()
-    return resolved.parent.name if re.fullmatch(r"seed-\d+", resolved.name) else resolved.name
-
-
-# -------------------------------------------------------------------------------------- statistics
 
 
 class Spread(NamedTuple):
@@ -132,7 +116,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and sample standard deviation."""
+    """Mean, sample standard deviation and number of values."""
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
@@ -145,7 +129,6 @@ class Difference(NamedTuple):
 
     @property
     def beyond_noise(self) -> bool:
-        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
@@ -176,9 +159,6 @@ def changes(c: Comparison) -> dict[str, dict[str, Any]]:
     return {key: by for key, by in values.items() if any(value != by[c.baseline] for value in by.values())}
 
 
-# ------------------------------------------------------------------------------------ as text, as JSON
-
-
 def plus_minus(s: Spread, key: str) -> str:
     """`mean ± std` of a metric, or the mean alone of a single run; agreement in percent."""
     scale, digits = (100, 1) if key == "agreement" else (1, 3)
@@ -194,34 +174,36 @@ def interval(d: Difference | None, key: str) -> str:
     return f"{value} [{', '.join(ends)}]{' *' if d.beyond_noise else ''}" if ends else value
 
 
-def short(d: Difference | None, key: str) -> str:
-    """` (-0.031 *)`: the difference without its interval, for a cell beside the value."""
-    without = re.sub(r" \[.*\]", "", interval(d, key))
-    return f" ({without})" if d is not None else ""
+def means(c: Comparison) -> list[list[str]]:
+    """A table: of each variant the means over domains and, with several, their differences from the baseline."""
+    several = len(c.variants) > 1
+    rows = [["variant", "runs"], *([v.name, str(len(v.runs))] for v in c.variants)]
+    for key in METRICS:
+        rows[0] += [SHORT[key], f"over {c.baseline}"] if several else [SHORT[key]]
+        for v, row in zip(c.variants, rows[1:]):
+            row += [plus_minus(spread(v.values(MEAN, key)), key)]
+            row += [interval(c.difference(v, MEAN, key), key)] if several else []
+    return rows
+
+
+def by_variant(c: Comparison, domains: Sequence[str], key: str) -> list[list[str]]:
+    """A table: `mean ± std (difference *)` of each variant (rows) in each domain (columns)."""
+
+    def cell(variant: Variant, domain: str) -> str:
+        difference = re.sub(r" \[.*\]", "", interval(c.difference(variant, domain, key), key))
+        return plus_minus(spread(variant.values(domain, key)), key) + (f" ({difference})" if difference else "")
+
+    return [["variant", *domains], *([v.name, *(cell(v, domain) for domain in domains)] for v in c.variants)]
 
 
 def text(c: Comparison) -> str:
     """What differs, a table of means and one of domains, and what the marks mean."""
     differing = [["setting", *(v.name for v in c.variants)]]
     differing += [[key, *(str(by[v.name]) for v in c.variants)] for key, by in changes(c).items()]
-    means = [["variant", "runs"]]
-    for key in METRICS:
-        means[0] += [SHORT[key], *([f"over {c.baseline}"] if len(c.variants) > 1 else [])]
-    domains = [["variant", *c.domains[:-1]]]
-    for v in c.variants:
-        means.append([v.name, str(len(v.runs))])
-        for key in METRICS:
-            cells = [plus_minus(spread(v.values(MEAN, key)), key), interval(c.difference(v, MEAN, key), key)]
-            means[-1] += cells if len(c.variants) > 1 else cells[:1]
-        domains.append([v.name, *(cell(c, v, domain, "student_nats") for domain in c.domains[:-1])])
     parts = [aligned(differing)] if len(differing) > 1 else []
-    parts += [aligned(means), "student nats by domain:", aligned(domains), note(c)]
+    domains = aligned(by_variant(c, c.domains[:-1], "student_nats"))
+    parts += [aligned(means(c)), "student nats by domain:", domains, note(c)]
     return "\n\n".join([*parts, *(f"left out: {line}" for line in c.left_out)])
-
-
-def cell(c: Comparison, variant: Variant, domain: str, key: str) -> str:
-    """`mean ± std (difference *)` of a variant in a domain."""
-    return plus_minus(spread(variant.values(domain, key)), key) + short(c.difference(variant, domain, key), key)
 
 
 def note(c: Comparison) -> str:

@@ -8,19 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxkd.report.charts import STYLE, Chart, Line, figure, grid, smooth, thin
-from jaxkd.report.compare import (
-    METRICS,
-    SHORT,
-    Comparison,
-    Finished,
-    Variant,
-    cell,
-    changes,
-    interval,
-    note,
-    plus_minus,
-    spread,
-)
+from jaxkd.report.compare import METRICS, Comparison, Finished, Variant, by_variant, changes, means, note
 from jaxkd.report.records import MEAN, value_of
 from jaxkd.report.run import value_text
 from jaxkd.report.text import document, escape, section, table
@@ -31,28 +19,30 @@ TITLES = {
     "kl": "KL(teacher || student), nats",
     "agreement": "Top-1 agreement with the teacher, %",
 }
-Series = Callable[[Finished], tuple[Sequence[float], Sequence[float]]]
-"""Steps and values of a run."""
+Series = Callable[[Finished], tuple[Sequence[float], Sequence[float]]]  # a run -> steps and values
 
 
 def write(c: Comparison, target: Path) -> Path:
-    """Make the page at `target`, with links to the runs relative to it."""
+    """Write the page to `target`, with links to the runs relative to it."""
     files.write_text(target, page(c, target.parent))
     return target
 
 
 def page(c: Comparison, directory: Path = Path()) -> str:
-    """The page as text; `directory` is the one that it is for."""
+    """The page as text, for a file in `directory`."""
     runs = sum(len(v.runs) for v in c.variants)
     left_out = "".join(f'<p class="warning">Left out: {escape(line)}.</p>' for line in c.left_out)
+    by_domain = (f"<h3>{escape(TITLES[key])}</h3>" + html_table(by_variant(c, c.domains, key)) for key in METRICS)
+    settings = [[key, *(value_text(by[v.name]) for v in c.variants)] for key, by in changes(c).items()]
+    settings = [["setting", *(v.name for v in c.variants)], *settings] if settings else []
     return document(
         f"{', '.join(v.name for v in c.variants)}: comparison",
         STYLE,
         f'<header><p class="kind">jaxkd comparison</p><h1>{len(c.variants)} variants, {runs} runs</h1>'
         f'<p class="lead">{lead(c)}</p></header>{left_out}'
-        + section("What differs", differences(c))
-        + section("Means over domains", means(c), f'<p class="note">{escape(note(c))}</p>')
-        + section("By domain", *(by_domain(c, key) for key in METRICS))
+        + section("What differs", html_table(settings))
+        + section("Means over domains", html_table(means(c)), f'<p class="note">{escape(note(c))}</p>')
+        + section("By domain", *by_domain)
         + section("Curves", curves(c))
         + section("Runs", links(c, directory)),
     )
@@ -82,35 +72,10 @@ def links(c: Comparison, directory: Path) -> str:
     return table(["variant", "runs"], [[escape(v.name), ", ".join(map(link, v.runs))] for v in c.variants])
 
 
-def means(c: Comparison) -> str:
-    """Variants by row: the means of the three figures and their differences from the baseline."""
-    head = ["variant", "runs"]
-    for key in METRICS:
-        head += [SHORT[key], f"over {escape(c.baseline)}"]
-    rows = []
-    for v in c.variants:
-        rows.append([escape(v.name), str(len(v.runs))])
-        for key in METRICS:
-            d = c.difference(v, MEAN, key)
-            shown = escape(interval(d, key)) or "–"
-            rows[-1].append(plus_minus(spread(v.values(MEAN, key)), key))
-            rows[-1].append(f"<strong>{shown}</strong>" if d is not None and d.beyond_noise else shown)
-    return table(head, rows)
-
-
-def by_domain(c: Comparison, key: str) -> str:
-    """One figure: variants by row, domains by column, with differences from the baseline."""
-    rows = [[escape(v.name), *(cell(c, v, domain, key) for domain in c.domains)] for v in c.variants]
-    return f"<h3>{escape(TITLES[key])}</h3>" + table(["variant", *map(escape, c.domains)], rows)
-
-
-def differences(c: Comparison) -> str:
-    """The keys of the config in which the variants differ."""
-    rows = [[escape(key), *(escape(value_text(by[v.name])) for v in c.variants)] for key, by in changes(c).items()]
-    return table(["setting", *(escape(v.name) for v in c.variants)], rows) if rows else ""
-
-
-# ------------------------------------------------------------------------------------------ curves
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as an HTML table, the first the head; differences beyond noise (`... *`) are bold."""
+    shown = [[f"<strong>{t}</strong>" if t.endswith("] *") else t or "–" for t in map(escape, row)] for row in rows]
+    return table(shown[0], shown[1:]) if rows else ""
 
 
 def curves(c: Comparison) -> str:

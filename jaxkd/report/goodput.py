@@ -1,12 +1,11 @@
 """Where a run's wall-clock time went, added up from goodput.jsonl."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from jaxkd.report.text import escape, number, percent, table
-from jaxkd.runtime import files
-from jaxkd.runtime.goodput import END, FILE, LOAD, START, STEPS, Row
+from jaxkd.runtime.goodput import END, LOAD, START, STEPS, Row
 
 AGAIN, SKIPPED, DOWN = "again", "skipped", "down"
 NAMES = {  # of the phases, the productive one first
@@ -38,10 +37,8 @@ class Account(NamedTuple):
         """Seconds from the first start to the last end."""
         return sum(self.seconds.values())
 
-    @property
-    def productive(self) -> float:
-        """Share of the wall clock spent in steps that count."""
-        return self.seconds[STEPS] / self.wall if self.wall else 0.0
+    def share(self, phase: str) -> float:
+        return self.seconds[phase] / self.wall if self.wall else 0.0
 
 
 def account(rows: Sequence[Row]) -> Account | None:
@@ -55,7 +52,9 @@ def account(rows: Sequence[Row]) -> Account | None:
     step_rows: list[Row] = []  # shortened when their steps are repeated
     last_end: float | None = None
     finished, counted = False, []
-    for rows_of_start in _starts(rows):
+    first_rows = [index for index, row in enumerate(rows) if row["phase"] == START or index == 0]
+    for start, stop in pairwise([*first_rows, len(rows)]):
+        rows_of_start = rows[start:stop]
         if finished and not any(row["step"] > row["first"] for row in rows_of_start):
             continue
         began = rows_of_start[0]["time"] - rows_of_start[0]["seconds"]
@@ -83,15 +82,6 @@ def account(rows: Sequence[Row]) -> Account | None:
     return Account(seconds, starts, total("programs"), total("cached"), total("compile_s"))
 
 
-def _starts(rows: Iterable[Row]) -> list[list[Row]]:
-    starts: list[list[Row]] = []
-    for row in rows:
-        if row["phase"] == START or not starts:
-            starts.append([])
-        starts[-1].append(row)
-    return starts
-
-
 def _seconds_per_step(row: Row) -> float:
     return row["seconds"] / (row["step"] - row["first"]) if row["step"] > row["first"] else 0.0
 
@@ -107,37 +97,31 @@ def _cut_after(row: Row, step: int) -> float:
     return lost
 
 
-def read(workdir: Path) -> Account | None:
-    """The account of a run so far."""
-    return account(files.read_jsonl(workdir / FILE))
-
-
-def sentence(total: Account | None) -> str:
-    """One console line: the productive share, the largest others, programs compiled; empty for None."""
-    if total is None:
+def sentence(rows: Sequence[Row]) -> str:
+    """One console line: the productive share, the largest others, programs compiled; empty without rows."""
+    if (total := account(rows)) is None:
         return ""
-    others = sorted((item for item in total.seconds.items() if item[0] != STEPS), key=lambda item: -item[1])
-    shares = [f"{NAMES.get(name, name)} {value / total.wall:.0%}" for name, value in others[:4]]
+    others = sorted((name for name in total.seconds if name != STEPS), key=lambda name: -total.seconds[name])
+    shares = [f"{NAMES.get(name, name)} {total.share(name):.0%}" for name in others[:4]]
     starts = f" in {total.starts} starts" if total.starts > 1 else ""
     return (
-        f"goodput: {total.productive:.0%} of {total.wall:,.0f} s{starts}; {', '.join(shares)}; programs compiled: "
+        f"goodput: {total.share(STEPS):.0%} of {total.wall:,.0f} s{starts}; {', '.join(shares)}; programs compiled: "
         f"{total.programs - total.cached}, from the cache: {total.cached}, in {total.compile_s:,.0f} s"
     )
 
 
 def page(rows: Sequence[Row]) -> str:
     """The report's table of the wall clock, empty without rows."""
-    total = account(rows)
-    if total is None:
+    if (total := account(rows)) is None:
         return ""
     cells = [
-        [escape(NAMES.get(name, name)), number(value), percent(value / total.wall if total.wall else 0.0)]
+        [escape(NAMES.get(name, name)), number(value), percent(total.share(name))]
         for name, value in total.seconds.items()
     ]
     cells.append(["total", number(total.wall), percent(1.0)])
     starts = f"{total.starts} starts" if total.starts != 1 else "one start"
     note = (
-        f'<p class="note">{percent(total.productive)} of the wall clock was productive, in {starts}. Programs: '
+        f'<p class="note">{percent(total.share(STEPS))} of the wall clock was productive, in {starts}. Programs: '
         f"{total.programs}, of which {total.cached} came from the compilation cache; {number(total.compile_s, 3)} s to "
         "compile or read them, in whatever phase they were needed.</p>"
     )

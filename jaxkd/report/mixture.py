@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -68,18 +68,12 @@ def section(rows: Sequence[Row], evals: Sequence[Row], last: int, style: Mapping
     return charts.grid(drawn) + (f'<p class="note">{escape(cost(rows))}</p>' if cost(rows) else "")
 
 
-def _spans(rows: Sequence[Row], names: Sequence[str], end: float) -> Iterator[tuple[float, float, list[float]]]:
-    """First step, end and shares of what is drawn as one column."""
-    begins = [float(row["step"]) for row in rows]
-    ends = [*begins[1:], end]
-    values = np.asarray([[float(row.get(f"share/{name}", 0.0)) for name in names] for row in rows])
-    for part in np.array_split(np.arange(len(rows)), min(len(rows), SPANS)):
-        yield begins[part[0]], ends[part[-1]], values[part].mean(0).tolist()
-
-
 def shares(rows: Sequence[Row], names: Sequence[str], end: float, style: Mapping[str, int]) -> Chart:
     """Stacked shares of the domains over steps up to `end`, the first domain at the bottom."""
-    spans = list(_spans(rows, names, end))
+    starts = [*(float(row["step"]) for row in rows), end]
+    values = np.asarray([[float(row.get(f"share/{name}", 0.0)) for name in names] for row in rows])
+    parts = np.array_split(np.arange(len(rows)), min(len(rows), SPANS))  # the intervals drawn as one column
+    spans = [(starts[part[0]], starts[part[-1] + 1], values[part].mean(0).tolist()) for part in parts]
     y_axis = Axis(0.0, 100.0, HEIGHT - BOTTOM, TOP, [0.0, 25.0, 50.0, 75.0, 100.0])
     begins = [begin for begin, _, _ in spans]
     lines = [Line(n, begins, [100 * s[i] for *_, s in spans], style[n]) for i, n in enumerate(names)]

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxkd.runtime import files
 
-Row = dict[str, Any]
-"""One JSON object of metrics.jsonl, evals.jsonl or mixture.jsonl."""
-MEAN = "mean"
-"""The domain of evaluation rows that are means over the domains."""
+Row = dict[str, Any]  # a JSON object of metrics.jsonl, evals.jsonl or mixture.jsonl
+MEAN = "mean"  # the domain of evaluation rows that are means over the domains
 
 
 class ModelInfo(NamedTuple):
@@ -62,38 +60,23 @@ def write_run(workdir: Path, info: RunInfo) -> None:
 
 
 def read_run(workdir: Path) -> RunInfo:
-    """Read run.json; fields that it does not have keep their defaults, others are ignored.
+    """Read run.json; fields that it does not have keep their defaults, others are ignored. Raises as `read_json`."""
 
-    Raises:
-        FileNotFoundError, Torn: it is missing or damaged; the message names it.
-    """
-    values = read_json(workdir, "run.json")
-    info = _record(RunInfo, values)
+    def record(kind: Any, values: Mapping[str, Any]) -> Any:
+        given = {name: values[name] for name in kind._fields if name in values}
+        return kind(**{name: tuple(x or ()) if name in sequences else x for name, x in given.items()})
+
+    sequences = ("kept_layers", "sharding_notes", "domains", "changed")
+    info = record(RunInfo, read_json(workdir, "run.json"))
     return info._replace(
-        sharding_notes=tuple(info.sharding_notes),
-        teachers={name: _model(model) for name, model in info.teachers.items()},
-        student=_model(values.get("student", {})),
-        domains=tuple(_record(DomainInfo, domain) for domain in info.domains),
-        changed=tuple(info.changed),
+        teachers={name: record(ModelInfo, model) for name, model in info.teachers.items()},
+        student=record(ModelInfo, info.student) if isinstance(info.student, dict) else info.student,
+        domains=tuple(record(DomainInfo, domain) for domain in info.domains),
     )
 
 
-def _model(values: Mapping[str, Any]) -> ModelInfo:
-    model = _record(ModelInfo, values)
-    return model._replace(kept_layers=tuple(model.kept_layers or ()))
-
-
-def _record(kind: Any, values: Mapping[str, Any]) -> Any:
-    return kind(**{name: values[name] for name in kind._fields if name in values})
-
-
 def read_json(workdir: Path, name: str) -> Row:
-    """A JSON object of the workdir.
-
-    Raises:
-        FileNotFoundError: as `missing`.
-        Torn: it is damaged.
-    """
+    """A JSON object of the workdir; raises `missing`, or Torn where the file is damaged."""
     try:
         return files.read_json(workdir / name)
     except FileNotFoundError:

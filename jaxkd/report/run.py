@@ -26,13 +26,12 @@ from jaxkd.runtime import files
 
 
 def write(workdir: Path) -> Path:
-    """Make WORKDIR/report.html and return its path. Of metrics.jsonl and evals.jsonl one may be missing.
+    """Write WORKDIR/report.html and return its path. Of metrics.jsonl and evals.jsonl one may be missing.
 
-    Raises:
-        FileNotFoundError, Torn: names the file that is missing or damaged.
+    FileNotFoundError and Torn name the file that is missing or damaged.
     """
     config, info = read_json(workdir, "config.json"), read_run(workdir)
-    names = ("metrics.jsonl", "evals.jsonl", "mixture.jsonl", goodput.FILE)
+    names = ("metrics.jsonl", "evals.jsonl", "mixture.jsonl", "goodput.jsonl")
     if not any((workdir / name).exists() for name in names[:2]):
         raise missing(workdir, names[0])
     rows = [files.read_jsonl(workdir / name) for name in names]
@@ -76,9 +75,6 @@ def change(rows: Sequence[Row], key: str, show=fixed) -> str:
     return ' <span class="to">→</span> '.join(values)
 
 
-# --- the parts of the page ---
-
-
 def summary(metrics: Sequence[Row], domains: dict[str, list[Row]]) -> str:
     """The key result in one sentence, and the same numbers as tiles."""
     rows = domains.get(MEAN, [])
@@ -98,11 +94,12 @@ def summary(metrics: Sequence[Row], domains: dict[str, list[Row]]) -> str:
             f"{agreement} of next tokens; there is no second evaluation yet."
         )
     else:
+        verb = lambda a, b: "fell" if b < a else "rose" if b > a else "went"
         closed = f": {percent(gap)} of the gap is closed" if math.isfinite(gap) else ""
         text = (
-            f"In {trained} the student's mean validation loss {went(before, after)} from {fixed(before)} "
+            f"In {trained} the student's mean validation loss {verb(before, after)} from {fixed(before)} "
             f"to {fixed(after)} nats per token, where the teacher stands at {fixed(teacher)}{closed}; its KL "
-            f"from the teacher {went(*kl)} from {fixed(kl[0])} to {fixed(kl[1])} nats, and the two agree on "
+            f"from the teacher {verb(*kl)} from {fixed(kl[0])} to {fixed(kl[1])} nats, and the two agree on "
             f"{agreement} of next tokens ({percent(value_of(first, 'agreement'))} at the start)."
         )
     tiles = {
@@ -116,30 +113,21 @@ def summary(metrics: Sequence[Row], domains: dict[str, list[Row]]) -> str:
     return f'<p class="lead">{text}</p><dl class="tiles">{drawn}</dl>'
 
 
-def went(before: float, after: float) -> str:
-    """The verb for the direction."""
-    return "fell" if after < before else "rose" if after > before else "went"
-
-
 def results(domains: dict[str, list[Row]]) -> str:
     """The table of every domain and their mean, from the first evaluation to the last."""
     if not domains:
         return ""
-    head = ["domain", "student nats", "teacher nats", "gap closed", "KL", "agreement", "student bits/byte"]
-    rows = [
-        [
-            escape(name),
-            change(evals, "student_nats"),
-            fixed(value_of(evals[-1], "teacher_nats")),
-            percent(value_of(evals[-1], "gap_closed")),
-            change(evals, "kl"),
-            change(evals, "agreement", percent),
-            change(evals, "student_bits_per_byte"),
-            fixed(value_of(evals[-1], "teacher_bits_per_byte")),
-            count(value_of(evals[-1], "tokens")),
-        ]
-        for name, evals in domains.items()
-    ]
+    columns = {
+        "student nats": lambda evals: change(evals, "student_nats"),
+        "teacher nats": lambda evals: fixed(value_of(evals[-1], "teacher_nats")),
+        "gap closed": lambda evals: percent(value_of(evals[-1], "gap_closed")),
+        "KL": lambda evals: change(evals, "kl"),
+        "agreement": lambda evals: change(evals, "agreement", percent),
+        "student bits/byte": lambda evals: change(evals, "student_bits_per_byte"),
+        "teacher bits/byte": lambda evals: fixed(value_of(evals[-1], "teacher_bits_per_byte")),
+        "tokens": lambda evals: count(value_of(evals[-1], "tokens")),
+    }
+    rows = [[escape(name), *(show(evals) for show in columns.values())] for name, evals in domains.items()]
     steps = sorted({int(row["step"]) for evals in domains.values() for row in evals})
     span = f"step {steps[0]} → step {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
     note = (
@@ -147,7 +135,7 @@ def results(domains: dict[str, list[Row]]) -> str:
         "is KL(teacher || student) in nats at temperature 1; agreement is how often both put the same token "
         "first. Gap closed is the share of the student's first distance to the teacher, in nats, that is gone.</p>"
     )
-    return table([*head, "teacher bits/byte", "tokens"], rows, last=MEAN in domains) + note
+    return table(["domain", *columns], rows, last=MEAN in domains) + note
 
 
 def styles(domains: Iterable[str]) -> dict[str, int]:
@@ -206,8 +194,8 @@ def training_charts(config: Row, metrics: Sequence[Row], style: Mapping[str, int
     for term in terms:
         names = [name for name in style if f"{term}/{name}" in keys]
         lines = [series(metrics, f"{term}/{name}", name, style[name], gaps=False) for name in names]
-        bare = [line._replace(raw=None) for line in lines]  # faint raw values of many domains hide the curves
-        drawn += [figure(f"{term} by domain", bare, unit="nats per token")] if bare else []
+        lines = [line._replace(raw=None) for line in lines]  # faint raw values of many domains hide the curves
+        drawn += [figure(f"{term} by domain", lines, unit="nats per token")] if lines else []
     rate = series(metrics, "lr", "learning rate", 0)
     # A schedule is exact: not smoothed.
     drawn.append(figure("Learning rate", [rate._replace(y=rate.raw or rate.y, raw=None)], zero=True))
@@ -250,12 +238,11 @@ def facts(info: RunInfo, metrics: Sequence[Row]) -> str:
     def model(m: ModelInfo, more: str = "") -> str:
         return f"{number(m.parameters)} parameters{more}, {m.layers} layers{m.path and ', '}{m.path}"
 
-    student, rows = info.student, []
-    for name, teacher in info.teachers.items():
-        rows.append((name if name == "teacher" else f"teacher {name}", model(teacher)))
+    student = info.student
     largest = max((m.parameters for m in info.teachers.values()), default=0)
     smaller = f" ({largest / student.parameters:.2f} times fewer)" if largest > student.parameters > 0 else ""
-    rows += [
+    rows = [
+        *((n if n == "teacher" else f"teacher {n}", model(teacher)) for n, teacher in info.teachers.items()),
         ("student", model(student, smaller) if student.parameters else ""),
         ("kept layers", ", ".join(map(str, student.kept_layers))),
         ("devices", info.devices),
@@ -278,14 +265,14 @@ def key_values(rows: Iterable[tuple[str, str]]) -> str:
 def pace(metrics: Sequence[Row]) -> str:
     """Median speed, which compilation and evaluations between steps do not move."""
 
-    def median(key: str) -> float:
-        values = [v for row in metrics if math.isfinite(v := value_of(row, key))]
-        return statistics.median(values) if values else math.nan
-
-    speed, seconds, mfu = median("tokens_per_s"), median("step_s"), median("mfu")
-    parts = [f"{number(speed, 3)} tokens per second"] if math.isfinite(speed) else []
-    parts += [f"{number(seconds, 3)} s per step"] if math.isfinite(seconds) else []
-    parts += [f"MFU {percent(mfu)}"] if math.isfinite(mfu) else []
+    parts = []
+    for key, show in (
+        ("tokens_per_s", lambda speed: f"{number(speed, 3)} tokens per second"),
+        ("step_s", lambda seconds: f"{number(seconds, 3)} s per step"),
+        ("mfu", lambda mfu: f"MFU {percent(mfu)}"),
+    ):
+        if values := [v for row in metrics if math.isfinite(v := value_of(row, key))]:
+            parts.append(show(statistics.median(values)))
     return ", ".join(parts) + " (medians)" if parts else ""
 
 

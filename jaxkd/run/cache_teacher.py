@@ -78,15 +78,11 @@ def make_recorder(e: Experiment, models: Models, mesh: Mesh, name: str = "teache
     return Recorder(teacher.state, signals, jax.jit(kl), layouts, e.run.eval_batch, sharding)
 
 
-class _Hosts(NamedTuple):
-    """Groups of processes that hold the same rows of a batch; each group fills one block at a time."""
+def _groups(batch: int, sharding: NamedSharding) -> tuple[int, int, bool]:
+    """Groups of processes that hold the same rows of a batch, each of which fills one block at a time.
 
-    groups: int
-    mine: int  # this process's group
-    writes: bool  # whether this process writes for its group
-
-
-def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
+    How many there are, this process's, and whether this process writes for it.
+    """
     by_row = NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[:1]))
     by_process: dict[int, set[int]] = {}
     device: Any
@@ -95,18 +91,14 @@ def _hosts(batch: int, sharding: NamedSharding) -> _Hosts:
     rows = {process: tuple(sorted(held)) for process, held in by_process.items()}
     groups, me = sorted(set(rows.values())), jax.process_index()
     first = min(process for process in rows if rows[process] == rows[me])
-    return _Hosts(len(groups), groups.index(rows[me]), first == me)
+    return len(groups), groups.index(rows[me]), first == me
 
 
 def write(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, progress: bool = True) -> Iterator[str]:
-    """Store the teacher's signal of all rows in `teacher.cache`; blocks that exist are kept.
+    """Store the teacher's signal of all rows in `teacher.cache`; blocks that exist are kept. Yields console lines.
 
-    All processes go through the same batches together; each group of them fills its own block with its share. Yields
-    lines for the console; `progress` goes to stderr.
-
-    Raises:
-        ValueError: another process is writing it, or the directory holds something else.
-        OSError: the disk is full; blocks that were written stay.
+    All processes go through the same batches together; each group of them fills its own block with its share.
+    ValueError where another process is writing it, or the directory holds something else.
     """
     root = e.teacher.cache
     sizes = {
@@ -141,19 +133,19 @@ def _fill(
 ) -> dict[str, float]:
     """Compute and write blocks; returns the payload's KL per domain, of its first batch of training rows."""
     batch, sharding = recorder.batch, recorder.sharding
-    hosts = _hosts(batch, sharding)
+    groups, group, writes = _groups(batch, sharding)
     mine = loader.local_rows(batch, sharding)
     kls: dict[str, float] = {}
     # In a round all groups run the same program, so blocks of one split go together.
     rounds = [
-        same[i : i + hosts.groups]
+        same[i : i + groups]
         for split in ("train", "valid")
         for same in [[block for block in todo if block.split == split]]
-        for i in range(0, len(same), hosts.groups)
+        for i in range(0, len(same), groups)
     ]
     bar = progress_bar(title="cache", total=sum(b.stop - b.start for b in todo), unit="rows", shown=progress)
     for blocks in rounds:
-        block = blocks[min(hosts.mine, len(blocks) - 1)]
+        block = blocks[min(group, len(blocks) - 1)]
         payloads: list[bytes] = []
         domain = rows.names.index(block.domain)
         for start in range(0, max(b.stop - b.start for b in blocks), len(mine)):
@@ -163,32 +155,28 @@ def _fill(
             placed = loader.to_devices(local, batch, mine, sharding)
             signal = recorder.signals[block.split](recorder.params, placed)
             payloads += _encoded(recorder.layouts[block.split], signal, local["weights"])
-            if block.split == "train" and block.domain not in kls and hosts.groups == 1:
+            if block.split == "train" and block.domain not in kls and groups == 1:
                 stored = codec.decode_rows(recorder.layouts["train"], payloads[-len(mine) :])
                 if not isinstance(stored, codec.Text):
                     kls[block.domain] = _distance(recorder, placed, jax.tree.map(jnp.asarray, stored))
             bar.update(min(len(mine), block.stop - block.start - start))
-        if hosts.writes and hosts.mine < len(blocks):
+        if writes and group < len(blocks):
             writer.write(block, payloads[: block.stop - block.start])
     bar.close()
     return kls
 
 
 def _encoded(layout: codec.Layout, signal: Any, weights: np.ndarray) -> list[bytes]:
-    """Payloads of this process's rows of a batch."""
-    local = jax.tree.map(_local, signal)
-    payloads = []
+    def local(x: jax.Array) -> np.ndarray:
+        shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}  # each row once
+        return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+    payloads, signal = [], jax.tree.map(local, signal)
     for i in range(len(weights)):
-        row = jax.tree.map(lambda x, i=i: x[i], local)
+        row = jax.tree.map(lambda x, i=i: x[i], signal)
         live = (row.weights if isinstance(row, codec.Text) else weights[i]) != 0
         payloads.append(codec.encode(layout, row, live))
     return payloads
-
-
-def _local(x: jax.Array) -> np.ndarray:
-    """This process's rows of a global array, each once, in their order."""
-    shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
 def _distance(recorder: Recorder, batch: Batch, payload: Any) -> float:
@@ -198,12 +186,7 @@ def _distance(recorder: Recorder, batch: Batch, payload: Any) -> float:
 
 
 def verify(t: TeacherBlock) -> Iterator[str]:
-    """Read every record of the caches that a recipe names; a line each.
-
-    Raises:
-        FileNotFoundError: there is no cache.
-        ValueError: a cache is incomplete or damaged; names the files.
-    """
+    """Read every record of the caches that a recipe names; a line each, or ValueError for damaged files."""
     for name, model in t.models.items():
         if model.cache:
             yield f"cache of {name}: {Store(model.cache).verify():,} rows in {model.cache}, all checksums match"
@@ -212,8 +195,7 @@ def verify(t: TeacherBlock) -> Iterator[str]:
 def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, name: str, store: Store) -> str:
     """Compare a cache with its teacher run now, on some training rows of every domain that is in it.
 
-    Raises:
-        ValueError: the cache is farther from the teacher than storing the same rows again would be.
+    ValueError where the cache is farther from the teacher than storing the same rows again would be.
     """
     try:
         recorder = make_recorder(e, models, mesh, name)
@@ -223,13 +205,18 @@ def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, na
             "compared with it here: run `jaxkd check` where it fits, and train with --no-check"
         ) from None
     where = f"the cache {store.root}"
-    distances = [_again(recorder, rows, store, domain, row) for domain, row in _spots(rows, store, recorder.batch)]
-    then, now = np.mean(distances, 0)
+    # Batches of domain and row [B]: of each domain in the store the first row, the last, and some between.
+    size, names = recorder.batch, store.manifest["sizes"]
+    served = np.asarray([d for d, domain in enumerate(rows.names) if domain in names])
+    spot = np.arange(-(-2 * len(served) // size) * size)
+    domains, share = served[spot % len(served)], spot // len(served) / ((len(spot) - 1) // len(served))
+    numbers = np.rint(share * (np.asarray(rows.sizes)[domains] - 1)).astype(np.int64)
+    batches = zip(domains.reshape(-1, size), numbers.reshape(-1, size), strict=True)
+    then, now = np.mean([_again(recorder, rows, store, domain, row) for domain, row in batches], 0)
     if store.layout("train").signal == "token":
         if then < _SAME_TEXT:
             raise ValueError(
-                f"{where} holds text that this teacher does not write: it repeats {then:.0%} of the tokens; delete the "
-                "directory and run `jaxkd cache`"
+                f"{where} holds other text: {then:.0%} of the tokens agree; delete it and run `jaxkd cache`"
             )
         return f"cache: the teacher repeats {then:.0%} of the text"
     if not then <= 1.5 * now + 0.01:
@@ -238,16 +225,6 @@ def spot_check(e: Experiment, models: Models, mesh: Mesh, rows: load.Domains, na
             "other weights or another forward pass; delete it and run `jaxkd cache`"
         )
     return f"cache: {then:.2e} nats per token from its teacher, {now:.2e} if stored again"
-
-
-def _spots(rows: load.Domains, store: Store, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of domain and row [B]: of each domain in the store the first row, the last, and some between."""
-    served = np.asarray([d for d, domain in enumerate(rows.names) if domain in store.manifest["sizes"]])
-    count = -(-2 * len(served) // size) * size
-    spot = np.arange(count)
-    domain, share = served[spot % len(served)], spot // len(served) / ((count - 1) // len(served))
-    row = np.rint(share * (np.asarray(rows.sizes)[domain] - 1)).astype(np.int64)
-    yield from zip(domain.reshape(-1, size), row.reshape(-1, size), strict=True)
 
 
 def _again(
@@ -274,6 +251,15 @@ def _again(
 
 def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str, Store]) -> Iterator[str]:
     """Bytes and FLOPs of the teachers, a line or two each; `stores` holds the caches of those that have one."""
+
+    def device_bytes(model: Model, names: Collection[str]) -> int:
+        leaves = jax.tree.leaves({name: model.abstract[name] for name in names})
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    def stored_bytes(store: Store, split: str) -> int:
+        paths = (path for name in rows.names for path in store.root.glob(f"{name}/*/*-{split}.array_record*"))
+        return sum(path.stat().length for path in paths)
+
     length = e.data.length
     per_step = e.data.batch * length
     for name, model in models.teachers.items():
@@ -281,35 +267,19 @@ def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str
         if name not in stores:
             yield (
                 f"{name}, online: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step, "
-                f"{_device_bytes(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
+                f"{device_bytes(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
             )
             continue
         store = stores[name]
-        held = {split: _bytes(store, rows, split) for split in ("train", "valid")}
+        train, valid = stored_bytes(store, "train"), stored_bytes(store, "valid")
         saved = whole - (flops.head(model.config) if store.layout("train").signal == "hidden" else 0)
         tokens = sum(n for d, n in zip(rows.names, rows.sizes) if d in store.manifest["sizes"]) * length
         yield (
-            f"{name}, cached in {store.root}: {held['train'] / tokens:,.1f} bytes per token of the rows, "
-            f"{(held['train'] + held['valid']) / 1e6:,.1f} MB on disk, {held['valid'] / 1e6:,.1f} for held-out rows"
+            f"{name}, cached in {store.root}: {train / tokens:,.1f} bytes per token of the rows, "
+            f"{(train + valid) / 1e6:,.1f} MB on disk, {valid / 1e6:,.1f} for held-out rows"
         )
         yield (
             f"{name}, saved: {saved / 1e6:,.1f} MFLOP a token, {saved * per_step / 1e9:,.1f} GFLOP a step and "
             f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps; its head takes "
-            f"{_device_bytes(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
+            f"{device_bytes(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
         )
-
-
-def _device_bytes(model: Model, names: Collection[str]) -> int:
-    """Bytes of a model's parameters on each device, from their shapes."""
-    leaves = zip(
-        jax.tree.leaves({name: model.shapes[name] for name in names}),
-        jax.tree.leaves({name: model.shardings[name] for name in names}),
-        strict=True,
-    )
-    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in leaves)
-
-
-def _bytes(store: Store, rows: load.Domains, split: str) -> int:
-    return sum(
-        file.stat().length for name in rows.names for file in store.root.glob(f"{name}/*/*-{split}.array_record*")
-    )

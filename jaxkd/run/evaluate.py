@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -18,19 +18,6 @@ from jaxkd.run import job, load, restore, saved_student, teacher
 from jaxkd.run.open_models import Models, open_models
 from jaxkd.runtime import files, multihost
 from jaxkd.teachers.online import self_teacher
-
-
-class Evaluated(NamedTuple):
-    """Rows as in evals.jsonl, the mean last, and what they are of."""
-
-    title: str
-    rows: list[compare.Row]
-    start: dict[str, float]  # the student's nats per token at step 0 by domain, where they are known
-
-    @property
-    def text(self) -> str:
-        """The title and a table."""
-        return f"{self.title}\n{compare.table(self.rows, self.start)}"
 
 
 def values_of_models(student_path: str, teacher_path: str) -> dict[str, Any]:
@@ -56,13 +43,10 @@ def values_of_run(e: Experiment, sources: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
-    """One model against another, which a recipe's values name, on text that is read whole.
+def of_models(values: dict[str, Any], sources: Sequence[str]) -> str:
+    """A table of one model against another, which a recipe's values name, on text that is read whole.
 
     `sources` are SOURCE or NAME=SOURCE, as in `data.domains`.
-
-    Raises:
-        ValueError, FileNotFoundError: models or text are missing, or do not fit together.
     """
     e = job.fit_devices(experiment(_with_domains(values, sources)))
     mesh = job.build_mesh(e.run.mesh, jax.devices())
@@ -72,21 +56,13 @@ def of_models(values: dict[str, Any], sources: Sequence[str]) -> Evaluated:
         weights = load.weights(models, e.student, rows)
         scored = (weights.student, weights.student, 0)
         result = _score(e, models, mesh, rows, weights.teachers, scored, {})
-    return Evaluated(f"{e.student.path} against {e.teacher.path}", result, {})
+    return f"{e.student.path} against {e.teacher.path}\n{compare.table(result, {})}"
 
 
-def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Sequence[str], log: bool) -> Evaluated:
-    """A checkpoint of a run on its held-out rows, or on text that is read whole.
+def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Sequence[str], log: bool) -> str:
+    """A table of a run's checkpoint on its held-out rows or, given `sources` as for `of_models`, on their whole text.
 
-    Args:
-        values: of the run's recipe.
-        workdir: of the run.
-        step: of the checkpoint, "best", or None for the newest.
-        sources: as for `of_models`; none for the run's own held-out rows.
-        log: append the rows to evals.jsonl, where it has none of this step.
-
-    Raises:
-        ValueError, FileNotFoundError: no such checkpoint, or what the run was made from is missing or different.
+    `step` is a number, "best", or None for the newest. `log` appends to evals.jsonl, where it has none of this step.
     """
     e = job.fit_devices(experiment(_with_domains(values, sources)))
     mesh = job.build_mesh(e.run.mesh, jax.devices())
@@ -101,21 +77,23 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
         result = _score(e, models, mesh, rows, teachers, scored, {} if models.is_self else start)
     title = f"step {number} of {workdir}"
     if missing:
-        return Evaluated(f"{title}, the student alone: {missing}", [_student_columns(row) for row in result], start)
-    if log and multihost.is_main() and not any(row["step"] == number for row in before):
+        shown = lambda name: name in ("step", "domain", "tokens") or name.startswith("student_")
+        result = [{name: value for name, value in row.items() if shown(name)} for row in result]
+        title = f"{title}, the student alone: {missing}"
+    elif log and multihost.is_main() and not any(row["step"] == number for row in before):
         files.append_jsonl(workdir / "evals.jsonl", result)
-    return Evaluated(title, result, start)
+    return f"{title}\n{compare.table(result, start)}"
 
 
 def _with_domains(values: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:
     """The sources as domains, each named by itself where it has no NAME=."""
     domains: dict[str, str] = {}
     for source in sources:
-        named = re.fullmatch(r"([\w.-]+)=(.+)", source)
-        spec = named[2] if named else source
-        name = (
-            named[1] if named else re.sub(r"[^\w.-]+", "_", Path(spec.partition("::")[0]).stem).strip("_.-") or "data"
-        )
+        if named := re.fullmatch(r"([\w.-]+)=(.+)", source):
+            name, spec = named.groups()
+        else:
+            spec = source
+            name = re.sub(r"[^\w.-]+", "_", Path(spec.partition("::")[0]).stem).strip("_.-") or "data"
         if name in domains:
             raise ValueError(f"--data {source}: the name '{name}' is taken: write NAME={spec}")
         domains[name] = spec
@@ -154,14 +132,9 @@ def _score(
     if models.teachers:
         stores = teacher.open_stores(e, models, rows.fingerprints)
         teachers = teacher.build_teacher(e, models, teacher_params, stores)
-    else:  # beside itself; `_student_columns` leaves out what is then without meaning
+    else:  # beside itself; `of_run` leaves out what is then without meaning
         alone = self_teacher(models.student.forward)
         teachers = teacher.Teachers(alone, alone)
-    comparison = jax.jit(compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab))
-    inputs = (teachers.evaluate.state, step, average)
+    comparison, inputs = teachers.comparison(models), (teachers.evaluate.state, step, average)
     batches = load.held_out(rows, e.run.eval_batch, batch_sharding(mesh), teachers.evaluate.host_features)
     return compare.evaluate(lambda batch: comparison(student, inputs, batch), batches, step, start)
-
-
-def _student_columns(row: compare.Row) -> compare.Row:
-    return {name: x for name, x in row.items() if name in ("step", "domain", "tokens") or name.startswith("student_")}

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jaxkd.config import resolve, validate
 from jaxkd.config.schema import DataBlock, Experiment, MeshBlock
 from jaxkd.core import sharding
-from jaxkd.core.types import Batch, Output, PyTree, Scalar
+from jaxkd.core.types import Batch, PyTree, Scalar
 from jaxkd.data import rules
 from jaxkd.losses import group_dro
 from jaxkd.losses import objective as objectives
 from jaxkd.losses.objective import Objective
 from jaxkd.models.transformer import Config
-from jaxkd.run.open_models import Model, Models, open_models
+from jaxkd.run.open_models import Models, open_models
 from jaxkd.train import guard, optim
 from jaxkd.train.state import TrainState, abstract_state
 
@@ -43,35 +43,50 @@ class Job(NamedTuple):
 def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Config] | None = None) -> Job:
     """Functions, abstract trees and shardings of an experiment on devices, by default all; loads no weights.
 
-    `shapes` has configs by path of models that are not on this machine, which suffice for compiling.
-
-    Raises:
-        ValueError, FileNotFoundError: for values that do not fit together or paths that are missing.
+    `shapes` has configs by path of models that are not on this machine, which suffice for compiling. ValueError for
+    values that do not fit together, FileNotFoundError for missing paths.
     """
     mesh = build_mesh(e.run.mesh, devices or jax.devices())
     validate.check(e, mesh.shape)
     models = open_models(e, mesh, shapes or {})
+    student, teacher, frozen = models.student, models.teacher, e.student.frozen
     rule = resolve.mixture_rule(e.data, e.teacher)
     if e.teacher.members:
         resolve.teacher_weights(e.teacher.members, tuple(e.data.domains), e.run.steps)
     lr = resolve.scalar(e.optim.lr, e.run.steps, "optim.lr")
-    configs = {"teacher": models.teacher.config, "student": models.student.config}
-    terms = resolve.terms(e.objective, e.run.steps, configs, e.teacher)
+    configs = {"teacher": teacher.config, "student": student.config}
     objective = objectives.objective(
-        terms,
+        resolve.terms(e.objective, e.run.steps, configs, e.teacher),
         vocab=models.vocab,
         domains=tuple(e.data.domains),
         tails=e.teacher.temperatures,
         measured=group_dro.MEASURED if rule.group_dro else {},
     )
-    objective_init = partial(objective.init, **_outputs(objective, models, abstract_batch(e.data)))
+    outputs = {}
+    if objective.fields:  # features have parameters as wide as what the forward passes return
+        batch = abstract_batch(e.data)
+        for side, model, taps in (
+            ("student", student, objective.student_taps),
+            ("teacher", teacher, objective.teacher_taps),
+        ):
+            outputs[side] = jax.eval_shape(partial(model.forward, taps=taps), model.shapes, batch)
+    objective_init = partial(objective.init, **outputs)
     learned = jax.eval_shape(objective_init, jax.random.key(0))
-    if e.student.frozen and not learned:
+    if frozen and not learned:
         raise ValueError("student.frozen leaves nothing to train: no term of the objective has parameters of its own")
-    trained = models.student._replace(shapes={}, axes={}) if e.student.frozen else models.student
-    axes, params, moments = _parameters(trained, learned, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params) if mesh.shape["replica"] > 1 else None
-    tx = optim.build(e.optim, lr, axes, shardings)
+
+    # Matrices that the objective learns are as wide as the model and sharded as its `embed` is. They do not decay
+    # (`decayed` has no axes for them): an identity pulled to 0 would be another objective.
+    axes = jax.tree.map(lambda x: ("embed", *[None] * (len(x.shape) - 1)) if len(x.shape) > 1 else (None,), learned)
+    trees = {"student": ({}, {}) if frozen else (student.axes, student.shapes), "objective": (axes, learned)}
+    shardings, moments = (
+        {name: sharding.shardings(axes, shapes, mesh, table) for name, (axes, shapes) in trees.items()}
+        for table in (student.rules, sharding.MOMENTS)
+    )
+    leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    params = {name: jax.tree.map(leaf, shapes, shardings[name]) for name, (_, shapes) in trees.items()}
+    decayed = {"student": trees["student"][0], "objective": jax.tree.map(lambda _: (), learned)}
+    tx = optim.build(e.optim, lr, decayed, shardings if mesh.shape["replica"] > 1 else None)
     state = abstract_state(
         params,
         moments,
@@ -80,8 +95,7 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
         group_dro=group_dro.init(np.ones(len(e.data.domains))) if rule.group_dro else None,
         recent=guard.init() if e.optim.spike else None,
     )
-    frozen = _abstract(models.student.shapes, models.student.shardings) if e.student.frozen else {}
-    return Job(e, mesh, models, rule, objective, objective_init, tx, lr, state, frozen)
+    return Job(e, mesh, models, rule, objective, objective_init, tx, lr, state, student.abstract if frozen else {})
 
 
 def build_mesh(sizes: MeshBlock, devices: list) -> Mesh:
@@ -111,34 +125,3 @@ def abstract_batch(data: DataBlock, sharding: NamedSharding | None = None) -> Ba
         return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding)
 
     return Batch(**{name: leaf(name) for name in Batch._fields if name not in ("teacher", "aux")})
-
-
-def _outputs(objective: Objective, models: Models, batch: Batch) -> dict[str, Output]:
-    """What both sides' forward passes return, abstractly, for objectives with features."""
-    if not objective.fields:
-        return {}
-    trace = lambda model, taps: jax.eval_shape(partial(model.forward, taps=taps), model.shapes, batch)
-    return {
-        "student": trace(models.student, objective.student_taps),
-        "teacher": trace(models.teacher, objective.teacher_taps),
-    }
-
-
-def _parameters(student: Model, learned: PyTree, mesh: Mesh) -> tuple[dict[str, PyTree], ...]:
-    """Logical axes of what may train, its abstract arrays, and the shardings of its moments, by part of `params`.
-
-    Matrices that the objective learns are as wide as the model and sharded as its `embed` is; they do not decay: an
-    identity pulled to 0 would be another objective.
-    """
-    wide = jax.tree.map(lambda x: ("embed", *[None] * (len(x.shape) - 1)) if len(x.shape) > 1 else (None,), learned)
-    places = {"student": (student.axes, student.shapes), "objective": (wide, learned)}
-    placed, moments = (
-        {name: sharding.shardings(axes, shapes, mesh, table) for name, (axes, shapes) in places.items()}
-        for table in (student.rules, sharding.MOMENTS)
-    )
-    params = {name: _abstract(shapes, placed[name]) for name, (_, shapes) in places.items()}
-    return {"student": student.axes, "objective": jax.tree.map(lambda _: (), learned)}, params, moments
-
-
-def _abstract(shapes: PyTree, shardings: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

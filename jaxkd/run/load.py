@@ -42,48 +42,43 @@ class Domains(NamedTuple):
 
     @property
     def whole(self) -> list[int]:
-        """Training rows per domain of the whole text, beyond `data.train_rows` too: mixture rules weigh by these."""
+        """Training rows per domain without the limit `data.train_rows`: mixture rules weigh by these."""
         return [p.whole_rows for p in self.prepared]
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of each domain's rows; a resumed run must have the same."""
         return {p.name: p.fingerprint for p in self.prepared}
 
 
 def domains(data: DataBlock, tokenizer: Tokenizer, progress: bool = True) -> Domains:
-    """Build the rows that do not exist yet, and open all of them.
+    """Build the rows that do not exist yet, and open all of them; an error is one line that names the domain.
 
     Process 0 builds first; then the others find its rows on a shared disk, or build the same ones on their own.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError: one line that names the domain.
     """
+
+    def prepare() -> list[build.Prepared]:
+        return [
+            build.prepare(
+                name,
+                open_source(domain.source, domain.field or data.text_key, domain.validation),
+                tokenizer,
+                data.length,
+                data.train_rows,
+                data.valid_rows,
+                data.directory,
+                valid_share=data.valid_share,
+                bad_records=data.bad_records,
+                progress=progress,
+            )
+            for name, domain in data.sources.items()
+        ]
+
     stopped = "stopped by a signal while rows were built: finished domains are kept; the same command continues"
     with multihost.interruptible(stopped):
-        prepared = multihost.main_first("rows", lambda: _prepare(data, tokenizer, progress))
+        prepared = multihost.main_first("rows", prepare)
     multihost.assert_equal("the rows of the domains", {p.name: p.fingerprint for p in prepared})
-    train = tuple(Rows(p.path, "train") for p in prepared)
-    valid = tuple(Rows(p.path, "valid") for p in prepared)
+    train, valid = (tuple(Rows(p.path, split) for p in prepared) for split in ("train", "valid"))
     return Domains(tuple(data.domains), tuple(prepared), train, valid)
-
-
-def _prepare(data: DataBlock, tokenizer: Tokenizer, progress: bool) -> list[build.Prepared]:
-    return [
-        build.prepare(
-            name,
-            open_source(domain.source, domain.field or data.text_key, domain.validation),
-            tokenizer,
-            data.length,
-            data.train_rows,
-            data.valid_rows,
-            data.directory,
-            valid_share=data.valid_share,
-            bad_records=data.bad_records,
-            progress=progress,
-        )
-        for name, domain in data.sources.items()
-    ]
 
 
 def held_out(
@@ -122,15 +117,11 @@ class Weights(NamedTuple):
 
     teachers: dict[str, PyTree]  # by name; of cached ones the head alone; {} where the student is its own teacher
     student: PyTree | None
-    kept_layers: tuple[int, ...] | None  # of the model that the student was cut from
+    kept_layers: tuple[int, ...] | None  # of the model that the student is cut from
 
 
 def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree], PyTree]:
-    """Every teacher's parameters, of cached ones the head; with `keep_host` the first one's on the host too.
-
-    Raises:
-        ValueError, FileNotFoundError: a file is damaged or does not fit.
-    """
+    """Every teacher's parameters, of cached ones the head; with `keep_host` the first one's on the host too."""
     placed: dict[str, PyTree] = {}
     first: PyTree = None
     for name, model in () if models.is_self else models.teachers.items():
@@ -146,36 +137,26 @@ def teachers(models: Models, keep_host: bool = False) -> tuple[dict[str, PyTree]
 def weights(
     models: Models, block: StudentBlock, rows: Domains, progress: bool = True, with_student: bool = True
 ) -> Weights:
-    """Load the teachers, and make the student's first parameters unless a checkpoint has all of them.
-
-    `rows` serve the choice of the layers that the student keeps; its `progress` goes to stderr.
-
-    Raises:
-        ValueError, FileNotFoundError: a file is damaged or does not fit.
-    """
+    """Load the teachers and, with `with_student`, the student's first parameters."""
     cut = with_student and block.path == "teacher"
     placed, host = teachers(models, keep_host=cut)
     if not with_student:
         return Weights(placed, None, None)
     source = models.teacher if cut else models.student
     host = host if cut else host_params(source)
-    kept: tuple[int, ...] | None = block.layers or None
+    layers: tuple[int, ...] | None = block.layers or None
     if block.keep:
         config = source.config if source.checkpoint is None else source.checkpoint.config  # with all its layers
         chosen = _by_importance(config, block.keep, models.vocab, rows, host, progress and multihost.is_main())
         # Near ties may be decided differently on another host.
-        kept = tuple(multihost.broadcast("layers", lambda: list(chosen)))
-    if kept:
-        host = shrink.keep_layers(host, kept)
-    return Weights(placed, put(host, models.student), kept)
+        layers = tuple(multihost.broadcast("layers", lambda: list(chosen)))
+    if layers:
+        host = shrink.keep_layers(host, layers)
+    return Weights(placed, put(host, models.student), layers)
 
 
 def frozen(e: Experiment, models: Models) -> PyTree:
-    """The student's parameters that are in no checkpoint: all of them under `student.frozen`, else {}.
-
-    Raises:
-        ValueError, FileNotFoundError: what they were made from is damaged, or no longer there.
-    """
+    """The student's parameters that are in no checkpoint: all of them under `student.frozen`, else {}."""
     return weights(models, e.student, domains(e.data, models.tokenizer)).student if e.student.frozen else {}
 
 
@@ -206,11 +187,7 @@ def _by_importance(
 
 
 def check_one_device(host: PyTree, device: Any) -> None:
-    """Check that parameters fit on one JAX device in float32, as `student.keep` needs.
-
-    Raises:
-        ValueError: they take more than a share of the memory that the device reports.
-    """
+    """Refuse parameters that do not fit on one JAX device in float32, as `student.keep` needs."""
     size, memory = 4 * sum(x.size for x in jax.tree.leaves(host)), device.memory_stats() or {}
     if size > _MEMORY_SHARE * memory.get("bytes_limit", math.inf):
         raise ValueError(

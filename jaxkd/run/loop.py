@@ -1,6 +1,7 @@
 """The training loop, from a run's first evaluation to its last."""
 
 import contextlib
+import itertools
 import math
 import signal
 import statistics
@@ -30,36 +31,33 @@ from jaxkd.train import faults, guard, optim
 from jaxkd.train.state import TrainState, assemble, init_state
 
 
-class Interrupt:
-    """Polls for Ctrl-C and SIGTERM; all processes poll at the same points and get the same answer."""
+@contextlib.contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Yields a poll for Ctrl-C and SIGTERM: whether to save and stop now, the same on all processes at the same poll.
 
-    def __init__(self) -> None:
-        self._ctrl_c, self._polls = False, 0
+    The first Ctrl-C is a request to stop; a second one raises KeyboardInterrupt.
+    """
+    requested, polls = False, itertools.count(1)
 
-    def __call__(self) -> bool:
-        """Whether to save and stop now."""
+    def request(number: int, frame: Any) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+        if multihost.is_multihost():
+            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to all processes
+
+    def interrupt() -> bool:
         # JAX stops every process at the poll after the largest number that any of them had reached, compared by
         # equality: so numbers count this process's polls, from 1, and not steps.
-        self._polls += 1
-        signalled = multihost_utils.reached_preemption_sync_point(self._polls)
-        return signalled or (self._ctrl_c and not multihost.is_multihost())
+        signalled = multihost_utils.reached_preemption_sync_point(next(polls))
+        return signalled or (requested and not multihost.is_multihost())
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the first Ctrl-C as a request to stop; a second one raises KeyboardInterrupt."""
-
-        def request(number: int, frame: Any) -> None:
-            if self._ctrl_c:
-                raise KeyboardInterrupt
-            self._ctrl_c = True
-            if multihost.is_multihost():
-                signal.raise_signal(signal.SIGTERM)  # JAX passes it on to all processes
-
-        before = signal.signal(signal.SIGINT, request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Stopped(Exception):
@@ -77,12 +75,9 @@ class Run:
         say: Callable[[str], None] = print,
         started: float | None = None,
     ):
-        """Load the models, or restore the newest checkpoint. Nothing is compiled yet.
+        """Load the models, or restore the newest checkpoint; compile nothing yet.
 
         `say` prints a line; `started` is `time.time()` when the process began, None for now.
-
-        Raises:
-            ValueError: the checkpoint is of other rows, or no checkpoint can be read.
         """
         self.job, self.workdir, self.rows = job, workdir, rows
         self.seconds: list[float] = []  # per step of the current interval
@@ -97,7 +92,11 @@ class Run:
         self.phases = Phases(workdir, e.run.stall_s, started or time.time(), jax.process_index())
         try:
             self._load(say)
-            self._define()
+            self.start = {row["domain"]: row["student_nats"] for row in self._evaluation(0)}
+            self.step = program.jitted_step(job, self.teachers.train)
+            self.rollout = program.jitted_rollout(e, models, job.mesh)
+            self.comparison = self.teachers.comparison(models)
+            self.flops = program.flops_of(e, models, job.objective.uses_teacher).model
         except BaseException:
             self.close()
             raise
@@ -106,16 +105,6 @@ class Run:
         """Close the checkpoints, whose threads would otherwise print after an error's own line."""
         self.checkpoints.close()
         self.phases.close(self.finished)
-
-    def _define(self) -> None:
-        """Jit what the loop calls."""
-        job = self.job
-        self.start = {row["domain"]: row["student_nats"] for row in self._evaluation(0)}
-        self.step = program.jitted_step(job, self.teachers.train)
-        self.rollout = program.jitted_rollout(job.experiment, job.models, job.mesh)
-        student, vocab = job.models.student, job.models.vocab
-        self.comparison = jax.jit(compare.make_comparison(student.forward, self.teachers.evaluation_signal, vocab))
-        self.flops = program.flops_of(job.experiment, job.models, job.objective.uses_teacher).model
 
     def _load(self, say: Callable[[str], None]) -> None:
         """Load the teachers, and the state: the newest checkpoint's, or the initial one."""
@@ -130,11 +119,17 @@ class Run:
             self.state: TrainState = self._initial_state({} if frozen else weights.student)
             self.tokens = 0
         else:
-            self.state = newest.state
-            self._restore_progress(newest.progress)
-            for line in newest.warnings:
+            self.state, progress = newest.state, newest.progress
+            if progress["rows"] != self.rows.fingerprints:
+                changed = [n for n, f in self.rows.fingerprints.items() if progress["rows"].get(n) != f]
+                raise ValueError(
+                    f"the rows of {', '.join(changed) or 'some domains'} differ from those that {self.workdir} was "
+                    "trained on: the text, the tokenizer or how rows are cut has changed; use a new --workdir"
+                )
+            self.mixing.restore(progress["mixture"])
+            self.tokens = progress["tokens"]
+            for line in [*newest.warnings, f"resuming at step {newest.step} of {e.run.steps}"]:
                 say(line)
-            say(f"resuming at step {newest.step} of {e.run.steps}")
         self.teachers = build_teacher(e, job.models, self.teacher_params, self.stores, job.objective.uses_teacher)
         step = int(self.state.step)
         self.faults = faults.Faults(e.optim.skip_limit, step - int(optim.update_count(self.state.opt_state)))
@@ -142,7 +137,6 @@ class Run:
 
     @property
     def student(self) -> PyTree:
-        """The student's parameters now."""
         return assemble(self.state.params["student"], self.frozen)
 
     @property
@@ -151,7 +145,6 @@ class Run:
         return self.student if self.state.ema is None else assemble(self.state.ema, self.frozen)
 
     def loaded(self) -> preflight.Loaded:
-        """What the checks before the first step look at."""
         return preflight.Loaded(
             self.job.models, self.rows, self.teacher_params, self.teachers, self.student, self.average, self.comparison
         )
@@ -169,16 +162,6 @@ class Run:
         state = jax.jit(first, out_shardings=shardings)(student, seeds.key(e.run.seed))
         earlier = restore.objective_params(e.student.objective_from, job.state.params["objective"])
         return state._replace(params=state.params | {"objective": state.params["objective"] | earlier})
-
-    def _restore_progress(self, progress: dict[str, Any]) -> None:
-        if progress["rows"] != self.rows.fingerprints:
-            changed = [n for n, f in self.rows.fingerprints.items() if progress["rows"].get(n) != f]
-            raise ValueError(
-                f"the rows of {', '.join(changed) or 'some domains'} differ from those that {self.workdir} was trained "
-                "on: the text, the tokenizer or how rows are cut has changed; use a new --workdir"
-            )
-        self.mixing.restore(progress["mixture"])
-        self.tokens = progress["tokens"]
 
     def _progress(self) -> dict[str, Any]:
         """What a checkpoint holds beside the train state, as JSON values that keep every bit of floats."""
@@ -204,39 +187,17 @@ class Run:
         read = lambda: [row for row in files.read_jsonl(self.workdir / "evals.jsonl") if row["step"] == step]
         return multihost.broadcast(f"evaluation of step {step}", read)
 
-    def _compare(self, step: int, interrupt: Interrupt) -> list[compare.Row]:
-        """Student and teacher on the held-out rows; raises `_Stopped`."""
-        params, inputs = self.student, (self.teachers.evaluate.state, self.state.step, self.average)
-
-        def sums(batch: Batch) -> compare.Sums:
-            if interrupt():
-                raise _Stopped
-            self.phases.alive()
-            return self.comparison(params, inputs, batch)
-
-        size, sharding = self.job.experiment.run.eval_batch, batch_sharding(self.job.mesh)
-        held_out = load.held_out(self.rows, size, sharding, self.teachers.evaluate.host_features)
-        start = self.start if step else None
-        # The gap to a teacher that moves cannot be closed.
-        rows = compare.evaluate(sums, held_out, step, {} if self.job.models.is_self else start)
-        if step == 0:
-            self.start = {row["domain"]: row["student_nats"] for row in rows}
-        return rows
-
     def go(self, profile: tuple[int, int] = (0, 0)) -> bool:
         """Train to the last step; False when a signal stopped the run before it, with everything saved.
 
-        `profile` is the first step to trace, and how many.
-
-        Raises:
-            FloatingPointError: too many losses or gradients were not finite; nothing of them is saved.
-            OSError: a checkpoint could not be written.
+        `profile` is the first step to trace, and how many. FloatingPointError after too many losses or gradients that
+        are not finite, none of which is saved; OSError for a checkpoint that cannot be written.
         """
         run, step = self.job.experiment.run, int(self.state.step)
         output = log.TrainLog(self.workdir, run.steps, step, self.mixing.start)
-        interrupt, trace = Interrupt(), Profile(self.workdir / "profile", *profile)
+        trace = Profile(self.workdir / "profile", *profile)
         try:
-            with interrupt.listening(), contextlib.closing(trace):
+            with interruptions() as interrupt, contextlib.closing(trace):
                 stop = interrupt()
                 if not stop and self._due(step) and "mean" not in [row["domain"] for row in self._evaluation(step)]:
                     output.restart_evaluation(step)
@@ -262,11 +223,11 @@ class Run:
             output.close()
         return self.finished
 
-    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Interrupt, trace: Profile) -> bool:
+    def _steps(self, step: int, run, output: log.TrainLog, interrupt: Callable[[], bool], trace: Profile) -> bool:
         """Train; a step's metrics are fetched when the next step is dispatched and the batch after it is on devices."""
         waiting: tuple[int, Metrics] | None = None
-        clock = time.perf_counter()
-        batches = None
+        clock, batches = time.perf_counter(), None
+        phase: contextlib.AbstractContextManager = self.phases.during("compile")  # of the first step
         if step < run.steps:
             output.compiling()
         while step < run.steps:
@@ -275,14 +236,20 @@ class Run:
                     self._record(output, *waiting, clock)
                 batches, waiting = None, None
                 with self.phases.during("mixture"):
-                    self._reweigh(output)
+                    rule_s = self.mixing.advance(self.student)
+                    step_s = statistics.median(self.seconds) if self.seconds else None
+                    weights = group_dro.columns(self.state.group_dro)
+                    line = self.mixing.line(self.tokens, weights, rule_s, step_s)
+                    output.mixture(line)
+                    self.seconds, self.rule_s = [], line.get("rule_s")
                 clock = time.perf_counter()
             batches = self._interval(step) if batches is None else batches
-            with trace.step(step + 1), self.phases.once("compile"):
+            with trace.step(step + 1), phase:
                 batch = next(batches)
                 if self.rollout is not None:
                     batch = self.rollout(self.teacher_params["teacher"], batch, self.state.step)
                 self.state, measured = self.step(self.state, self.frozen, self.teachers.train.state, batch)
+            phase = contextlib.nullcontext()
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
             step, waiting = step + 1, (step + 1, measured)
@@ -309,16 +276,7 @@ class Run:
                 return False
         return True
 
-    def _reweigh(self, output: log.TrainLog) -> None:
-        """Start the next interval, and log its mixture and what measuring for it cost."""
-        seconds = self.mixing.advance(self.student)
-        step_s = statistics.median(self.seconds) if self.seconds else None
-        line = self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro), seconds, step_s)
-        output.mixture(line)
-        self.seconds, self.rule_s = [], line.get("rule_s")
-
     def _due(self, step: int) -> bool:
-        """Whether there is an evaluation at this step."""
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
 
@@ -337,13 +295,13 @@ class Run:
             **{name: value if math.isfinite(value) else None for name, value in values.items()},
             "tokens": self.tokens,
             "tokens_per_s": tokens / (now - clock),
+            "step_s": now - clock,
         }
-        row["step_s"] = now - clock
         row |= flops.rates(self.flops, now - clock, self.job.mesh.size, self.job.mesh.devices.flat[0].device_kind)
         self.seconds.append(now - clock)
         if self.mixing.rule.measures:
-            shares = zip(self.rows.names, self.mixing.mixture.sampling.tolist(), strict=True)
-            row |= {f"share/{name}": share for name, share in shares}
+            sampling = self.mixing.mixture.sampling.tolist()
+            row |= {f"share/{name}": share for name, share in zip(self.rows.names, sampling, strict=True)}
         if self.rule_s is not None:  # not part of the times above
             row["rule_s"], self.rule_s = self.rule_s, None
         broken = skipped or not math.isfinite(values["param_norm"])
@@ -358,24 +316,37 @@ class Run:
     def _drawn(self, step: int) -> dict[str, list[int]]:
         """Rows of a step of the current interval, by domain."""
         e, mixing = self.job.experiment, self.mixing
-        sizes = [len(rows) for rows in self.rows.train]
         interval = step - 1, mixing.end, mixing.start
-        domain, row = loader.step_rows(sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
+        domain, row = loader.step_rows(self.rows.sizes, mixing.mixture, e.run.seed, e.data.batch, *interval)
         by_domain = {name: sorted(row[domain == d].tolist()) for d, name in enumerate(self.rows.names)}
         return {name: rows for name, rows in by_domain.items() if rows}
 
-    def _evaluate(self, output: log.TrainLog, step: int, interrupt: Interrupt) -> float | None:
+    def _evaluate(self, output: log.TrainLog, step: int, interrupt: Callable[[], bool]) -> float | None:
         """Evaluate and log; returns the student's mean loss, which ranks checkpoints, or None after a signal."""
+        params, inputs = self.student, (self.teachers.evaluate.state, self.state.step, self.average)
+
+        def sums(batch: Batch) -> compare.Sums:
+            if interrupt():
+                raise _Stopped
+            self.phases.alive()
+            return self.comparison(params, inputs, batch)
+
+        size, sharding = self.job.experiment.run.eval_batch, batch_sharding(self.job.mesh)
+        start = None if step == 0 else self.start
         try:
             with self.phases.during("evaluation"):
-                rows = self._compare(step, interrupt)
+                held_out = load.held_out(self.rows, size, sharding, self.teachers.evaluate.host_features)
+                # The gap to a teacher that moves cannot be closed.
+                rows = compare.evaluate(sums, held_out, step, {} if self.job.models.is_self else start)
         except _Stopped:
             return None
+        if step == 0:
+            self.start = {row["domain"]: row["student_nats"] for row in rows}
         output.evaluation(rows)
+        mean = rows[-1]
         if step < self.job.experiment.run.steps:
-            mean = rows[-1]
             output.say(
                 f"step {step}: student {mean['student_nats']:.3f} nats/token (teacher {mean['teacher_nats']:.3f}), "
                 f"KL {mean['kl']:.3f}, agreement {mean['agreement']:.1%}"
             )
-        return rows[-1]["student_nats"]
+        return mean["student_nats"]

@@ -20,9 +20,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-d
 
 
 def info(job: Job, rows: Domains, kept_layers: Sequence[int], memory: Mapping[str, int], command: str) -> RunInfo:
-    """The record of a run; `kept_layers` are of the model that the student is cut from, `memory` bytes per device of
-    each teacher's weights.
-    """
+    """The record of a run; `memory` has the bytes per device of each teacher's weights."""
 
     def model(side, path: str, **more) -> ModelInfo:
         return ModelInfo(path, parameter_count(side.config), side.config.layers, **more)
@@ -54,11 +52,11 @@ def model_lines(t: TeacherBlock, record: RunInfo, source_layers: int) -> list[st
     for name, model in record.teachers.items():
         cache = "" if t.is_self else t.models[name].cache
         signal = "hidden" if t.members and cache else t.signal
-        how = f"{signal} from {cache}" if cache else "online" if signal == "head" else f"online {signal}"
+        source = f"{signal} from {cache}" if cache else "online" if signal == "head" else f"online {signal}"
         path = "the student's own average" if t.is_self else model.path
         memory = "in the train state" if t.is_self else f"{model.bytes_per_device / 2**20:,.0f} MiB a device"
-        label = name if name == "teacher" else f"teacher {name}"
-        lines.append(f"{label}: {path}, {model.layers} layers, {number(model.parameters)} parameters, {how}, {memory}")
+        sizes = f"{model.layers} layers, {number(model.parameters)} parameters"
+        lines.append(f"{'' if name == 'teacher' else 'teacher '}{name}: {path}, {sizes}, {source}, {memory}")
     s = record.student
     of = f" of {source_layers}" if s.kept_layers else ""
     return [*lines, f"student: {s.path}, {s.layers}{of} layers, {number(s.parameters)} parameters"]

@@ -25,8 +25,7 @@ from jaxkd.run.open_models import Model
 from jaxkd.runtime import files, multihost
 from jaxkd.train.state import TrainState
 
-Measure = Callable[[PyTree, int], np.ndarray]
-"""`measure(student's parameters, interval)`: what a rule needs of the student, per domain or pair of domains."""
+Measure = Callable[[PyTree, int], np.ndarray]  # (student's parameters, interval) -> values per domain or pair of them
 
 
 def make_losses(student: Model, vocab: int, rows: load.Domains, run: RunBlock, mesh: Mesh) -> Measure:
@@ -68,11 +67,7 @@ def make_gradients(student: Model, vocab: int, rows: load.Domains, run: RunBlock
 
 
 def check_rule(rule: rules.Rule, domains: int) -> None:
-    """Compute the first shares of a rule that measures nothing: the run it reads weights of must exist.
-
-    Raises:
-        ValueError, FileNotFoundError: it does not.
-    """
+    """Compute the first shares of a rule that measures nothing: raises where a run that it reads is missing."""
     if not rule.measures:
         rule.init([1] * domains, None)
 
@@ -88,11 +83,6 @@ class Mixing:
         self.gaps: rules.Gaps | None = None  # as last measured by this process
 
     def first(self) -> None:
-        """The mixture before the first step.
-
-        Raises:
-            ValueError, FileNotFoundError: the rule does not fit the domains, or the run that it reads is missing.
-        """
         if self.rule.measures is rules.Gaps:
             # Such a rule starts from the first evaluation (`begin`); until then the domains' own sizes count.
             self.mixture = mixture.init(mixture.natural(self._rows.whole))
@@ -113,13 +103,7 @@ class Mixing:
 
     @property
     def end(self) -> int:
-        """The next interval's first step."""
         return self.start + self._data.interval
-
-    @property
-    def _count(self) -> int:
-        """Rows in an interval."""
-        return self._data.interval * self._data.batch
 
     def saved(self) -> dict[str, Any]:
         """The mixture as JSON values; floats keep every bit."""
@@ -128,7 +112,6 @@ class Mixing:
         return {**drawn, "rule_state": m.rule_state, "interval": m.interval}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take over a mixture that `saved` returned."""
         sampling, drawn = np.asarray(saved["sampling"], np.float64), np.asarray(saved["drawn"], np.int64)
         self.mixture = Mixture(sampling, saved["rule_state"], drawn, saved["interval"])
 
@@ -150,8 +133,7 @@ class Mixing:
     def advance(self, params: PyTree) -> float:
         """Start the next interval, with what the rule measures of the student's parameters.
 
-        Returns:
-            Seconds that measuring took, without the wait for the steps before it.
+        Returns the seconds that this took, without the wait for the steps before it.
         """
         if self.rule.measures:
             jax.block_until_ready(params)
@@ -161,22 +143,17 @@ class Mixing:
         if self.rule.measures is rules.Gradients:
             lr = float(schedules.value(self._lr, interval * self._data.interval))
             measured = rules.Gradients(self._measure(params, interval), lr)
-        elif self.rule.measures:
-            measured = self.gaps = self._gaps(self._measure(params, interval))
+        elif self.rule.measures:  # the student's losses now, beside the teacher's of the first evaluation
+            teacher, teacher_bits, factor = (
+                np.asarray(stored[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
+            )
+            student = self._measure(params, interval)
+            measured = self.gaps = rules.Gaps(student, teacher, student * factor, teacher_bits)
         sampling, state = self.rule.update(stored["rule"], measured, interval)
-        self.mixture = mixture.advance(self.mixture, self._count, sampling)._replace(
-            rule_state=stored | {"rule": state}
-        )
+        advanced = mixture.advance(self.mixture, self._data.interval * self._data.batch, sampling)
+        self.mixture = advanced._replace(rule_state=stored | {"rule": state})
         self._agree()
         return time.perf_counter() - began
-
-    def _gaps(self, student: np.ndarray) -> rules.Gaps:
-        """The student's losses now, beside the teacher's of the first evaluation."""
-        stored = self.mixture.rule_state
-        teacher, teacher_bits, factor = (
-            np.asarray(stored[name]) for name in ("teacher_nats", "teacher_bits_per_byte", "bits_per_nat")
-        )
-        return rules.Gaps(student, teacher, student * factor, teacher_bits)
 
     def finish(self, state: TrainState, workdir: Path) -> str:
         """Write a proxy run's averaged domain weights; returns a line for the console, "" for other rules."""
@@ -200,19 +177,16 @@ class Mixing:
     ) -> dict[str, Any]:
         """The current interval's row of `mixture.jsonl`.
 
-        Args:
-            tokens: trained on before it.
-            weights: of the domains in the loss, as from `group_dro.columns`.
-            seconds: that measuring for it took; None for the first interval.
-            step_s: median seconds of a step of the previous interval; None where this process trained none.
+        `weights` in the loss are as from `group_dro.columns`; `seconds` is what `advance` took, None for the first
+        interval; `step_s` the median seconds of the previous interval's steps, None where this process made none.
         """
         m = self.mixture
         row: dict[str, Any] = {"step": self.start, "interval": m.interval, "tokens": tokens}
         columns: dict[str, Sequence[Any]] = {
             "share": m.sampling.tolist(),
-            "rows": mixture.counts(m.sampling, self._count).tolist(),
+            "rows": mixture.counts(m.sampling, self._data.interval * self._data.batch).tolist(),
             "drawn": m.drawn.tolist(),
-            "epochs": (m.drawn / [len(rows) for rows in self._rows.train]).tolist(),
+            "epochs": (m.drawn / self._rows.sizes).tolist(),
         }
         if self.gaps is not None:
             columns["ratio"] = np.exp(self.gaps.student_nats - self.gaps.teacher_nats).tolist()

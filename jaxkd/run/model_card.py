@@ -13,16 +13,20 @@ from jaxkd.runtime import files
 
 def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
     """The card's facts by name, for `models.export`; what is unknown is left out."""
-    info, teacher = saved_info(workdir), e.teacher
-    origin = (
-        teacher.path or next(iter(teacher.members.values())).path if e.student.path == "teacher" else e.student.path
-    )
+    info, o = saved_info(workdir), e.optim
+    teachers = [e.teacher.path] if e.teacher.path else [member.path for member in e.teacher.members.values()]
+    origin = teachers[0] if e.student.path == "teacher" else e.student.path
+    if origin in ("random", SELF):
+        origin = ""
+    elif origin in weights.KNOWN:
+        origin = weights.KNOWN[origin].hub
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", origin):
+        origin = Path(origin).name  # without the directories of this machine
     layers = info.student.kept_layers or e.student.layers
-    o = e.optim
     card = {
         "name": workdir.name,
-        "base_model": None if origin in ("random", SELF) else _hub_name(origin),
-        "teacher": teacher.path or " and ".join(member.path for member in teacher.members.values()),
+        "base_model": origin,
+        "teacher": " and ".join(teachers),
         "parameters": f"{info.student.parameters:,}" if info.student.parameters else None,
         "kept layers": f"{', '.join(map(str, layers))} of the base model, counted from 0" if layers else None,
         "optimiser": f"AdamW, learning rate {_scalar(o.lr)}, b1 {o.b1:g}, b2 {o.b2:g}, "
@@ -38,13 +42,6 @@ def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
     return {name: value for name, value in card.items() if value not in (None, [], "")}
 
 
-def _hub_name(path: str) -> str:
-    """`path` as a model hub knows it, without the directories of this machine."""
-    if path in weights.KNOWN:
-        return weights.KNOWN[path].hub
-    return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) else Path(path).name
-
-
 def _scalar(value: float | Schedule) -> str:
     if not isinstance(value, Schedule):
         return f"{value:g}"
@@ -53,5 +50,5 @@ def _scalar(value: float | Schedule) -> str:
 
 
 def _term(term: Any) -> str:
-    heated = f", temperature {_scalar(term.temperature)}" if term.divergence else ""
-    return f"{term.divergence or term.feature}, weight {_scalar(term.weight)}{heated}"
+    temperature = f", temperature {_scalar(term.temperature)}" if term.divergence else ""
+    return f"{term.divergence or term.feature}, weight {_scalar(term.weight)}{temperature}"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxkd.config import validate
-from jaxkd.config.schema import Experiment, StudentBlock, from_mapping
+from jaxkd.config.schema import Experiment, from_mapping
 from jaxkd.core import sharding
 from jaxkd.core.types import Forward, PyTree
 from jaxkd.data import tokenize, vocabulary
@@ -44,7 +44,6 @@ class Model(NamedTuple):
 
     @property
     def abstract(self) -> PyTree:
-        """Parameters as ShapeDtypeStruct leaves with shardings."""
         leaf = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         return jax.tree.map(leaf, self.shapes, self.shardings)
 
@@ -65,27 +64,25 @@ class Models(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What the mesh could not shard."""
         return sorted({note for model in (self.student, *self.teachers.values()) for note in model.notes})
 
 
-Source = tuple[weights.Checkpoint | None, Config]
-"""Where weights come from, None for random ones or a shape alone, and the whole model's config."""
+Source = tuple[weights.Checkpoint | None, Config]  # None for random weights or a shape alone; the whole model's config
 
 
 def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Models:
     """Read headers and tokenizers, check that they belong together, and describe every model on the mesh.
 
-    Args:
-        e: its blocks teacher, student, data and run.
-        mesh: where the arrays will be.
-        shapes: configs by path of models that are not on this machine; their tokenizer is only a size.
-
-    Raises:
-        ValueError, FileNotFoundError: a path is missing, or models and tokenizer do not fit together.
+    `shapes` has configs by path of models that are not on this machine; their tokenizer is only a size. ValueError
+    where models and tokenizer do not fit together, FileNotFoundError for a missing path.
     """
     sources = teacher_sources(e, shapes)
-    source = _student_source(e, sources, shapes)
+    if e.student.path != "teacher":
+        source = _open(e.student.path, e.student.shape, "student", shapes, e.data.length)
+    elif sources:
+        source = next(iter(sources.values()))
+    else:
+        raise ValueError("student.path is 'teacher', but the student is its own teacher: name the student's weights")
     side = lambda name: name if name == "teacher" else f"teacher '{name}'"
     by_side = {side(name): opened for name, opened in sources.items()} | {"student": source}
     tokenizer, own, vocab = _tokenizers(e, by_side, shapes)
@@ -98,28 +95,6 @@ def open_models(e: Experiment, mesh: Mesh, shapes: Mapping[str, Config]) -> Mode
         return Models(student, {"teacher": student._replace(checkpoint=None)}, tokenizer, vocab, is_self=True)
     teachers = teacher_models(e, sources, mesh, columns)
     return Models(student, {n: t._replace(tokenizer=own.get(side(n))) for n, t in teachers.items()}, tokenizer, vocab)
-
-
-def student_model(e: Experiment, source: Source, mesh: Mesh, columns: int, cut: bool = True) -> Model:
-    """The student on the mesh, its head `columns` wide; `cut` leaves out the layers that the recipe does."""
-    layers = _depth(e.student, source[1].layers) if cut else source[1].layers
-    dtype = validate.DTYPES[e.run.dtype]
-    student = _model(
-        source, e.student.sharding, "float32", dtype, e.run.remat, mesh=mesh, columns=columns, layers=layers
-    )
-    return student._replace(seed=e.run.seed + 1)
-
-
-def teacher_models(e: Experiment, sources: Mapping[str, Source], mesh: Mesh, columns: int) -> dict[str, Model]:
-    """The teachers on the mesh, their heads `columns` wide."""
-    teachers = {}
-    for number, (name, source) in enumerate(sources.items()):
-        block = e.teacher.models[name]
-        dtype = validate.DTYPES[validate.STORED[block.dtype]]
-        teacher = _model(source, block.sharding, block.dtype, dtype, mesh=mesh, columns=columns, teaches=True)
-        seed = e.run.seed + number + (number > 0)  # the one after the first teacher's is the student's
-        teachers[name] = teacher._replace(seed=seed, cache=block.cache)
-    return teachers
 
 
 def teacher_sources(e: Experiment, shapes: Mapping[str, Config]) -> dict[str, Source]:
@@ -145,36 +120,28 @@ def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Co
     return checkpoint, checkpoint.config
 
 
-def _student_source(e: Experiment, teachers: Mapping[str, Source], shapes: Mapping[str, Config]) -> Source:
-    if e.student.path != "teacher":
-        return _open(e.student.path, e.student.shape, "student", shapes, e.data.length)
-    if not teachers:
-        raise ValueError("student.path is 'teacher', but the student is its own teacher: name the student's weights")
-    return next(iter(teachers.values()))
-
-
-# ------------------------------------------------------------------------------------ tokenizers
-
-
 def _tokenizers(
     e: Experiment, by_side: Mapping[str, Source], shapes: Mapping[str, Config]
 ) -> tuple[tokenize.Tokenizer, dict[str, tokenize.Tokenizer], int]:
     """The data's tokenizer, the checkpoints' own by side, and how many ids the loss covers.
 
-    `by_side` has the first teacher first. What the loss leaves out is printed on stderr.
-
-    Raises:
-        ValueError: text has other ids in a model, or a model's context is shorter than a row.
+    `by_side` has the first teacher first. What the loss leaves out is printed on stderr. ValueError where a text has
+    other ids in a model, or a model's context is shorter than a row.
     """
     for side, (_, config) in by_side.items():
         if e.data.length > config.max_length:
-            raise ValueError(
-                f"data.length={e.data.length} is beyond the {side}'s context of {config.max_length} tokens"
-            )
-    if e.data.tokenizer == "teacher" and next(iter(e.teacher.models.values()), e.student).path in shapes:
+            raise ValueError(f"data.length={e.data.length} exceeds the {side}'s context of {config.max_length} tokens")
+    name, checkpoint = e.data.tokenizer, next(iter(by_side.values()))[0]
+    if name == "bytes":
+        data = tokenize.byte_tokenizer()
+    elif name != "teacher":
+        data = tokenize.from_directory(name)
+    elif next(iter(e.teacher.models.values()), e.student).path in shapes:
         data = tokenize.of_size(min(config.vocab for _, config in by_side.values()))
+    elif checkpoint is not None:
+        data = tokenize.of_checkpoint(checkpoint)
     else:
-        data = _tokenizer(e.data.tokenizer, next(iter(by_side.values()))[0])
+        raise ValueError("data.tokenizer is 'teacher', but a random model has none: give 'bytes' or a directory")
     own = {
         side: tokenize.of_checkpoint(checkpoint)
         for side, (checkpoint, _) in by_side.items()
@@ -187,35 +154,47 @@ def _tokenizers(
     return data, own, covered.size
 
 
-def _tokenizer(name: str, checkpoint: weights.Checkpoint | None) -> tokenize.Tokenizer:
-    """The tokenizer that `data.tokenizer` names; "teacher" is the checkpoint's own."""
-    if name == "bytes":
-        return tokenize.byte_tokenizer()
-    if name != "teacher":
-        return tokenize.from_directory(name)
-    if checkpoint is None:
-        raise ValueError("data.tokenizer is 'teacher', but a random model has none: give 'bytes' or a directory")
-    return tokenize.of_checkpoint(checkpoint)
+def student_model(e: Experiment, source: Source, mesh: Mesh, columns: int, cut: bool = True) -> Model:
+    """The student on the mesh, its head `columns` wide; `cut` leaves out the layers that the recipe does."""
+    layers, chosen, keep = source[1].layers, e.student.layers, e.student.keep
+    if cut:
+        if chosen and (list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < layers):
+            raise ValueError(f"student.layers {chosen} must be different and rising, from 0 to {layers - 1}")
+        if keep and not 1 <= keep <= layers:
+            raise ValueError(f"student.keep is {keep}, but the model it is cut from has {layers} layers")
+        layers = len(chosen) or keep or layers
+    rules, dtype = sharding.TABLES[e.student.sharding], validate.DTYPES[e.run.dtype]
+    return _model(source, mesh, columns, rules, "float32", dtype, layers, e.run.remat)._replace(seed=e.run.seed + 1)
 
 
-# ------------------------------------------------------------------------------- abstract models
+def teacher_models(e: Experiment, sources: Mapping[str, Source], mesh: Mesh, columns: int) -> dict[str, Model]:
+    """The teachers on the mesh, their heads `columns` wide."""
+    teachers = {}
+    for number, (name, source) in enumerate(sources.items()):
+        block = e.teacher.models[name]
+        rules = sharding.of_teacher(sharding.TABLES[block.sharding])
+        dtype = validate.DTYPES[validate.STORED[block.dtype]]
+        teacher = _model(source, mesh, columns, rules, block.dtype, dtype, source[1].layers)
+        if mesh.shape["teacher"] > 1:
+            teacher = teacher._replace(forward=online.within(rules, teacher.forward))
+        seed = e.run.seed + number + (number > 0)  # the one after the first teacher's is the student's
+        teachers[name] = teacher._replace(seed=seed, cache=block.cache)
+    return teachers
 
 
 def _model(
     source: Source,
-    table: str,
-    stored: str,
-    dtype: Any,
-    remat: str = "none",
-    *,
     mesh: Mesh,
     columns: int,
-    layers: int | None = None,
-    teaches: bool = False,
+    rules: sharding.Rules,
+    stored: str,
+    dtype: Any,
+    layers: int,
+    remat: str = "none",
 ) -> Model:
     """A model on the mesh: `stored` is the dtype of its parameters, `dtype` of its activations."""
     checkpoint, whole = source
-    config = dataclasses.replace(whole, layers=layers or whole.layers, vocab_multiple=columns)
+    config = dataclasses.replace(whole, layers=layers, vocab_multiple=columns)
     if checkpoint is not None:
         # A student cut from the file is loaded whole, and cut then.
         checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(whole, vocab_multiple=columns))
@@ -224,13 +203,9 @@ def _model(
         shapes, axes = quantized.abstract(shapes, axes)
     else:
         shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, validate.DTYPES[stored]), shapes)
-    forward: Forward = partial(transformer.forward, config, dtype=dtype, remat=remat)
-    rules = sharding.of_teacher(sharding.TABLES[table]) if teaches else sharding.TABLES[table]
-    if teaches and mesh.shape["teacher"] > 1:
-        forward = online.within(rules, forward)
     return Model(
         config,
-        forward,
+        partial(transformer.forward, config, dtype=dtype, remat=remat),
         shapes,
         axes,
         sharding.shardings(axes, shapes, mesh, rules),
@@ -241,13 +216,3 @@ def _model(
         quantized=stored == "int8",
         notes=tuple(sharding.replicated_axes(axes, shapes, mesh, rules)),
     )
-
-
-def _depth(student: StudentBlock, layers: int) -> int:
-    """The student's layers once some of the model's are left out."""
-    chosen, keep = student.layers, student.keep
-    if chosen and (list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < layers):
-        raise ValueError(f"student.layers {chosen} must be different and rising, from 0 to {layers - 1}")
-    if keep and not 1 <= keep <= layers:
-        raise ValueError(f"student.keep is {keep}, but the model it is cut from has {layers} layers")
-    return len(chosen) or keep or layers

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxkd.config.schema import Experiment
 from jaxkd.core.sharding import batch_sharding
-from jaxkd.core.types import Batch, Forward, Head, PyTree
+from jaxkd.core.types import Batch, Forward, PyTree
 from jaxkd.data import chat, loader
 from jaxkd.evals import compare
 from jaxkd.kernels.api import linear_divergence
@@ -29,9 +29,6 @@ _PRECISION = 0.05  # nats per token that a compute dtype may cost against float3
 _BEHIND = 0.02  # nats per token by which a teacher may be worse than its student: noise of a few rows
 
 
-Compare = Callable[[PyTree, Any, Batch], compare.Sums]
-
-
 class Loaded(NamedTuple):
     """A run's models and rows before its first step."""
 
@@ -41,32 +38,28 @@ class Loaded(NamedTuple):
     teachers: Teachers
     student: PyTree
     average: PyTree  # `TrainState.ema`, or the student's parameters
-    comparison: Compare  # the evaluation's, jitted
+    comparison: Callable[[PyTree, Any, Batch], compare.Sums]  # as `Teachers.comparison`
 
 
 def prepare(e: Experiment, models: Models, rows: load.Domains) -> tuple[Loaded, dict[str, Store]]:
-    """Load what the checks look at, as before a run's first step.
-
-    Raises:
-        ValueError, FileNotFoundError: when something cannot be loaded.
-    """
+    """Load what the checks look at, as before a run's first step."""
     stores = open_stores(e, models, rows.fingerprints)
-    weights = load.weights(models, e.student, rows)
-    teachers = build_teacher(e, models, weights.teachers, stores)
-    comparison = compare.make_comparison(models.student.forward, teachers.evaluation_signal, models.vocab)
-    student = weights.student
-    return Loaded(models, rows, weights.teachers, teachers, student, student, jax.jit(comparison)), stores
+    teacher_params, student, _ = load.weights(models, e.student, rows)
+    teachers = build_teacher(e, models, teacher_params, stores)
+    return Loaded(models, rows, teacher_params, teachers, student, student, teachers.comparison(models)), stores
 
 
 def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) -> Iterator[str]:
-    """The checks, one after the other; each yields a line on what it measured. Caches are compared with their teachers.
-
-    Raises:
-        ValueError: at the first that fails.
-    """
-    models = loaded.models
+    """The checks, one after the other; each yields a line on what it measured, or raises ValueError."""
+    models, rows = loaded.models, loaded.rows
     yield _chat(models)
-    batch = _batch(loaded, e.run.eval_batch, batch_sharding(mesh))
+    # Held-out rows of all domains in turn, with what the evaluation's teacher needs of them.
+    size, sharding = e.run.eval_batch, batch_sharding(mesh)
+    domain = np.arange(size) % len(rows.names)
+    row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
+    mine = loader.local_rows(size, sharding)
+    local = loader.read_rows(rows.valid, domain[mine], row[mine])
+    batch = loader.to_devices(loaded.teachers.evaluate.host_features(local), size, mine, sharding)
     yield from _losses(loaded, batch)
     for name, model in () if models.is_self else models.teachers.items():
         if name not in stores:
@@ -75,8 +68,6 @@ def run(loaded: Loaded, stores: Mapping[str, Store], e: Experiment, mesh: Mesh) 
     for name, store in stores.items():
         yield cache_teacher.spot_check(e, models, mesh, loaded.rows, name, store)
 
-
-# ------------------------------------------------------------------------------------ chat templates
 
 CONVERSATION = (
     {"role": "user", "content": "What is 2 + 2?"},
@@ -109,19 +100,6 @@ def _chat(models: Models) -> str:
     return "chat templates: different, but they render the same text"
 
 
-# ------------------------------------------------------------------------------------- losses of real rows
-
-
-def _batch(loaded: Loaded, size: int, sharding: NamedSharding) -> Batch:
-    """Held-out rows of all domains in turn, with what the evaluation's teacher needs of them."""
-    rows = loaded.rows
-    domain = np.arange(size) % len(rows.names)
-    row = (np.arange(size) // len(rows.names)) % np.asarray([len(v) for v in rows.valid])[domain]
-    where = loader.local_rows(size, sharding)
-    local = loader.read_rows(rows.valid, domain[where], row[where])
-    return loader.to_devices(loaded.teachers.evaluate.host_features(local), size, where, sharding)
-
-
 def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
     """Teacher and student on real rows, twice."""
     models = loaded.models
@@ -138,9 +116,7 @@ def _losses(loaded: Loaded, batch: Batch) -> Iterator[str]:
     guess = math.log(models.vocab)
     for side, nats in (("teacher", teacher), ("student", student)):
         if not math.isfinite(nats):
-            raise ValueError(
-                f"the {side}'s loss on held-out rows is {nats}: its weights are damaged, or its dtype overflows"
-            )
+            raise ValueError(f"the {side}'s loss on held-out rows is {nats}: damaged weights, or its dtype overflows")
     real = models.is_self or all(m.checkpoint is not None for m in models.teachers.values())
     if real and not models.is_self and teacher >= guess:
         raise ValueError(
@@ -161,32 +137,27 @@ def _forward(side: str, model: Model, params: PyTree, batch: Batch, vocab: int) 
     @jax.jit
     def losses(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         def mean_nats(forward: Forward, batch: Batch) -> jax.Array:
-            nats = _nats(forward(params, batch).head, batch, vocab)[:, :length]
+            head, targets, weights = forward(params, batch).head, batch.targets, batch.weights[None]
+            _, nats = linear_divergence((next_token(),), head, None, targets, weights, (1.0,), vocab=vocab)
+            nats = nats[0][:, :length]
             live = batch.weights[:, :length] != 0
             return jnp.sum(jnp.where(live, nats, 0.0)) / jnp.sum(live)
 
         length = batch.tokens.shape[1]
         longer: dict[str, Any] = {name: jnp.pad(getattr(batch, name), ((0, 0), (0, _PADDING))) for name in _WIDE}
-        wide = partial(model.forward, dtype=jnp.float32)
+        float32 = partial(model.forward, dtype=jnp.float32)
         padded = batch._replace(**longer)
-        return mean_nats(model.forward, batch), mean_nats(model.forward, padded), mean_nats(wide, batch)
+        return mean_nats(model.forward, batch), mean_nats(model.forward, padded), mean_nats(float32, batch)
 
-    plain, padded, wide = (float(x) for x in losses(params, batch._replace(teacher=None)))
-    if abs(plain - padded) > (_SAME if plain == wide else _PRECISION):
+    plain, padded, float32 = (float(x) for x in losses(params, batch._replace(teacher=None)))
+    if abs(plain - padded) > (_SAME if plain == float32 else _PRECISION):
         raise ValueError(
-            f"the {side}'s loss is {plain:.4f} nats per token, and {padded:.4f} when the same rows are padded: its "
-            "forward pass attends to padding"
+            f"the {side}'s loss is {plain:.4f}, and {padded:.4f} on padded rows: its forward pass attends to padding"
         )
-    if abs(plain - wide) > _PRECISION:
+    if abs(plain - float32) > _PRECISION:
         key = "run.dtype" if side == "student" else "teacher.dtype"
         raise ValueError(
-            f"the {side}'s loss is {plain:.3f} nats per token in its dtype, and {wide:.3f} in float32: set "
+            f"the {side}'s loss is {plain:.3f} nats per token in its dtype, and {float32:.3f} in float32: set "
             f"{key}=float32, or use weights that were trained in this dtype"
         )
-    return f"{side}: loss changed by {abs(plain - padded):.1e} nats by padding, {abs(plain - wide):.1e} by its dtype"
-
-
-def _nats(head: Head, batch: Batch, vocab: int) -> jax.Array:
-    """Cross-entropy [B L] of a head with the next tokens."""
-    weights = batch.weights[None]
-    return linear_divergence((next_token(),), head, None, batch.targets, weights, (1.0,), vocab=vocab)[1][0]
+    return f"{side}: loss changed by {abs(plain - padded):.1e} nats by padding, {abs(plain - float32):.1e} by its dtype"

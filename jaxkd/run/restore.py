@@ -18,13 +18,9 @@ from jaxkd.train.state import TrainState, assemble
 def objective_params(source: str, abstract: PyTree) -> PyTree:
     """Parameters of the objective's terms by name, from the run that `student.objective_from` names; {} for none.
 
-    Args:
-        source: a run's workdir, its checkpoints' directory, or one checkpoint; may be empty.
-        abstract: `params["objective"]`, ShapeDtypeStruct leaves with shardings.
-
-    Raises:
-        ValueError: when no term has its name there, or its parameters have other shapes.
-        FileNotFoundError: when there is no checkpoint.
+    `source` is a run's workdir, its checkpoints' directory, or one checkpoint; `abstract` is `params["objective"]`,
+    ShapeDtypeStruct leaves with shardings. ValueError where no term has its name there, or other shapes;
+    FileNotFoundError where there is no checkpoint.
     """
     if not source:
         return {}
@@ -51,21 +47,14 @@ def directory(run: RunBlock, workdir: Path) -> Path | str:
 
 
 def writer(run: RunBlock, workdir: Path) -> Checkpoints:
-    """A run's checkpoints, opened for writing.
-
-    Raises:
-        ValueError: they cannot be where `run.checkpoints` says.
-    """
+    """A run's checkpoints, opened for writing."""
     return Checkpoints(directory(run, workdir), Keep(run.keep_checkpoints, run.keep_every, run.keep_best))
 
 
 def recover(checkpoints: Checkpoints, abstract: TrainState, e: Experiment, workdir: Path) -> Recovered | None:
     """The newest whole checkpoint, which the run resumes from; None where there is none yet.
 
-    Raises:
-        ValueError: as `Checkpoints.recover`; or `run.checkpoints` lacks those that the workdir marks, or holds another
-            run's.
-        OSError: as `Checkpoints.recover`.
+    ValueError where `run.checkpoints` lacks those that the workdir marks, or holds another run's.
     """
     newest = checkpoints.recover(abstract)
     if not e.run.checkpoints:
@@ -112,12 +101,7 @@ def student(
 ) -> tuple[int, PyTree, PyTree]:
     """A run's student from a checkpoint: the step, its parameters, and their running average or the same parameters.
 
-    `frozen` has the parameters that are in no checkpoint. `step` is a number, also as text, "best" for the lowest
-    held-out loss, or None for the newest.
-
-    Raises:
-        FileNotFoundError: when there is no checkpoint.
-        ValueError: when it cannot be read, or none was evaluated and the best is asked for.
+    `frozen` has the parameters that are in no checkpoint. `step` is as for `numbered`, or None for the newest.
     """
     checkpoints = Checkpoints(directory(run, workdir), read_only=True)
     abstract = {} if frozen else models.student.abstract
@@ -138,22 +122,14 @@ def student(
 
 
 def numbered(checkpoints: Checkpoints, workdir: Path, step: str) -> int:
-    """The step that `--step` names: a number, which need not exist, or "best" for the lowest held-out loss.
-
-    Raises:
-        ValueError: it is neither, or no step was evaluated.
-    """
-    if step == "best":
-        best = checkpoints.best()
-        if best is None:
-            raise ValueError(
-                f"{workdir} has no checkpoint of a step that was evaluated: run.eval_every and run.checkpoint_every "
-                "say which steps are; give --step NUMBER"
-            )
-        return best
-    if not step.isdigit():
+    """The step that `--step` names: a number, which need not exist, or "best" for the lowest held-out loss."""
+    if step.isdigit():
+        return int(step)
+    if step != "best":
         raise ValueError(f"--step {step} is no checkpoint: give a number of steps, or best")
-    return int(step)
+    if (best := checkpoints.best()) is None:
+        raise ValueError(f"{workdir} has no checkpoint of an evaluated step (run.eval_every): give --step NUMBER")
+    return best
 
 
 def _report_damaged(newest: tuple[int, Any, dict[int, str]]) -> tuple[int, Any]:

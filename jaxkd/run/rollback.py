@@ -4,7 +4,6 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,21 +15,30 @@ from jaxkd.train.checkpoint import Checkpoints
 
 
 def go(workdir: Path, step: str) -> list[str]:
-    """Make a step, a number or "best", the newest of a run.
+    """Make a step, a number or "best", the newest of a run; returns lines on what was done and how to undo it.
 
-    Returns:
-        Lines for the console: what was done, how to resume, how to undo it.
-
-    Raises:
-        FileNotFoundError: the workdir holds no run.
-        ValueError: there is no such step, it is damaged, or the run is still in progress.
-        OSError: storage does not answer.
+    ValueError where there is no such step, it is damaged, or the run is still in progress.
     """
     e = saved_experiment(workdir)
     if cluster.detect(os.environ, "cpu", single_ok=True).size > 1:
         raise ValueError("`jaxkd rollback` renames directories from one process: start it on one host, by itself")
     jax.config.update("jax_platforms", "cpu")  # a TPU would wait for its other hosts
-    with _alone(workdir):
+    stop = "Stop it first: SIGTERM saves and ends it"
+    beat = watchdog.live_heartbeat(workdir)
+    try:
+        host = (workdir / ".lock").read_text(encoding="utf-8").split()[0]
+    except (OSError, IndexError):
+        host = "a host"
+    if beat is not None and host != platform.node():  # on this host the lock decides
+        raise ValueError(
+            f"a run is in progress in {workdir}: {host} wrote heartbeat.json {time.time() - beat['time']:.0f} s ago, "
+            f"in the phase '{beat['phase']}'. {stop}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
+        )
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lock(workdir))
+        except ValueError:
+            raise ValueError(f"a run is in progress in {workdir}, on this host. {stop}") from None
         checkpoints = Checkpoints(restore.directory(e.run, workdir), read_only=True)
         number = restore.numbered(checkpoints, workdir, step)
         checkpoints.verify(number)
@@ -47,29 +55,3 @@ def go(workdir: Path, step: str) -> list[str]:
         "such as a lower --config.optim.lr.peak, it needs --accept-changes",
         f"to undo this before resuming, rename {back}",
     ]
-
-
-@contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[None]:
-    """Hold the workdir's lock.
-
-    Raises:
-        ValueError: `train` is in progress in it, on this host or another.
-    """
-    how = "Stop it first: SIGTERM saves and ends it"
-    beat = watchdog.live_heartbeat(workdir)
-    try:
-        host = (workdir / ".lock").read_text(encoding="utf-8").split()[0]
-    except (OSError, IndexError):
-        host = "a host"
-    if beat is not None and host != platform.node():  # on this host the lock decides
-        raise ValueError(
-            f"a run is in progress in {workdir}: {host} wrote heartbeat.json {time.time() - beat['time']:.0f} s ago, "
-            f"in the phase '{beat['phase']}'. {how}; a killed run counts as over after {watchdog.HEARTBEAT_TTL_S:g} s"
-        )
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(lock(workdir))
-        except ValueError:
-            raise ValueError(f"a run is in progress in {workdir}, on this host. {how}") from None
-        yield

@@ -32,11 +32,7 @@ def save(workdir: Path, models: Models) -> None:
 
 
 def located_experiment(workdir: Path) -> Experiment:
-    """A run's experiment, its relative paths made absolute where they exist, without caches that are gone.
-
-    Raises:
-        FileNotFoundError, ValueError: as `saved_experiment`.
-    """
+    """A run's experiment, its relative paths made absolute where they exist, without caches that are gone."""
     e, record = saved_experiment(workdir), _record(workdir)
     return experiment(_located(plain(e), Path(record["directory"]))) if record else e
 
@@ -58,9 +54,6 @@ def open_run(e: Experiment, workdir: Path, mesh: Mesh, with_teachers: bool = Tru
 
     `Models.teachers` is empty where it cannot, and where it is not wanted. The original files are opened for a frozen
     student, which is in no checkpoint, and for a run of an older jaxkd.
-
-    Raises:
-        ValueError, FileNotFoundError: WORKDIR/student is damaged, or original files are missing.
     """
     if e.student.frozen or not (record := _record(workdir)):
         return open_models(e, mesh, {}), ""

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from jaxkd.config import validate
 from jaxkd.config.resolve import teacher_weights
 from jaxkd.config.schema import DataBlock, Experiment, TeacherBlock
 from jaxkd.core.sharding import batch_sharding
-from jaxkd.core.types import Batch, Output, PyTree
+from jaxkd.core.types import Batch, PyTree
+from jaxkd.evals import compare
 from jaxkd.models import heads
 from jaxkd.run.job import abstract_batch as rows_batch
-from jaxkd.run.open_models import Model, Models
+from jaxkd.run.open_models import Models
 from jaxkd.sampling.generate import decoder
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
@@ -33,12 +35,19 @@ class Teachers(NamedTuple):
     train: Teacher  # gives the signal that the objective learns from
     evaluate: Teacher  # always the whole distribution, on held-out rows
 
-    def evaluation_signal(self, inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
-        """The signal of `evaluate`, from (its state, the step, `TrainState.ema` or the student's parameters)."""
-        state, step, average = inputs
-        options = {"step": step, "own": average}
-        wanted = {name: options[name] for name in self.evaluate.requires if name in options}
-        return self.evaluate.signal(state, batch, **wanted)
+    def comparison(self, models: Models) -> Callable[[PyTree, Any, Batch], compare.Sums]:
+        """`(student, inputs, batch) -> sums` against `evaluate`, jitted.
+
+        `inputs` are the state of `evaluate`, the step, and `TrainState.ema` or the student's parameters.
+        """
+
+        def signal(inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
+            state, step, average = inputs
+            options = {"step": step, "own": average}
+            wanted = {name: options[name] for name in self.evaluate.requires if name in options}
+            return self.evaluate.signal(state, batch, **wanted)
+
+        return jax.jit(compare.make_comparison(models.student.forward, signal, models.vocab))
 
 
 def build_teacher(
@@ -49,15 +58,20 @@ def build_teacher(
     A cached teacher without its store can be compiled, not run. `uses_teacher` says whether the objective does.
     """
     t, names = e.teacher, tuple(e.data.domains)
-    one = lambda name, split: _teacher(models.teachers[name], params[name], stores.get(name), split, names)
+
+    def one(name: str, split: str) -> Teacher:
+        model, store = models.teachers[name], stores.get(name)
+        if not model.cache:
+            return online(params[name], model.forward)
+        head = lambda params, hidden: heads.output(model.config, params, hidden.astype(model.dtype))
+        return recorded(params[name], head) if store is None else cached(store, split, names, params[name], head)
+
     if models.is_self:
         evaluate = train = self_teacher(models.teacher.forward)
     elif t.members:
-        weigh = teacher_weights(t.members, names, e.run.steps)
+        weigh, geometric = teacher_weights(t.members, names, e.run.steps), t.average == "log_probabilities"
         train, evaluate = (
-            ensemble.ensemble(
-                [one(name, split) for name in models.teachers], weigh, geometric=t.average == "log_probabilities"
-            )
+            ensemble.ensemble([one(name, split) for name in models.teachers], weigh, geometric=geometric)
             for split in ("train", "valid")
         )
     else:
@@ -67,17 +81,6 @@ def build_teacher(
     if not uses_teacher and not (t.signal == "token" and t.cache):  # whose host side replaces the rows
         train = no_teacher()._replace(state=evaluate.state)
     return Teachers(train, evaluate)
-
-
-def _teacher(model: Model, params: PyTree, store: Store | None, split: str, domains: tuple[str, ...]) -> Teacher:
-    """One model, online or from its cache."""
-    if not model.cache:
-        return online(params, model.forward)
-
-    def head(params: PyTree, hidden: jax.Array) -> Output:
-        return heads.output(model.config, params, hidden.astype(model.dtype))
-
-    return recorded(params, head) if store is None else cached(store, split, domains, params, head)
 
 
 def reduced(t: TeacherBlock, models: Models, teacher: Teacher, seed: int) -> Teacher:
@@ -102,16 +105,6 @@ def text_rollout(t: TeacherBlock, models: Models) -> Callable[..., Batch]:
     )
 
 
-# ----------------------------------------------------------------------------------- caches
-
-
-def fingerprint(model: Model, shape: Mapping[str, Any]) -> str:
-    """Of a teacher's weights: its checkpoint's, or of the seed and `shape` of random ones."""
-    if model.checkpoint is not None:
-        return model.checkpoint.fingerprint
-    return hashlib.sha256(json.dumps({"random": model.seed} | dict(shape), sort_keys=True).encode()).hexdigest()
-
-
 def cache_facts(
     t: TeacherBlock, models: Models, data: DataBlock, rows: Mapping[str, str], name: str = "teacher"
 ) -> dict[str, Any]:
@@ -120,10 +113,15 @@ def cache_facts(
     stored = {split: dataclasses.asdict(layout) for split, layout in layouts.items()}
     if t.members:
         del stored["train"]["dtype"]  # an ensemble takes hidden states of any dtype
-    block = t.models[name]
+    block, model = t.models[name], models.teachers[name]
+    if model.checkpoint is not None:
+        fingerprint = model.checkpoint.fingerprint
+    else:
+        random = json.dumps({"random": model.seed} | dict(block.shape), sort_keys=True)
+        fingerprint = hashlib.sha256(random.encode()).hexdigest()
     facts: dict[str, Any] = {
         "layouts": stored,
-        "teacher": {"fingerprint": fingerprint(models.teachers[name], block.shape), "dtype": block.dtype},
+        "teacher": {"fingerprint": fingerprint, "dtype": block.dtype},
         "tokenizer": models.tokenizer.fingerprint,
         "rows": dict(rows),
     }
@@ -137,12 +135,12 @@ def cache_layouts(t: TeacherBlock, models: Models, length: int, name: str = "tea
     width, vocab = models.teachers[name].config.embed, models.vocab
     signal = "hidden" if t.members else t.signal
     dtype = t.stored or codec.DTYPES[signal][0]
-    train = {
-        "hidden": lambda: codec.Layout("hidden", length, width=width, dtype=dtype),
-        "top_k": lambda: codec.Layout("top_k", length, vocab, t.entries, t.temperatures, dtype=dtype),
-        "sampled": lambda: codec.Layout("sampled", length, vocab, t.entries),
-        "token": lambda: codec.Layout("token", length, vocab),
-    }[signal]()
+    if signal == "hidden":
+        train = codec.Layout("hidden", length, width=width, dtype=dtype)
+    elif signal == "top_k":
+        train = codec.Layout("top_k", length, vocab, t.entries, t.temperatures, dtype=dtype)
+    else:
+        train = codec.Layout(signal, length, vocab, t.entries if signal == "sampled" else 0)
     valid = codec.Layout("hidden", length, width=width, dtype=validate.STORED[t.models[name].dtype])
     return {"train": train, "valid": valid}
 
@@ -160,13 +158,9 @@ def abstract_batch(e: Experiment, models: Models, mesh: Mesh) -> Batch:
 
 
 def open_stores(e: Experiment, models: Models, rows: Mapping[str, str]) -> dict[str, Store]:
-    """The caches that the recipe names, by teacher, each checked to be of its teacher and of the rows it serves.
+    """The caches that the recipe names, by teacher; `rows` has a fingerprint per domain.
 
-    `rows` has a fingerprint per domain.
-
-    Raises:
-        FileNotFoundError: a cache does not exist yet.
-        ValueError: it is of something else, incomplete or damaged; the message names both sides.
+    FileNotFoundError for one that does not exist yet, ValueError for one of another teacher or other rows, or damaged.
     """
     stores = {}
     for name, model in e.teacher.models.items():
@@ -182,9 +176,8 @@ def bytes_per_device(params: Mapping[str, PyTree]) -> dict[str, int]:
     """Of each teacher's arrays on the device that holds most of them."""
     totals = {}
     for name, tree in params.items():
-        held: dict[Any, int] = {}
-        for leaf in jax.tree.leaves(tree):
-            for shard in leaf.addressable_shards:
-                held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-        totals[name] = max(held.values(), default=0)
+        by_device: Counter = Counter()
+        for shard in (shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards):
+            by_device[shard.device] += shard.data.nbytes
+        totals[name] = max(by_device.values(), default=0)
     return totals

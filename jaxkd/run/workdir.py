@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxkd.config.schema import Experiment, experiment, plain
 from jaxkd.report.records import RunInfo, leaves, read_run
@@ -21,17 +20,13 @@ _ORDER = ("data.batch", "data.interval", "data.length", "data.mixture", "run.see
 def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     """Check that a workdir is this experiment's; one in which nothing was trained becomes so.
 
-    Returns:
-        What changes in a run that has been trained, a phrase each; `write_config` saves it once the run is loaded.
-
-    Raises:
-        ValueError: it holds another experiment, or something else.
+    Returns what changes in a run that has been trained, a phrase each; `write_config` saves it once the run is loaded.
+    ValueError where it holds another experiment, or something else.
     """
     saved, config = workdir / "config.json", plain(e)
     metrics = workdir / "metrics.jsonl"  # counts as trained too: checkpoints may have been moved
-    logged = metrics.exists() and metrics.stat().st_size > 0
     saved_steps = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
-    trained = logged or saved_steps
+    trained = saved_steps or (metrics.exists() and metrics.stat().st_size > 0)
     if not saved.exists():
         if workdir.is_symlink() and not workdir.exists():
             raise ValueError(f"--workdir {workdir} is a link to {os.readlink(workdir)}, which does not exist")
@@ -51,8 +46,10 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
         values = config
     if not trained and not {"student", "objective", "data"} <= values.keys():
         raise ValueError(f"{saved} is not a jaxkd run's: use a new --workdir")
+    with contextlib.suppress(ValueError):  # keys that are gone are named by the comparison below
+        values = plain(experiment(values))  # with defaults for keys that are newer than it
     names = lambda values: {"data.domains": list(values.get("data", {}).get("domains", ()))}
-    before, after = (leaves(c) | names(c) for c in (_completed(values), config))
+    before, after = (leaves(c) | names(c) for c in (values, config))
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
     if (changes or not saved.stat().st_size) and not trained:
@@ -63,26 +60,13 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     # A checkpoint knows its rows by their content, so the same domains may be read from renamed or moved files.
     moved = {k for k in keys if k.startswith("data.domains.") and saved_steps and "data.domains" not in keys}
     fixed = [k for k in keys if k.startswith(_ORDER) and k not in moved]
+    differs = f"{workdir} holds another experiment: {'; '.join(changes[:6])}"
     if fixed:
-        raise ValueError(
-            f"{workdir} holds another experiment: {'; '.join(changes[:6])}. {fixed[0]} decides which rows a step sees "
-            "and cannot change in a run: use a new --workdir"
-        )
+        raise ValueError(f"{differs}. {fixed[0]} decides which rows a step sees: use a new --workdir")
     if not moved.issuperset(keys) and not accept_changes:
         more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
-        raise ValueError(
-            f"{workdir} holds another experiment: {'; '.join(changes[:6])}{more}. "
-            "Use a new --workdir, or add --accept-changes"
-        )
+        raise ValueError(f"{differs}{more}. Use a new --workdir, or add --accept-changes")
     return changes
-
-
-def _completed(values: Any) -> Any:
-    """A saved config with defaults for keys that are newer than it."""
-    try:
-        return plain(experiment(values))
-    except ValueError:  # it has keys that are gone: the comparison will name them
-        return values
 
 
 def write_config(workdir: Path, e: Experiment) -> None:
@@ -93,11 +77,7 @@ def write_config(workdir: Path, e: Experiment) -> None:
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[str]:
-    """Hold the workdir's lock; gives the content of the lock's file, for `wait_for_lock`.
-
-    Raises:
-        ValueError: another process holds it.
-    """
+    """Hold the workdir's lock; gives the content of the lock's file, for `wait_for_lock`."""
     path = workdir / ".lock"
     with path.open("a+b", buffering=0) as file:
         if not locks.acquire(file, path):
@@ -111,11 +91,7 @@ def lock(workdir: Path) -> Iterator[str]:
 
 
 def wait_for_lock(workdir: Path, mark: str, seconds: float = 30.0) -> None:
-    """Wait until this host sees the lock file that process 0 wrote (`mark`): all hosts must share the workdir.
-
-    Raises:
-        ValueError: it never appears, so this host's workdir is another directory.
-    """
+    """Wait until this host sees the lock file that process 0 wrote (`mark`): all hosts must share the workdir."""
     until = time.monotonic() + seconds
     while True:
         with contextlib.suppress(OSError):
@@ -130,17 +106,10 @@ def wait_for_lock(workdir: Path, mark: str, seconds: float = 30.0) -> None:
 
 
 def saved_experiment(workdir: Path) -> Experiment:
-    """The experiment in a workdir's config.json.
-
-    Raises:
-        FileNotFoundError: it holds no run.
-        ValueError: config.json is empty or torn.
-    """
+    """The experiment in a workdir's config.json; FileNotFoundError without it, ValueError where it is damaged."""
     path = workdir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{workdir} holds no run: {path} is missing; `jaxkd train --workdir {workdir}` makes one"
-        )
+        raise FileNotFoundError(f"{workdir} holds no run: {path} is missing; `jaxkd train --workdir` makes one")
     try:
         return experiment(files.read_json(path))
     except files.Torn as error:

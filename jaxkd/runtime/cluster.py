@@ -15,15 +15,11 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-# Exit codes, named as in sysexits.h. Launchers start the same command again on these three, and never on 0, 1 and 2.
-EXIT_UNAVAILABLE = 69
-"""EX_UNAVAILABLE: other processes did not join, or storage did not answer."""
-EXIT_INTERNAL = 70
-"""EX_SOFTWARE: an unexpected error, such as a host lost in the middle of a step."""
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL: stopped by a signal after saving everything."""
-EXIT_INTERRUPTED = 130
-"""Ctrl-C as shells report it; launchers do not restart on it."""
+# Exit codes, as in sysexits.h. Launchers start the same command again on the first three, and never on 0, 1, 2, 130.
+EXIT_UNAVAILABLE = 69  # EX_UNAVAILABLE: other processes did not join, or storage did not answer
+EXIT_INTERNAL = 70  # EX_SOFTWARE: an unexpected error, such as a host lost in the middle of a step
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal after saving everything
+EXIT_INTERRUPTED = 130  # Ctrl-C as shells report it
 
 COORDINATOR, COUNT, INDEX = VARIABLES = ("JAXKD_COORDINATOR", "JAXKD_NUM_PROCESSES", "JAXKD_PROCESS_ID")
 JOIN_SECONDS = "JAXKD_JOIN_SECONDS"
@@ -49,19 +45,11 @@ class ProcessInfo(NamedTuple):
     rank: int = 0
 
 
-# ------------------------------------------------------------------------------------------- detect
-
-
 def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) -> ProcessInfo:
-    """Read this process's rank from the environment.
+    """Read this process's rank from the environment; ValueError for contradictory variables, or no coordinator.
 
-    Args:
-        environ: environment variables.
-        platforms: JAX's `jax_platforms` setting after its import, e.g. "tpu,cpu" on a machine with a TPU; "" if unset.
-        single_ok: accept a SLURM batch script that runs the command once without srun.
-
-    Raises:
-        ValueError: contradictory variables, or a launcher that does not provide a coordinator.
+    `platforms` is JAX's `jax_platforms` after its import, e.g. "tpu,cpu" on a machine with a TPU, "" if unset.
+    `single_ok` accepts a SLURM batch script that runs the command once without srun.
     """
     if "proxy" in platforms.split(","):
         return ProcessInfo("pathways")  # its single controller does not use `jax.distributed`
@@ -80,18 +68,12 @@ def detect(environ: Mapping[str, str], platforms: str, single_ok: bool = False) 
         raise ValueError(f"{values} would run each process as a job of its own: {_SET_VARIABLES}")
     for name, launcher in _OTHER_LAUNCHERS.items():
         if environ.get(name, "1") not in ("", "0", "1"):
-            raise ValueError(
-                f"{name}={environ[name]}: {launcher} started several processes without a coordinator address: "
-                f"{_SET_VARIABLES}"
-            )
+            raise ValueError(f"{name}={environ[name]}: {launcher} gives no coordinator address: {_SET_VARIABLES}")
     return ProcessInfo("one")
 
 
 def avoid_absent_tpu() -> None:
-    """Set JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU; to be called before `import jax`.
-
-    Otherwise JAX loads libtpu to look for devices, and libtpu prints errors.
-    """
+    """Before `import jax`: JAX_PLATFORMS=cpu where libtpu is installed without a TPU or GPU and would print errors."""
     tpu = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*") or any(map(os.environ.get, _TPU_VARIABLES))
     if not tpu and importlib.util.find_spec("libtpu") and not importlib.util.find_spec("jax_plugins"):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -104,9 +86,7 @@ def _explicit(environ: Mapping[str, str]) -> ProcessInfo:
     try:
         count, index = int(environ[COUNT]), int(environ[INDEX])
     except ValueError:
-        raise ValueError(
-            f"{COUNT}={environ[COUNT]} and {INDEX}={environ[INDEX]} must be whole numbers, such as 4 and 0"
-        ) from None
+        raise ValueError(f"{COUNT}={environ[COUNT]} and {INDEX}={environ[INDEX]} must be whole numbers") from None
     if not 0 <= index < count:
         raise ValueError(f"{INDEX}={index} must be from 0 to {count - 1}, since {COUNT}={count}")
     address = environ[COORDINATOR]
@@ -142,10 +122,7 @@ def _check_gpus_per_task(environ: Mapping[str, str]) -> None:
     tasks = tasks_per_node[node] if node < len(tasks_per_node) else local + 1
     request = "request --ntasks-per-node=N --gres=gpu:N, without --gpus-per-task and --gpu-bind"
     if bound := [n for n in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND") if environ.get(n) not in (None, "none")]:
-        raise ValueError(
-            f"{bound[0]}={environ[bound[0]]} hides the other GPUs of the node from each task, which must see all: "
-            f"{request}"
-        )
+        raise ValueError(f"{bound[0]}={environ[bound[0]]} hides the node's other GPUs from each task: {request}")
     if gpus and gpus < max(tasks, local + 1):
         raise ValueError(f"this node has {max(tasks, local + 1)} tasks but each sees {gpus} of its GPUs: {request}")
     if gpus > tasks:
@@ -155,40 +132,29 @@ def _check_gpus_per_task(environ: Mapping[str, str]) -> None:
         )
 
 
-def _say(text: str) -> None:
-    print(f"jaxkd: {text}", file=sys.stderr, flush=True)
-
-
 def _number(environ: Mapping[str, str], *names: str, default: int = 1) -> int:
     value = next((environ[name] for name in names if environ.get(name)), "")
     return int(value) if value.isdigit() else default
 
 
-# -------------------------------------------------------------------------------------------- join
+def _say(text: str) -> None:
+    print(f"jaxkd: {text}", file=sys.stderr, flush=True)
 
 
 def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
     """Call `jax.distributed.initialize` once, before any other use of JAX's devices.
 
-    The coordination service is what receives SIGTERM, so it is started for a single process too. A Python handler
-    for SIGTERM installed later would replace it.
-
-    Args:
-        handles_sigterm: the process polls for SIGTERM between steps and saves; otherwise SIGTERM ends it at once.
-        single_ok: as in `detect`.
-
-    Raises:
-        ValueError: as `detect`.
-        Unavailable: the other processes did not join within `JAXKD_JOIN_SECONDS` (300).
-        OSError: process 0 cannot listen at the coordinator's port.
+    The coordination service is what receives SIGTERM, so it is started for a single process too; a Python handler
+    installed later would replace it. With `handles_sigterm` the process polls for SIGTERM between steps and saves,
+    otherwise SIGTERM ends it at once. `single_ok` and ValueError are as in `detect`; Unavailable where other processes
+    do not join within `JAXKD_JOIN_SECONDS` (300), OSError where process 0 cannot listen at the coordinator's port.
     """
     import jax
 
     info = detect(os.environ, jax.config.values["jax_platforms"] or "", single_ok)
     if jax.distributed.is_initialized() or info.source == "pathways":
         return info
-    seconds = _seconds(os.environ, JOIN_SECONDS, 300)
-    heartbeat = _seconds(os.environ, HEARTBEAT_SECONDS, 100)
+    seconds, heartbeat = _seconds(JOIN_SECONDS, 300), _seconds(HEARTBEAT_SECONDS, 100)
     initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=heartbeat)
     with _without_proxies():
         if info.source == "one":
@@ -203,8 +169,17 @@ def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
         else:
             # At its own limit JAX aborts with a C++ stack trace: our limit comes first.
             others = "the tasks of this SLURM job" if info.source == "slurm" else "the hosts of this TPU"
-            with _exit_after(others, seconds):
-                _initialize_detected(initialize, info.source, seconds + 60)
+            try:
+                with _exit_after(others, seconds):
+                    initialize(cluster_detection_method=info.source, initialization_timeout=seconds + 60)
+            except ImportError as error:
+                reason = f"to find the other hosts of a TPU, JAX needs {error.name}: install jaxkd[tpu]"
+                raise ValueError(reason) from None
+            except OSError as error:
+                raise ValueError(
+                    "this machine has a TPU, but its metadata server does not list the TPU's hosts "
+                    f"({type(error).__name__}): {_SET_VARIABLES}, or set TPU_SKIP_MDS_QUERY=1 if there is one host"
+                ) from None
     if not handles_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if info.size > 1:
@@ -212,20 +187,8 @@ def join(handles_sigterm: bool = False, single_ok: bool = False) -> ProcessInfo:
     return info
 
 
-def _initialize_detected(initialize, method: str, seconds: int) -> None:
-    try:
-        initialize(cluster_detection_method=method, initialization_timeout=seconds)
-    except ImportError as error:
-        raise ValueError(f"to find the other hosts of a TPU, JAX needs {error.name}: install jaxkd[tpu]") from None
-    except OSError as error:
-        raise ValueError(
-            "this machine has a TPU, but its metadata server does not list the TPU's hosts "
-            f"({type(error).__name__}): {_SET_VARIABLES}, or set TPU_SKIP_MDS_QUERY=1 if there is one host"
-        ) from None
-
-
-def _seconds(environ: Mapping[str, str], name: str, default: int) -> int:
-    text = environ.get(name) or str(default)
+def _seconds(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{name}={text} must be a number of seconds, such as {default}")
     return int(text)
@@ -265,19 +228,12 @@ def _exit_after(who: str, seconds: int) -> Iterator[None]:
         done.set()
 
 
-# --------------------------------------------------------------------------------------- roll call
-
-
 def roll_call(info: ProcessInfo, seconds: float) -> None:
     """Check that all processes are there before JAX connects them, because JAX only aborts when one is missing.
 
     Every process sends its index and its process count to the coordinator as one line of JSON; process 0 answers all
-    with the same result. The port is free again afterwards.
-
-    Raises:
-        ValueError: two processes have the same index, or their process counts differ.
-        Unavailable: some processes did not connect; process 0 names them.
-        OSError: process 0 cannot listen at the port.
+    with the same result: Unavailable where some did not connect, ValueError where two have the same index, or their
+    counts differ. The port is free again afterwards.
     """
     result = (_serve_roll_call if info.rank == 0 else _answer_roll_call)(info, seconds)
     if "missing" in result:
@@ -287,7 +243,6 @@ def roll_call(info: ProcessInfo, seconds: float) -> None:
 
 
 def _serve_roll_call(info: ProcessInfo, seconds: float) -> dict[str, str]:
-    """Process 0: wait for the others, then send all the same result."""
     result: dict[str, str] = {}
     present: dict[int, socket.socket] = {}
     connections: list[socket.socket] = []
@@ -358,7 +313,6 @@ def _is_open(connection: socket.socket) -> bool:
 
 
 def _answer_roll_call(info: ProcessInfo, seconds: float) -> dict[str, str]:
-    """Every other process: send count and index until process 0 answers."""
     host, port = info.coordinator.rsplit(":", 1)
     start, reports, reason = time.monotonic(), 0, ""
     while (left := start + seconds - time.monotonic()) > 0:

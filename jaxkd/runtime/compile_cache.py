@@ -29,7 +29,6 @@ class CompileCounter:
     """Counts this process's compiled programs, those that came from the cache, and the seconds of both."""
 
     def __init__(self) -> None:
-        """Start counting."""
         self.programs, self.cached, self.seconds = 0, 0, 0.0
         monitoring.register_event_listener(self._event)
         monitoring.register_event_duration_secs_listener(self._duration)
@@ -42,6 +41,5 @@ class CompileCounter:
             self.programs, self.seconds = self.programs + 1, self.seconds + duration_secs
 
     def close(self) -> None:
-        """Stop counting."""
         monitoring.unregister_event_listener(self._event)
         monitoring.unregister_event_duration_listener(self._duration)

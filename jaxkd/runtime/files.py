@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-PARTIAL = "incomplete."
-"""Prefix of the name of a file that is being written; a kill may leave such a file behind."""
+PARTIAL = "incomplete."  # prefix of the name of a file that is being written; a kill may leave such a file behind
 
 
 class Torn(ValueError):
@@ -34,11 +33,7 @@ def errors_name(path: os.PathLike | str, doing: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on any error delete it.
-
-    Raises:
-        OSError: names `path`.
-    """
+    """Yield a temporary path beside `path`; on success sync it and rename it to `path`, on any error delete it."""
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}.{path.name}")
     try:
         with errors_name(path):
@@ -72,12 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        Torn: it is empty, cut short or no JSON object.
-    """
+    """The JSON object in a file; Torn where it is empty, cut short or no JSON object."""
     data = path.read_bytes()
     try:
         value = json.loads(data)
@@ -109,10 +99,9 @@ def append_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, [] if it is missing. A torn last line is skipped.
+    """The objects of a file of JSON lines, [] if it is missing; a torn last line is skipped.
 
-    Raises:
-        Torn: another line is not a JSON object that has `key`; names file and line.
+    Torn names another line that is not a JSON object with `key`.
     """
     if not path.exists():
         return []

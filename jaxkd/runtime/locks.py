@@ -12,12 +12,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted 
 def acquire(file: Any, path: os.PathLike | str, wait: bool = False) -> bool:
     """Lock an open file (or descriptor) exclusively until it is closed; `path` is its name for messages.
 
-    Returns:
-        False when another process holds the lock and `wait` is false. True on a file system without locks, with a
-        warning.
-
-    Raises:
-        OSError: any other failure, with the file's name.
+    False when another process holds the lock and `wait` is false. True on a file system without locks, with a warning.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

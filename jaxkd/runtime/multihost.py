@@ -1,7 +1,5 @@
-"""Multi-host helpers: broadcast from process 0, barriers, abort on any failure.
-
-They use the key-value store of JAX's coordination service and not device collectives: a host may build rows for hours
-while the others wait. The service's heartbeats detect processes that died.
+"""Broadcast from process 0, barriers, abort on any failure, by the key-value store of JAX's coordination service: with
+device collectives no host could wait for hours. The service's heartbeats detect processes that died.
 """
 
 import atexit
@@ -32,6 +30,7 @@ _ACK_TIMEOUT = 10.0  # seconds that process 0, which hosts the store, waits for 
 _PEER_LOST = re.compile("closed by peer|reset by peer|remote process exited|unhealthy|heartbeat", re.IGNORECASE)
 _call_ids = itertools.count()  # of the calls below; equal on all processes, because they make the same calls in order
 _exit_lock = threading.Lock()  # one thread prints the reason and exits
+_watching = threading.Event()
 
 
 class _World(NamedTuple):
@@ -53,35 +52,33 @@ def _world() -> _World:
 
 
 def join(handles_sigterm: bool = False, single_ok: bool = False) -> None:
-    """`cluster.join`, and a thread that ends this process when any other fails.
-
-    Raises:
-        ValueError, OSError: as `cluster.join`.
-    """
+    """`cluster.join`, and a thread that ends this process when any other fails."""
     cluster.join(handles_sigterm, single_ok)
     if is_multihost() and not _watching.is_set():
+        import jax
+
         _watching.set()
-        _disable_cpu_compilation_cache()
-        done = threading.Event()
-        thread = threading.Thread(target=_watch_for_failure, args=(done,), daemon=True)
-        thread.start()
+        # A CPU program from JAX's cache loses the order of its collectives, and two processes deadlock.
+        if jax.default_backend() == "cpu":
+            jax.config.update("jax_enable_compilation_cache", False)
+        done, client = threading.Event(), _world().client
+
+        def watch() -> None:  # the main thread may be blocked in a collective
+            while not done.wait(_POLL):
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # none so far; or the store is gone, on which JAX ends the process
+                    failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
+                    with _exit_lock:
+                        _exit_because_of(failure)
 
         def stop() -> None:  # registered after JAX's own exit handler, which closes the client: runs before it
             done.set()
             thread.join(10)
 
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
         atexit.register(stop)
-
-
-_watching = threading.Event()
-
-
-def _disable_cpu_compilation_cache() -> None:
-    """A CPU program from JAX's cache loses the order of its collectives, and two processes deadlock."""
-    import jax
-
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_multihost() -> bool:
@@ -100,21 +97,11 @@ def print_main(text: str) -> None:
         print(text, flush=True)
 
 
-# ------------------------------------------------------------------------------- broadcast, barrier
-
-
 def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T:
-    """Run `make` on process 0 and return its result on all processes.
+    """Run `make` on process 0 and return its JSON values (lists, not tuples; text as keys) on all processes.
 
-    All processes must call it in the same order. An error in `make` ends all of them.
-
-    Args:
-        name: shown while the others wait.
-        make: returns JSON values (lists, not tuples; text as keys).
-        patience: timeout in seconds.
-
-    Raises:
-        Unavailable: timeout.
+    All processes must call it in the same order; an error in `make` ends all of them. `name` is shown while the others
+    wait; Unavailable after `patience` seconds.
     """
     client, rank, size = _world()
     if size == 1:
@@ -126,11 +113,7 @@ def broadcast(name: str, make: Callable[[], T], patience: float = math.inf) -> T
 
 
 def all_gather(name: str, value: T, patience: float = math.inf) -> list[T]:
-    """Return the JSON `value` of every process, by rank, on all processes.
-
-    Raises:
-        Unavailable: timeout after `patience` seconds; names a process that is missing.
-    """
+    """The JSON `value` of every process, by rank, on all; Unavailable names one that is missing after `patience` s."""
     client, rank, size = _world()
     if size == 1:
         return [value]
@@ -157,11 +140,7 @@ def main_first(name: str, make: Callable[[], T]) -> T:
 
 
 def assert_equal(what: str, values: dict[str, str]) -> None:
-    """Check that `values` are the same on all processes.
-
-    Raises:
-        ValueError: a value differs from that of process 0; `what` (a plural) begins the message.
-    """
+    """ValueError where `values` differ between processes; `what` (a plural) begins the message."""
     expected = broadcast(what, lambda: values)
     for name, value in values.items():
         if value != expected.get(name):
@@ -187,27 +166,20 @@ def _wait(client: Any, key: str, who: str, patience: float = math.inf) -> str:
             print(f"jaxkd: waiting for {who}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------- signals and failures
-
-
 class Stopped(KeyboardInterrupt):
-    """A signal arrived where there is nothing to save."""
+    """A signal arrived where there is nothing to save; `code` is the exit code."""
 
     def __init__(self, message: str, code: int):
-        """`code` is the exit code."""
         super().__init__(message)
         self.code = code
 
 
 @contextlib.contextmanager
 def interruptible(message: str) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C end work that has nothing to save, within seconds and on all processes.
+    """Let SIGTERM and Ctrl-C raise Stopped in work that has nothing to save, within seconds and on all processes.
 
     JAX's handler receives SIGTERM, and the training loop polls it between steps. Here a thread polls it and sends
     SIGINT to the main thread, which also interrupts blocking calls.
-
-    Raises:
-        Stopped: with `message`, when any process received a signal.
     """
     client, main, done, preempted = _world().client, threading.get_ident(), threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -243,16 +215,12 @@ def interruptible(message: str) -> Iterator[None]:
 
 
 def fail(error: BaseException) -> int:
-    """Print why the command ends: one line for errors that a user can correct, else the traceback.
+    """Print why the command ends: one line for errors that a user can correct, else the traceback; the exit code.
 
     On several processes the first to fail publishes its reason and all exit: this does not return, nor for `Stopped`.
-
-    Returns:
-        the exit code.
     """
     code, text = _describe(error)
-    _, rank, size = _world()
-    if size == 1:
+    if not is_multihost():
         print(text, file=sys.stderr)
         if isinstance(error, Stopped):
             _exit(code)  # the interpreter's own shutdown took two minutes where writing rows was interrupted
@@ -261,34 +229,16 @@ def fail(error: BaseException) -> int:
         code = cluster.EXIT_INTERNAL
         reason = str(error).splitlines()[0][:300]
         text = f"jaxkd: error: lost a process of this job ({reason}); the same command resumes from the last checkpoint"
-    with _exit_lock:
-        short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
-        failure = _publish_failure(code, short.removeprefix("jaxkd: "))
-        if failure["process"] == rank:
-            print(text, file=sys.stderr)
-            _exit(code)
-        _exit_because_of(failure)
+    short = text if "\n" not in text else traceback.format_exception_only(error)[0].split("\n")[0]
+    _publish_and_exit(code, short.removeprefix("jaxkd: "), text)
 
 
 def abort(code: int, text: str) -> NoReturn:
-    """Exit from any thread, and end the other processes too; for a process whose main thread hangs.
-
-    Publishing is limited to seconds, because process 0, which hosts the store, may hang as well.
-
-    Args:
-        code: exit code, of the others too unless another process failed first.
-        text: the reason that the others print.
+    """Exit from any thread with `code`, and end the other processes too, which print `text`; for a main thread that
+    hangs. Publishing is limited to seconds, because process 0, which hosts the store, may hang as well.
     """
-
-    def publish() -> None:
-        with _exit_lock:
-            failure = _publish_failure(code, text)
-            if failure["process"] == _world().rank:
-                _exit(code)
-            _exit_because_of(failure)
-
     if is_multihost():
-        publisher = threading.Thread(target=publish, daemon=True)
+        publisher = threading.Thread(target=_publish_and_exit, args=(code, text), daemon=True)
         publisher.start()
         publisher.join(_ACK_TIMEOUT + 5.0)
     os._exit(code)
@@ -309,7 +259,6 @@ def abort_on_error() -> Iterator[None]:
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
-    """Exit code and message."""
     if isinstance(error, Stopped):
         return error.code, f"jaxkd: {error}"
     if isinstance(error, KeyboardInterrupt):
@@ -331,27 +280,20 @@ def _describe(error: BaseException) -> tuple[int, str]:
     return code, f"jaxkd: error: {' '.join(text.split())}"
 
 
-def _publish_failure(code: int, text: str) -> dict[str, Any]:
-    """Publish this process's failure; returns the one that was published first."""
+def _publish_and_exit(code: int, text: str, own_text: str = "") -> NoReturn:
+    """Publish this process's failure unless another was first, print `own_text` or the other's, and exit."""
     client, rank, _ = _world()
     failure = {"process": rank, "code": code, "text": text}
-    with contextlib.suppress(RuntimeError):  # another process was first, or the store is gone with process 0
-        client.key_value_set(_FAILURE_KEY, json.dumps(failure))
-    with contextlib.suppress(RuntimeError):
-        failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
-    return failure
-
-
-def _watch_for_failure(done: threading.Event) -> None:
-    """Exit when another process has failed; the main thread may be blocked in a collective."""
-    client = _world().client
-    while not done.wait(_POLL):
-        try:
+    with _exit_lock:
+        with contextlib.suppress(RuntimeError):  # another process was first, or the store is gone with process 0
+            client.key_value_set(_FAILURE_KEY, json.dumps(failure))
+        with contextlib.suppress(RuntimeError):
             failure = json.loads(client.key_value_try_get(_FAILURE_KEY))
-        except RuntimeError:  # none so far; or the store is gone, on which JAX ends the process
-            continue
-        with _exit_lock:
+        if failure["process"] != rank:
             _exit_because_of(failure)
+        if own_text:
+            print(own_text, file=sys.stderr)
+        _exit(code)
 
 
 def _exit_because_of(failure: dict[str, Any]) -> NoReturn:

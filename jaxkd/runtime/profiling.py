@@ -8,11 +8,7 @@ import jax
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """First step and number of steps in "START:COUNT"; (0, 0) for "".
-
-    Raises:
-        ValueError: any other text.
-    """
+    """First step and number of steps in "START:COUNT"; (0, 0) for ""."""
     if not text:
         return 0, 0
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -25,7 +21,6 @@ class Profile:
     """Traces `count` steps from step `first` (counted from 1; 0: none); a run that starts later traces nothing."""
 
     def __init__(self, directory: Path, first: int = 0, count: int = 0):
-        """Traces are written to `directory`."""
         self._directory, self._first, self._last, self._tracing = directory, first, first + count - 1, False
 
     def step(self, number: int) -> jax.profiler.StepTraceAnnotation:

@@ -24,15 +24,8 @@ def bar(
 ) -> Any:
     """tqdm's bar where stderr is a terminal, else `Lines`, which has the methods that are used here.
 
-    Args:
-        items: to iterate over; without them `update` counts.
-        title: of the bar.
-        total: number of items; None if unknown.
-        unit: of the count, a plural.
-        initial: count to start from.
-        shown: false for neither.
-        leave: whether a complete bar stays on the terminal.
-        at_once: whether the first item gives a line, and not only one after `_EVERY` seconds.
+    Without `items` to iterate over, `update` counts from `initial`, in a `unit` (a plural). `leave`: a complete bar
+    stays on the terminal. `at_once`: the first item gives a line, and not only one after `_EVERY` seconds.
     """
     if shown and not sys.stderr.isatty():
         return Lines(items, title, total, unit, initial, at_once)
@@ -48,21 +41,18 @@ class Lines:
     def __init__(
         self, items: Iterable[Any] | None, title: str, total: int | None, unit: str, initial: int, at_once: bool
     ):
-        """As `bar`."""
         self._items, self._title, self._total, self._unit, self._count = items, title, total, unit, initial
         self._note, self._printed, self._lines = "", initial, 0
         self._time = time.monotonic()
         self._due = self._time if at_once else self._time + _EVERY
 
     def __iter__(self) -> Iterator[Any]:
-        """The items, counted."""
         for item in self._items or ():
             yield item
             self.update()
         self.close()
 
     def set_postfix_str(self, note: str, refresh: bool = False) -> None:
-        """What the next line says besides the count."""
         self._note = note
 
     def update(self, number: int = 1) -> None:

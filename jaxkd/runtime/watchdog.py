@@ -13,24 +13,20 @@ from typing import Any
 
 from jaxkd.runtime import files, multihost
 from jaxkd.runtime.cluster import EXIT_INTERNAL
+from jaxkd.runtime.goodput import STEPS
 
-STEPS = "steps"
+# Phases that may take `_LONG_FACTOR` times what a step may; others, such as building rows, have no limit.
 LONG_PHASES = ("load", "check", "compile", "evaluation", "checkpoint", "mixture")
-"""Phases that may take `_LONG_FACTOR` times what a step may; others, such as building rows, have no limit."""
 _LONG_FACTOR, _MEDIAN_FACTOR = 6.0, 10.0
 _BEAT = 5.0  # seconds between two writes of heartbeat.json
-HEARTBEAT_TTL_S = 60.0
-"""Age at which a heartbeat no longer counts as a live run; network file systems show a file late."""
+HEARTBEAT_TTL_S = 60.0  # age at which a heartbeat no longer counts as a live run; network file systems show it late
 _WRITE_TIMEOUT = 10.0  # seconds for the file system to take the stack traces
 
 
 def timeout(phase: str, stall_s: float, median: float | None) -> float | None:
     """Seconds that may pass without progress; None for no limit.
 
-    Args:
-        phase: current phase.
-        stall_s: the least limit for a step; 0 switches all limits off.
-        median: of the steps' seconds so far; None before the second step.
+    `stall_s` is the least limit for a step, 0 for no limits; `median` is of the steps' seconds, None before the second.
     """
     if not stall_s or phase not in (STEPS, *LONG_PHASES):
         return None
@@ -50,19 +46,13 @@ def live_heartbeat(workdir: Path) -> dict[str, Any] | None:
 
 
 class Watchdog:
-    """Writes `WORKDIR/heartbeat.json`; on a stall writes all stacks and ends all processes with exit code 70.
+    """Process 0 writes WORKDIR/heartbeat.json; on a stall a process writes all stacks to `stalled-PROCESS.txt` there
+    and ends all processes with exit code 70.
 
     Only time in which this process could run counts: after Ctrl-Z or a suspend it is not late.
     """
 
     def __init__(self, workdir: Path, stall_s: float, process: int = 0):
-        """Start watching.
-
-        Args:
-            workdir: gets heartbeat.json from process 0, and `stalled-PROCESS.txt` on a stall.
-            stall_s: as in `timeout`.
-            process: rank.
-        """
         self._workdir, self._stall_s, self._process = workdir, stall_s, process
         self._phase, self._step, self._since = "start", 0, time.time()
         self._waited = 0.0
@@ -77,17 +67,14 @@ class Watchdog:
             thread.start()
 
     def phase(self, name: str, step: int) -> None:
-        """Begin a phase."""
         with self._progress_lock:
             self._phase, self._step, self._since, self._waited = name, step, time.time(), 0.0
 
     def alive(self) -> None:
-        """Report progress within the phase."""
         with self._progress_lock:
             self._since, self._waited = time.time(), 0.0
 
     def stepped(self, step: int, seconds: float) -> None:
-        """Report a completed step."""
         with self._progress_lock:
             self._step = step
             self._durations.append(seconds)
@@ -140,12 +127,10 @@ class Watchdog:
         multihost.abort(EXIT_INTERNAL, f"{why}; the stacks of its threads are in {path}")
 
     def _beat(self) -> None:
-        while True:
-            last = self._done.is_set()
+        self._write_beat()
+        while not self._done.wait(_BEAT):
             self._write_beat()
-            if last:
-                return
-            self._done.wait(_BEAT)
+        self._write_beat()
 
     def _write_beat(self) -> None:
         path = self._workdir / "heartbeat.json"

@@ -70,7 +70,6 @@ def test_one_run_has_no_noise_to_compare_with():
     d = compare.difference([3.0], [4.0, 4.1])
     assert (d.value, d.low, d.high, d.beyond_noise) == (pytest.approx(-1.05), None, None, False)
     assert compare.interval(d, "kl") == "-1.050"
-    assert compare.short(d, "kl") == " (-1.050)"
     assert compare.spread([3.0]) == (3.0, None, 1)
 
 

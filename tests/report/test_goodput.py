@@ -38,9 +38,9 @@ def test_steps_that_are_made_again_count_once():
     assert found.seconds["steps"] == pytest.approx(100 + 40)
     assert found.seconds["down"] == pytest.approx(37)
     assert found.wall == pytest.approx(clock.now - 1000)
-    assert found.productive == pytest.approx(140 / found.wall)
+    assert found.share("steps") == pytest.approx(140 / found.wall)
     assert (found.starts, found.programs, found.cached, found.compile_s) == (2, 6, 2, 19.0)
-    assert " in 2 starts;" in goodput.sentence(found)
+    assert " in 2 starts;" in goodput.sentence(clock.rows)
 
 
 def test_a_second_restart_takes_nothing_twice():
@@ -103,7 +103,7 @@ def test_what_a_finished_run_is_asked_later_costs_it_nothing():
 
 def test_nothing_is_said_of_runs_that_left_no_lines():
     assert goodput.account([]) is None
-    assert goodput.sentence(None) == goodput.page([]) == ""
+    assert goodput.sentence([]) == goodput.page([]) == ""
 
 
 def test_rates_are_of_a_device_and_of_its_peak():

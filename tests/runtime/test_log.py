@@ -62,7 +62,7 @@ def output(tmp_path):
 @pytest.fixture(autouse=True)
 def no_thread_left():
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name == "jaxkd_log"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("jaxkd_log")]
 
 
 def steps(workdir) -> list[int]:
@@ -138,7 +138,7 @@ def test_an_error_of_the_writer_is_raised_by_the_next_call_and_only_once(call, t
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     output.step(line(1), write=True)
     if call == "step":  # also for a step that is not written
-        output._writer._thread.join(60)
+        output._writer._thread.submit(int).result(60)  # after the row
     calls = {
         "step": lambda: output.step(line(2), write=False),
         "flush": output.flush,
