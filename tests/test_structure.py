@@ -39,7 +39,9 @@ def test_the_table_of_folders_lists_their_files():
     text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (\w+) \| [^|]+ \| ((?:`\w+`(?:, )?)+) \|$", text, re.M))
     listed = {f"{folder}/{name}" for folder, names in rows.items() for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name_of(path).removeprefix("jaxkd/").removesuffix(".py") for path in CODE if path.parent != PACKAGE}
+    assert listed == {
+        name_of(path).removeprefix("jaxkd/").removesuffix(".py") for path in CODE if path.parent != PACKAGE
+    }
 
 
 def doors() -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from jaxkd.run.workdir import claim, lock, saved_info, wait_for_lock, write_conf
 from jaxkd.runtime import cluster, files, multihost
 
 
-def prepare(options: argparse.Namespace) -> Iterator[str]:
+Lines = Generator[str, None, None]  # what a verb prints, as it goes
+
+
+def prepare(options: argparse.Namespace) -> Lines:
     """Build the packed rows of every domain, as `train` would."""
     from jaxkd.run import job, load
 
@@ -32,7 +35,7 @@ def prepare(options: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def train(options: argparse.Namespace) -> Iterator[str]:
+def train(options: argparse.Namespace) -> Lines:
     """Distil: evaluate, train with checkpoints, evaluate, report. The same command resumes."""
     started, e, workdir = time.time(), experiment(read_config(options.recipe)), Path(options.workdir)
     from jaxkd.report.records import write_run
@@ -97,7 +100,7 @@ def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:
     yield f"all output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
 
 
-def plan(options: argparse.Namespace) -> Iterator[str]:
+def plan(options: argparse.Namespace) -> Lines:
     """Compile a run's step for TPUs that are not attached: memory, communication, time, settings that fit."""
     e = experiment(read_config(options.recipe))
     from jaxkd.planning import plan as planning
@@ -114,7 +117,7 @@ def plan(options: argparse.Namespace) -> Iterator[str]:
     yield json.dumps(values) if options.json else "\n".join(text)
 
 
-def cache(options: argparse.Namespace) -> Iterator[str]:
+def cache(options: argparse.Namespace) -> Lines:
     """Store the teacher's signal for every row, to train from it without the teacher. The same command resumes."""
     e = experiment(read_config(options.recipe))
     if not (e.teacher.cache or (options.verify and any(model.cache for model in e.teacher.models.values()))):
@@ -133,7 +136,7 @@ def cache(options: argparse.Namespace) -> Iterator[str]:
         yield from cache_teacher.write(e, built.models, built.mesh, rows)
 
 
-def check(options: argparse.Namespace) -> Iterator[str]:
+def check(options: argparse.Namespace) -> Lines:
     """Check everything that a run depends on, before it takes an accelerator."""
     e = experiment(read_config(options.recipe))
     from jaxkd.run import cache_teacher, job, load, mixing, preflight
@@ -155,7 +158,7 @@ def check(options: argparse.Namespace) -> Iterator[str]:
         yield from cache_teacher.costs(e, models, rows, stores)
 
 
-def sweep(options: argparse.Namespace) -> Iterator[str]:
+def sweep(options: argparse.Namespace) -> Lines:
     """Train variants of a recipe times seeds, one after another. The same command skips finished runs and resumes."""
     from jaxkd.cli import sweep as sweeps
 
@@ -168,14 +171,14 @@ def sweep(options: argparse.Namespace) -> Iterator[str]:
         raise SystemExit(code)
 
 
-def rollback(options: argparse.Namespace) -> Iterator[str]:
+def rollback(options: argparse.Namespace) -> Lines:
     """Go back to a checkpoint: move later ones aside, so that `train` resumes from it."""
     from jaxkd.run import rollback as rollbacks
 
     yield from rollbacks.go(Path(options.workdir), options.step)
 
 
-def evaluate(options: argparse.Namespace) -> Iterator[str]:
+def evaluate(options: argparse.Namespace) -> Lines:
     """Evaluate a run's student, or any model, against a teacher: on held-out rows, or on text of your own."""
     if bool(options.workdir) == bool(options.model):
         raise ValueError("give --workdir DIR, or --model PATH with --teacher PATH and --data SOURCE")
@@ -200,7 +203,7 @@ def evaluate(options: argparse.Namespace) -> Iterator[str]:
         yield evaluation.of_run(values, Path(options.workdir), options.step, options.data, log)
 
 
-def export(options: argparse.Namespace) -> Iterator[str]:
+def export(options: argparse.Namespace) -> Lines:
     """Write a run's student as a Hugging Face directory."""
     workdir = Path(options.workdir)
     from jaxkd.models import export as exporter
@@ -234,14 +237,14 @@ def export(options: argparse.Namespace) -> Iterator[str]:
     yield f"step {step} of {workdir} exported to {directory}"
 
 
-def report(options: argparse.Namespace) -> Iterator[str]:
+def report(options: argparse.Namespace) -> Lines:
     """Write report.html of a run, finished or not."""
     from jaxkd.report import run as reporter
 
     yield f"report: {reporter.write(Path(options.workdir))}"
 
 
-def compare(options: argparse.Namespace) -> Iterator[str]:
+def compare(options: argparse.Namespace) -> Lines:
     """Compare finished runs: mean and spread over seeds, per domain, and a page of curves."""
     from jaxkd.report import compare as comparison
     from jaxkd.report import compare_page
@@ -272,8 +275,10 @@ def main(line: Sequence[str]) -> None:
     if "://" in (workdir := str(getattr(options, "workdir", ""))):
         raise ValueError(f"--workdir {workdir} must be a directory (or a mounted bucket); run.checkpoints may be gs://")
     options.recipe, options.command = [*recipe, *overrides], shlex.join(["jaxkd", *line])
-    for text in VERBS[options.verb](options):
-        multihost.print_main(text)
+    # Closed, so that a verb's contexts end when printing fails.
+    with contextlib.closing(VERBS[options.verb](options)) as lines:
+        for text in lines:
+            multihost.print_main(text)
 
 
 def console(line: Sequence[str] | None = None) -> None:
