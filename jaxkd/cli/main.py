@@ -16,7 +16,6 @@ from jaxkd.config.schema import experiment
 from jaxkd.run.workdir import claim, lock, saved_info, wait_for_lock, write_config
 from jaxkd.runtime import cluster, files, multihost
 
-
 Lines = Generator[str, None, None]  # what a verb prints, as it goes
 
 

@@ -1,15 +1,15 @@
 """Checks of an experiment's values that need no file."""
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
-from jaxkd.config.schema import SELF, Experiment, TeacherBlock, nearest, plain
+from jaxkd.config.schema import SELF, Experiment, TeacherBlock, nearest
 from jaxkd.core import seeds
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
-from jaxkd.report.records import leaves
 from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
@@ -84,10 +84,10 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
     if e.student.path == "random" and (e.student.layers or e.student.keep):
         raise ValueError("student.path is 'random': set its depth by student.shape.layers, not student.layers or keep")
-    values = leaves(plain(e))
     for key, lowest in AT_LEAST.items():
-        if not (math.isfinite(values[key]) and values[key] >= lowest):
-            raise ValueError(f"{key} must be finite and at least {lowest}, got {values[key]}")
+        value = operator.attrgetter(key)(e)
+        if not (math.isfinite(value) and value >= lowest):
+            raise ValueError(f"{key} must be finite and at least {lowest}, got {value}")
     if not 0 <= e.run.seed < seeds.LIMIT:
         raise ValueError(f"run.seed must be from 0 to 2**63 - 1, got {e.run.seed}")
     if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):

@@ -55,8 +55,9 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
         resolve.teacher_weights(e.teacher.members, tuple(e.data.domains), e.run.steps)
     lr = resolve.scalar(e.optim.lr, e.run.steps, "optim.lr")
     configs = {"teacher": teacher.config, "student": student.config}
+    terms = resolve.terms(e.objective, e.run.steps, configs, e.teacher)
     objective = objectives.objective(
-        resolve.terms(e.objective, e.run.steps, configs, e.teacher),
+        terms,
         vocab=models.vocab,
         domains=tuple(e.data.domains),
         tails=e.teacher.temperatures,
