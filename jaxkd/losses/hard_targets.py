@@ -1,4 +1,4 @@
-"""Terms that learn from the data alone, in the form of divergences: they share the kernel's matrix products."""
+"""Losses of the data alone, as divergences, so that they share the kernel's matrix products."""
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,9 @@ Array = jax.Array
 
 
 def next_token(smoothing: float = 0.0) -> Divergence:
-    """Cross-entropy with the data, -(1 - s) log q[target] - s mean_v log q[v].
+    """Cross-entropy with the data, -(1 - s) log q[target] - s mean_v log q[v], smoothing 0 <= s < 1, else ValueError.
 
-    Gradient: q - (1 - s) onehot(target) - s/V. It runs through the same kernel as the distillation terms, so
-    that it shares their matrix products. Label smoothing: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
-
-    Args:
-        smoothing: s, from 0 to below 1.
-
-    Raises:
-        ValueError: for any other `smoothing`.
+    Gradient: q - (1 - s) onehot(target) - s/V. Label smoothing: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
     """
     if smoothing == 0.0:
         return Divergence(lambda lp, lq, side: (jnp.where(side.is_target, -lq, 0.0),), uses_teacher=False)
@@ -37,9 +30,9 @@ def next_token(smoothing: float = 0.0) -> Divergence:
 
 
 def excess_loss() -> Divergence:
-    """max(log p[target] - log q[target], 0): how far the student's loss on a token is above the teacher's.
+    """max(log p[target] - log q[target], 0): the student's loss on a token above the teacher's.
 
-    Not minimised but looked at: the score of Group DRO (DoReMi, arXiv 2305.10429, Algorithm 1), clipped per token.
+    A metric, not minimised: the score of Group DRO (DoReMi, arXiv 2305.10429, Algorithm 1), clipped per token.
     """
     return Divergence(
         lambda lp, lq, side: (jnp.where(side.is_target, lp - lq, 0.0),), lambda gap: jnp.maximum(gap, 0.0)
@@ -49,8 +42,6 @@ def excess_loss() -> Divergence:
 def z_loss() -> Divergence:
     """(log sum_v exp z_v)^2: keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5: weight 1e-4).
 
-    Gradient: 2 log Z q. The only term that sees how large logits are.
+    Gradient: 2 log Z q. The only term that depends on the magnitude of the logits.
     """
-    return Divergence(
-        lambda lp, lq, side: (), lambda normaliser: jnp.square(normaliser), uses_teacher=False, normaliser=True
-    )
+    return Divergence(lambda lp, lq, side: (), jnp.square, uses_teacher=False, normaliser=True)
