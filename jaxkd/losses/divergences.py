@@ -13,10 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxkd.core.types import Divergence, Side, TopSet
 from jaxkd.losses.hard_targets import next_token, z_loss
-from jaxkd.losses.topk import conditional_kl, partial_kl, renormalized_kl
 
 __all__ = [
     "adaptive_kl", "alpha_beta", "alpha_divergence", "conditional_kl", "cross_entropy", "decoupled_kd",
@@ -24,8 +24,6 @@ __all__ = [
     "renormalized_kl", "renyi", "reverse_kl", "skew_kl", "skew_reverse_kl", "squared_hellinger", "total_variation",
     "z_loss",
 ]  # fmt: skip
-
-Array = jax.Array
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:
@@ -50,9 +48,6 @@ def _expm1(x: Array) -> Array:
     """exp(x) - 1 without cancellation near 0; Pallas for TPU lowers tanh but not expm1."""
     half = jnp.tanh(0.5 * jnp.clip(x, -1.0, 1.0))
     return jnp.where(jnp.abs(x) < 1.0, 2 * half / (1 - half), jnp.exp(x) - 1)
-
-
-# ------------------------------------------------------------------------------------- the two KLs
 
 
 def forward_kl() -> Divergence:
@@ -125,9 +120,6 @@ def adaptive_kl(mass: float = 0.5) -> Divergence:
     return Divergence(phi, combine, top_set=TopSet(mass=mass))
 
 
-# ------------------------------------------------------------------- mixtures of teacher and student
-
-
 def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
     """JSD(beta) = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
@@ -196,9 +188,6 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
         return (q * (lq - jnp.log((1 - alpha) * jnp.exp(lp) + alpha * q)),)
 
     return Divergence(phi)
-
-
-# ------------------------------------------------------------------------------ powers and distances
 
 
 def total_variation() -> Divergence:
@@ -288,9 +277,6 @@ def renyi(alpha: float = 0.5) -> Divergence:
     )
 
 
-# -------------------------------------------------------------------------------- target and the rest
-
-
 def _part(p: Array, q: Array) -> Array:
     """p log(p/q), where either mass may be 0; q = 0 counts as the smallest normal number."""
     least = jnp.finfo(jnp.float32).tiny
@@ -345,3 +331,31 @@ def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Diver
         return mass * (_part(p, q) + _part(rest_p, rest_q)) + inside * (cross - _part(p, q))
 
     return Divergence(phi, combine, top_set=TopSet(entries=k))
+
+
+def partial_kl() -> Divergence:
+    """sum_S p (log p - log q) over the teacher's stored entries S, without renormalisation.
+
+    Ignores the tail on both sides. Not a divergence: it may be negative, and its minimum puts more than p on S
+    (with P = p(S) the gradient P q - p vanishes at q = p/P). For comparison with other libraries' runs (verl's
+    `forward_kl_topk`); `forward_kl` on a top-k teacher keeps the tail.
+    """
+    return forward_kl()._replace(support="partial")
+
+
+def conditional_kl() -> Divergence:
+    """KL(p/P || q/Q) within the teacher's stored entries S, P = p(S) and Q = q(S).
+
+    Ignores how much mass the student puts on S, so combine it with a cross-entropy term. Gradient: q/Q - p/P on S, none
+    elsewhere. As in tunix's `distill_top_k` and MaxText.
+    """
+    return forward_kl()._replace(support="conditional")
+
+
+def renormalized_kl() -> Divergence:
+    """KL(p/P || q): the teacher renormalised on its stored entries S, the student not.
+
+    Ignores the teacher's tail, so it drives the student's tail to zero. Gradient: q - p/P on S, q elsewhere. As in
+    Gemma's reports: stored entries renormalised, zero for the rest.
+    """
+    return forward_kl()._replace(support="renormalized")

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxkd.core.types import Batch, Output, PyTree
 
-Array = jax.Array
 Init = Callable[[Array, Output, Output | None], PyTree]
 Pairs = tuple[tuple[int, int], ...]
 
@@ -42,7 +42,6 @@ def per_token(field: Callable[[PyTree, Output, Any, Batch], Array]) -> Callable[
     """
 
     def fn(params: PyTree, student: Output, teacher: Output | None, batch: Batch, weights: Array, vocab: int):
-        del vocab
         values = field(params, student, teacher, batch)
         # `where` before multiply: values without weight may be NaN.
         return jnp.sum(weights * jnp.where(weights != 0, values, 0.0)), values

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.lax import stop_gradient
 
 from jaxkd.core.types import Batch, Output, PyTree
@@ -29,7 +30,6 @@ from jaxkd.losses.relations import attention_transfer, relations
 
 __all__ = ["attention_transfer", "hidden_cosine", "hidden_mse", "linear_cka", "relations", "ted_filters", "ted_match"]
 
-Array = jax.Array
 
 EPS = 1e-6
 """Added to a squared norm before its root, so that a vector of zeros has a finite gradient."""
@@ -82,7 +82,6 @@ def linear_cka(layers: Mapping[int, int]) -> FeatureTerm:
     pairs = pairs_of(layers)
 
     def field(params: PyTree, student: Output, teacher: Output, batch: Batch) -> Array:
-        del params
         live = batch.weights != 0
         total = jnp.zeros(batch.weights.shape[0], jnp.float32)
         for s, t in pairs:
@@ -134,9 +133,6 @@ def _centred(x: Array, weights: Array) -> tuple[Array, Array]:
     # CKA does not depend on the scale, so it needs no gradient.
     scale = stop_gradient(jax.lax.rsqrt(jnp.where(varies, size, 1.0)))
     return centred * scale[:, None, None], varies
-
-
-# -------------------------------------------------------------------------- task-aware filters
 
 
 def ted_filters(layers: Mapping[int, int]) -> FeatureTerm:

@@ -1,13 +1,11 @@
 """Losses of the data alone, as divergences, so that they share the kernel's matrix products."""
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxkd.core.types import Divergence, Side
 
 __all__ = ["excess_loss", "next_token", "z_loss"]
-
-Array = jax.Array
 
 
 def next_token(smoothing: float = 0.0) -> Divergence:

@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.lax import stop_gradient
 
 from jaxkd.core.sharding import constrain
 from jaxkd.core.types import Batch, Output, PyTree
 from jaxkd.losses.feature_term import FeatureTerm, nothing, pairs_of, per_token, tap, taps_of
-
-Array = jax.Array
 
 _MASKED = -1e30  # score of a masked token; finite, so that it makes no NaN
 _TAP_NAMES = {"q": "query", "k": "key", "v": "value"}
@@ -43,7 +42,6 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
         raise ValueError(f"heads must be at least 1, got {heads}")
 
     def init(key: Array, student: Output, teacher: Output | None) -> PyTree:
-        del key
         assert teacher is not None
         for side, output, layers in zip(("student", "teacher"), (student, teacher), zip(*mapped)):
             for pair, layer in ((p, n) for p in pairs for n in layers):
@@ -57,7 +55,6 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
         return {}
 
     def field(params: PyTree, student: Output, teacher: Output, batch: Batch) -> Array:
-        del params
         mask, total = _visible(batch), jnp.zeros(batch.weights.shape, jnp.float32)
 
         def kl(parts: tuple[Array, Array, Array, Array]) -> Array:
@@ -86,7 +83,6 @@ def attention_transfer(layers: Mapping[int, int]) -> FeatureTerm:
     pairs = pairs_of(layers, last=False)
 
     def field(params: PyTree, student: Output, teacher: Output, batch: Batch) -> Array:
-        del params
         mask, total = _visible(batch), jnp.zeros(batch.weights.shape, jnp.float32)
 
         def attention(parts: tuple[Array, Array]) -> Array:
