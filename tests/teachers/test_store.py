@@ -266,8 +266,6 @@ def test_bad_requests(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sizes": {}}, "domain"),
-        ({"sizes": {"alpha": {"train": 0}}}, "alpha/train"),
         ({"sizes": {"../alpha": {"train": 1}}}, "'../alpha'"),
         ({"sizes": {"alpha": {"test": 1}}}, "'test'"),
         ({"manifest": {**MANIFEST, "complete": True}}, "complete"),
