@@ -119,16 +119,13 @@ def linear_divergence(
     flat_weights = mesh.flatten(weights, targets.shape, 1, axes).astype(jnp.float32)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"unknown kernel implementation '{implementation}'; there are {', '.join(IMPLEMENTATIONS)}")
+    arrays = call.student, call.teacher, call.targets, flat_weights
     if implementation == "reference":
-        value, fields = reference.linear_divergence(
-            terms, vocab, call.student, call.teacher, call.targets, flat_weights, *call.per_term
-        )
+        value, fields = reference.linear_divergence(terms, vocab, *arrays, *call.per_term)
     elif implementation == "pallas_tpu":
-        value, fields = _pallas(call.tiled(), call.student, call.teacher, call.targets, flat_weights, call.temperatures)
+        value, fields = _pallas(call.tiled(), *arrays, call.temperatures)
     else:
-        value, fields = xla.divergence(
-            call.plan(chunk), call.student, call.teacher, call.targets, flat_weights, call.temperatures
-        )
+        value, fields = xla.divergence(call.plan(chunk), *arrays, call.temperatures)
     return value, mesh.unflatten(jax.lax.stop_gradient(fields), targets.shape, 1, axes)
 
 
@@ -213,7 +210,6 @@ class _Call(NamedTuple):
             width,
             teacher.unembed.shape[0] if isinstance(teacher, Head) and any(t.uses_teacher for t in self.terms) else 0,
             head.hidden.dtype.itemsize,
-            cast=head.unembed.dtype != head.hidden.dtype,
             split=device.split,
             terms=len(self.terms),
         )

@@ -263,14 +263,14 @@ def _blocks(inputs: dict, tiles: tuple[int, int], order: tuple[int, int]) -> dic
     """The block specs of the inputs; `order` is the grid axes of tokens and of the vocabulary."""
     (tokens, columns), (over_tokens, over_columns) = tiles, order
     by_token, by_column = (lambda *at: (at[over_tokens], 0)), (lambda *at: (0, at[over_columns]))
-    whole = pl.BlockSpec(memory_space=pltpu.SMEM)
-    specs: dict[str, Any] = {"temperatures": whole, "limit": whole}
+    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    specs: dict[str, Any] = {"temperatures": smem, "limit": smem}
     if "rows" in inputs:
         rows = inputs["rows"].shape[0]
         specs["rows"] = pl.BlockSpec((rows, tokens), lambda *at: (0, at[over_tokens]))
     for name in (name for name in ("student", "teacher") if name in inputs):
         width = inputs[name]["hidden"].shape[1]
-        head = {"scale": whole, "softcap": whole, "bias": pl.BlockSpec((1, columns), by_column)}
+        head = {"scale": smem, "softcap": smem, "bias": pl.BlockSpec((1, columns), by_column)}
         head["hidden"] = pl.BlockSpec((tokens, width), by_token)
         head["unembed"] = pl.BlockSpec((width, columns), by_column)
         specs[name] = {k: head[k] for k in inputs[name]}

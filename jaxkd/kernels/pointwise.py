@@ -333,19 +333,19 @@ def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Arra
         lp = _normalised(lp, counts)
     if term.support == "conditional":
         lq = _normalised(lq, counts)
-    chosen = None if term.top_set is None else top_set(jnp.where(counts, lp, LOG_FLOOR), term.top_set)
+    in_top_set = None if term.top_set is None else top_set(jnp.where(counts, lp, LOG_FLOOR), term.top_set)
     if term.support is None and stored.tail is not None:
-        beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
-        lp, lq = beside(lp, stored.tail), beside(lq, lq_tail)
+        append = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
+        lp, lq = append(lp, stored.tail), append(lq, lq_tail)
         # The tail is many entries, of which none leads.
-        chosen = None if chosen is None else beside(chosen, jnp.zeros_like(chosen[:, 0]))
+        in_top_set = None if in_top_set is None else append(in_top_set, jnp.zeros_like(in_top_set[:, 0]))
         is_target, counts = (
-            beside(is_target, ~(is_target & counts).any(-1)),
-            beside(counts, jnp.ones_like(counts[:, 0])),
+            append(is_target, ~(is_target & counts).any(-1)),
+            append(counts, jnp.ones_like(counts[:, 0])),
         )
     # Invalid entries must not reach phi: an infinite derivative times a cotangent of zero is NaN.
     lp, lq = jnp.where(counts, lp, 0.0), jnp.where(counts, lq, 0.0)
-    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(is_target, chosen))])
+    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(is_target, in_top_set))])
 
 
 def sparse(

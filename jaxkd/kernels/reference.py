@@ -60,26 +60,26 @@ def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, tempe
     if isinstance(teacher, Sampled):
         drawn = jnp.where(inside, teacher.counts, 0)
         share = drawn / jnp.maximum(drawn.sum(-1, keepdims=True), 1)
-        at_kept = floored(jnp.take_along_axis(lq, ids, -1))
-        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), at_kept, is_target, counts=share > 0)
+        lq_stored = floored(jnp.take_along_axis(lq, ids, -1))
+        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), lq_stored, is_target, counts=share > 0)
     counts = inside & (teacher.logprobs > -jnp.inf)
-    kept = (jax.nn.one_hot(ids, vocab, dtype=bool) & counts[..., None]).any(1)  # [N V]
+    is_stored = (jax.nn.one_hot(ids, vocab, dtype=bool) & counts[..., None]).any(1)  # [N V]
     softened = lambda x: jax.nn.log_softmax(jnp.where(counts, x, -1e30), -1)
-    at_kept, lp = jnp.take_along_axis(lq, ids, -1), softened(teacher.logprobs / temperature)
-    at_kept = softened(at_kept) if term.support == "conditional" else at_kept
+    lq_stored, lp = jnp.take_along_axis(lq, ids, -1), softened(teacher.logprobs / temperature)
+    lq_stored = softened(lq_stored) if term.support == "conditional" else lq_stored
     tail_p = teacher.tail[:, tail]
     if term.support not in ("conditional", "renormalized"):
         lp = lp + jnp.log(-jnp.expm1(tail_p))[:, None]
-    lp, at_kept = floored(lp), floored(at_kept)
+    lp, lq_stored = floored(lp), floored(lq_stored)
     in_top_set = None if term.top_set is None else top_set(jnp.where(counts, lp, -jnp.inf), term.top_set) & counts
     if term.support is not None:
-        return _field(term, lp, at_kept, is_target, in_top_set, counts)
-    tail_q = floored(jax.nn.logsumexp(jnp.where(kept, -1e30, lq), -1))
+        return _field(term, lp, lq_stored, is_target, in_top_set, counts)
+    tail_q = floored(jax.nn.logsumexp(jnp.where(is_stored, -1e30, lq), -1))
     append = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
-    lp, at_kept = append(lp, floored(tail_p)), append(at_kept, tail_q)
+    lp, lq_stored = append(lp, floored(tail_p)), append(lq_stored, tail_q)
     is_target = append(is_target & counts, ~(is_target & counts).any(-1))
     in_top_set = None if in_top_set is None else append(in_top_set, jnp.zeros_like(in_top_set[:, 0]))
-    return _field(term, lp, at_kept, is_target, in_top_set, append(counts, jnp.ones_like(counts[:, 0])))
+    return _field(term, lp, lq_stored, is_target, in_top_set, append(counts, jnp.ones_like(counts[:, 0])))
 
 
 def _averaged(lps: list[jax.Array], teacher: Ensemble) -> jax.Array:

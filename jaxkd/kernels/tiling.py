@@ -23,7 +23,6 @@ class Sizes(NamedTuple):
     student: int  # width
     teacher: int  # width, 0 if no term needs the teacher
     itemsize: int = 2  # of hidden states, the dtype of the products
-    cast: bool = True  # the student's unembedding is stored in float32 and cast first
     split: bool = False  # the vocabulary is sharded, so d hidden is written in float32
     terms: int = 2
 
@@ -90,10 +89,10 @@ def vmem(sizes: Sizes, tile: tuple[int, int], tokens_stay: bool) -> int:
     """
     tokens, columns = tile
     out = 4 if sizes.split else sizes.itemsize
-    kept = tokens * (4 + 2 * out) if tokens_stay else columns * 8
+    output = tokens * (4 + 2 * out) if tokens_stay else columns * 8
     stays = tokens if tokens_stay else columns
     operands = 2 * sizes.itemsize * sum(tile) * sizes.widths
-    return operands + sizes.student * (kept + (4 + sizes.itemsize) * stays) + 4 * (6 + sizes.terms) * tokens * columns
+    return operands + sizes.student * (output + (4 + sizes.itemsize) * stays) + 4 * (6 + sizes.terms) * tokens * columns
 
 
 def tiling(sizes: Sizes, chip: Chip) -> Tiling | None:
