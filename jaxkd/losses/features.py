@@ -128,8 +128,8 @@ def _centred(x: Array, weights: Array) -> tuple[Array, Array]:
     mean = jnp.sum(weight * x, 1, keepdims=True) / jnp.where(mass > 0, mass, 1.0)
     centred = jnp.sqrt(weight) * (x - mean)
     square = lambda a: jnp.sum(jnp.square(a), (1, 2))
-    size, whole = square(centred), square(jnp.sqrt(weight) * x)
-    varies = (jnp.sum(weights != 0, 1) >= 2) & (size > _MIN_VARIANCE * whole)
+    size, uncentred = square(centred), square(jnp.sqrt(weight) * x)
+    varies = (jnp.sum(weights != 0, 1) >= 2) & (size > _MIN_VARIANCE * uncentred)
     # CKA does not depend on the scale, so it needs no gradient.
     scale = stop_gradient(jax.lax.rsqrt(jnp.where(varies, size, 1.0)))
     return centred * scale[:, None, None], varies

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.core.types import Batch, Metrics
-from jaxkd.losses.hard_targets import excess_loss
+from jaxkd.losses.divergences import excess_loss
 from jaxkd.losses.objective import Objective, Reweighting, match
 
 MEASURED = {"excess": match(excess_loss())}

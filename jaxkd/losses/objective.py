@@ -47,23 +47,10 @@ class Objective(NamedTuple):
     loss: Callable[..., tuple[jax.Array, Metrics]]
     uses_teacher: bool
     fields: Mapping[str, FeatureTerm] = _NONE  # the terms over features
-    domains: tuple[str, ...] = ()  # names of the batch's domains in order
+    domains: tuple[str, ...] = ()  # names of the batch's domains, in its numbering
     terms: tuple[str, ...] = ()  # names of the terms in `value`
-
-    @property
-    def student_taps(self) -> tuple[str, ...]:
-        """Names of the features that the student's forward pass must return."""
-        return tuple(dict.fromkeys(tap for field in self.fields.values() for tap in field.student_taps))
-
-    @property
-    def teacher_taps(self) -> tuple[str, ...]:
-        """Names of the features that the teacher's forward pass must return."""
-        return tuple(dict.fromkeys(tap for field in self.fields.values() for tap in field.teacher_taps))
-
-    def needs_of_teacher(self) -> str:
-        """Which term needs which of the teacher's features, for error messages."""
-        needs = {name: ", ".join(field.teacher_taps) for name, field in self.fields.items() if field.teacher_taps}
-        return "; ".join(f"objective.{name} needs the teacher's {taps}" for name, taps in needs.items())
+    student_taps: tuple[str, ...] = ()  # features that the student's forward pass must return
+    teacher_taps: tuple[str, ...] = ()
 
 
 class Reweighting(NamedTuple):
@@ -165,7 +152,11 @@ def objective(
 
     uses_teacher = any(t.divergence.uses_teacher for t in vocabulary.values())
     uses_teacher |= any(t.uses_teacher for t in features.values())
-    return Objective(functools.partial(_init, features), loss, uses_teacher, features, domains, tuple(active))
+    taps = (
+        tuple(dict.fromkeys(tap for term in features.values() for tap in getattr(term, name)))
+        for name in ("student_taps", "teacher_taps")
+    )
+    return Objective(functools.partial(_init, features), loss, uses_teacher, features, domains, tuple(active), *taps)
 
 
 def _init(

@@ -46,9 +46,10 @@ def make_gradient(
     Raises ValueError: a term needs features that the teacher's signal does not have.
     """
     if objective.teacher_taps and "taps" not in teacher.requires:
+        taps = {name: ", ".join(term.teacher_taps) for name, term in objective.fields.items() if term.teacher_taps}
+        needs = "; ".join(f"objective.{name} needs the teacher's {names}" for name, names in taps.items())
         raise ValueError(
-            f"{objective.needs_of_teacher()}, but this teacher's signal has no features: take an online teacher, or "
-            "leave the term out"
+            f"{needs}, but this teacher's signal has no features: take an online teacher, or leave the term out"
         )
 
     def value(params, frozen, teacher_state, batch, factors, step, ema):
