@@ -19,7 +19,7 @@ from etils import epath
 from jaxkd.runtime import files, locks
 from jaxkd.teachers import shards
 from jaxkd.teachers.codec import Layout
-from jaxkd.teachers.shards import FORMAT, MANIFEST, Block, Sizes
+from jaxkd.teachers.shards import FORMAT, MANIFEST, Block, Shards, Sizes
 
 _LOCK = ".lock"
 _SPARE_FILES = 256  # open files left for the rest of the process
@@ -52,7 +52,7 @@ class Writer:
         facts = shards.plain({"format": FORMAT, "block": block, "sizes": sizes})
         if taken := sorted(({*facts} | {"complete"}) & {*manifest}):
             raise ValueError(f"the writer itself sets the manifest's {', '.join(taken)}")
-        self._facts = {**shards.plain(manifest), **facts}
+        self._facts, self._shards = {**shards.plain(manifest), **facts}, Shards(self.root, sizes, block)
         for domain, splits in sizes.items():
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", domain):
                 raise ValueError(f"domain name {domain!r} must be made of letters, digits, '_', '.' and '-'")
@@ -92,7 +92,7 @@ class Writer:
         for unfinished in self.root.rglob(f"{files.PARTIAL}*"):
             unfinished.unlink()
         for domain in self._facts["sizes"]:
-            shards.folder(self.root, domain).mkdir(parents=True, exist_ok=True)
+            self._shards.folder(domain).mkdir(parents=True, exist_ok=True)
         if complete and self.missing():
             self._write_manifest(complete=False)  # before finish() rewrites files that readers may open
 
@@ -107,7 +107,7 @@ class Writer:
         files.write_json(self.root / MANIFEST, {**self._facts, "complete": complete})
 
     def missing(self) -> list[Block]:
-        """Missing or incomplete blocks, in the order of `shards.blocks`.
+        """Missing or incomplete blocks, in the order of `Shards.blocks`.
 
         Raises ValueError: the leader's manifest is missing, or is of another cache.
         """
@@ -116,13 +116,13 @@ class Writer:
                 f"{self.root} holds no cache although the leader has made one: all processes must see one directory"
             )
         self._match()
-        return shards.missing(self.root, self._facts["sizes"], self._facts["block"])
+        return self._shards.missing()
 
     def write(self, block: Block, payloads: Sequence[bytes]) -> None:
         """Write the payloads of a block's rows atomically; OSError leaves no partial file."""
         if len(payloads) != block.stop - block.start:
             raise ValueError(f"{len(payloads)} payloads are not the rows {block.start} to {block.stop} of {block}")
-        with files.atomic(shards.shard(self.root, self._facts["sizes"], self._facts["block"], block)) as part:
+        with files.atomic(self._shards.path(block)) as part:
             shards.write(part, block, payloads)
 
     def finish(self) -> None:
@@ -132,7 +132,7 @@ class Writer:
         if missing := self.missing():
             raise ValueError(f"the cache {self.root} still lacks {len(missing)} blocks, the first is {missing[0]}")
         for domain in self._facts["sizes"]:
-            shards.write_metadata(self.root, domain, self._facts["sizes"], self._facts["block"])
+            self._shards.write_metadata(domain)
         self._write_manifest(complete=True)
 
 
@@ -148,19 +148,19 @@ class Store:
         """
         self.root = epath.Path(root).expanduser()
         self.manifest = shards.read_manifest(self.root)
-        sizes, size = self.manifest["sizes"], self.manifest["block"]
-        number, missing = len(list(shards.blocks(sizes, size))), shards.missing(self.root, sizes, size)
+        self._shards = Shards(self.root, self.manifest["sizes"], self.manifest["block"])
+        number, missing = len(list(self._shards.blocks())), self._shards.missing()
         if missing or not self.manifest.get("complete"):
-            first = f", the first is {shards.shard(self.root, sizes, size, missing[0])}" if missing else ""
+            first = f", the first is {self._shards.path(missing[0])}" if missing else ""
             raise ValueError(
                 f"the cache {self.root} is incomplete: {len(missing)} of {number} blocks are missing{first}; run "
                 "`jaxkd cache --config ...` as before, which resumes"
             )
         _allow_files(number, self.root)
         self._sources: dict[tuple[str, str], Any] = {}
-        for domain, splits in sizes.items():
+        for domain, splits in self._shards.sizes.items():
             try:
-                builder = tfds.builder_from_directory(shards.folder(self.root, domain))
+                builder = tfds.builder_from_directory(self._shards.folder(domain))
                 for split in splits:
                     self._sources[domain, split] = builder.as_data_source(split)
             except Exception as error:
@@ -202,7 +202,6 @@ class Store:
 
     def verify(self) -> int:
         """Verify every payload and return their number; ValueError names the damaged files."""
-        sizes, size = self.manifest["sizes"], self.manifest["block"]
 
         def is_damaged(block: Block) -> bool:
             try:
@@ -211,11 +210,11 @@ class Store:
                 return True
             return False
 
-        blocks = list(shards.blocks(sizes, size))
+        blocks = list(self._shards.blocks())
         with ThreadPoolExecutor(8) as pool:
             damaged = [block for block, bad in zip(blocks, pool.map(is_damaged, blocks)) if bad]
         if damaged:
-            files = ", ".join(str(shards.shard(self.root, sizes, size, block)) for block in damaged[:3])
+            files = ", ".join(str(self._shards.path(block)) for block in damaged[:3])
             more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
             raise ValueError(
                 f"{len(damaged)} of {len(blocks)} files of the cache {self.root} are damaged: {files}{more}. Delete "
@@ -229,9 +228,7 @@ class Store:
             return shards.payload_of(record, domain, split, row)
         except Exception as error:  # a damaged file, an invalid protocol buffer, a wrong checksum
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        size = self.manifest["block"]
-        block = Block(domain, split, row // size, row, row + 1)
-        file = shards.shard(self.root, self.manifest["sizes"], size, block)
+        file = self._shards.path(Block(domain, split, row // self._shards.size, row, row + 1))
         raise ValueError(
             f"row {row} of {domain}/{split} in {file} is damaged: {reason}. Delete that file and run "
             "`jaxkd cache --config ...` as before: it writes only what is missing"

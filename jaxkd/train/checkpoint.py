@@ -46,13 +46,12 @@ class Checkpoints:
         self.directory = checkpoint_directory(directory)
         self._arrays = orbax_io.handler()
         self._writing = self._reported = False
-        self._manager = None if read_only else self._writer(keep or Keep())
-
-    def _writer(self, keep: Keep) -> Any:
-        if multihost.is_main():
-            self.directory.mkdir(parents=True, exist_ok=True)
-        multihost.barrier("the directory of checkpoints", PATIENCE)
-        return orbax_io.manager(self.directory, keep, self._metric)
+        self._manager: Any = None
+        if not read_only:
+            if multihost.is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+            multihost.barrier("the directory of checkpoints", PATIENCE)
+            self._manager = orbax_io.manager(self.directory, keep or Keep(), self._metric)
 
     def steps(self) -> list[int]:
         """Committed steps in ascending order, listed from disk; Unavailable or OSError if that fails."""
