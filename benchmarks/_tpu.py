@@ -124,7 +124,7 @@ def cost_pallas(sizes: tiling.Sizes, tiles: tiling.Tiling) -> Cost:
 
 def _cast(sizes: tiling.Sizes) -> int:
     """Bytes of making the student's operand: both forms do it once."""
-    return (4 + sizes.itemsize) * sizes.student * sizes.columns if sizes.cast else 0
+    return (4 + sizes.itemsize) * sizes.student * sizes.columns
 
 
 def _moved(way: str, chip: str, tokens: int, program) -> int | None:

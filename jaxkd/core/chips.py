@@ -1,8 +1,7 @@
-"""TPU generations as numbers, and the names by which people ask for slices of them.
+"""TPU generations: peak rates, memory sizes, and device kinds.
 
-Sources: Google's pages on each generation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). VMEM is what
-`jax.experimental.pallas.tpu.get_tpu_info` says; HBM is what libtpu's compiler lets a program have, which is a quarter
-to a whole GiB less than what is on the chip.
+Sources: Google's pages on each generation (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). VMEM is that of
+`jax.experimental.pallas.tpu.get_tpu_info`; HBM is libtpu's limit for a program, 0.25 to 1 GiB below the chip's.
 """
 
 from typing import NamedTuple
@@ -11,22 +10,22 @@ _GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One JAX device, at its peak. VMEM is of one core: where a device has two, a kernel's blocks go to both."""
+    """One JAX device at its peak. VMEM is per core: where a device has two, a kernel's blocks go to both."""
 
     vmem: int  # bytes
     flops: float  # bfloat16 multiplications and additions per second
     bandwidth: float  # HBM bytes per second
-    hbm: int = 0  # bytes that a program may have
+    hbm: int = 0  # bytes available to a program
     link: float = 0.0  # bytes per second over one link between chips, each way
-    dcn: float | None = None  # bytes per second to other slices; None where the makers do not say
+    dcn: float | None = None  # bytes per second to other slices; None where it is not published
 
     @property
     def ridge(self) -> float:
-        """FLOPs per byte above which products, not memory, take the time."""
+        """FLOPs per byte above which a program is compute-bound."""
         return self.flops / self.bandwidth
 
 
-# A tpu7x chip is two devices: half of its HBM, of each link and of its network is each one's.
+# A tpu7x chip is two devices: each has half of its HBM, links and network.
 CHIPS = {
     "TPU v4": Chip(16 * 2**20, 275e12, 1228e9, int(30.75 * _GIB), 50e9),
     "TPU v5 lite": Chip(128 * 2**20, 197e12, 819e9, int(15.75 * _GIB), 50e9, 3.125e9),

@@ -1,4 +1,4 @@
-"""Metrics as (sum, weight) pairs, so that micro-batches, devices and steps add up without a mean of means."""
+"""Metrics as (sum, weight) pairs, which add up over micro-batches, devices and steps."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,7 @@ from jaxkd.core.types import Metrics
 
 
 def per_domain(name: str, sums: jax.Array, weights: jax.Array, domain: jax.Array, domains: tuple[str, ...]) -> Metrics:
-    """One metric over all rows and one per domain, under `name` and `name/domain`.
-
-    Args:
-        name: of the metric.
-        sums: [B] a row's weighted sum.
-        weights: [B] a row's total weight.
-        domain: [B] a row's domain, an index into `domains`.
-        domains: the domains' names.
-    """
+    """Metrics `name` over all rows and `name/domain` per domain; sums, weights and domain index are per row [B]."""
     member = domain[:, None] == jnp.arange(len(domains))
     metrics = {name: (sums.sum(), weights.sum())}
     for i, label in enumerate(domains):
@@ -27,11 +19,11 @@ def per_domain(name: str, sums: jax.Array, weights: jax.Array, domain: jax.Array
 
 
 def add(left: Metrics, right: Metrics) -> Metrics:
-    """Sums and weights added name by name; both must have the same names."""
+    """Sums and weights added by name; both must have the same names."""
     return jax.tree.map(jnp.add, left, right)
 
 
 def read(metrics: Metrics) -> dict[str, float]:
-    """Divide each sum by its weight on the host; what has no weight (a domain not drawn) is left out."""
+    """Each sum divided by its weight on the host; metrics without weight (a domain not drawn) are left out."""
     fetched = jax.device_get(metrics)
     return {name: float(total) / float(weight) for name, (total, weight) in fetched.items() if float(weight) > 0}

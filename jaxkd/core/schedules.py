@@ -10,13 +10,12 @@ __all__ = ["constant", "cosine", "linear"]
 
 
 def value(scalar: Scalar, step):
-    """The scalar at `step`; numbers are passed through, so that a constant stays a constant of the program."""
+    """The scalar at `step`; a number is returned as it is and stays a compile-time constant."""
     return scalar(step) if callable(scalar) else scalar
 
 
 def constant(peak: float, steps: int, warmup: int = 0, end: float = 0.0) -> Scalar:
-    """Rise linearly to `peak` over `warmup` steps, then stay; `steps` and `end` do not matter."""
-    del steps, end
+    """Rise linearly to `peak` over `warmup` steps, then stay; `steps` and `end` are ignored."""
     return _after_warmup(peak, warmup, lambda count: peak) if warmup else peak
 
 
@@ -39,7 +38,7 @@ def _progress(count, span: int):
 
 
 def _after_warmup(peak: float, warmup: int, fall: Callable) -> Scalar:
-    """The first step gets 1/warmup of the peak, not nothing: an update of size zero would be a wasted step."""
+    """Linear warm-up; the first step gets 1/warmup of the peak, since an update of size zero would be wasted."""
 
     def value(step):
         return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), fall(step - warmup))

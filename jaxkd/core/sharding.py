@@ -1,4 +1,4 @@
-"""From logical axes to mesh axes: one table, its variants for either side, and the few functions that read them."""
+"""Sharding tables from logical axes to mesh axes, and functions that apply them."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +13,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("replica", "data", "context", "teacher", "model")
 """From the slowest network to the fastest: only `replica` goes across slices."""
 ROWS = ("replica", "data", "teacher")
-"""Where a batch lies, and all of the student's rows. To a teacher's layers `teacher` is more of `model`."""
+"""Axes that shard a batch's rows. A teacher's layers use `teacher` like `model` instead."""
 
 Rules = Mapping[str, tuple[str, ...]]
-"""Mesh axes per logical axis; what an array's size does not divide over is left out, from the end."""
+"""Mesh axes per logical axis; those that do not divide an array's size are dropped, from the end."""
 
-# Parameters and activations name their axes; this says where each lives. `embed` is for parameters only (fully sharded
-# data parallelism, over what shares a slice): activations leave their width whole.
+# `embed` is for parameters only (fully sharded data parallelism within a slice): activations' width is unsharded.
 RULES: Rules = {
     "batch": ROWS,
     "length": ("context",),
@@ -32,19 +31,19 @@ RULES: Rules = {
     "layers": (),
 }
 TABLES: Mapping[str, Rules] = {"fsdp": RULES, "replicated": {**RULES, "embed": ()}}
-"""How a model's parameters may lie: split over `data` and gathered layer by layer, or whole beside `model`."""
-# Moments are read by the update alone, once a step: whatever holds the same of them may share them.
+"""Parameter shardings: over `data`, gathered layer by layer, or over `model` only."""
+# Moments are read once per step, by the update only, so replicas shard them too.
 MOMENTS: Rules = {**RULES, "embed": (*RULES["embed"], "replica")}
 
 
 def of_teacher(rules: Rules) -> Rules:
-    """A table for a teacher: `teacher` beside `model`, and its rows whole there. Its vocabulary stays over `model`."""
+    """A teacher's table: `teacher` shards what `model` does, except the vocabulary, and no longer the rows."""
     without = {name: tuple(a for a in rules[name] if a != "teacher") for name in ("batch", "embed")}
     return {**rules, **without, **{name: ("teacher", *rules[name]) for name in ("heads", "kv_heads", "mlp")}}
 
 
 def slices(devices: Sequence) -> int:
-    """How many TPU slices some devices are of; others count as one."""
+    """Number of TPU slices that the devices belong to; 1 for other devices."""
     return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
@@ -54,15 +53,13 @@ def make_mesh(
     """A mesh of `MESH_AXES`.
 
     Args:
-        data: devices along `data`, or -1 for what the other axes leave.
-        model: devices along `model`.
-        devices: which ones; None is all.
-        replica: copies of what is split over the other axes, or -1 for one a slice.
+        data, model: devices along that axis; data -1 takes all that the other axes leave.
+        devices: None is all.
+        replica: copies of what is sharded over the other axes, or -1 for one per slice.
         context: devices that share the tokens of a row.
-        teacher: devices that share the teacher's layers, as those along `model` do, and are rows to the student.
+        teacher: devices that shard the teacher's layers, as `model` does, and the student's rows.
 
-    Raises:
-        ValueError: when the product is not the number of devices, or slices would share another axis than `replica`.
+    Raises ValueError: the product is not the number of devices, or slices would share another axis than `replica`.
     """
     devices = devices or jax.devices()
     count = slices(devices)
@@ -77,9 +74,9 @@ def make_mesh(
     sizes = dict(zip(MESH_AXES, (replica, data, context, teacher, model), strict=True))
     shape = tuple(sizes.values())
     if math.prod(shape) != len(devices):
-        said = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name in ("data", "model"))
+        axes = " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name in ("data", "model"))
         raise ValueError(
-            f"run.mesh is {said} = {math.prod(shape)} devices, but there are {len(devices)}; set run.mesh.data=-1 to "
+            f"run.mesh is {axes} = {math.prod(shape)} devices, but there are {len(devices)}; set run.mesh.data=-1 to "
             "use what the other axes leave"
         )
     if replica % count:
@@ -102,7 +99,7 @@ def place(shape: tuple[int, ...], devices: Sequence) -> np.ndarray:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)
         return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=split)
 
-    # Tori whose shape does not factor as asked need their physical axes split; plain is faster where it works.
+    # Splitting physical axes is slower, and needed only if the torus does not factor into `shape`.
     try:
         return grid(split=False)
     except NotImplementedError:
@@ -110,9 +107,7 @@ def place(shape: tuple[int, ...], devices: Sequence) -> np.ndarray:
 
 
 def over(targets: Sequence[str], size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Those of some mesh axes that split a dimension: without axes of one device, and from the end without what does
-    not divide.
-    """
+    """The mesh axes that shard a dimension: more than one device each, dropped from the end until they divide it."""
     used = [name for name in targets if sizes.get(name, 1) > 1]
     while used and size % math.prod(sizes[name] for name in used):
         used.pop()
@@ -120,16 +115,9 @@ def over(targets: Sequence[str], size: int, sizes: Mapping[str, int]) -> tuple[s
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh, rules: Rules = RULES) -> PartitionSpec:
-    """Mesh axes for an array's logical axes; an axis that does not divide, or is taken, is replicated.
+    """The PartitionSpec of logical axes (None: unsharded); axes that do not divide or are already used are replicated.
 
-    Args:
-        axes: logical name per dimension, None for a dimension that is never sharded.
-        shape: the array's shape.
-        mesh: a Mesh or AbstractMesh.
-        rules: `RULES` or another table of the same names.
-
-    Raises:
-        ValueError: for a name that is not in the table.
+    Raises ValueError: a name is not in the table.
     """
     taken: set[str] = set()
     result: list[str | tuple[str, ...] | None] = []
@@ -144,14 +132,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh, rules: Rules = 
 
 
 def shardings(axes, shapes, mesh: Mesh, rules: Rules = RULES):
-    """A NamedSharding per leaf of a tree of arrays.
-
-    Args:
-        axes: tree of tuples of logical names.
-        shapes: tree of the same structure with `.shape` leaves.
-        mesh: the mesh.
-        rules: the table.
-    """
+    """A NamedSharding per leaf; `axes` has tuples of logical names, `shapes` leaves with `.shape`."""
     return jax.tree.map(lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh, rules)), shapes, axes)
 
 
@@ -159,16 +140,16 @@ def replicated_axes(axes, shapes, mesh: Mesh, rules: Rules = RULES) -> list[str]
     """One sentence per logical axis that a rule would shard but whose size does not divide."""
     notes: set[str] = set()
 
-    def look(leaf, names):
+    def check(leaf, names):
         for name, size in zip(names, leaf.shape, strict=True):
-            wanted = [target for target in rules[name] if mesh.shape[target] > 1] if name else []
-            used = over(wanted, size, mesh.shape)
-            if len(used) < len(wanted):
-                sizes = " x ".join(f"{target}={mesh.shape[target]}" for target in wanted)
-                left = f"split over {' x '.join(used)} only" if used else "replicated"
-                notes.add(f"axis '{name}' of size {size} does not divide over {sizes}: {left}")
+            targets = [target for target in rules[name] if mesh.shape[target] > 1] if name else []
+            used = over(targets, size, mesh.shape)
+            if len(used) < len(targets):
+                sizes = " x ".join(f"{target}={mesh.shape[target]}" for target in targets)
+                outcome = f"split over {' x '.join(used)} only" if used else "replicated"
+                notes.add(f"axis '{name}' of size {size} does not divide over {sizes}: {outcome}")
 
-    jax.tree.map(look, shapes, axes)
+    jax.tree.map(check, shapes, axes)
     return sorted(notes)
 
 
@@ -177,9 +158,9 @@ _TABLE: ContextVar[Rules] = ContextVar("table", default=RULES)
 
 @contextmanager
 def table(rules: Rules) -> Iterator[None]:
-    """What is traced inside is pinned by this table instead of `RULES`: `with table(rules): forward(...)`.
+    """Use this table instead of `RULES` in `constrain` while tracing: `with table(rules): forward(...)`.
 
-    It is read while a function is traced. What `jax.jit` has traced before is not traced again for another table.
+    A function that `jax.jit` has already traced is not traced again for another table.
     """
     token = _TABLE.set(rules)
     try:
@@ -189,7 +170,7 @@ def table(rules: Rules) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation to the mesh in use, by the table in use; the identity when there is no mesh."""
+    """Constrain an activation's sharding by the current mesh and table; the identity without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.axis_sizes) == 1:
         return x
@@ -197,10 +178,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def split_length() -> bool:
-    """Whether the mesh in use has devices that share the tokens of a row."""
+    """Whether the current mesh shards the tokens of a row."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `ROWS`; every later dimension whole."""
+    """Rows sharded over `ROWS`, all other dimensions unsharded."""
     return NamedSharding(mesh, PartitionSpec(tuple(name for name in ROWS if name in mesh.axis_names)))

@@ -1,4 +1,4 @@
-"""The NamedTuples that cross module boundaries.
+"""NamedTuples shared by several modules.
 
 Sizes: `B` batch rows, `L` length, `N` tokens (B x L flattened), `D` student width, `E` teacher width,
 `V` padded vocabulary. Per-token weights are floats and are called `weights`, never a mask.
@@ -16,13 +16,12 @@ Scalar = float | Callable[[Any], Any]
 """A number, or a schedule `step -> value`."""
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-"""name -> (sum, weight); divided when read, so that sums over micro-batches and devices stay exact."""
+"""name -> (sum, weight); divided when read, after sums over micro-batches and devices."""
 
 PyTree = Any
 
 LOG_FLOOR = -80.0
-"""Log-probabilities below this are read as this: exp(-80) is still a normal float32, and 80 nats is a large,
-finite price. The floor changes values only; gradients pass straight through it."""
+"""Lower bound of log-probabilities: exp(-80) is still a normal float32. Gradients pass through the floor."""
 
 
 class Batch(NamedTuple):
@@ -35,7 +34,7 @@ class Batch(NamedTuple):
     positions: Int[jax.Array, "B L"]  # restart at 0 in each segment
     row: Int[jax.Array, " B"]  # index in the row's own domain
     domain: Int[jax.Array, " B"]
-    teacher: Any = None  # what a cache holds of these rows: Hidden, TopK, Sampled, or a tuple of those
+    teacher: Any = None  # the cached signal of these rows: Hidden, TopK, Sampled, or a tuple of those
     aux: dict[str, Any] = {}  # noqa: RUF012 - further arrays [B ...] by name, such as advantages; never mutated
 
 
@@ -50,25 +49,25 @@ class Head(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """A teacher's largest entries, true log-probabilities at temperature 1, and what all the others weigh together.
+    """A teacher's largest entries, true log-probabilities at temperature 1, and the mass of all others.
 
-    An id below 0 or beyond the vocabulary, or a log-probability of -inf, is filling and counts nothing.
+    An id below 0 or beyond the vocabulary, or a log-probability of -inf, is padding.
     """
 
-    ids: Int[jax.Array, "*tokens K"]  # different within a token, where they count
+    ids: Int[jax.Array, "*tokens K"]  # distinct within a token, except padding
     logprobs: Float[jax.Array, "*tokens K"]
-    tail: Float[jax.Array, "*tokens T"]  # log of the other entries' mass, at each temperature that was stored
+    tail: Float[jax.Array, "*tokens T"]  # log of the other entries' mass, at each stored temperature
 
 
 class Sampled(NamedTuple):
-    """Draws from the teacher's distribution at temperature 1: how often each id came up; a count of 0 is filling."""
+    """Draws from the teacher's distribution at temperature 1: counts per id; a count of 0 is padding."""
 
-    ids: Int[jax.Array, "*tokens K"]  # different within a token, where they count
+    ids: Int[jax.Array, "*tokens K"]  # distinct within a token, except padding
     counts: Int[jax.Array, "*tokens K"]
 
 
 class Hidden(NamedTuple):
-    """A teacher's last hidden states, after its final norm: with its unembedding, all that its head would say."""
+    """A teacher's last hidden states, after its final norm; with its unembedding they determine its logits."""
 
     hidden: Float[jax.Array, "*tokens E"]
 
@@ -76,39 +75,39 @@ class Hidden(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["heads", "weights"], meta_fields=["geometric"])
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """Several teachers as one: their heads, and for every token what each of them weighs.
+    """Several teachers as one: their heads, and each head's weight at every token.
 
-    At a temperature each head's own distribution is softened first. `geometric` averages log-probabilities (and
-    normalises the result), otherwise probabilities are averaged. A head whose weight is 0 at a token, NaN included,
-    changes nothing there.
+    Each head's distribution is softened by the temperature first. `geometric` averages log-probabilities (and
+    normalises the result), otherwise probabilities are averaged. A head with weight 0 at a token, even NaN, has no
+    effect there.
     """
 
     heads: tuple[Head, ...]
     weights: Any  # float [*tokens T]: at least 0, sum to 1 over the T heads where a token has weight
-    geometric: bool = False  # part of the program, not of its data
+    geometric: bool = False  # static
 
 
 class TopSet(NamedTuple):
-    """The teacher's most probable entries: the fewest that hold `mass`, or so many `entries`; ties come along."""
+    """The teacher's most probable entries: the fewest that hold `mass`, or the `entries` largest; ties are included."""
 
     mass: float = 0.0
     entries: int = 0
 
 
 class Side(NamedTuple):
-    """What a divergence may know of a vocabulary entry beside the two log-probabilities. No gradient flows here."""
+    """What a divergence may use of a vocabulary entry besides the two log-probabilities. No gradient flows here."""
 
     is_target: jax.Array  # [N, v] bool: the entry is the data's next token
-    in_top_set: Any = None  # [N, v] bool: it is one of the teacher's top set, where asked for
+    in_top_set: Any = None  # [N, v] bool: the entry is in the teacher's top set, if `top_set` requests it
 
 
 class Divergence(NamedTuple):
     """`combine(*[sum_v c for c in phi(lp, lq, side)])`, differentiable in `lq` only.
 
     `phi` returns a tuple of m arrays [N, v]; `combine` maps their m sums over the vocabulary, each [N], to
-    nats [N]. `top_set` asks for `side.in_top_set`. `support` says which entries of a top-k teacher are seen, and how
-    normalised; None is the K and their tail. `unbiased` promises that phi is linear in p, so that draws may
-    stand for p. With `normaliser`, `combine` gets the logits' log-sum-exp [N] as a last argument.
+    nats [N]. `top_set` requests `side.in_top_set`. `support` selects the entries of a top-k teacher and their
+    normalisation; None is the K and their tail. `unbiased` promises that phi is linear in p, so that draws may
+    replace p. With `normaliser`, `combine` gets the logits' log-sum-exp [N] as a last argument.
     """
 
     phi: Callable[[jax.Array, jax.Array, Side], tuple[jax.Array, ...]]
@@ -121,7 +120,7 @@ class Divergence(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a model's forward pass returns: the head, and by name what was tapped on the way."""
+    """A model's forward pass: its head, and tapped features by name."""
 
     head: Head
     taps: dict[str, jax.Array]  # "layer_3" -> [B L D], the residual stream after three layers; see models/transformer
@@ -129,7 +128,7 @@ class Output(NamedTuple):
 
 
 Signal = Output | TopK | Sampled | Ensemble
-"""What a teacher gives for a batch: a distribution per token. Text that a model writes is a rollout instead."""
+"""A teacher's distribution per token."""
 
 Forward = Callable[..., Output]
 """`forward(params, batch, *, taps=()) -> Output`."""

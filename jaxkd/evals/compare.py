@@ -33,19 +33,13 @@ class Sums(NamedTuple):
     tokens: Any
 
 
-def _teacher_next_token() -> Divergence:
-    return Divergence(lambda lp, lq, side: (jnp.where(side.is_target, -lp, 0.0),))
-
-
 def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], vocab: int) -> Callable[..., Sums]:
     """`comparison(student_params, teacher_state, batch) -> Sums`, at temperature 1, to be jitted.
 
-    Args:
-        student: forward pass.
-        teacher: `teacher(state, batch)` returns an `Output` or an `Ensemble`.
-        vocab: true vocabulary size.
+    `teacher(state, batch)` returns an `Output` or an `Ensemble`.
     """
-    terms = (next_token(), _teacher_next_token(), forward_kl())
+    teacher_nats = Divergence(lambda lp, lq, side: (jnp.where(side.is_target, -lp, 0.0),))
+    terms = (next_token(), teacher_nats, forward_kl())
 
     def comparison(student_params: PyTree, teacher_state: PyTree, batch: Batch) -> Sums:
         q, signal = student(student_params, batch).head, teacher(teacher_state, batch)
@@ -65,12 +59,7 @@ def make_comparison(student: Forward, teacher: Callable[[PyTree, Batch], Any], v
 
 
 def make_scoring(student: Forward, vocab: int) -> Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]]:
-    """`scoring(student_params, batch) -> (nats, tokens)`, sums for the student alone, to be jitted.
-
-    Args:
-        student: forward pass.
-        vocab: true vocabulary size.
-    """
+    """`scoring(student_params, batch) -> (nats, tokens)`, sums for the student alone, to be jitted."""
 
     def scoring(params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         head, weights = student(params, batch).head, batch.weights
@@ -94,16 +83,15 @@ def evaluate(
     step: int,
     start: Mapping[str, float] | None = None,
 ) -> list[Row]:
-    """One row per domain and one for their plain mean, as in `evals.jsonl`.
+    """One row per domain and one for their unweighted mean, as in `evals.jsonl`.
 
     Args:
         comparison: the sums of a batch.
         domains: name -> batches of its held-out rows, each with the number of bytes of its rows' targets.
         step: of the student.
-        start: the student's nats per token by domain at step 0, empty if unknown; None when this is step 0.
+        start: the student's nats per token by domain at step 0, empty if unknown; None if this is step 0.
 
-    Raises:
-        ValueError: a domain has no token to score, or a figure is not finite.
+    Raises ValueError: a domain has no token to score, or a figure is not finite.
     """
     rows: list[Row] = []
     for name, batches in domains.items():
@@ -151,7 +139,7 @@ def _sum(parts: Sequence[Any]) -> Any:
 def _closed(student: float, teacher: float, start: Mapping[str, float] | None, name: str) -> float | None:
     """(start - student) / (start - teacher): 0 at the start, 1 at the teacher's loss.
 
-    None where the student did not start behind the teacher, or its start is unknown.
+    None if the student started no worse than the teacher, or its start is unknown.
     """
     before = student if start is None else start.get(name)
     return (before - student) / (before - teacher) if before is not None and before > teacher else None
@@ -167,27 +155,19 @@ def _mean(rows: list[Row], start: Mapping[str, float] | None, step: int) -> Row:
 
 
 def table(rows: list[Row], before: dict[str, float] | None = None) -> str:
-    """The rows of one evaluation as aligned text, "-" for what a row lacks.
-
-    `before` has the student's nats by domain at step 0.
-    """
-    head = ["domain", "tokens", "teacher", "start", "student", "gap closed", "KL", "agree", "ECE", "bits/byte"]
-    lines = [head]
+    """The rows of one evaluation as aligned text, "-" for missing values; `before` has the nats by domain at step 0."""
+    columns = {
+        "student_nats": ("student", ".3f"),
+        "gap_closed": ("gap closed", ".1%"),
+        "kl": ("KL", ".3f"),
+        "agreement": ("agree", ".1%"),
+        "student_ece": ("ECE", ".1%"),
+        "student_bits_per_byte": ("bits/byte", ".3f"),
+    }
+    text = lambda value, form: "-" if value is None else format(value, form)
+    lines = [["domain", "tokens", "teacher", "start", *(title for title, _ in columns.values())]]
     for row in rows:
-        first = (before or {}).get(row["domain"])
-        cell = lambda key, form, row=row: "-" if row.get(key) is None else format(row[key], form)
-        lines.append(
-            [
-                row["domain"],
-                f"{row['tokens']:,}",
-                cell("teacher_nats", ".3f"),
-                "-" if first is None else f"{first:.3f}",
-                cell("student_nats", ".3f"),
-                cell("gap_closed", ".1%"),
-                cell("kl", ".3f"),
-                cell("agreement", ".1%"),
-                cell("student_ece", ".1%"),
-                cell("student_bits_per_byte", ".3f"),
-            ]
-        )
+        start = (before or {}).get(row["domain"])
+        cells = [row["domain"], f"{row['tokens']:,}", text(row.get("teacher_nats"), ".3f"), text(start, ".3f")]
+        lines.append([*cells, *(text(row.get(key), form) for key, (_, form) in columns.items())])
     return aligned(lines)

@@ -12,19 +12,11 @@ _CHUNK = 128  # tokens at a time
 
 
 def payload_kl(head: Head, payload: Hidden | TopK | Sampled, vocab: int) -> jax.Array:
-    """KL in nats per token between a teacher p and the distribution p' of its payload.
+    """KL [*tokens] in nats between a teacher p and the distribution p' of its decoded payload.
 
     Hidden states and top-k: KL(p || p'), where p' of a top-k payload spreads the tail's mass evenly over all other
-    ids. Draws: KL(p' || p) of the drawn shares, since KL(p || p') is infinite; it measures the noise of one visit,
-    which an unbiased loss averages out.
-
-    Args:
-        head: the teacher's, hidden [*tokens E].
-        payload: of the same tokens, decoded.
-        vocab: true vocabulary size.
-
-    Returns:
-        [*tokens]; dense over the vocabulary, for a few rows and not for training.
+    ids. Draws: KL(p' || p) of the drawn shares, since KL(p || p') is infinite; it measures the noise of one epoch,
+    which an unbiased loss averages out. `head` has hidden [*tokens E]. Dense over the vocabulary: not for training.
     """
     shape = head.hidden.shape[:-1]
     flat = lambda x: x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""The door to the loss kernels: shapes in, the right implementation chosen, chunks sized."""
+"""Entry points of the loss kernels: argument checks, choice of implementation, chunk sizes."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -15,58 +15,54 @@ from jaxkd.kernels.pointwise import Softening
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 CHUNK_BYTES = 448 * 2**20
-"""What the logits of one chunk and what is made of them may take on a device, where the head's gradient takes less."""
+"""Memory of a chunk's logits and gradients on a device, if the head's gradient is smaller."""
 _ENOUGH = 256  # tokens of a chunk, for any head
-_BUFFERS = 2  # the student's logits and the gradient, live at once with every teacher's logits, float32
+_BUFFERS = 2  # float32 [tokens, columns]: the student's logits and their gradient, beside the teachers' logits
 
 
 def chunk_size(tokens: int, columns: int, width: int, budget: int = CHUNK_BYTES, teachers: int = 1) -> int:
-    """Tokens per chunk: as many as help and the budget allows, in multiples of eight that divide the tokens if any do.
+    """Tokens per chunk, a multiple of eight that divides the tokens if possible.
 
-    Every chunk adds a product of the head's size to the head's gradient, so fewer are faster, until a chunk has half as
-    many tokens as the head is wide: then its logits are the larger tiling, and the smaller they are the more of them
-    stays in caches. The budget grows with the head's gradient (the two do not need all of their memory at once). A
-    chunk that divides the tokens spares padded copies of the hidden states, the only memory that would grow with them.
+    Every chunk adds a product of the head's size to the head's gradient, so larger chunks are faster, up to half as
+    many tokens as the head is wide; beyond, the logits dominate and smaller chunks use caches better. The budget is at
+    least the size of the head's gradient, since the two do not peak together. A chunk that divides the tokens avoids
+    padded copies of the hidden states, the only memory that would grow with them.
 
     Args:
-        tokens: on one device.
-        columns: vocabulary entries on one device.
+        tokens, columns: on one device.
         width: of the student's hidden states.
-        budget: bytes; at least what the head's gradient takes is used.
+        budget: bytes.
         teachers: heads whose logits a chunk holds.
     """
     budget = max(budget, 4 * width * columns)
-    most = min(max(8, budget // (4 * (_BUFFERS + teachers) * columns) // 8 * 8), max(_ENOUGH, width // 16 * 8))
-    dividing = [size for size in range(most, most // 2, -8) if tokens % size == 0]
-    if dividing:
-        return dividing[0]
-    blocks = -(-tokens // most)
-    return min(most, -(-tokens // (blocks * 8)) * 8)
+    limit = min(max(8, budget // (4 * (_BUFFERS + teachers) * columns) // 8 * 8), max(_ENOUGH, width // 16 * 8))
+    divisors = [size for size in range(limit, limit // 2, -8) if tokens % size == 0]
+    if divisors:
+        return divisors[0]
+    blocks = -(-tokens // limit)
+    return min(limit, -(-tokens // (blocks * 8)) * 8)
 
 
 def _softenings(
     temperatures: tuple, standardized: tuple[bool, ...], tails: tuple[int, ...]
 ) -> tuple[list, tuple[Softening, ...], tuple[int, ...]]:
-    """Distinct temperatures, distinct ways to soften, and each term's place among those."""
+    """Distinct temperatures, distinct softenings, and the index of each term's softening."""
     distinct: list[Scalar | jax.Array] = []
-    softenings: list[Softening] = []
-    slots = []
-    for temperature, standard, tail in zip(temperatures, standardized, tails, strict=True):
-        same = [i for i, seen in enumerate(distinct) if seen is temperature or _equal(seen, temperature)]
-        if not same:
+    of_terms = []
+    for temperature, standardize, tail in zip(temperatures, standardized, tails, strict=True):
+        matches = [i for i, value in enumerate(distinct) if value is temperature or _equal(value, temperature)]
+        if not matches:
             distinct.append(temperature)
-        softening = Softening(same[0] if same else len(distinct) - 1, standard, tail)
-        if softening not in softenings:
-            softenings.append(softening)
-        slots.append(softenings.index(softening))
-    return distinct, tuple(softenings), tuple(slots)
+        of_terms.append(Softening(matches[0] if matches else len(distinct) - 1, standardize, tail))
+    softenings = tuple(dict.fromkeys(of_terms))
+    return distinct, softenings, tuple(map(softenings.index, of_terms))
 
 
 _pallas = recompute.differentiable(pallas_tpu.forward, pallas_tpu.backward)
 
 
 def _flat(signal: Any, tokens: tuple[int, ...], axes: Axes = AXES) -> Any:
-    """With one token axis instead of several."""
+    """The signal with its token axes flattened to one."""
     if isinstance(signal, Head):
         return signal._replace(hidden=mesh.flatten(signal.hidden, tokens, axes=axes))
     if isinstance(signal, Ensemble):
@@ -95,48 +91,41 @@ def linear_divergence(
 
         value = sum_i sum_n weights[i, n] D_i(p_n^(T_i), q_n^(T_i)),   fields[i, n] = D_i(...)
 
-    `value` is differentiable in the student's hidden states, unembedding and bias and linear in the
-    weights; nothing flows to the teacher, the temperatures or through `fields`. A head that is not
-    differentiated costs no product for its gradient. No T^2: that belongs to the weights. Log-probabilities
-    are floored at `types.LOG_FLOOR`. On a mesh (under `jax.set_mesh`) rows of [B L] tokens lie over `replica` and
-    `data`, their length over `context` and the vocabulary over `model`. A head's `scale` and `softcap` are constants.
+    `value` is differentiable in the student's hidden states, unembedding and bias and linear in the weights; the
+    teacher, the temperatures and `fields` carry no gradient. A head that is not differentiated costs no product for its
+    gradient. T^2 is not applied: it belongs to the weights. Log-probabilities are floored at `types.LOG_FLOOR`. On a
+    mesh (under `jax.set_mesh`) rows of [B L] tokens are sharded over `replica` and `data`, their length over `context`
+    and the vocabulary over `model`, or as `axes` says. A head's `scale` and `softcap` are constants.
 
     Args:
         terms: a `Divergence` each.
         student: hidden [*tokens D] in the compute dtype, unembed [D V].
-        teacher: a head with its own width, several with their weights, stored entries, draws, or None when no term
-            uses it.
+        teacher: a head of its own width, several with their weights, stored entries, draws, or None if no term uses it.
         targets: [*tokens] next-token ids, below `vocab` where they have weight.
-        weights: [terms *tokens], unnormalised; what stands under a weight of zero, NaN included, changes nothing.
-        temperatures: one a term, numbers or scalars of the program.
-        vocab: true vocabulary; columns from there on have no probability and no gradient.
+        weights: [terms *tokens], unnormalised; tokens with weight zero have no effect, even NaN.
+        temperatures: one per term, numbers or traced scalars.
+        vocab: true vocabulary; later columns have no probability and no gradient.
         standardized: per term, whether logits are first divided by their standard deviation over the vocabulary
-            (each side its own, without a gradient; arXiv 2403.01427); () is no.
+            (student's and teacher's each by its own, without a gradient; arXiv 2403.01427); () is no.
         tails: the temperatures of `TopK.tail`, in its order.
-        chunk: tokens at a time on a device; None sizes it from the shapes and `CHUNK_BYTES`.
-        implementation: "reference" (dense, autodiff), "xla" (None is the same), or "pallas_tpu", taken by name
-            alone: no TPU has timed it yet.
-        axes: which axes of the current mesh split tokens and vocabulary.
+        chunk: tokens per chunk on a device; None derives it from the shapes and `CHUNK_BYTES`.
+        implementation: "reference" (dense, autodiff), "xla" (the default), or "pallas_tpu", never chosen by default:
+            it has not been timed on a TPU.
 
-    Raises:
-        ValueError: for an unknown implementation, a missing teacher, sizes that disagree, or a term that the
-            teacher's signal cannot serve.
+    Raises ValueError (TypeError for a wrong kind of argument): an unknown implementation, a missing teacher, sizes that
+    disagree, or a term that the teacher's signal cannot serve.
     """
     call = _Call.of(terms, student, teacher, targets, temperatures, vocab, standardized, tails, axes, weights)
     flat_weights = mesh.flatten(weights, targets.shape, 1, axes).astype(jnp.float32)
     if implementation not in (None, *IMPLEMENTATIONS):
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"unknown kernel implementation '{implementation}'; there are {known}")
+        raise ValueError(f"unknown kernel implementation '{implementation}'; there are {', '.join(IMPLEMENTATIONS)}")
+    arrays = call.student, call.teacher, call.targets, flat_weights
     if implementation == "reference":
-        value, fields = reference.linear_divergence(
-            terms, vocab, call.student, call.teacher, call.targets, flat_weights, *call.per_term
-        )
+        value, fields = reference.linear_divergence(terms, vocab, *arrays, *call.per_term)
     elif implementation == "pallas_tpu":
-        value, fields = _pallas(call.tiled(), call.student, call.teacher, call.targets, flat_weights, call.temperatures)
+        value, fields = _pallas(call.tiled(), *arrays, call.temperatures)
     else:
-        value, fields = xla.divergence(
-            call.plan(chunk), call.student, call.teacher, call.targets, flat_weights, call.temperatures
-        )
+        value, fields = xla.divergence(call.plan(chunk), *arrays, call.temperatures)
     return value, mesh.unflatten(jax.lax.stop_gradient(fields), targets.shape, 1, axes)
 
 
@@ -157,18 +146,12 @@ def token_values(
 
         values[i, n] = D_i(p_n^(T_i), q_n^(T_i))
 
-    Such are DPO, PPO's clipped ratio, SimPO and likelihood matching, which need a sequence's sum before they know a
-    token's weight. The cotangent of `values` is exactly what `linear_divergence` calls weights, so the backward pass is
-    its one pass, with the logits made a second time: one product of the student's (and the teacher's) head more, and
-    memory as flat. A token whose cotangent is zero has no part in the gradient, whatever stands there. Differentiable
-    once.
+    Examples are DPO, PPO's clipped ratio, SimPO and likelihood matching, where a token's weight depends on a sequence's
+    sum. The cotangent of `values` takes the place of `linear_divergence`'s weights: the backward pass is its one pass,
+    which recomputes the logits, at the cost of one product of each head more and without more memory. A token whose
+    cotangent is zero has no effect on the gradient, even NaN. Differentiable once.
 
-    Args:
-        terms, student, teacher, targets, vocab, standardized, tails, chunk, axes: as `linear_divergence`.
-        temperatures: one a term; () is 1 for all.
-
-    Raises:
-        ValueError: as `linear_divergence`.
+    Arguments and errors are those of `linear_divergence`; `temperatures` () is 1 for all terms.
     """
     temperatures = temperatures or (1.0,) * len(terms)
     call = _Call.of(terms, student, teacher, targets, temperatures, vocab, standardized, tails, axes)
@@ -177,7 +160,7 @@ def token_values(
 
 
 class _Call(NamedTuple):
-    """A checked call with one token axis, and what is static about it."""
+    """A checked call with flattened tokens and its static parameters."""
 
     terms: tuple
     student: Head
@@ -186,7 +169,7 @@ class _Call(NamedTuple):
     temperatures: jax.Array  # the distinct ones
     slots: tuple[int, ...]
     softenings: tuple[Softening, ...]
-    per_term: tuple[tuple, tuple[bool, ...], tuple[int, ...]]  # temperature, standardised, place of the tail
+    per_term: tuple[tuple, tuple[bool, ...], tuple[int, ...]]  # temperature, standardised, index of the tail
     vocab: int
     axes: Axes
 
@@ -195,32 +178,23 @@ class _Call(NamedTuple):
         standardized = standardized or (False,) * len(terms)
         _check(terms, student, teacher, vocab)
         _check_counts(terms, student, teacher, targets, weights, temperatures, standardized)
-        stored = tuple(
-            _tail(term, teacher, temperature, standard, tails)
-            if term.uses_teacher and isinstance(teacher, TopK | Sampled)
-            else 0
-            for term, temperature, standard in zip(terms, temperatures, standardized, strict=True)
-        )
-        distinct, softenings, slots = _softenings(temperatures, standardized, stored)
+        tail_slots = tuple(_tail(teacher, tails, *each) for each in zip(terms, temperatures, standardized, strict=True))
+        distinct, softenings, slots = _softenings(temperatures, standardized, tail_slots)
         scalars = jnp.stack([jnp.asarray(t, jnp.float32) for t in distinct])
         student, teacher = (_flat(signal, targets.shape, axes) for signal in (student, teacher))
         flat_targets = mesh.flatten(targets, targets.shape, axes=axes)
-        per_term = (tuple(temperatures), tuple(standardized), stored)
+        per_term = (tuple(temperatures), tuple(standardized), tail_slots)
         return cls(tuple(terms), student, teacher, flat_targets, scalars, slots, softenings, per_term, vocab, axes)
 
     def plan(self, chunk: int | None) -> xla.Plan:
-        """Of the XLA form."""
+        """Plan of the XLA implementation."""
         device = mesh.share(self.targets.shape[0], self.student.unembed.shape[1], self.axes)
-        heads = len(self.teacher.heads) if isinstance(self.teacher, Ensemble) else 1
-        chunk = chunk or chunk_size(device.tokens, device.columns, self.student.unembed.shape[0], teachers=heads)
+        teachers = len(_heads(self.teacher)) or 1
+        chunk = chunk or chunk_size(device.tokens, device.columns, self.student.unembed.shape[0], teachers=teachers)
         return xla.Plan(self.terms, self.slots, self.softenings, self.vocab, chunk, axes=self.axes)
 
     def tiled(self) -> pallas_tpu.Plan:
-        """Of the Pallas form.
-
-        Raises:
-            ValueError: it cannot serve this call, or not on this device.
-        """
+        """Plan of the Pallas implementation; ValueError if it does not support this call or device."""
         chip = tiling.current_chip()
         if chip is None:
             raise ValueError(f"pallas_tpu needs a TPU that it knows, and here is '{tiling.device()[1]}': use 'xla'")
@@ -236,7 +210,6 @@ class _Call(NamedTuple):
             width,
             teacher.unembed.shape[0] if isinstance(teacher, Head) and any(t.uses_teacher for t in self.terms) else 0,
             head.hidden.dtype.itemsize,
-            cast=head.unembed.dtype != head.hidden.dtype,
             split=device.split,
             terms=len(self.terms),
         )
@@ -250,13 +223,7 @@ class _Call(NamedTuple):
 
 
 def refusal(term: Divergence, signal: type, standardized: bool = False) -> str | None:
-    """Why a term cannot learn from a kind of teacher signal, or None when it can.
-
-    Args:
-        term: the divergence.
-        signal: `Head`, `Ensemble`, `TopK` or `Sampled`.
-        standardized: whether its logits are standardised.
-    """
+    """Why a term cannot learn from a `signal` (Head, Ensemble, TopK or Sampled), or None if it can."""
     if term.normaliser and standardized:
         return "it is about the size of logits, which standardising takes away"
     if not term.uses_teacher:
@@ -273,30 +240,28 @@ def refusal(term: Divergence, signal: type, standardized: bool = False) -> str |
 
 
 def unstored(term: Divergence, signal: type, temperature: Any, entries: int, tails: tuple[float, ...]) -> str | None:
-    """What a term asks of a sparse teacher that is not stored, or None when all of it is.
+    """What a term needs that a sparse teacher has not stored, or None; the signal must pass `refusal`.
 
-    Args:
-        term: one that the signal's kind can serve (`refusal`).
-        signal: `TopK` or `Sampled`.
-        temperature: the term's, None or an array where it is a schedule.
-        entries: K of a top-k teacher.
-        tails: temperatures at which its tail is stored.
+    `temperature` is the term's, None or an array for a schedule; `entries` is K of a top-k teacher; `tails` are the
+    temperatures of its stored tails.
     """
     if signal is Sampled:
         return None if _equal(temperature, 1.0) else "draws at temperature 1 serve no other temperature"
     if term.top_set is not None and term.top_set.entries > entries:
         return f"a term asks for the teacher's {term.top_set.entries} leading entries, and {entries} are stored"
     if term.support in ("conditional", "renormalized") or any(_equal(tail, temperature) for tail in tails):
-        return None  # what is renormalised needs no tail
-    said = temperature if isinstance(temperature, int | float) else "a schedule"
+        return None  # renormalised forms need no tail
+    wanted = temperature if isinstance(temperature, int | float) else "a schedule"
     return (
-        f"the teacher's tail is stored at temperature {', '.join(map(str, tails))}, not at {said}: its mass "
+        f"the teacher's tail is stored at temperature {', '.join(map(str, tails))}, not at {wanted}: its mass "
         "cannot be recovered from another temperature; store it, or use one that is"
     )
 
 
-def _tail(term: Divergence, teacher: TopK | Sampled, temperature, standardized: bool, tails: tuple[float, ...]) -> int:
-    """The place of the stored tail that a term uses."""
+def _tail(teacher: Any, tails: tuple[float, ...], term: Divergence, temperature, standardized: bool) -> int:
+    """Index of the stored tail that a term uses."""
+    if not term.uses_teacher or not isinstance(teacher, TopK | Sampled):
+        return 0
     if (reason := refusal(term, type(teacher), standardized)) is not None:
         raise ValueError(f"this term cannot learn from a {type(teacher).__name__} signal: {reason}")
     if (reason := unstored(term, type(teacher), temperature, teacher.ids.shape[-1], tails)) is not None:
@@ -305,7 +270,7 @@ def _tail(term: Divergence, teacher: TopK | Sampled, temperature, standardized: 
 
 
 RANKED = ("student_top", "teacher_top", "agreement", "student_right", "teacher_right")
-"""What `linear_comparison` says of each token beside the terms."""
+"""Rows of `linear_comparison` after the terms'."""
 
 
 def linear_comparison(
@@ -317,29 +282,18 @@ def linear_comparison(
     vocab: int,
     chunk: int | None = None,
 ) -> Float[jax.Array, " rows *tokens"]:
-    """Per-token divergences at temperature 1, and what both sides rank first.
+    """Per-token divergences at temperature 1, and the top-1 statistics of student and teacher.
 
-    Args:
-        terms: a `Divergence` each.
-        student: hidden [*tokens D], unembed [D V].
-        teacher: the same with its own width, or several.
-        targets: [*tokens].
-        vocab: true vocabulary.
-        chunk: tokens at a time on a device, None to size it.
-
-    Returns:
-        [len(terms) + 5, *tokens], the last five as `RANKED` names them: each side's largest probability, whether both
-        have it at one id, and whether that id is the target, 1 or 0.
+    Returns [len(terms) + 5, *tokens], the last five as in `RANKED`: each model's largest probability, whether both
+    argmax agree, and whether each is the target, 1 or 0. Arguments as `linear_divergence`.
     """
-    _check(terms, student, teacher, vocab)
-    shape: tuple[int, ...] = targets.shape
-    flat_targets = mesh.flatten(targets, shape)
-    device = mesh.share(flat_targets.shape[0], student.unembed.shape[1])
-    heads = len(teacher.heads) if isinstance(teacher, Ensemble) else 1
-    chunk = chunk or chunk_size(device.tokens, device.columns, student.unembed.shape[0], teachers=heads)
-    plan = xla.Plan(tuple(terms), (0,) * len(terms), (Softening(0),), vocab, chunk)
-    rows = xla.compare(plan, _flat(student, shape), _flat(teacher, shape), flat_targets)
-    return mesh.unflatten(rows, shape, 1)
+    call = _Call.of(terms, student, teacher, targets, (1.0,) * len(terms), vocab, (), (), AXES)
+    rows = xla.compare(call.plan(chunk), call.student, call.teacher, call.targets)
+    return mesh.unflatten(rows, targets.shape, 1)
+
+
+def _heads(teacher: Any) -> tuple[Head, ...]:
+    return teacher.heads if isinstance(teacher, Ensemble) else (teacher,) if isinstance(teacher, Head) else ()
 
 
 def _equal(a, b) -> bool:
@@ -348,11 +302,11 @@ def _equal(a, b) -> bool:
 
 
 def _check_kinds(terms: Any, student: Any, teacher: Any) -> None:
-    """See that each argument is of the kind that its place asks for, before shapes are compared.
+    """Check types before shapes.
 
     Raises:
-        TypeError: logits instead of a head, a divergence that was not called, or what is none.
-        ValueError: an unembedding [V D], or a `phi` or `combine` that returns other shapes than it must.
+        TypeError: logits instead of a head, or a term that is no divergence or was not called.
+        ValueError: an unembedding [V D], or a `phi` or `combine` that returns wrong shapes.
     """
     for name, head in (("student", student), ("teacher", teacher)):
         if hasattr(head, "shape"):
@@ -364,13 +318,12 @@ def _check_kinds(terms: Any, student: Any, teacher: Any) -> None:
         raise TypeError(f"student is a {type(student).__name__}: give a Head")
     if teacher is not None and not isinstance(teacher, Head | Ensemble | TopK | Sampled):
         raise TypeError(f"teacher is a {type(teacher).__name__}: give a Head, Ensemble, TopK, Sampled or None")
-    heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,) if isinstance(teacher, Head) else ()
-    for name, head in (("student", student), *(("teacher", head) for head in heads)):
+    for name, head in (("student", student), *(("teacher", head) for head in _heads(teacher))):
         width, shape = head.hidden.shape[-1], tuple(head.unembed.shape)
         if len(shape) != 2 or shape[0] != width:
-            turned = "; it is [V D]: transpose it" if len(shape) == 2 and shape[1] == width else ""
+            hint = "; it is [V D]: transpose it" if len(shape) == 2 and shape[1] == width else ""
             raise ValueError(
-                f"{name}.unembed is {list(shape)}, and hidden states of width {width} need [D V], [{width}, V]{turned}"
+                f"{name}.unembed is {list(shape)}, and hidden states of width {width} need [D V], [{width}, V]{hint}"
             )
     for term in terms:
         _check_divergence(term)
@@ -379,8 +332,8 @@ def _check_kinds(terms: Any, student: Any, teacher: Any) -> None:
 def _check_divergence(term: Any) -> None:
     if not isinstance(term, Divergence):
         name = getattr(term, "__name__", type(term).__name__)
-        called = f": call it, {name}()" if callable(term) else ""
-        raise TypeError(f"a term is {name}, and not a Divergence{called}")
+        hint = f": call it, {name}()" if callable(term) else ""
+        raise TypeError(f"a term is {name}, and not a Divergence{hint}")
     array, flags = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2, 3), bool)
     sums = jax.eval_shape(lambda lp, lq, flag: term.phi(lp, lq, Side(flag, flag)), array, array, flags)
     if not isinstance(sums, tuple) or any(getattr(x, "shape", None) != (2, 3) for x in sums):
@@ -398,16 +351,16 @@ def _check(terms, student: Head, teacher: Any, vocab: int) -> None:
     if teacher is None and any(term.uses_teacher for term in terms):
         raise ValueError("a divergence from the teacher was asked for, but there is no teacher head")
     columns = student.unembed.shape[1]
-    heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,)
+    heads = _heads(teacher)
     if isinstance(teacher, Ensemble) and (not heads or teacher.weights.shape[-1] != len(heads)):
         raise ValueError(f"a blend of {len(heads)} heads has weights for {teacher.weights.shape[-1]}")
-    if isinstance(teacher, Head | Ensemble):
-        for head in heads:
-            if head.unembed.shape[1] != columns:
-                raise ValueError(
-                    f"student and teacher heads have {columns} and {head.unembed.shape[1]} columns; "
-                    "pad both to one multiple"
-                )
+    for head in heads:
+        if head.unembed.shape[1] != columns:
+            raise ValueError(
+                f"student and teacher heads have {columns} and {head.unembed.shape[1]} columns; "
+                "pad both to one multiple"
+            )
+    if heads:
         for term in terms:
             if (reason := refusal(term, Head)) is not None:
                 raise ValueError(f"this term cannot learn from a teacher's head: {reason}")
@@ -416,9 +369,9 @@ def _check(terms, student: Head, teacher: Any, vocab: int) -> None:
 
 
 def _check_counts(terms, student: Head, teacher: Any, targets, weights, temperatures, standardized) -> None:
-    given = {"temperatures": len(temperatures), "standardized": len(standardized)}
-    given |= {} if weights is None else {"weights": weights.shape[0]}
-    for name, count in given.items():
+    counts = {"temperatures": len(temperatures), "standardized": len(standardized)}
+    counts |= {} if weights is None else {"weights": weights.shape[0]}
+    for name, count in counts.items():
         if count != len(terms):
             raise ValueError(f"{len(terms)} terms need as many {name}, got {count}")
     tokens = [("the student's hidden states", student.hidden.shape[:-1])]
@@ -426,8 +379,7 @@ def _check_counts(terms, student: Head, teacher: Any, targets, weights, temperat
     signal = [teacher.hidden] if isinstance(teacher, Head) else teacher
     if isinstance(teacher, Ensemble):
         signal = [teacher.weights, *(head.hidden for head in teacher.heads)]
-    for leaf in jax.tree.leaves(signal):
-        tokens.append(("the teacher's signal", jnp.shape(leaf)[:-1]))
+    tokens += [("the teacher's signal", jnp.shape(leaf)[:-1]) for leaf in jax.tree.leaves(signal)]
     for name, shape in tokens:
         if shape != targets.shape:
             raise ValueError(f"there are {targets.shape} targets, but {shape} tokens of {name}")

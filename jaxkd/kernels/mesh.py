@@ -1,4 +1,4 @@
-"""A loss kernel on a mesh: tokens stay on their device, the vocabulary is split, and a body runs on each share."""
+"""Loss kernels on a mesh: tokens and vocabulary are sharded, and a body runs on each shard."""
 
 import dataclasses
 import math
@@ -14,9 +14,10 @@ from jaxkd.core.types import Ensemble, Head, Sampled, TopK
 
 
 class Axes(NamedTuple):
-    """Which axes of the current mesh split a loss's arrays; axes that the mesh does not have are passed over.
+    """Mesh axes that shard a loss's arrays; axes that the current mesh does not have are ignored.
 
-    Rows of tokens (or flat tokens) lie over `tokens`, a row's length over `length`, the vocabulary over `vocab`.
+    Rows of tokens (or flat tokens) are sharded over `tokens`, a row's length over `length`, the vocabulary over
+    `vocab`.
     """
 
     tokens: tuple[str, ...] = ("replica", "data", "teacher")
@@ -25,16 +26,16 @@ class Axes(NamedTuple):
 
     @property
     def over(self) -> tuple[str, ...]:
-        """The axes that tokens lie over, in the order in which flat tokens do: see `flatten`."""
+        """The axes that shard flat tokens, in the order of `flatten`."""
         return (self.length, *self.tokens)
 
 
 AXES = Axes()
-"""Of the meshes that `core.sharding.make_mesh` makes."""
+"""Axes of the meshes of `core.sharding.make_mesh`."""
 
 
 class Share(NamedTuple):
-    """What one device has of a call: how many tokens and columns."""
+    """One device's part of a call."""
 
     tokens: int
     columns: int
@@ -49,8 +50,7 @@ def _sizes() -> dict[str, int]:
 def share(tokens: int, columns: int, axes: Axes = AXES) -> Share:
     """One device's part of a call under the current mesh (`jax.set_mesh`).
 
-    Raises:
-        ValueError: the mesh's axes are not known, or do not divide the call.
+    Raises ValueError: the mesh has other axes, or its axes do not divide the call.
     """
     sizes = _sizes()
     others = [f"{name}={size}" for name, size in sizes.items() if size > 1 and name not in (*axes.over, axes.vocab)]
@@ -62,9 +62,9 @@ def share(tokens: int, columns: int, axes: Axes = AXES) -> Share:
     over, model = _token_axes(sizes, axes), sizes.get(axes.vocab, 1)
     parts = math.prod(sizes[name] for name in over)
     if tokens % parts or columns % model:
-        lies = " x ".join(f"{name}={sizes[name]}" for name in over or axes.tokens[:1] if name in sizes)
+        axis_sizes = " x ".join(f"{name}={sizes[name]}" for name in over or axes.tokens[:1] if name in sizes)
         raise ValueError(
-            f"{tokens} tokens x {columns} columns do not divide over {lies} x {axes.vocab}={model} devices"
+            f"{tokens} tokens x {columns} columns do not divide over {axis_sizes} x {axes.vocab}={model} devices"
         )
     return Share(tokens // parts, columns // model, model > 1)
 
@@ -74,15 +74,10 @@ def _token_axes(sizes: dict[str, int], axes: Axes) -> tuple[str, ...]:
 
 
 def flatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0, axes: Axes = AXES) -> jax.Array:
-    """One token axis in the place of several, in an order in which every token stays on its device.
+    """Flatten token axes `tokens`, the first at `axis`, so that every token stays on its device.
 
-    Where devices share the tokens of a row, the first part of all rows comes first, then the second: rows one behind
-    the other would have to move.
-
-    Args:
-        x: [... *tokens ...].
-        tokens: its sizes there, [B L] or any others.
-        axis: of the first of them.
+    Where the length is sharded, the first part of all rows comes first, then the second, and so on: concatenating rows
+    would move tokens between devices.
     """
     before, after = x.shape[:axis], x.shape[axis + len(tokens) :]
     if (parts := _length_parts(tokens, axes)) > 1:
@@ -92,7 +87,7 @@ def flatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0, axes: Axes = A
 
 
 def unflatten(x: jax.Array, tokens: tuple[int, ...], axis: int = 0, axes: Axes = AXES) -> jax.Array:
-    """What `flatten` was given, from what it returned."""
+    """The inverse of `flatten`."""
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     if (parts := _length_parts(tokens, axes)) > 1:
         rows, length = tokens
@@ -106,16 +101,16 @@ def _length_parts(tokens: tuple[int, ...], axes: Axes) -> int:
 
 
 def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...], axes: Axes = AXES) -> Any:
-    """`body(tokens, axis, *arrays)` on each device's share, or plainly where there is one device.
+    """`body(tokens, axis, *arrays)` on each device's shard, or called directly on one device.
 
-    `tokens` and `axis` name the mesh axes that tokens and the vocabulary are split over, () and None where they are
-    not. `custom_vjp` belongs outside: inside, the cotangent of a replicated output would be divided by the axis's size.
+    `tokens` and `axis` are the mesh axes that shard tokens and vocabulary, () and None if unsharded. `custom_vjp`
+    belongs outside: inside, the cotangent of a replicated output would be divided by the axis's size.
 
     Args:
-        body: returns a tuple as `outputs` says.
-        inputs: (how it lies, array or signal). "replicated"; "tokens": [N ...]; "rows": [R N]; "signal": a head, a
-            sparse teacher's entries, or None.
-        outputs: the same words, and "hidden" [N D], "unembed" [D V], "bias" [V], "nothing".
+        body: returns a tuple as `outputs` describes.
+        inputs: (layout, array or signal). "replicated"; "tokens": [N ...]; "rows": [R N]; "signal": a head, a sparse
+            teacher's entries, or None.
+        outputs: layouts, also "hidden" [N D], "unembed" [D V], "bias" [V], "nothing".
     """
     sizes = _sizes()
     tokens = _token_axes(sizes, axes)
@@ -124,20 +119,7 @@ def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...],
     if not tokens and axis is None:
         return body((), None, *arrays)
 
-    def place(how: str, array: Any) -> Any:
-        if how == "signal" and isinstance(array, Head):
-            specs = (P(tokens, None), P(None, axis), P(axis), P(), P())
-            head: Any = Head
-            return head(*[None if x is None else s for x, s in zip(array, specs, strict=True)])
-        if how == "signal" and isinstance(array, Ensemble):
-            heads = tuple(place(how, head) for head in array.heads)
-            return dataclasses.replace(array, heads=heads, weights=P(tokens, None))
-        if how == "signal":
-            assert array is None or isinstance(array, TopK | Sampled)
-            return jax.tree.map(lambda x: P(tokens, *[None] * (x.ndim - 1)), array)
-        return lies[how]
-
-    lies: dict[str, Any] = {
+    specs: dict[str, Any] = {
         "replicated": P(),
         "tokens": P(tokens),
         "rows": P(None, tokens),
@@ -146,6 +128,18 @@ def run(body: Callable, inputs: list[tuple[str, Any]], outputs: tuple[str, ...],
         "bias": P(axis),
         "nothing": None,
     }
-    in_specs = tuple(place(*item) for item in inputs)
-    out_specs = tuple(lies[how] for how in outputs)
+
+    def signal_specs(signal: Any) -> Any:
+        if isinstance(signal, Head):
+            of_fields = (specs["hidden"], specs["unembed"], specs["bias"], P(), P())
+            head: Any = Head
+            return head(*[None if x is None else s for x, s in zip(signal, of_fields, strict=True)])
+        if isinstance(signal, Ensemble):
+            heads = tuple(signal_specs(head) for head in signal.heads)
+            return dataclasses.replace(signal, heads=heads, weights=P(tokens, None))
+        assert signal is None or isinstance(signal, TopK | Sampled)
+        return jax.tree.map(lambda x: P(tokens, *[None] * (x.ndim - 1)), signal)
+
+    in_specs = tuple(signal_specs(array) if layout == "signal" else specs[layout] for layout, array in inputs)
+    out_specs = tuple(specs[layout] for layout in outputs)
     return jax.shard_map(partial(body, tokens, axis), in_specs=in_specs, out_specs=out_specs, check_vma=False)(*arrays)

@@ -1,21 +1,21 @@
-"""The fused head and divergences as Pallas kernels for TPUs: logits exist only as tiles in VMEM.
+"""The fused head and divergences as Pallas TPU kernels: logits exist only as tiles in VMEM.
 
-Four kernels, each over blocks of tokens by tiles of the vocabulary, each making its tiles of logits anew:
+Four kernels over blocks of tokens and tiles of the vocabulary; each recomputes its tiles of logits:
 
 1. `_normalise`: running maximum and sum of exponentials of both heads, at every temperature;
-2. `_sum`: each term's contributions `phi_m`, summed, and with them their slopes `dphi_m / dlog q`;
-3. `_pull_hidden`: d hidden, a block of tokens staying while the vocabulary streams by;
-4. `_pull_unembed`: d unembed and d bias, a tile of the vocabulary staying while the tokens stream by.
+2. `_sum`: the sums of each term's contributions `phi_m` and of their derivatives `dphi_m / dlog q`;
+3. `_pull_hidden`: d hidden; a block of tokens stays while the vocabulary streams;
+4. `_pull_unembed`: d unembed and d bias; a tile of the vocabulary stays while the tokens stream.
 
 The gradient in the logits of D = combine(s_1 .. s_M), with s_m = sum_v phi_m, at temperature T is
 
     dz_v = (g_v - q_v sum_u g_u) / T,    g_v = sum_m (dD/ds_m) dphi_m(v)/dlog q_v,
 
-and sum_u g_u = sum_m (dD/ds_m) times the sum of slopes from 2, so that no further pass is needed for it. Between
-1 and 2, and after 2, a mesh exchanges a few numbers per token. What waits for the backward pass is a few rows of N
-numbers. The price is that logits are made four times: `kernels/tiling.py` counts what that costs and what it saves.
+and sum_u g_u = sum_m (dD/ds_m) times the sum of derivatives from 2, so it needs no further pass. After 1 and after 2,
+a mesh exchanges a few numbers per token; residuals are a few rows of N numbers. `kernels/tiling.py` counts the cost of
+computing the logits four times.
 
-`forward` and `backward` are one device's part; `kernels/recompute.py` makes a differentiable function of them.
+`forward` and `backward` are one device's part; `kernels/recompute.py` makes them differentiable.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,44 +30,44 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxkd.core.types import LOG_FLOOR, Head, Side
 from jaxkd.kernels.pointwise import activate, dot
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)  # finite, so that "nothing yet" minus "nothing yet" is no NaN
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # initial maximum; finite, since -inf minus -inf is NaN
 
 
 class Plan(NamedTuple):
-    """What is static about a call."""
+    """Static parameters of a call."""
 
     terms: tuple[Any, ...]
     slots: tuple[int, ...]  # per term, which of the distinct temperatures it uses
     vocab: int
     rows: tuple[int, int]  # (tokens, columns) of a tile where tokens stay and the vocabulary streams
     columns: tuple[int, int]  # the same where columns stay and tokens stream
-    vmem: int | None = None  # bytes a kernel may use; None is the compiler's default
-    interpret: bool = False  # run on any platform, slowly: for tests
+    vmem: int | None = None  # limit in bytes; None is the compiler's default
+    interpret: bool = False  # run on any platform, for tests
 
 
 def _unactivated(head: dict) -> tuple[Callable, jax.Array, jax.Array | None]:
-    """`activate(raw, bias) -> z` with the head's scalars read, and its two arguments."""
+    """`activate(raw, bias) -> z` with the head's scalars bound, and its two arguments."""
     scalars: dict[str, Any] = {name: head[name][0] if name in head else None for name in ("scale", "softcap")}
     raw = dot(head["hidden"][...], head["unembed"][...], (1, 0))
     return partial(activate, **scalars), raw, head["bias"][...] if "bias" in head else None
 
 
 def _logits(inputs: dict, name: str) -> Any:
-    """[n v] float32 logits of a tile, or None where there is no such head."""
+    """[n v] float32 logits of a tile, or None if there is no such head."""
     if name not in inputs:
         return None
-    shape, raw, bias = _unactivated(inputs[name])
-    return shape(raw, bias)
+    to_logits, raw, bias = _unactivated(inputs[name])
+    return to_logits(raw, bias)
 
 
 class _Tile(NamedTuple):
-    """Where a tile lies in the vocabulary of this device."""
+    """A tile's position in this device's vocabulary."""
 
     ids: jax.Array  # [n v]
     valid: jax.Array  # [n v] bool: below the true vocabulary
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """[n v] -> [n 1] over the entries that exist."""
+        """[n v] -> [n 1] over the valid entries."""
         return jnp.sum(jnp.where(self.valid, x, 0.0), axis=1, keepdims=True)
 
 
@@ -77,43 +77,43 @@ def _tile(inputs: dict, shape: tuple[int, int], axis: int) -> _Tile:
 
 
 class _Rows(NamedTuple):
-    """Numbers per token, each [N] outside of a kernel and [n 1] inside; packed as [R N], tokens along lanes."""
+    """Numbers per token, each [N] outside a kernel and [n 1] inside; packed as [R N], tokens along lanes."""
 
     target: Any
     student: tuple  # largest logit, and the log of sum exp((z - largest) / T) at each temperature
     teacher: tuple
     total: tuple = ()  # sum over the vocabulary of the weighted slopes, at each temperature
     weights: tuple = ()  # of each term
-    steep: tuple = ()  # dD/ds of each contribution
+    d_sums: tuple = ()  # dD/ds of each contribution
 
     def pack(self) -> jax.Array:
         return jnp.stack([x.astype(jnp.float32) for x in jax.tree.leaves(self)])
 
     def unpack(self, packed: jax.Array) -> "_Rows":
-        """The rows of a block [R n], in this one's structure."""
+        """The rows of a block [R n], in this structure."""
         across = packed.T
         columns = [across[:, i : i + 1] for i in range(packed.shape[0])]
         return jax.tree.unflatten(jax.tree.structure(self), columns)
 
 
 def _contributions(plan: Plan, tile: _Tile, temperatures, rows: _Rows, z, z_teacher) -> Iterator[tuple]:
-    """Per term: its log q [n v], its contributions and their slopes in log q, tuples of [n v]."""
+    """Per term: log q [n v], its contributions and their derivatives in log q, tuples of [n v]."""
     # Ids are exact in float32 up to 2^24.
     side = Side(is_target=rows.target.astype(jnp.int32) == tile.ids)
 
     def log_probs(z, slot, normaliser):
-        # Not less their sum: it is as large as the logits, and so is its rounding.
+        # Subtracted separately: their sum is as large as the logits and would lose precision.
         top, *log_mass = normaliser
         shifted = jnp.where(tile.valid, (z - top) / temperatures[slot], -jnp.inf)
         return jnp.maximum(shifted - log_mass[slot], LOG_FLOOR)
 
-    known: dict[int, tuple[jax.Array, jax.Array]] = {}
+    by_slot: dict[int, tuple[jax.Array, jax.Array]] = {}
     for term, slot in zip(plan.terms, plan.slots, strict=True):
-        if slot not in known:
+        if slot not in by_slot:
             lq = log_probs(z, slot, rows.student)
-            known[slot] = lq, lq if z_teacher is None else log_probs(z_teacher, slot, rows.teacher)
-        lq, lp = known[slot]
-        # `phi` is pointwise: one forward derivative along ones holds all slopes.
+            by_slot[slot] = lq, lq if z_teacher is None else log_probs(z_teacher, slot, rows.teacher)
+        lq, lp = by_slot[slot]
+        # `phi` is pointwise, so one JVP with ones gives all derivatives.
         yield lq, *jax.jvp(lambda x, term=term, lp=lp: term.phi(lp, x, side), (lq,), (jnp.ones_like(lq),))
 
 
@@ -121,20 +121,20 @@ def _gradient(plan: Plan, tile: _Tile, inputs: dict, rows: _Rows) -> tuple[jax.A
     """d value / d (hidden @ unembed) of a tile, [n v], and d bias; zero without weight and outside the vocabulary."""
     activate, raw, bias = _unactivated(inputs["student"])
     live = tile.valid & _live(rows)
-    # Zero times the derivative at a NaN is NaN: a token without weight is cleared before and after it.
+    # Zero times the derivative at a NaN is NaN: tokens without weight are zeroed before and after it.
     z, pull = jax.vjp(activate, jnp.where(live, raw, 0.0), bias)
     temperatures = inputs["temperatures"]
     slopes: dict[int, Any] = {}
     log_qs: dict[int, jax.Array] = {}
-    steep = iter(rows.steep)
+    d_sums = iter(rows.d_sums)
     terms = _contributions(plan, tile, temperatures, rows, z, _logits(inputs, "teacher"))
     for slot, weight, (lq, _, derivatives) in zip(plan.slots, rows.weights, terms, strict=True):
-        slope = sum(d * next(steep) for d in derivatives)
-        # `where` before multiply: a divergence may be infinite or NaN where its weight is zero.
+        slope = sum(d * next(d_sums) for d in derivatives)
+        # `where` before multiply: a divergence without weight may be infinite or NaN.
         slope = jnp.where(weight != 0, jnp.where(weight != 0, slope, 0.0) * weight, 0.0)
         slopes[slot] = slopes.get(slot, 0.0) + slope
         log_qs[slot] = lq
-    # d log q / d z turns a free slope g into g - q sum(g).
+    # The Jacobian d log q / d z maps g to g - q sum(g).
     dz = sum((slopes[s] - jnp.exp(log_qs[s]) * rows.total[s]) / temperatures[s] for s in sorted(slopes))
     raw, dbias = pull(jnp.where(live, dz, 0.0))
     return jnp.where(live, raw, 0.0), dbias
@@ -148,7 +148,7 @@ def _live(rows: _Rows) -> jax.Array:
 
 
 def _at_start(*references) -> None:
-    """Zero what is accumulated along the inner grid axis."""
+    """Zero accumulators at the start of the inner grid axis."""
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -157,7 +157,7 @@ def _at_start(*references) -> None:
 
 
 def _at_end(out, running, turn: bool = True) -> None:
-    """Write what was accumulated: numbers per token [n R] as rows [R n], or as it stands."""
+    """Write the accumulator at the end of the inner grid axis: per-token numbers [n R] as rows [R n], or as it is."""
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _():
@@ -165,7 +165,7 @@ def _at_end(out, running, turn: bool = True) -> None:
 
 
 def _normalise_kernel(plan: Plan, inputs: dict, out, running):
-    """Per head one row of maxima of z, then at each temperature sum exp((z - maximum) / T)."""
+    """Per head a row of the maxima of z, then at each temperature sum exp((z - maximum) / T)."""
     tile = _tile(inputs, plan.rows, 1)
     temperatures = inputs["temperatures"]
     width = 1 + temperatures.shape[0]
@@ -184,27 +184,27 @@ def _normalise_kernel(plan: Plan, inputs: dict, out, running):
         top = jnp.maximum(before, jnp.max(z, axis=1, keepdims=True))
         running[:, start : start + 1] = top
         for slot in range(width - 1):
-            at, temperature = start + 1 + slot, temperatures[slot]
+            index, temperature = start + 1 + slot, temperatures[slot]
             mass = jnp.sum(jnp.exp((z - top) / temperature), axis=1, keepdims=True)
-            kept = running[:, at : at + 1] * jnp.exp((before - top) / temperature)
-            running[:, at : at + 1] = kept + mass
+            previous = running[:, index : index + 1] * jnp.exp((before - top) / temperature)
+            running[:, index : index + 1] = previous + mass
     _at_end(out, running)
 
 
 def _sum_kernel(plan: Plan, like: _Rows, slopes: bool, inputs: dict, out, running):
-    """Sums over the vocabulary of all contributions, term by term, and then of their slopes."""
+    """Sums over the vocabulary of all contributions, term by term, then of their derivatives."""
     tile = _tile(inputs, plan.rows, 1)
     _at_start(running)
     rows = like.unpack(inputs["rows"][...])
     z, z_teacher = _logits(inputs, "student"), _logits(inputs, "teacher")
-    at = 0
+    index = 0
     for _, values, derivatives in _contributions(plan, tile, inputs["temperatures"], rows, z, z_teacher):
         for value, derivative in zip(values, derivatives, strict=True):
-            running[:, at : at + 1] += tile.sum(value)
+            running[:, index : index + 1] += tile.sum(value)
             if slopes:
-                half = running.shape[1] // 2 + at
+                half = running.shape[1] // 2 + index
                 running[:, half : half + 1] += tile.sum(derivative)
-            at += 1
+            index += 1
     _at_end(out, running)
 
 
@@ -215,7 +215,7 @@ def _pull_hidden_kernel(plan: Plan, like: _Rows, columns: int, inputs: dict, out
     raw, _ = _gradient(plan, tile, inputs, like.unpack(inputs["rows"][...]))
     unembed = inputs["student"]["unembed"][...]
     if columns % plan.rows[1]:
-        # A tile that hangs over the edge holds anything there, NaN included.
+        # Beyond the array's edge a tile has arbitrary values, even NaN.
         ids = jax.lax.broadcasted_iota(jnp.int32, unembed.shape, 1) + pl.program_id(1) * plan.rows[1]
         unembed = jnp.where(ids < columns, unembed, jnp.zeros_like(unembed))
     running[...] += dot(raw.astype(unembed.dtype), unembed, (1, 1))
@@ -223,7 +223,7 @@ def _pull_hidden_kernel(plan: Plan, like: _Rows, columns: int, inputs: dict, out
 
 
 def _pull_unembed_kernel(plan: Plan, like: _Rows, tokens: int, inputs: dict, out: dict):
-    """d unembed and d bias of a tile of the vocabulary, float32, accumulated where they are written."""
+    """d unembed and d bias of a tile of the vocabulary, float32, accumulated in the output."""
     tile = _tile(inputs, plan.columns, 0)
     _at_start(*out.values())
     rows = like.unpack(inputs["rows"][...])
@@ -232,7 +232,7 @@ def _pull_unembed_kernel(plan: Plan, like: _Rows, tokens: int, inputs: dict, out
         rows = rows._replace(weights=tuple(jnp.where(number < tokens, w, 0.0) for w in rows.weights))
     raw, dbias = _gradient(plan, tile, inputs, rows)
     hidden = inputs["student"]["hidden"][...]
-    # What stands in a token without weight, NaN included, must not reach the head's gradient.
+    # Hidden states without weight may be NaN and must not reach the head's gradient.
     hidden = jnp.where(_live(rows), hidden, jnp.zeros_like(hidden))
     out["unembed"][...] += dot(hidden, raw.astype(hidden.dtype), (0, 0))
     if dbias is not None:
@@ -240,12 +240,12 @@ def _pull_unembed_kernel(plan: Plan, like: _Rows, tokens: int, inputs: dict, out
 
 
 def _prepared(plan: Plan, axis: str | None, student: Head, teacher: Head | None, targets, temperatures):
-    """What every kernel reads, absent things being absent; and targets as places among this device's columns."""
+    """The inputs of every kernel, without absent arrays; and targets as indices into this device's columns."""
     local = student.unembed.shape[1]
     offset = 0 if axis is None else jax.lax.axis_index(axis) * local
 
     def prepare(head: Head) -> dict:
-        # The parameter stays float32, so that its gradient does; the product runs in the activations' dtype.
+        # The parameter, and so its gradient, stays float32; the product runs in the activations' dtype.
         arrays = {"hidden": head.hidden, "unembed": head.unembed.astype(head.hidden.dtype)}
         if head.bias is not None:
             arrays["bias"] = head.bias.astype(jnp.float32)[None]
@@ -260,17 +260,17 @@ def _prepared(plan: Plan, axis: str | None, student: Head, teacher: Head | None,
 
 
 def _blocks(inputs: dict, tiles: tuple[int, int], order: tuple[int, int]) -> dict:
-    """The block of each input that a kernel sees; `order` is the grid axes of tokens and of the vocabulary."""
+    """The block specs of the inputs; `order` is the grid axes of tokens and of the vocabulary."""
     (tokens, columns), (over_tokens, over_columns) = tiles, order
     by_token, by_column = (lambda *at: (at[over_tokens], 0)), (lambda *at: (0, at[over_columns]))
-    whole = pl.BlockSpec(memory_space=pltpu.SMEM)
-    specs: dict[str, Any] = {"temperatures": whole, "limit": whole}
+    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    specs: dict[str, Any] = {"temperatures": smem, "limit": smem}
     if "rows" in inputs:
         rows = inputs["rows"].shape[0]
         specs["rows"] = pl.BlockSpec((rows, tokens), lambda *at: (0, at[over_tokens]))
     for name in (name for name in ("student", "teacher") if name in inputs):
         width = inputs[name]["hidden"].shape[1]
-        head = {"scale": whole, "softcap": whole, "bias": pl.BlockSpec((1, columns), by_column)}
+        head = {"scale": smem, "softcap": smem, "bias": pl.BlockSpec((1, columns), by_column)}
         head["hidden"] = pl.BlockSpec((tokens, width), by_token)
         head["unembed"] = pl.BlockSpec((width, columns), by_column)
         specs[name] = {k: head[k] for k in inputs[name]}
@@ -278,7 +278,7 @@ def _blocks(inputs: dict, tiles: tuple[int, int], order: tuple[int, int]) -> dic
 
 
 def _call(kernel: Callable, plan: Plan, inputs: dict, out: Any, blocks: Any, scratch=(), stay: str = "tokens"):
-    """Run a kernel over all tiles; what stays is the outer, parallel axis of the grid."""
+    """Run a kernel over all tiles; the axis that stays is the outer, parallel axis of the grid."""
     tokens, columns = inputs["student"]["hidden"].shape[0], inputs["student"]["unembed"].shape[1]
     tiles, order = (plan.rows, (0, 1)) if stay == "tokens" else (plan.columns, (1, 0))
     counts = pl.cdiv(tokens, tiles[0]), pl.cdiv(columns, tiles[1])
@@ -296,7 +296,7 @@ def _call(kernel: Callable, plan: Plan, inputs: dict, out: Any, blocks: Any, scr
 
 
 def _per_token(kernel: Callable, plan: Plan, inputs: dict, count: int) -> jax.Array:
-    """[count N] from a kernel that gives `count` numbers per token."""
+    """[count N] from a kernel that returns `count` numbers per token."""
     tokens = inputs["student"]["hidden"].shape[0]
     out = jax.ShapeDtypeStruct((count, tokens), jnp.float32)
     block = pl.BlockSpec((count, plan.rows[0]), lambda i, j: (0, i))
@@ -304,14 +304,14 @@ def _per_token(kernel: Callable, plan: Plan, inputs: dict, count: int) -> jax.Ar
 
 
 def _fitted(plan: Plan, student: Head) -> Plan:
-    """The plan with tiles no larger than what there is to cover."""
+    """The plan with tiles clipped to the call's sizes."""
     tokens, columns = student.hidden.shape[0], student.unembed.shape[1]
     rows, across = ((min(t, tokens), min(v, columns)) for t, v in (plan.rows, plan.columns))
     return plan._replace(rows=rows, columns=across)
 
 
 def _normalisers(plan: Plan, axis: str | None, inputs: dict) -> list[tuple]:
-    """Per head, its largest logit and the log of sum exp((z - largest) / T) at each temperature, [N] each."""
+    """Per head its largest logit and log sum exp((z - largest) / T) at each temperature, [N] each."""
     temperatures = inputs["temperatures"]
     width, heads = 1 + temperatures.shape[0], 2 if "teacher" in inputs else 1
     running = _per_token(partial(_normalise_kernel, plan), plan, inputs, heads * width)
@@ -324,7 +324,7 @@ def _normalisers(plan: Plan, axis: str | None, inputs: dict) -> list[tuple]:
 
 
 def _sizes(plan: Plan) -> list[int]:
-    """How many contributions each term has."""
+    """Number of contributions of each term."""
     x, is_target = (jax.ShapeDtypeStruct((8, 128), dtype) for dtype in (jnp.float32, jnp.bool_))
     return [
         len(jax.eval_shape(lambda x, is_target, t=term: t.phi(x, x, Side(is_target)), x, is_target))
@@ -333,12 +333,10 @@ def _sizes(plan: Plan) -> list[int]:
 
 
 def forward(plan: Plan, slopes: bool, tokens, axis, student: Head, teacher, targets, temperatures):
-    """(fields [terms N], what the backward pass needs besides the inputs, [R N]) of one device's tokens.
+    """(fields [terms N], residuals [R N] besides the inputs) of one device's tokens.
 
-    `tokens` and `axis` name the mesh axes that tokens and the vocabulary are split over, () and None where they are
-    not; `slopes` says whether a backward pass will follow.
+    `tokens` and `axis` are as in `mesh.run`; `slopes`: whether a backward pass will follow.
     """
-    del tokens
     plan, sizes = _fitted(plan, student), _sizes(plan)
     inputs, targets = _prepared(plan, axis, student, teacher, targets, temperatures)
     normalisers = _normalisers(plan, axis, inputs)
@@ -348,22 +346,22 @@ def forward(plan: Plan, slopes: bool, tokens, axis, student: Head, teacher, targ
     count = sum(sizes) * (2 if slopes else 1)
     sums = _per_token(kernel, plan, inputs, count) if count else jnp.zeros((0, targets.shape[0]))
     sums = sums if axis is None else jax.lax.psum(sums, axis)
-    fields, steeps, totals, start = [], [], [], 0
+    fields, all_d_sums, totals, start = [], [], [], 0
     for term, slot, size in zip(plan.terms, plan.slots, sizes, strict=True):
         top, *log_mass = normalisers[0]
         extra = [top / temperatures[slot] + log_mass[slot]] if term.normaliser else []
         field, pull = jax.vjp(term.combine, *sums[start : start + size], *extra)
-        steep = pull(jnp.ones_like(field))
+        d_sums = pull(jnp.ones_like(field))
         fields.append(field)
         if slopes:
             slope = sums[sum(sizes) + start : sum(sizes) + start + size]
-            total = sum((s * g for s, g in zip(steep, slope, strict=False)), jnp.zeros_like(field))
-            # The normaliser's own derivative is q, with the opposite sign of the correction.
-            totals.append(total - steep[-1] if extra else total)
-            steeps += steep[:size]
+            total = sum((s * g for s, g in zip(d_sums, slope, strict=False)), jnp.zeros_like(field))
+            # The normaliser's derivative is q, with the opposite sign of the correction.
+            totals.append(total - d_sums[-1] if extra else total)
+            all_d_sums += d_sums[:size]
         start += size
     flat = [row for head in normalisers for row in head]
-    return jnp.stack(fields), jnp.stack([*flat, *totals, *steeps])
+    return jnp.stack(fields), jnp.stack([*flat, *totals, *all_d_sums])
 
 
 def backward(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, temperatures, saved):
@@ -372,15 +370,15 @@ def backward(plan: Plan, tokens, axis, student: Head, teacher, targets, weights,
     inputs, targets = _prepared(plan, axis, student, teacher, targets, temperatures)
     slots, terms, heads = temperatures.shape[0], len(plan.terms), 2 if "teacher" in inputs else 1
     width = 1 + slots  # rows of a head's normaliser
-    ours, theirs = tuple(saved[:width]), tuple(saved[width : heads * width])
-    totals, steep = saved[heads * width :][:terms], tuple(saved[heads * width + terms :])
+    of_student, of_teacher = tuple(saved[:width]), tuple(saved[width : heads * width])
+    totals, d_sums = saved[heads * width :][:terms], tuple(saved[heads * width + terms :])
     weighted = jnp.where(weights != 0, jnp.where(weights != 0, totals, 0.0) * weights, 0.0)
     total = [sum(weighted[i] for i in range(terms) if plan.slots[i] == slot) for slot in range(slots)]
-    rows = _Rows(targets, ours, theirs, tuple(total), tuple(weights), steep)
+    rows = _Rows(targets, of_student, of_teacher, tuple(total), tuple(weights), d_sums)
     inputs["rows"], like = rows.pack(), jax.tree.map(lambda _: 0, rows)
     (count, width), columns = student.hidden.shape, student.unembed.shape[1]
 
-    # Parts of a sum over devices stay float32 until they are summed.
+    # Partial sums of devices stay float32 until they are reduced.
     hidden = jax.ShapeDtypeStruct((count, width), student.hidden.dtype if axis is None else jnp.float32)
     block = pl.BlockSpec((plan.rows[0], width), lambda i, j: (i, 0))
     kernel = partial(_pull_hidden_kernel, plan, like, columns)

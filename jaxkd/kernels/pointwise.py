@@ -1,7 +1,7 @@
-"""What happens to one chunk of logits: softening, log-probabilities, the terms, and the gradient in the logits.
+"""Operations on one chunk of logits: softening, log-probabilities, the terms, and the gradient in the logits.
 
-Everything here is per token over the vocabulary entries that one device holds; `Columns` is the only thing that
-knows whether other devices hold the rest, and it exchanges sums and maxima per token, never entries.
+Everything is per token over one device's vocabulary entries. Only `Columns` knows whether other devices hold the rest;
+it exchanges sums and maxima per token, never entries.
 """
 
 from collections.abc import Sequence
@@ -12,16 +12,16 @@ import jax.numpy as jnp
 
 from jaxkd.core.types import LOG_FLOOR, Divergence, Ensemble, Head, Sampled, Side, TopK, TopSet
 
-_SMALLEST_SPREAD = 1e-6  # of standardised logits: those that are all equal are left alone
-_TIE = 1 + 4 * float(jnp.finfo(jnp.float32).eps)  # log-probabilities whose ratio is at most this are one
+_SMALLEST_SPREAD = 1e-6  # lower bound of the logits' standard deviation
+_TIE = 1 + 4 * float(jnp.finfo(jnp.float32).eps)  # log-probabilities up to this ratio are tied
 
 
 class Softening(NamedTuple):
-    """How logits become distributions: divided by a temperature, of standardised logits or of plain ones."""
+    """How logits become distributions: temperature, and whether they are standardised first."""
 
-    temperature: int  # its place among the distinct temperatures
+    temperature: int  # index among the distinct temperatures
     standardized: bool = False
-    tail: int = 0  # which of a top-k teacher's stored tails belongs to it
+    tail: int = 0  # index of a top-k teacher's stored tail
 
 
 class Columns(NamedTuple):
@@ -32,7 +32,7 @@ class Columns(NamedTuple):
     axis: str | None  # mesh axis over which the vocabulary is split
 
     def mask(self, x: jax.Array, other: float) -> jax.Array:
-        """`x` with what is beyond the true vocabulary replaced."""
+        """`x` with columns beyond the true vocabulary replaced."""
         return x if self.valid is None else jnp.where(self.valid, x, other)
 
     def total(self, x: jax.Array) -> jax.Array:
@@ -57,14 +57,14 @@ class Columns(NamedTuple):
         winner = self.ids[jnp.argmax(z, -1)]
         if self.axis is None:
             return winner
-        # By index and not by equality with the maximum: XLA may compute `z` again with other rounding.
+        # By index, not by equality with the maximum: XLA may recompute `z` with other rounding.
         tops, winners = (jax.lax.all_gather(x, self.axis) for x in (z.max(-1), winner))
         return jnp.take_along_axis(winners, jnp.argmax(tops, 0)[None], 0)[0]
 
     def local(self, ids: jax.Array) -> jax.Array:
-        """Places of global ids among this device's entries; those of other devices are past the end."""
-        place = ids - self.ids[0]
-        return jnp.where((place >= 0) & (place < self.ids.shape[0]), place, self.ids.shape[0])
+        """Indices of global ids among this device's entries; those of other devices are out of range."""
+        index = ids - self.ids[0]
+        return jnp.where((index >= 0) & (index < self.ids.shape[0]), index, self.ids.shape[0])
 
 
 def columns_of(vocab: int, local: int, axis: str | None) -> Columns:
@@ -84,14 +84,14 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def activate(raw: jax.Array, bias, scale, softcap) -> jax.Array:
-    """What a head does to `hidden @ unembed`."""
+    """Logits from `hidden @ unembed`: scale, bias and soft cap."""
     z = raw if scale is None else raw * scale
     z = z if bias is None else z + bias.astype(jnp.float32)
     return z if softcap is None else softcap * jnp.tanh(z / softcap)
 
 
 def operand(head: Head) -> jax.Array:
-    """The unembedding as an operand: the parameter stays float32, the product runs in the activations' dtype."""
+    """The unembedding in the activations' dtype; the parameter itself stays float32."""
     return head.unembed.astype(head.hidden.dtype)
 
 
@@ -101,7 +101,7 @@ def logits(head: Head, hidden: jax.Array) -> jax.Array:
 
 
 class Mixed(NamedTuple):
-    """Several teachers' logits on a chunk."""
+    """An ensemble's logits on a chunk."""
 
     z: tuple[jax.Array, ...]  # [c v] each
     weights: jax.Array  # [c T]
@@ -109,36 +109,33 @@ class Mixed(NamedTuple):
 
 
 def teacher_logits(teacher: Head | Ensemble) -> jax.Array | Mixed:
-    """What a chunk's teacher says before it is softened; a head that weighs nothing in it costs no product."""
+    """A chunk's logits of the teacher; heads of an ensemble without weight in the chunk are not multiplied."""
     if isinstance(teacher, Head):
         return logits(teacher, teacher.hidden)
-    found = []
+    logits_by_teacher = []
     for t, head in enumerate(teacher.heads):
         shape = (head.hidden.shape[0], head.unembed.shape[1])
-        found.append(
+        logits_by_teacher.append(
             jax.lax.cond(
                 jnp.any(teacher.weights[:, t] > 0),
                 lambda head=head: logits(head, head.hidden),
                 lambda shape=shape: jnp.zeros(shape, jnp.float32),
             )
         )
-    return Mixed(tuple(found), teacher.weights, teacher.geometric)
+    return Mixed(tuple(logits_by_teacher), teacher.weights, teacher.geometric)
 
 
 def weighted_sum(weights: jax.Array, fields: jax.Array) -> jax.Array:
-    """The value of a call: sum of weights x fields [terms N], whatever a field is where its weight is zero."""
+    """The value of a call: sum of weights x fields [terms N]; fields without weight may be NaN."""
     live = weights != 0
     return jnp.sum(jnp.where(live, weights * jnp.where(live, fields, 0.0), 0.0))
 
 
-# -------------------------------------------------------------------------------------- distributions
-
-
 class _Soft(NamedTuple):
-    """Logits [c v], -inf beyond the true vocabulary; what divides them; the two parts of their normaliser [c 1].
+    """Logits [c v], -inf beyond the true vocabulary; their divisor; the two parts of their normaliser [c 1].
 
     log p = (z - top) / divisor - log_mass. The normaliser top / divisor + log_mass is as large as the logits:
-    subtracting it as one number would lose the digits that subtracting `top` from the logits keeps.
+    subtracting it as one number would lose the precision of `z - top`.
     """
 
     z: jax.Array
@@ -147,8 +144,8 @@ class _Soft(NamedTuple):
     log_mass: jax.Array
 
     def log_probs(self, floor: float = LOG_FLOOR) -> jax.Array:
-        # `z + -top` is exactly `z - top`, but not one instruction with that of `_distribution`: XLA's CPU compiler
-        # would compute it once, behind the product, and pay another pass over memory.
+        # `z + -top` equals `z - top` exactly, but is not deduplicated with that of `_distribution`: XLA on CPU would
+        # compute it once, after the product, at the cost of another pass over memory.
         return jnp.maximum((self.z + -self.top) / self.divisor - self.log_mass, floor)
 
     def normaliser(self) -> jax.Array:
@@ -158,7 +155,7 @@ class _Soft(NamedTuple):
 def _divisor(z: jax.Array, temperature: Any, standardized: bool, columns: Columns) -> Any:
     if not standardized:
         return temperature
-    # The mean cancels in the softmax; the spread is a per-token temperature, without a gradient.
+    # The mean cancels in the softmax; the deviation is a per-token temperature, without a gradient.
     counts = columns.mask(jnp.isfinite(z), False)
     clean = jnp.where(counts, z, 0.0)
     size = columns.sum(counts.astype(jnp.float32))
@@ -177,7 +174,7 @@ def _distribution(z: jax.Array, temperature: jax.Array | float, standardized: bo
 def teacher_log_probs(
     z: jax.Array | Mixed, temperature: jax.Array | float, standardized: bool, columns: Columns
 ) -> jax.Array:
-    """Floored log-probabilities [c v] of one teacher, or of several as they are averaged."""
+    """Floored log-probabilities [c v] of one teacher or of an ensemble."""
     if not isinstance(z, Mixed):
         return _distribution(z, temperature, standardized, columns).log_probs()
     total: Any = None
@@ -185,7 +182,7 @@ def teacher_log_probs(
         weight = z.weights[:, t : t + 1]
         live = weight > 0  # false for NaN too
         soft = _distribution(jnp.where(live, logits_t, 0.0), temperature, standardized, columns)
-        lp = soft.log_probs(4 * LOG_FLOOR)  # finite, and far below what is floored in the end
+        lp = soft.log_probs(4 * LOG_FLOOR)  # finite, and far below the final floor
         if z.geometric:
             part = jnp.where(live, jnp.where(live, weight, 0.0) * lp, 0.0)
             total = part if total is None else total + part
@@ -198,24 +195,20 @@ def teacher_log_probs(
 
 
 def top_set(lp: jax.Array, which: TopSet, columns: Columns | None = None) -> jax.Array:
-    """Whether each entry is among the teacher's most probable ones, ties with the last of them included [c v].
+    """Whether each entry [c v] is among the teacher's most probable ones, with ties.
 
-    XLA may compute `lp` again for this comparison, rounded differently from the array in which the last leading entry
-    was found: so entries are compared with a threshold that lies between that entry and the next.
+    XLA may recompute `lp` for this comparison with other rounding than in the search for the last leading entry, so the
+    threshold lies between that entry and the next.
     """
     return -lp <= top_threshold(lp, which, columns)[:, None]
 
 
 def top_threshold(lp: jax.Array, which: TopSet, columns: Columns | None = None) -> jax.Array:
-    """-log p half-way from the last leading entry to the next, [c]; ties with the last are on its side.
+    """-log p halfway from the last leading entry to the next, [c]; ties with the last are included.
 
-    Bisection over the bits of -log p, which order as integers do: 31 sums per token find the last leading entry
-    without a sort, and sums are all that a split vocabulary has to exchange, one after the other.
-
-    Args:
-        lp: [c v] log-probabilities, at least `LOG_FLOOR`, which is also what stands beyond the true vocabulary.
-        which: how much mass, or how many entries.
-        columns: which entries these are; None where all are here.
+    Bisection over the bits of -log p, which order as integers do: 31 sums per token find the last leading entry without
+    a sort, and a sharded vocabulary exchanges only those sums. `lp` [c v] is at least `LOG_FLOOR`, and equal to it
+    beyond the true vocabulary; `columns` None: all entries are local.
     """
     total, least = (columns.sum, columns.min) if columns else (lambda x: x.sum(-1), lambda x: x.min(-1))
     rank = _bits(jnp.abs(jnp.minimum(lp, 0.0)))  # abs: -0.0 is a negative integer
@@ -227,8 +220,8 @@ def top_threshold(lp: jax.Array, which: TopSet, columns: Columns | None = None) 
         few, enough, beyond = carry
         middle = few + (enough - few) // 2
         reached = total(jnp.where(rank <= middle[:, None], measure, 0.0)) >= goal
-        # A last step, in which nothing is left to halve, looks for the next entry: within the loop, where `rank` is
-        # the array that was bisected. Without a collective, which does not belong under a condition.
+        # An extra last step finds the next entry, inside the loop so that `rank` is the bisected array. The reduction
+        # over devices follows after the loop, since a collective must not be conditional.
         after = lambda: jnp.where(rank > enough[:, None], rank, lowest).min(-1, keepdims=True)
         beyond = jax.lax.cond(step == steps, after, lambda: beyond)
         return jnp.where(reached, few, middle), jnp.where(reached, middle, enough), beyond
@@ -244,24 +237,23 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-# ------------------------------------------------------------------------------------------ the terms
-
-
 def _weighted(weight: jax.Array, x: jax.Array) -> jax.Array:
-    # `where` before multiply: a divergence may be infinite or NaN where its weight is zero.
+    # `where` before multiply: a divergence without weight may be infinite or NaN.
     weight = weight.reshape(-1, *[1] * (x.ndim - 1))
     return jnp.where(weight != 0, jnp.where(weight != 0, x, 0.0) * weight, 0.0)
 
 
 def _slope(term: Divergence, lp, lq, side, normaliser, columns: Columns):
-    """A term's value [c]; dD/d(log q) [c v], each log q taken as free; dD/d(normaliser) [c]; None where none is."""
+    """A term's value [c]; dD/d(log q) [c v] with independent log q; dD/d(normaliser) [c]; None if there is none."""
     contributions, pull = jax.vjp(lambda x: term.phi(lp, x, side), lq)
     sums = [columns.sum(columns.mask(c, 0.0)) for c in contributions]
     value, pull_sums = jax.vjp(term.combine, *sums, *([normaliser] if term.normaliser else []))
-    steep = list(pull_sums(jnp.ones_like(value)))
-    height = steep.pop() if term.normaliser else None
-    slope = pull(tuple(columns.mask(jnp.broadcast_to(s[:, None], lq.shape), 0.0) for s in steep))[0] if steep else None
-    return value, slope, height
+    d_sums = list(pull_sums(jnp.ones_like(value)))
+    d_normaliser = d_sums.pop() if term.normaliser else None
+    if not d_sums:
+        return value, None, d_normaliser
+    cotangents = tuple(columns.mask(jnp.broadcast_to(s[:, None], lq.shape), 0.0) for s in d_sums)
+    return value, pull(cotangents)[0], d_normaliser
 
 
 def dense(
@@ -273,33 +265,31 @@ def dense(
     is_target: jax.Array,
     columns: Columns,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """Terms over the whole vocabulary: their values [c] each, and the weighted sum's gradient in the logits [c v].
+    """Terms over the whole vocabulary: their values [c], and the weighted sum's gradient in the logits [c v].
 
     Args:
-        terms: with their weights [c]; all softened alike.
-        softening: how.
-        temperature: its scalar.
+        terms: (divergence, weights [c]), all with the same softening.
+        temperature: the scalar of `softening`.
         z: student's logits [c v].
-        z_teacher: teacher's or teachers', None when no term needs them.
-        is_target: [c v] the data's next token.
-        columns: which entries these are.
+        z_teacher: None if no term needs them.
+        is_target: [c v] bool.
     """
     student = _distribution(z, temperature, softening.standardized, columns)
     lq = lp = student.log_probs()
     if z_teacher is not None:
         lp = teacher_log_probs(z_teacher, temperature, softening.standardized, columns)
-    values, slope, height = [], jnp.zeros_like(z), None
+    values, slope, normaliser_slope = [], jnp.zeros_like(z), None
     for term, weight in terms:
-        chosen = None if term.top_set is None else top_set(lp, term.top_set, columns)
-        value, steep, rise = _slope(term, lp, lq, Side(is_target, chosen), student.normaliser(), columns)
+        side = Side(is_target, None if term.top_set is None else top_set(lp, term.top_set, columns))
+        value, term_slope, d_normaliser = _slope(term, lp, lq, side, student.normaliser(), columns)
         values.append(value)
-        if steep is not None:
-            slope = slope + _weighted(weight, steep)
-        if rise is not None:
-            height = _weighted(weight, rise) + (0.0 if height is None else height)
-    # d log q / d z turns a free slope g into g - q sum(g); the normaliser's own derivative is q.
+        if term_slope is not None:
+            slope = slope + _weighted(weight, term_slope)
+        if d_normaliser is not None:
+            normaliser_slope = _weighted(weight, d_normaliser) + (0.0 if normaliser_slope is None else normaliser_slope)
+    # The Jacobian d log q / d z maps g to g - q sum(g); the normaliser's derivative is q.
     total = columns.sum(slope)
-    total = total if height is None else total - height
+    total = total if normaliser_slope is None else total - normaliser_slope
     return values, columns.mask(slope - jnp.exp(lq) * total[:, None], 0.0) / student.divisor
 
 
@@ -307,13 +297,13 @@ class _Stored(NamedTuple):
     """A sparse teacher's entries in a chunk."""
 
     ids: jax.Array  # [c K]
-    counts: jax.Array  # [c K] bool: the entry is one, and no filling
+    counts: jax.Array  # [c K] bool: the entry is valid, not padding
     lp: jax.Array  # [c K]
     tail: jax.Array | None  # [c]
 
 
 def _normalised(lp: jax.Array, counts: jax.Array) -> jax.Array:
-    """`lp` with all the mass on the entries that count; the others are numbers that nothing reads."""
+    """`lp` normalised over the valid entries; the other numbers are unused."""
     top = jnp.where(counts, lp, -jnp.inf).max(-1, keepdims=True)
     lp = jnp.where(counts, lp - jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
     mass = jnp.where(counts, jnp.exp(lp), 0.0).sum(-1, keepdims=True)
@@ -330,7 +320,7 @@ def _stored(teacher: TopK | Sampled, softening: Softening, temperature: jax.Arra
         return _Stored(ids, counts, jnp.log(jnp.where(counts, share, 1.0)), None)
     tail = jnp.minimum(teacher.tail[:, softening.tail].astype(jnp.float32), -1e-7)
     counts = inside & (teacher.logprobs > -jnp.inf)
-    # The tail at this temperature fixes the normaliser, which the stored entries alone could not.
+    # The tail at this temperature determines the normaliser.
     lp = _normalised(teacher.logprobs.astype(jnp.float32) / temperature, counts)
     lp = lp + jnp.log(-jnp.expm1(tail))[:, None]
     return _Stored(ids, counts, jnp.maximum(lp, LOG_FLOOR), jnp.maximum(tail, LOG_FLOOR))
@@ -343,19 +333,19 @@ def _entries(term: Divergence, stored: _Stored, lq: jax.Array, lq_tail: jax.Arra
         lp = _normalised(lp, counts)
     if term.support == "conditional":
         lq = _normalised(lq, counts)
-    chosen = None if term.top_set is None else top_set(jnp.where(counts, lp, LOG_FLOOR), term.top_set)
+    in_top_set = None if term.top_set is None else top_set(jnp.where(counts, lp, LOG_FLOOR), term.top_set)
     if term.support is None and stored.tail is not None:
-        beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
-        lp, lq = beside(lp, stored.tail), beside(lq, lq_tail)
+        append = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
+        lp, lq = append(lp, stored.tail), append(lq, lq_tail)
         # The tail is many entries, of which none leads.
-        chosen = None if chosen is None else beside(chosen, jnp.zeros_like(chosen[:, 0]))
+        in_top_set = None if in_top_set is None else append(in_top_set, jnp.zeros_like(in_top_set[:, 0]))
         is_target, counts = (
-            beside(is_target, ~(is_target & counts).any(-1)),
-            beside(counts, jnp.ones_like(counts[:, 0])),
+            append(is_target, ~(is_target & counts).any(-1)),
+            append(counts, jnp.ones_like(counts[:, 0])),
         )
-    # What does not count must not reach phi: an infinite slope there would be NaN, times a cotangent of zero.
+    # Invalid entries must not reach phi: an infinite derivative times a cotangent of zero is NaN.
     lp, lq = jnp.where(counts, lp, 0.0), jnp.where(counts, lq, 0.0)
-    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(is_target, chosen))])
+    return term.combine(*[jnp.where(counts, c, 0.0).sum(-1) for c in term.phi(lp, lq, Side(is_target, in_top_set))])
 
 
 def sparse(
@@ -368,36 +358,25 @@ def sparse(
     vocab: int,
     columns: Columns,
 ) -> tuple[list[jax.Array], jax.Array]:
-    """As `dense`, of a teacher that kept a few entries: the student's other entries enter as one sum.
-
-    Args:
-        terms: with their weights [c]; all softened alike.
-        softening: how.
-        temperature: its scalar.
-        z: student's logits [c v].
-        teacher: the chunk's entries.
-        targets: [c] ids of the data's next tokens.
-        vocab: true vocabulary.
-        columns: which entries these are.
-    """
+    """`dense` for a sparse teacher: the student's other entries enter as one sum. `targets` are ids [c]."""
     stored = _stored(teacher, softening, temperature, vocab)
     z = columns.mask(z, -jnp.inf)
-    place, row = columns.local(jnp.where(stored.counts, stored.ids, -1)), jnp.arange(z.shape[0])[:, None]
-    kept = columns.total(z.at[row, place].get(mode="fill", fill_value=0.0))
-    kept = jnp.where(stored.counts, kept, -jnp.inf)
-    # The kept entries are taken out of the sum rather than subtracted from it, and the others have a maximum of
-    # their own: a tail stays exact however small it is.
-    others = z.at[row, place].set(-jnp.inf, mode="drop")
-    top, top_kept = columns.max(others), kept.max(-1)
-    top = jnp.where(jnp.isfinite(top), top, jnp.where(jnp.isfinite(top_kept), top_kept, 0.0))
+    indices, row = columns.local(jnp.where(stored.counts, stored.ids, -1)), jnp.arange(z.shape[0])[:, None]
+    z_stored = columns.total(z.at[row, indices].get(mode="fill", fill_value=0.0))
+    z_stored = jnp.where(stored.counts, z_stored, -jnp.inf)
+    # The stored entries are excluded from the sum instead of subtracted from it, and the others have their own maximum,
+    # so that even a small tail is exact.
+    others = z.at[row, indices].set(-jnp.inf, mode="drop")
+    top, top_stored = columns.max(others), z_stored.max(-1)
+    top = jnp.where(jnp.isfinite(top), top, jnp.where(jnp.isfinite(top_stored), top_stored, 0.0))
     share = jnp.exp((others - top[:, None]) / temperature)
-    rest = columns.sum(share)
-    highest = jnp.maximum(top, top_kept)
-    below, kept = (top - highest) / temperature, (kept - highest[:, None]) / temperature
-    at_kept = jnp.exp(kept)
-    mass = at_kept.sum(-1) + rest * jnp.exp(below)
-    lq = jnp.maximum(kept - jnp.log(mass)[:, None], LOG_FLOOR)
-    lq_tail = jnp.maximum(jnp.log(rest) + below - jnp.log(mass), LOG_FLOOR)
+    others_mass = columns.sum(share)
+    highest = jnp.maximum(top, top_stored)
+    below, z_stored = (top - highest) / temperature, (z_stored - highest[:, None]) / temperature
+    exp_stored = jnp.exp(z_stored)
+    mass = exp_stored.sum(-1) + others_mass * jnp.exp(below)
+    lq = jnp.maximum(z_stored - jnp.log(mass)[:, None], LOG_FLOOR)
+    lq_tail = jnp.maximum(jnp.log(others_mass) + below - jnp.log(mass), LOG_FLOOR)
 
     values, slope, slope_tail = [], jnp.zeros_like(lq), jnp.zeros_like(lq_tail)
     is_target = stored.ids == targets[:, None]
@@ -405,10 +384,10 @@ def sparse(
         run: Any = lambda a, b, term=term: _entries(term, stored, a, b, is_target)
         value, pull = jax.vjp(run, lq, lq_tail)
         values.append(value)
-        steep = pull(jnp.ones_like(value))
-        slope, slope_tail = slope + _weighted(weight, steep[0]), slope_tail + _weighted(weight, steep[1])
+        slopes = pull(jnp.ones_like(value))
+        slope, slope_tail = slope + _weighted(weight, slopes[0]), slope_tail + _weighted(weight, slopes[1])
     total = slope.sum(-1) + slope_tail
-    within = jnp.where(rest > 0, slope_tail / jnp.where(rest > 0, rest, 1.0), 0.0)
+    within = jnp.where(others_mass > 0, slope_tail / jnp.where(others_mass > 0, others_mass, 1.0), 0.0)
     dz = share * (within - jnp.exp(below) / mass * total)[:, None]
-    at_kept = slope - at_kept * (total / mass)[:, None]
-    return values, dz.at[row, place].set(at_kept, mode="drop") / temperature
+    d_stored = slope - exp_stored * (total / mass)[:, None]
+    return values, dz.at[row, indices].set(d_stored, mode="drop") / temperature

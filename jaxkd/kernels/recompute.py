@@ -1,8 +1,6 @@
-"""From one device's two passes to a differentiable loss on a mesh, for kernels that make logits again going back.
+"""From one device's forward and backward pass to a differentiable loss on a mesh, for kernels that recompute logits.
 
-Tokens stay on their device and the vocabulary is split over `model`. Residuals are the inputs themselves and a few
-rows of one number per token. `custom_vjp` stands outside `shard_map`: inside, the cotangent of a replicated output
-would be divided by the size of the axis.
+Residuals are the inputs and a few numbers per token. `custom_vjp` is outside `shard_map`: see `mesh.run`.
 """
 
 from collections.abc import Callable
@@ -20,13 +18,13 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
 
         value = sum_i sum_n weights[i, n] fields[i, n]
 
-    It is differentiable in the student's hidden states, unembedding and bias, and linear in the weights. Its
-    arguments are those of `kernels.api.linear_divergence` with tokens flattened to N, and `plan` is static.
+    Differentiable in the student's hidden states, unembedding and bias, and linear in the weights. Its arguments are
+    those of `kernels.api.linear_divergence` with tokens flattened to N; `plan` is static. Both passes run on one
+    device; `tokens` and `axis` are as in `mesh.run`.
 
     Args:
         forward: `(plan, slopes, tokens, axis, student, teacher, targets, temperatures) -> (fields [terms N], saved
-            [R N])` of one device. `tokens` and `axis` name the mesh axes that tokens and the vocabulary are split
-            over, () and None where they are not; `slopes` says whether `saved` will be used.
+            [R N])`; `slopes`: whether `saved` will be used.
         backward: `(plan, tokens, axis, student, teacher, targets, weights, temperatures, saved) -> (d hidden, d
             unembed, d bias)` of `sum(weights * fields)`, reduced over those axes.
     """
@@ -42,15 +40,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
 
     def run(plan, student, teacher, targets, weights, temperatures):
         fields, saved = fields_on_mesh(plan, True, student, teacher, targets, temperatures)
-        return (weighted_sum(weights, fields), fields), (
-            student,
-            teacher,
-            targets,
-            weights,
-            temperatures,
-            saved,
-            fields,
-        )
+        residuals = student, teacher, targets, weights, temperatures, saved, fields
+        return (weighted_sum(weights, fields), fields), residuals
 
     def pull(plan, residuals, cotangents):
         student, teacher, targets, weights, temperatures, saved, fields = residuals
@@ -59,8 +50,8 @@ def differentiable(forward: Callable, backward: Callable) -> Callable:
         inputs += [("replicated", temperatures), ("rows", saved)]
         outputs = ("hidden", "unembed", "nothing" if student.bias is None else "bias")
         gradient = mesh.run(partial(backward, plan), inputs, outputs)
-        like = (student.hidden, student.unembed, student.bias)
-        gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, like)
+        primals = (student.hidden, student.unembed, student.bias)
+        gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), gradient, primals)
         return Head(*gradient), None, None, fields * scale, None
 
     divergence.defvjp(run, pull)

@@ -1,8 +1,7 @@
-"""The dense form that everything is tested against: all logits at once, autodiff, the inputs' own precision.
+"""Dense reference implementation for tests: all logits at once, autodiff, the inputs' own precision.
 
-Feed it float64 (under `jax.enable_x64`) and it is the truth to compare with. It is never used to train. Sets of
-leading entries come from a sort, tails from the full vector of probabilities: only the divergences' own `phi` and
-`combine`, and the floor, are shared with the kernels, and those are tested against plain formulas.
+With float64 inputs (under `jax.enable_x64`) it is the ground truth. Never used for training. It shares only `phi`,
+`combine` and the floor with the kernels: top sets come from a sort, tails from the full vector of probabilities.
 """
 
 import jax
@@ -20,7 +19,7 @@ def logits(head: Head) -> jax.Array:
 
 
 def soften(z: jax.Array, temperature, standardized: bool) -> jax.Array:
-    """z / temperature, of logits with mean 0 and standard deviation 1 where asked; the moments carry no gradient."""
+    """z / temperature, of standardised logits on request; mean and deviation carry no gradient."""
     if standardized:
         counts = jnp.isfinite(z)
         mean = jnp.mean(z, -1, keepdims=True, where=counts)
@@ -30,19 +29,19 @@ def soften(z: jax.Array, temperature, standardized: bool) -> jax.Array:
 
 
 def floored(lq: jax.Array) -> jax.Array:
-    """At least `LOG_FLOOR`, with a straight-through gradient; -inf is no number to subtract, so it is cut off first."""
+    """At least `LOG_FLOOR`, with a straight-through gradient; -inf is clipped first, since it cannot be subtracted."""
     lq = jnp.where(lq > -1e6, lq, -1e6)
     return lq + jax.lax.stop_gradient(jnp.maximum(lq, LOG_FLOOR) - lq)
 
 
 def top_set(lp: jax.Array, which) -> jax.Array:
-    """The fewest entries that hold `which.mass`, or `which.entries` of them, and ties with the last."""
+    """The fewest entries that hold `which.mass`, or the `which.entries` largest, with ties."""
     falling = -jnp.sort(-lp, axis=-1)
     measure = jnp.exp(falling) if which.mass else jnp.ones_like(falling)
     short = jnp.cumsum(measure, -1) < (which.mass or which.entries)
     last = jnp.take_along_axis(falling, jnp.minimum(short.sum(-1, keepdims=True), lp.shape[-1] - 1), -1)
     beyond = jnp.where(falling < last, falling, -jnp.inf).max(-1, keepdims=True)
-    # Half-way to the next entry: XLA may compute `lp` again, rounded differently from what was sorted.
+    # Halfway to the next entry: XLA may recompute `lp` with other rounding than the sorted array.
     return lp >= (last + beyond) / 2
 
 
@@ -53,7 +52,7 @@ def _field(term: Divergence, lp, lq, is_target, in_top_set=None, counts=None, no
 
 
 def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, temperature, targets) -> jax.Array:
-    """A term over a sparse teacher's entries; what is no entry has probability zero on both sides."""
+    """A term over a sparse teacher's entries; padding entries have probability zero in both."""
     lq, vocab = jax.nn.log_softmax(z, -1), z.shape[-1]
     inside = (teacher.ids >= 0) & (teacher.ids < vocab)
     ids = jnp.clip(teacher.ids, 0, vocab - 1)
@@ -61,30 +60,30 @@ def _stored_field(term: Divergence, teacher: TopK | Sampled, tail: int, z, tempe
     if isinstance(teacher, Sampled):
         drawn = jnp.where(inside, teacher.counts, 0)
         share = drawn / jnp.maximum(drawn.sum(-1, keepdims=True), 1)
-        at_kept = floored(jnp.take_along_axis(lq, ids, -1))
-        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), at_kept, is_target, counts=share > 0)
+        lq_stored = floored(jnp.take_along_axis(lq, ids, -1))
+        return _field(term, jnp.log(jnp.where(share > 0, share, 1.0)), lq_stored, is_target, counts=share > 0)
     counts = inside & (teacher.logprobs > -jnp.inf)
-    kept = (jax.nn.one_hot(ids, vocab, dtype=bool) & counts[..., None]).any(1)  # [N V]
+    is_stored = (jax.nn.one_hot(ids, vocab, dtype=bool) & counts[..., None]).any(1)  # [N V]
     softened = lambda x: jax.nn.log_softmax(jnp.where(counts, x, -1e30), -1)
-    at_kept, lp = jnp.take_along_axis(lq, ids, -1), softened(teacher.logprobs / temperature)
-    at_kept = softened(at_kept) if term.support == "conditional" else at_kept
+    lq_stored, lp = jnp.take_along_axis(lq, ids, -1), softened(teacher.logprobs / temperature)
+    lq_stored = softened(lq_stored) if term.support == "conditional" else lq_stored
     tail_p = teacher.tail[:, tail]
     if term.support not in ("conditional", "renormalized"):
         lp = lp + jnp.log(-jnp.expm1(tail_p))[:, None]
-    lp, at_kept = floored(lp), floored(at_kept)
-    chosen = None if term.top_set is None else top_set(jnp.where(counts, lp, -jnp.inf), term.top_set) & counts
+    lp, lq_stored = floored(lp), floored(lq_stored)
+    in_top_set = None if term.top_set is None else top_set(jnp.where(counts, lp, -jnp.inf), term.top_set) & counts
     if term.support is not None:
-        return _field(term, lp, at_kept, is_target, chosen, counts)
-    tail_q = floored(jax.nn.logsumexp(jnp.where(kept, -1e30, lq), -1))
-    beside = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
-    lp, at_kept = beside(lp, floored(tail_p)), beside(at_kept, tail_q)
-    is_target = beside(is_target & counts, ~(is_target & counts).any(-1))
-    chosen = None if chosen is None else beside(chosen, jnp.zeros_like(chosen[:, 0]))
-    return _field(term, lp, at_kept, is_target, chosen, beside(counts, jnp.ones_like(counts[:, 0])))
+        return _field(term, lp, lq_stored, is_target, in_top_set, counts)
+    tail_q = floored(jax.nn.logsumexp(jnp.where(is_stored, -1e30, lq), -1))
+    append = lambda x, last: jnp.concatenate([x, last[:, None]], -1)
+    lp, lq_stored = append(lp, floored(tail_p)), append(lq_stored, tail_q)
+    is_target = append(is_target & counts, ~(is_target & counts).any(-1))
+    in_top_set = None if in_top_set is None else append(in_top_set, jnp.zeros_like(in_top_set[:, 0]))
+    return _field(term, lp, lq_stored, is_target, in_top_set, append(counts, jnp.ones_like(counts[:, 0])))
 
 
 def _averaged(lps: list[jax.Array], teacher: Ensemble) -> jax.Array:
-    """Log-probabilities of several teachers as one."""
+    """The log-probabilities of an ensemble."""
     weights = jnp.moveaxis(teacher.weights, -1, 0)[..., None]
     stacked = jnp.stack(lps)
     if teacher.geometric:
@@ -93,7 +92,7 @@ def _averaged(lps: list[jax.Array], teacher: Ensemble) -> jax.Array:
 
 
 def linear_divergence(terms, vocab, student, teacher, targets, weights, temperatures, standardized, tails):
-    """See `kernels.api.linear_divergence`; everything after `weights` is a sequence, one a term."""
+    """See `kernels.api.linear_divergence`; arguments after `weights` are sequences, one element per term."""
     z = logits(student)[:, :vocab]
     heads = teacher.heads if isinstance(teacher, Ensemble) else (teacher,) if isinstance(teacher, Head) else ()
     z_teachers = [jax.lax.stop_gradient(logits(head)[:, :vocab]) for head in heads]
@@ -107,8 +106,8 @@ def linear_divergence(terms, vocab, student, teacher, targets, weights, temperat
         lq = floored(jax.nn.log_softmax(soft, -1))
         lps = [jax.nn.log_softmax(soften(each, temperature, standard), -1) for each in z_teachers]
         lp = lq if not lps else floored(_averaged(lps, teacher) if isinstance(teacher, Ensemble) else lps[0])
-        chosen = None if term.top_set is None else top_set(lp, term.top_set)
-        fields.append(_field(term, lp, lq, is_target, chosen, normaliser=jax.nn.logsumexp(soft, -1)))
+        in_top_set = None if term.top_set is None else top_set(lp, term.top_set)
+        fields.append(_field(term, lp, lq, is_target, in_top_set, normaliser=jax.nn.logsumexp(soft, -1)))
     stacked = jnp.stack(fields)
     value = jnp.sum(jnp.where(weights != 0, weights * stacked, 0.0))
     return value, jax.lax.stop_gradient(stacked)

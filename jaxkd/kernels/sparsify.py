@@ -1,7 +1,7 @@
-"""From a teacher's head to a few numbers per token: its largest entries with their tail, or draws from it.
+"""Reduces a teacher's head to a few numbers per token: its largest entries with their tail, or draws from it.
 
-In chunks of tokens, so that no `[N, V]` exists. Where the vocabulary is split over devices, they exchange candidates
-and sums per token, never logits.
+In chunks of tokens, without `[N, V]` arrays. Devices that share the vocabulary exchange candidates and sums per token,
+never logits.
 """
 
 from collections.abc import Callable
@@ -20,77 +20,67 @@ _CHUNK = 256  # tokens at a time on a device
 
 
 def top_k(head: Head, entries: int, temperatures: tuple[float, ...], vocab: int) -> TopK:
-    """The largest entries with their true log-probabilities, and the log-mass of all others per temperature.
+    """The K largest entries with their log-probabilities, and the log-mass of all others per temperature.
 
         tail[T] = log sum_{v not in top-k} softmax(z / T)_v
 
-    Args:
-        head: hidden [*tokens E], unembed [E V].
-        entries: K, at most `vocab`.
-        temperatures: T of each tail.
-        vocab: true vocabulary.
-
-    Raises:
-        ValueError: more entries than there are ids.
+    `head` has hidden [*tokens E] and unembed [E V]; ValueError unless 1 <= entries <= vocab.
     """
     if not 1 <= entries <= vocab:
         raise ValueError(f"a top-k signal of {entries} entries needs as many ids, and the vocabulary has {vocab}")
 
-    def chosen(columns: Columns, z: jax.Array) -> tuple[jax.Array, ...]:
-        values, place = jax.lax.top_k(z, min(entries, z.shape[1]))
-        ids = columns.ids[place]
+    def reduce(columns: Columns, z: jax.Array) -> tuple[jax.Array, ...]:
+        values, indices = jax.lax.top_k(z, min(entries, z.shape[1]))
+        ids = columns.ids[indices]
         if columns.axis is not None:
             values, ids = (jax.lax.all_gather(x, columns.axis, axis=1, tiled=True) for x in (values, ids))
             values, best = jax.lax.top_k(values, entries)
             ids = jnp.take_along_axis(ids, best, 1)
         row = jnp.arange(z.shape[0])[:, None]
         others = z.at[row, columns.local(ids)].set(-jnp.inf, mode="drop")
-        # Relative to the largest logit before anything is divided or added, so that large logits round no worse.
+        # Subtract the largest logit first, so that large logits lose no precision.
         top = columns.max(z)[:, None]
         z, others = z - top, others - top
         tails = [_log_sum(columns, others / t) - _log_sum(columns, z / t) for t in temperatures]
         return ids, (values - top) - _log_sum(columns, z)[:, None], jnp.stack(tails, -1)
 
-    return TopK(*_chunked(chosen, head, vocab, ()))
+    return TopK(*_chunked(reduce, head, vocab, ()))
 
 
 def draw(head: Head, uniforms: Float[jax.Array, "*tokens N"], vocab: int) -> Sampled:
     """N draws with replacement from the distribution at temperature 1, by inversion: exact up to float32 sums.
 
-    Args:
-        head: hidden [*tokens E], unembed [E V].
-        uniforms: in [0, 1), one a draw.
-        vocab: true vocabulary.
+    `uniforms` in [0, 1), one per draw; `head` has hidden [*tokens E] and unembed [E V].
     """
 
-    def drawn(columns: Columns, z: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:
-        up_to = jnp.cumsum(jnp.exp(z - columns.max(z)[:, None]), -1)
-        mass = whole = up_to[:, -1:]
+    def reduce(columns: Columns, z: jax.Array, uniform: jax.Array) -> tuple[jax.Array, ...]:
+        cumulative = jnp.cumsum(jnp.exp(z - columns.max(z)[:, None]), -1)
+        local_mass = total_mass = cumulative[:, -1:]
         if columns.axis is not None:
-            edges = jnp.cumsum(jax.lax.all_gather(mass, columns.axis, axis=1, tiled=True), -1)
-            whole = edges[:, -1:]
-        # Below the whole mass even when the product rounds up, so that an entry without mass is never drawn.
-        goal = jnp.minimum(uniform * whole, jnp.nextafter(whole, 0.0))
+            device_cumulative = jnp.cumsum(jax.lax.all_gather(local_mass, columns.axis, axis=1, tiled=True), -1)
+            total_mass = device_cumulative[:, -1:]
+        # Below the total mass even if the product rounds up, so that an entry without mass is never drawn.
+        goal = jnp.minimum(uniform * total_mass, jnp.nextafter(total_mass, 0.0))
         if columns.axis is None:
-            return _counted(columns.ids[_place(up_to, goal)])
-        # Every device finds the owner of a draw from the same numbers, so that it has exactly one: comparing `goal`
-        # less the mass before a device with that device's own mass rounds differently on either side of an edge.
-        owner, device = _place(edges, goal), jax.lax.axis_index(columns.axis)
-        before = jnp.where(device > 0, edges[:, device - 1], 0.0)[:, None]
-        here = columns.ids[_place(up_to, goal - before)]
-        return _counted(columns.total(jnp.where(owner == device, here, 0)))
+            return _unique_counts(columns.ids[_inverse_cdf(cumulative, goal)])
+        # All devices find the owner of a draw from the same numbers, so that it is unique: comparing `goal` minus the
+        # mass of earlier devices with a device's own mass would round differently on both sides of an edge.
+        owner, device = _inverse_cdf(device_cumulative, goal), jax.lax.axis_index(columns.axis)
+        before = jnp.where(device > 0, device_cumulative[:, device - 1], 0.0)[:, None]
+        local_ids = columns.ids[_inverse_cdf(cumulative, goal - before)]
+        return _unique_counts(columns.total(jnp.where(owner == device, local_ids, 0)))
 
-    return Sampled(*_chunked(drawn, head, vocab, (uniforms,)))
-
-
-def _place(up_to: jax.Array, goal: jax.Array) -> jax.Array:
-    """Indices [c N] of the first entries with which the running sums [c v] exceed goals [c N], as if below the last."""
-    goal = jnp.clip(goal, 0.0, jnp.nextafter(up_to[:, -1:], 0.0))
-    return jax.vmap(partial(jnp.searchsorted, side="right"))(up_to, goal)
+    return Sampled(*_chunked(reduce, head, vocab, (uniforms,)))
 
 
-def _counted(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Different ids and how often each came up [c N]; what is left over is -1 with a count of 0."""
+def _inverse_cdf(cumulative: jax.Array, goal: jax.Array) -> jax.Array:
+    """Indices [c N] of the first entries whose cumulative sums [c v] exceed goals [c N], clipped below the last sum."""
+    goal = jnp.clip(goal, 0.0, jnp.nextafter(cumulative[:, -1:], 0.0))
+    return jax.vmap(partial(jnp.searchsorted, side="right"))(cumulative, goal)
+
+
+def _unique_counts(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Unique ids and their counts [c N]; unused slots are -1 with a count of 0."""
     ids = jnp.sort(ids, -1)
     new = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], -1)
     slot, row = jnp.cumsum(new, -1) - 1, jnp.arange(ids.shape[0])[:, None]
@@ -99,13 +89,13 @@ def _counted(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _log_sum(columns: Columns, z: jax.Array) -> jax.Array:
-    """log sum exp over the whole vocabulary, [c v] -> [c]; -inf where nothing is left."""
+    """log sum exp over the whole vocabulary, [c v] -> [c]; -inf if all entries are."""
     top = columns.max(z)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
     return jnp.log(columns.sum(jnp.exp(z - top[:, None]))) + top
 
 
-def _chunked(each: Callable[..., tuple], head: Head, vocab: int, per_token: tuple[jax.Array, ...]) -> tuple:
+def _chunked(reduce: Callable[..., tuple], head: Head, vocab: int, per_token: tuple[jax.Array, ...]) -> tuple:
     """`each(columns, z [c v], *per_token)` over all tokens: arrays [*tokens n]."""
     shape = head.hidden.shape[:-1]
     flat = head._replace(hidden=mesh.flatten(head.hidden, shape))
@@ -121,12 +111,12 @@ def _chunked(each: Callable[..., tuple], head: Head, vocab: int, per_token: tupl
             return jnp.pad(x, [(0, blocks * size - count), (0, 0)]).reshape(blocks, size, -1)
 
         def block(xs: tuple) -> tuple:
-            hidden, *mine = xs
-            return each(columns, columns.mask(logits(head, hidden), -jnp.inf), *mine)
+            hidden, *extra = xs
+            return reduce(columns, columns.mask(logits(head, hidden), -jnp.inf), *extra)
 
-        found = jax.lax.map(block, jax.tree.map(cut, (head.hidden, *rows)))
-        return tuple(x.reshape(-1, x.shape[-1])[:count] for x in found)
+        outputs_by_chunk = jax.lax.map(block, jax.tree.map(cut, (head.hidden, *rows)))
+        return tuple(x.reshape(-1, x.shape[-1])[:count] for x in outputs_by_chunk)
 
     outputs = ("hidden",) * (2 if per_token else 3)
-    found = mesh.run(body, [("signal", flat), *[("hidden", x) for x in rows]], outputs)
-    return tuple(mesh.unflatten(x, shape) for x in found)
+    outputs_by_chunk = mesh.run(body, [("signal", flat), *[("hidden", x) for x in rows]], outputs)
+    return tuple(mesh.unflatten(x, shape) for x in outputs_by_chunk)

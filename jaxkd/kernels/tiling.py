@@ -1,6 +1,6 @@
-"""The tiles of the Pallas kernels: what fits in a core's VMEM, and which calls they can serve.
+"""Tiles of the Pallas kernels: what fits in a core's VMEM, and which calls are supported.
 
-Sizes are of one device: N tokens, V columns, widths D (student) and E (teacher, 0 for none), b bytes an activation.
+Sizes are per device: N tokens, V columns, widths D (student) and E (teacher, 0 for none), b bytes per activation.
 """
 
 from typing import Any, NamedTuple
@@ -21,10 +21,9 @@ class Sizes(NamedTuple):
     tokens: int
     columns: int
     student: int  # width
-    teacher: int  # width, 0 where no term needs the teacher
-    itemsize: int = 2  # of hidden states, in which the products run
-    cast: bool = True  # the student's unembedding is stored in float32, and is cast first
-    split: bool = False  # the vocabulary is split over devices, so that d hidden is written in float32
+    teacher: int  # width, 0 if no term needs the teacher
+    itemsize: int = 2  # of hidden states, the dtype of the products
+    split: bool = False  # the vocabulary is sharded, so d hidden is written in float32
     terms: int = 2
 
     @property
@@ -33,11 +32,11 @@ class Sizes(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """The last fields of `pallas_tpu.Plan` that sizes decide."""
+    """The fields of `pallas_tpu.Plan` that depend on sizes."""
 
     rows: tuple[int, int]  # (tokens, columns) of a tile where tokens stay and the vocabulary streams
     columns: tuple[int, int]  # the same where columns stay and tokens stream
-    vmem: int  # bytes to ask for
+    vmem: int  # bytes to request
 
 
 def device() -> tuple[str, str]:
@@ -49,19 +48,14 @@ def device() -> tuple[str, str]:
 
 
 def current_chip() -> Chip | None:
-    """The TPU that a call would run on, None if it is another device or an unknown one."""
+    """The TPU that a call would run on; None for another device or an unknown TPU."""
     return CHIPS.get(device()[1])
 
 
 def supports(plan: Any, student: Head, teacher: Any) -> str | None:
-    """Why the Pallas kernels cannot serve a call, in one line, or None if they can.
+    """Why the Pallas kernels do not support a call of a `pallas_tpu.Plan`, or None if they do.
 
-    Standardised logits have no place in the plan: who makes it has to refuse them.
-
-    Args:
-        plan: a `pallas_tpu.Plan`.
-        student: hidden [N D], unembed [D V].
-        teacher: the same with its own width, or None; another signal is refused.
+    A plan cannot express standardised logits: its maker must reject them.
     """
     platform, kind = device()
     if platform != "tpu" and not plan.interpret:
@@ -83,45 +77,42 @@ def supports(plan: Any, student: Head, teacher: Any) -> str | None:
 
 
 def vmem(sizes: Sizes, tile: tuple[int, int], tokens_stay: bool) -> int:
-    """VMEM bytes of the hungrier kernel of a kind, on the safe side of what the compiler asked for.
+    """VMEM bytes of the larger kernel of a kind, an upper bound of what the compiler asked for.
 
-        2 b (n + v) (D + E)    blocks of both sides' operands, double-buffered
-        tokens stay:   n D (4 + 2 x 2) or (4 + 2 x 4)    the float32 sum, and what is written, double-buffered
-        columns stay:  v D (2 x 4)                        the float32 sum, where it is written
+        2 b (n + v) (D + E)    blocks of both heads' operands, double-buffered
+        tokens stay:   n D (4 + 2 x 2) or (4 + 2 x 4)    the float32 sum, and the output, double-buffered
+        columns stay:  v D (2 x 4)                        the float32 sum, accumulated in the output
         6 D (n or v)           the product to add, and its transposed or masked operand
-        4 n v (6 + terms)      float32 tiles: logits and what divergences make of them
+        4 n v (6 + terms)      float32 tiles: logits and the divergences' intermediates
 
-    Args:
-        sizes: of the call.
-        tile: (n tokens, v columns).
-        tokens_stay: which kind of kernel.
+    `tile` is (n tokens, v columns).
     """
     tokens, columns = tile
     out = 4 if sizes.split else sizes.itemsize
-    kept = tokens * (4 + 2 * out) if tokens_stay else columns * 8
+    output = tokens * (4 + 2 * out) if tokens_stay else columns * 8
     stays = tokens if tokens_stay else columns
     operands = 2 * sizes.itemsize * sum(tile) * sizes.widths
-    return operands + sizes.student * (kept + (4 + sizes.itemsize) * stays) + 4 * (6 + sizes.terms) * tokens * columns
+    return operands + sizes.student * (output + (4 + sizes.itemsize) * stays) + 4 * (6 + sizes.terms) * tokens * columns
 
 
 def tiling(sizes: Sizes, chip: Chip) -> Tiling | None:
     """The tiles of a call, None if none fits in VMEM.
 
-    A kernel makes n FLOPs for each byte that streams by n tokens, or columns, that stay: from the chip's ridge on,
-    reading again costs no time. So the smallest n from one and a half times the ridge on, and less where VMEM ends;
-    what streams is as wide as the matrix unit. Larger tiles save bytes and no time, and take minutes to compile.
-    Tokens are spread evenly over their blocks.
+    With n tokens (or columns) that stay, a kernel makes n FLOPs per streamed byte, so above the chip's ridge re-reading
+    costs no time. n is the smallest size from 1.5 times the ridge on, smaller if VMEM requires it; the streamed axis is
+    as wide as the matrix unit. Larger tiles save bytes but no time, and compile for minutes. Tokens are spread evenly
+    over their blocks.
     """
-    allowed = chip.vmem // 16 * 15
+    limit = chip.vmem // 16 * 15
     enough = min([n for n in _STAY if n >= 1.5 * chip.ridge], default=_STAY[0])
     pairs = [(stay, stream) for stay in _STAY if stay <= enough for stream in _STREAM]
-    found = []
+    chosen = []
     for tokens_stay in (True, False):
         tiles = [pair if tokens_stay else pair[::-1] for pair in pairs]
-        fitting = [tile for tile in tiles if vmem(sizes, tile, tokens_stay) <= allowed]
+        fitting = [tile for tile in tiles if vmem(sizes, tile, tokens_stay) <= limit]
         if not fitting:
             return None
-        found.append(fitting[0])
-    (tokens, columns), blocks = found[0], -(-sizes.tokens // found[0][0])
+        chosen.append(fitting[0])
+    (tokens, columns), blocks = chosen[0], -(-sizes.tokens // chosen[0][0])
     even = -(-sizes.tokens // (blocks * _LANES)) * _LANES
-    return Tiling((min(tokens, even), columns), found[1], allowed)
+    return Tiling((min(tokens, even), columns), chosen[1], limit)

@@ -1,9 +1,8 @@
-"""The fused head and divergences: tokens in chunks, gradients made in the forward scan, never `[N, V]`.
+"""The fused head and divergences in XLA: tokens in chunks, gradients computed in the forward scan, never `[N, V]`.
 
-Weights come first. So each chunk can finish its part of the gradient while its logits are at hand, and four
-matrix products (student logits, teacher logits, d hidden, d unembed) serve every term of a step. Where the
-mesh splits the vocabulary, a chunk exchanges per-token sums and nothing else; the gradient of the head is
-reduced over the token axes once, after the scan.
+Since the weights are known first, each chunk finishes its part of the gradient while its logits exist, and four matrix
+products (student logits, teacher logits, d hidden, d unembed) serve all terms. A sharded vocabulary exchanges per-token
+sums only; the gradient of the head is reduced over the token axes once, after the scan.
 """
 
 import dataclasses
@@ -34,14 +33,14 @@ from jaxkd.kernels.pointwise import (
 
 
 class Plan(NamedTuple):
-    """What is static about a call."""
+    """Static parameters of a call."""
 
     terms: tuple[Any, ...]
     slots: tuple[int, ...]  # per term, which of the softenings it uses
     softenings: tuple[Softening, ...]
     vocab: int
     chunk: int
-    frozen: bool = False  # the head gets no gradient, and costs no product for one
+    frozen: bool = False  # the head's gradient is not computed
     axes: mesh.Axes = mesh.AXES
 
 
@@ -55,24 +54,24 @@ def _terms(plan: Plan, temperatures, z, teacher: Teacher, target, weights, colum
     fields: dict[int, jax.Array] = {}
     dz = None
     for slot, softening in enumerate(plan.softenings):
-        mine = [i for i, s in enumerate(plan.slots) if s == slot]
+        indices = [i for i, s in enumerate(plan.slots) if s == slot]
         temperature = temperatures[softening.temperature]
-        thin: list[int] = []
-        parts = []
-        if isinstance(teacher, TopK | Sampled) and (thin := [i for i in mine if plan.terms[i].uses_teacher]):
-            named = [(plan.terms[i], weights[i]) for i in thin]
-            parts.append((thin, sparse(named, softening, temperature, z, teacher, target, plan.vocab, columns)))
-        if full := [i for i in mine if i not in thin]:
-            named = [(plan.terms[i], weights[i]) for i in full]
-            parts.append((full, dense(named, softening, temperature, z, z_teacher, is_target, columns)))
-        for which, (values, part) in parts:
-            fields |= dict(zip(which, values, strict=True))
-            dz = part if dz is None else dz + part
+        of_sparse: list[int] = []
+        results = []
+        if isinstance(teacher, TopK | Sampled) and (of_sparse := [i for i in indices if plan.terms[i].uses_teacher]):
+            terms = [(plan.terms[i], weights[i]) for i in of_sparse]
+            results.append((of_sparse, sparse(terms, softening, temperature, z, teacher, target, plan.vocab, columns)))
+        if of_dense := [i for i in indices if i not in of_sparse]:
+            terms = [(plan.terms[i], weights[i]) for i in of_dense]
+            results.append((of_dense, dense(terms, softening, temperature, z, z_teacher, is_target, columns)))
+        for term_indices, (values, gradient) in results:
+            fields |= dict(zip(term_indices, values, strict=True))
+            dz = gradient if dz is None else dz + gradient
     return jnp.stack([fields[i] for i in range(len(plan.terms))]), dz
 
 
 def _chunked(x: jax.Array, chunk: int) -> jax.Array:
-    """Split the leading token axis into chunks; the remainder is filled with zeros, so with zero weight."""
+    """Split the leading token axis into chunks, zero-padded, so with zero weight."""
     blocks = -(-x.shape[0] // chunk)
     x = jnp.pad(x, [(0, blocks * chunk - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(blocks, chunk, *x.shape[1:])
@@ -83,8 +82,7 @@ def _flat(x: jax.Array, count: int) -> jax.Array:
 
 
 def _fields(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, temperatures):
-    """Fields [terms, N] of this device's tokens, with no gradient."""
-    del tokens
+    """Fields [terms, N] of this device's tokens, without gradient."""
     columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
 
     def block(xs):
@@ -98,19 +96,19 @@ def _fields(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, 
 
 
 def _per_token(teacher: Teacher) -> Any:
-    """The part of a teacher's signal that has a token axis."""
+    """The part of a teacher's signal with a token axis."""
     if isinstance(teacher, Ensemble):
         return tuple(head.hidden for head in teacher.heads), teacher.weights
     return teacher.hidden if isinstance(teacher, Head) else teacher
 
 
-def _teacher(whole: Teacher, chunk: Any) -> Any:
-    """The signal for a chunk of tokens."""
-    if isinstance(whole, Ensemble):
+def _teacher(signal: Teacher, chunk: Any) -> Any:
+    """The signal of a chunk of tokens."""
+    if isinstance(signal, Ensemble):
         hidden, weights = chunk
-        heads = tuple(head._replace(hidden=h) for head, h in zip(whole.heads, hidden, strict=True))
-        return dataclasses.replace(whole, heads=heads, weights=weights)
-    return whole._replace(hidden=chunk) if isinstance(whole, Head) else chunk
+        heads = tuple(head._replace(hidden=h) for head, h in zip(signal.heads, hidden, strict=True))
+        return dataclasses.replace(signal, heads=heads, weights=weights)
+    return signal._replace(hidden=chunk) if isinstance(signal, Head) else chunk
 
 
 def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targets, weights, temperatures):
@@ -120,29 +118,28 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
 
     def block(carry, xs):
         hidden, entries, target, weight = xs
-        shape = partial(activate, scale=student.scale, softcap=student.softcap)
+        to_logits = partial(activate, scale=student.scale, softcap=student.softcap)
         live = jnp.any(weight != 0, axis=1, keepdims=True)
         raw = dot(hidden, unembed, (1, 0))
         fields, dz = _terms(
-            plan, temperatures, shape(raw, student.bias), _teacher(teacher, entries), target, weight.T, columns
+            plan, temperatures, to_logits(raw, student.bias), _teacher(teacher, entries), target, weight.T, columns
         )
-        # Pulled back at zero where there is no weight: the softcap's slope at a NaN would be one.
-        _, pull = jax.vjp(shape, jnp.where(live, raw, 0.0), student.bias)
+        # Zeroed where there is no weight, since the softcap's derivative at NaN is NaN.
+        _, pull = jax.vjp(to_logits, jnp.where(live, raw, 0.0), student.bias)
         raw, dbias = pull(jnp.where(live, dz, 0.0))
         raw = raw.astype(hidden.dtype)
         if not plan.frozen:
-            # What stands in a token without weight, NaN included, must not reach the head's gradient.
-            step = (dot(jnp.where(live, hidden, 0), raw, (0, 0)), dbias)
-            carry = jax.tree.map(jnp.add, carry, step)
+            # Hidden states without weight may be NaN and must not reach the head's gradient.
+            update = (dot(jnp.where(live, hidden, 0), raw, (0, 0)), dbias)
+            carry = jax.tree.map(jnp.add, carry, update)
         dhidden = dot(raw, unembed, (1, 1))
-        # In the activations' precision at once, so that memory does not grow with the tokens; a split vocabulary has
-        # the devices' parts to add first.
+        # Cast at once to save memory, unless the parts of a sharded vocabulary must be added first.
         return carry, (fields.T, dhidden.astype(hidden.dtype) if axis is None else dhidden)
 
-    empty: Any = (jnp.zeros(student.unembed.shape, jnp.float32), jax.tree.map(jnp.zeros_like, student.bias))
-    empty = (None, None) if plan.frozen else empty
+    zeros: Any = (jnp.zeros(student.unembed.shape, jnp.float32), jax.tree.map(jnp.zeros_like, student.bias))
+    zeros = (None, None) if plan.frozen else zeros
     xs = (student.hidden, _per_token(teacher), targets, weights.T)
-    reduced, (fields, dhidden) = jax.lax.scan(block, empty, jax.tree.map(lambda x: _chunked(x, plan.chunk), xs))
+    reduced, (fields, dhidden) = jax.lax.scan(block, zeros, jax.tree.map(lambda x: _chunked(x, plan.chunk), xs))
     if tokens:
         reduced = jax.lax.psum(reduced, tokens)
     dhidden = _flat(dhidden, targets.shape[0])
@@ -152,20 +149,19 @@ def _fields_and_gradient(plan: Plan, tokens, axis, student: Head, teacher, targe
 
 
 def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head | Ensemble, targets):
-    """[terms + 5, N]: the terms' fields at temperature 1, then what `api.Ranked` names."""
+    """[terms + 5, N]: the terms' fields at temperature 1, then `api.RANKED`."""
     columns = columns_of(plan.vocab, student.unembed.shape[1], axis)
-    del tokens
 
     def block(xs):
         hidden, entries, target = xs
         z, signal = logits(student, hidden), _teacher(teacher, entries)
         nothing = jnp.zeros((len(plan.terms), target.shape[0]))
         fields, _ = _terms(plan, jnp.ones(1), z, signal, target, nothing, columns)
-        both = (z, teacher_logits(signal))
-        sides = [teacher_log_probs(each, 1.0, False, columns) for each in both]
-        best = [columns.argmax(lp if isinstance(each, Mixed) else each) for lp, each in zip(sides, both, strict=True)]
-        same = [best[0] == best[1], best[0] == target, best[1] == target]
-        rows = [*(jnp.exp(columns.max(lp)) for lp in sides), *(x.astype(jnp.float32) for x in same)]
+        zs = (z, teacher_logits(signal))
+        lps = [teacher_log_probs(x, 1.0, False, columns) for x in zs]
+        q_top, p_top = (columns.argmax(lp if isinstance(x, Mixed) else x) for lp, x in zip(lps, zs, strict=True))
+        matches = [q_top == p_top, q_top == target, p_top == target]
+        rows = [*(jnp.exp(columns.max(lp)) for lp in lps), *(x.astype(jnp.float32) for x in matches)]
         return jnp.concatenate([fields, jnp.stack(rows)]).T
 
     xs = jax.tree.map(lambda x: _chunked(x, plan.chunk), (student.hidden, _per_token(teacher), targets))
@@ -173,7 +169,7 @@ def _comparison(plan: Plan, tokens, axis, student: Head, teacher: Head | Ensembl
 
 
 def _inputs(student: Head, teacher: Teacher, targets, weights, temperatures) -> list[tuple[str, Any]]:
-    """How a call's arrays lie on a mesh."""
+    """The layouts of a call's arrays on a mesh."""
     signals = [("signal", student), ("signal", teacher)]
     return [*signals, ("tokens", targets), ("rows", weights), ("replicated", temperatures)]
 
@@ -193,25 +189,25 @@ def _forward(plan: Plan, *arguments):
 
 
 def _without_frozen_head(plan: Plan, arguments: tuple) -> tuple[Plan, tuple]:
-    """The values of a `custom_vjp`'s arguments, and a plan without the product of a head that is not differentiated."""
+    """Values of a `custom_vjp`'s arguments, and the plan without the head's gradient where it is not differentiated."""
     perturbed = jax.tree.map(lambda x: x.perturbed, arguments[0], is_leaf=lambda x: hasattr(x, "perturbed"))
     values = jax.tree.map(lambda x: x.value, arguments, is_leaf=lambda x: hasattr(x, "perturbed"))
     return plan._replace(frozen=not (perturbed.unembed or perturbed.bias)), values
 
 
 def _gradient(plan: Plan, student: Head, teacher: Teacher, targets, weights, temperatures):
-    """The gradient of sum(weights * fields) in the student's head, as a tuple of its first three, and the fields."""
+    """The gradient of sum(weights * fields) in (hidden, unembed, bias), and the fields."""
     head = ("nothing", "nothing") if plan.frozen else ("unembed", "nothing" if student.bias is None else "bias")
     inputs = _inputs(student, teacher, targets, weights, temperatures)
     fields, *gradient = mesh.run(partial(_fields_and_gradient, plan), inputs, ("rows", "hidden", *head), plan.axes)
-    like: Any = (student.hidden, student.unembed, student.bias)
-    return tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, like, strict=True)), fields
+    primals: Any = (student.hidden, student.unembed, student.bias)
+    return tuple(None if g is None else g.astype(x.dtype) for g, x in zip(gradient, primals, strict=True)), fields
 
 
 def _backward(plan: Plan, residuals, cotangents):
     gradient, fields = residuals
     scale = cotangents[0]
-    if isinstance(scale, SymbolicZero):  # only the fields were differentiated, and they carry no gradient
+    if isinstance(scale, SymbolicZero):  # only the fields are differentiated, and they have no gradient
         return None, None, None, None, None
     student = jax.tree.map(lambda g: (g * scale).astype(g.dtype), Head(*gradient))
     return student, None, None, fields * scale, None
@@ -230,7 +226,7 @@ def values(plan: Plan, student: Head, teacher: Teacher, targets, temperatures):
 
 def _values_forward(plan: Plan, *arguments):
     plan, arguments = _without_frozen_head(plan, arguments)
-    # Residuals are arrays: whether the head is frozen is in their structure.
+    # Residuals must be arrays, so `frozen` is encoded in their structure.
     return values(plan, *arguments), (None if plan.frozen else (), arguments)
 
 
@@ -238,7 +234,7 @@ def _values_backward(plan: Plan, residuals, cotangent):
     frozen, (student, teacher, targets, temperatures) = residuals
     if isinstance(cotangent, SymbolicZero):
         return None, None, None, None
-    # A token whose value does not matter has a cotangent of zero, and so no weight: NaN there changes nothing.
+    # A token with a zero cotangent has no weight, so it may be NaN.
     gradient, _ = _gradient(plan._replace(frozen=frozen is None), student, teacher, targets, cotangent, temperatures)
     return Head(*gradient), None, None, None
 

@@ -1,4 +1,4 @@
-"""One divergence between two heads as a loss, for a training loop of the user's own."""
+"""One divergence between two heads as a loss, for custom training loops."""
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +27,24 @@ def distill(
 
         loss = T^2 sum_n weights[n] D(p_n^(T), q_n^(T)) / sum_n weights[n]
 
-    in nats; 0 where all weights are 0. Both heads' logits are made in chunks of tokens and never stand whole in memory.
-    T^2 keeps the gradient's scale as T changes (Hinton et al. 2015, arXiv 1503.02531, section 2). On a mesh call it
-    under `jax.set_mesh`, and name the axes that split tokens and vocabulary.
+    in nats; 0 where all weights are 0. Logits are computed in chunks of tokens and never materialised as a whole. T^2
+    keeps the gradient's scale as T changes (Hinton et al. 2015, arXiv 1503.02531, section 2). On a mesh, call it under
+    `jax.set_mesh` and name the axes that shard tokens and vocabulary.
 
     Args:
         student: hidden [*tokens D] in the compute dtype, unembed [D V].
         teacher: a head of its own width over the same columns, several, or stored entries; it gets no gradient.
-        weights: [*tokens], 0 where a token does not count; need not add up to anything.
+        weights: [*tokens], 0 where a token does not count; need not sum to 1.
         divergence: `forward_kl()` where None.
-        vocab: true vocabulary, all columns where None; columns from there on have no probability and no gradient.
-        targets: [*tokens] next-token ids, for divergences that look at them (`decoupled_kd`).
-        tails: temperatures of a top-k teacher's tails, in their order.
-        chunk: tokens at a time on a device; None sizes it.
-        axes: which axes of the current mesh split tokens and vocabulary.
+        vocab: true vocabulary, all columns where None; later columns have no probability and no gradient.
+        targets: [*tokens] next-token ids, for divergences that use them (`decoupled_kd`).
+        tails: the temperatures of a top-k teacher's tails.
+        chunk: tokens per chunk on a device; None derives it.
 
-    Raises:
-        ValueError: as `linear_divergence`.
+    Raises ValueError as `linear_divergence` does.
     """
     divergence = forward_kl() if divergence is None else divergence
-    # Before the kernel: a sum over tokens and a division of them all, so that any mesh and any padding agree.
+    # Normalised globally before the kernel, so that the result does not depend on the mesh or on padding.
     weights = jnp.asarray(weights, jnp.float32)
     total = weights.sum()
     scale = jnp.square(jnp.asarray(temperature, jnp.float32)) / jnp.where(total > 0, total, 1.0)

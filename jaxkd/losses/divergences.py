@@ -1,24 +1,21 @@
-"""Token-level divergences as a few lines of pointwise mathematics.
+"""Token-level divergences as pointwise functions.
 
-`lp` and `lq` are log-probabilities of teacher `p` and student `q`, shape [N, v] for any slice of the
-vocabulary; results are in nats. A divergence never sees logits, temperatures, weights or meshes: the dense
-reference, the fused kernels, their gradients, the vocabulary-sharded form and the top-k form all use the one
-definition here. Gradients are given in the student's logits z, with q = softmax(z). Equations that are quoted
-from memory are marked "recalled".
+`lp` and `lq` are log-probabilities of teacher `p` and student `q`, [N, v] for any slice of the vocabulary; results
+are in nats. The dense reference, the fused kernels, their gradients, the sharded and the top-k forms all use this one
+definition. Gradients are given in the student's logits z, with q = softmax(z). "recalled": the equation was quoted from
+memory.
 
-Of a top-k teacher every divergence sees K + 1 entries: the K, and all others as one ("bucket"). By the
-data-processing inequality that value never exceeds the full one for an f-divergence. What leaves the tail out
-has a name of its own: `partial_kl`, `conditional_kl`, `renormalized_kl`.
+With a top-k teacher a divergence is over K + 1 entries: the K, and the sum of all others. For an f-divergence that is
+at most the full value (data-processing inequality). `partial_kl`, `conditional_kl` and `renormalized_kl` omit the tail.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from jaxkd.core.types import Divergence, Side, TopSet
-from jaxkd.losses.hard_targets import next_token, z_loss
-from jaxkd.losses.topk import conditional_kl, partial_kl, renormalized_kl
 
 __all__ = [
     "adaptive_kl", "alpha_beta", "alpha_divergence", "conditional_kl", "cross_entropy", "decoupled_kd",
@@ -26,8 +23,6 @@ __all__ = [
     "renormalized_kl", "renyi", "reverse_kl", "skew_kl", "skew_reverse_kl", "squared_hellinger", "total_variation",
     "z_loss",
 ]  # fmt: skip
-
-Array = jax.Array
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:
@@ -42,23 +37,16 @@ def _weights(where: str, **values: float) -> None:
 
 
 def _nearly(name: str, value: float, point: float) -> bool:
-    """Whether a parameter is a singular point. Beside it float32 cancels, and the point's own form is meant.
-
-    Raises:
-        ValueError: so near that values would be rounding errors.
-    """
+    """Whether a parameter is at a singular point; ValueError so near it that float32 would cancel."""
     if 1e-9 < abs(value - point) < 1e-3:
         raise ValueError(f"{name} is {value}: within 0.001 of {point} float32 cancels, so give {point} itself")
     return abs(value - point) <= 1e-9
 
 
 def _expm1(x: Array) -> Array:
-    """exp(x) - 1 without cancellation near 0: Pallas lowers tanh for TPUs, and no expm1."""
+    """exp(x) - 1 without cancellation near 0; Pallas for TPU lowers tanh but not expm1."""
     half = jnp.tanh(0.5 * jnp.clip(x, -1.0, 1.0))
     return jnp.where(jnp.abs(x) < 1.0, 2 * half / (1 - half), jnp.exp(x) - 1)
-
-
-# ------------------------------------------------------------------------------------- the two KLs
 
 
 def forward_kl() -> Divergence:
@@ -71,10 +59,10 @@ def forward_kl() -> Divergence:
 
 
 def cross_entropy() -> Divergence:
-    """H(p, q) = -sum p log q = KL(p || q) + H(p): forward KL's gradient, without the teacher's entropy.
+    """H(p, q) = -sum p log q = KL(p || q) + H(p).
 
-    Gradient: q - p. Linear in p, so that draws from the teacher give it without bias (arXiv 2503.16870).
-    At least H(p), which is what remains at q = p.
+    Gradient: q - p. Linear in p, so draws from the teacher give it without bias (arXiv 2503.16870). Minimum H(p), at q
+    = p.
     """
     return Divergence(lambda lp, lq, side: (-jnp.exp(lp) * lq,), unbiased=True)
 
@@ -82,23 +70,17 @@ def cross_entropy() -> Divergence:
 def reverse_kl() -> Divergence:
     """KL(q || p) = sum q (log q - log p).
 
-    Gradient: q (log q/p - KL), unbounded where p vanishes; the kernels floor log-probabilities so that it
-    stays finite. Source: MiniLLM (arXiv 2306.08543), Eq. 1.
+    Gradient: q (log q/p - KL), unbounded where p vanishes; the kernels floor log-probabilities, so it stays finite.
+    Source: MiniLLM (arXiv 2306.08543), Eq. 1.
     """
     return Divergence(lambda lp, lq, side: (jnp.exp(lq) * (lq - lp),))
 
 
 def mixed_kl(reverse: float = 0.5) -> Divergence:
-    """(1 - reverse) KL(p || q) + reverse KL(q || p).
+    """(1 - reverse) KL(p || q) + reverse KL(q || p), `reverse` from 0 to 1, else ValueError.
 
     Gradient: the same mixture of theirs; never negative, unbounded. `reverse=0.9` is DistiLLM's "symmetric KL" (arXiv
     2402.03898, code).
-
-    Args:
-        reverse: share of the reverse KL, from 0 to 1.
-
-    Raises:
-        ValueError: for any other share.
     """
     if not 0.0 <= reverse <= 1.0:
         raise ValueError(f"mixed_kl: reverse is a share from 0 to 1, got {reverse}")
@@ -117,16 +99,10 @@ def jeffreys() -> Divergence:
 def adaptive_kl(mass: float = 0.5) -> Divergence:
     """g_h/(g_h + g_t) KL(p || q) + g_t/(g_h + g_t) KL(q || p), with g = sum |p - q| over head and tail of p.
 
-    The head is the fewest of the teacher's entries that hold `mass`, ties included; of a top-k teacher, at most all
-    that it stored. g carries no gradient, so the gradient is the same mixture of theirs. Never negative. Source: Wu et
-    al. 2024 (arXiv 2404.02657), section 4, recalled; the set is the paper's, its code leaves out the entry that crosses
-    `mass`.
-
-    Args:
-        mass: of the head, strictly between 0 and 1.
-
-    Raises:
-        ValueError: for any other `mass`.
+    The head is the fewest of the teacher's entries that hold `mass` (0 < mass < 1, else ValueError), ties included; of
+    a top-k teacher, at most the stored ones. g carries no gradient, so the gradient is the same mixture of theirs.
+    Never negative. Source: Wu et al. 2024 (arXiv 2404.02657), section 4, recalled; the set is the paper's, its code
+    omits the entry that crosses `mass`.
     """
     _between("adaptive_kl: mass", mass, 0.0, 1.0)
 
@@ -143,29 +119,19 @@ def adaptive_kl(mass: float = 0.5) -> Divergence:
     return Divergence(phi, combine, top_set=TopSet(mass=mass))
 
 
-# ------------------------------------------------------------------- mixtures of teacher and student
-
-
 def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
     """JSD(beta) = beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
-    Here `beta` is the weight of the *teacher*, in the mixture and in the sum. Gradient: q (u - <q, u>) with
-    u = (1 - beta) (log q - log m). Bounded by the entropy of (beta, 1 - beta). Source: GKD (arXiv 2306.13649),
-    Eq. 1. The formula goes to 0 at both ends, JSD/beta -> KL(p || q) as beta -> 0 and
-    JSD/(1 - beta) -> KL(q || p) as beta -> 1; `endpoint` says what happens there:
+    `beta` is the weight of the *teacher*, in the mixture and in the sum. Gradient: q (u - <q, u>) with
+    u = (1 - beta) (log q - log m). Bounded by the entropy of (beta, 1 - beta). Source: GKD (arXiv 2306.13649), Eq. 1.
+    The formula goes to 0 at both ends: JSD/beta -> KL(p || q) as beta -> 0, JSD/(1 - beta) -> KL(q || p) as beta -> 1.
+    `endpoint` selects the behaviour there:
 
-    - "paper": the formula; the ends themselves are refused.
-    - "kl": the formula inside, but KL(p || q) at beta = 0 and KL(q || p) at beta = 1, as in TRL: a jump in scale.
-    - "scaled": JSD(beta) / (beta (1 - beta)), which reaches those two KLs without a jump.
+    - "paper": the formula; beta 0 and 1 are a ValueError.
+    - "kl": the formula inside, KL(p || q) at beta = 0 and KL(q || p) at beta = 1, as in TRL: the scale jumps.
+    - "scaled": JSD(beta) / (beta (1 - beta)), which reaches those two KLs continuously.
 
-    Maps: TRL's GKD beta is ours with endpoint "kl". DistiLLM's js_distance(lam) is beta = 1 - lam.
-
-    Args:
-        beta: from 0 to 1.
-        endpoint: "paper", "kl" or "scaled".
-
-    Raises:
-        ValueError: for another `endpoint`, a `beta` out of range, or 0 and 1 with "paper".
+    TRL's GKD beta is this one with endpoint "kl"; DistiLLM's js_distance(lam) is beta = 1 - lam.
     """
     if endpoint not in ("paper", "kl", "scaled"):
         raise ValueError(f"generalized_jsd: endpoint must be paper, kl or scaled, got '{endpoint}'")
@@ -192,16 +158,10 @@ def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
 
 
 def skew_kl(alpha: float = 0.1) -> Divergence:
-    """SKL(alpha) = KL(p || alpha p + (1 - alpha) q).
+    """SKL(alpha) = KL(p || alpha p + (1 - alpha) q), 0 <= alpha < 1 (0 is forward KL), else ValueError.
 
     Gradient: q (u - <q, u>) with u = -(1 - alpha) p/m, so |u q| <= p. Bounded by log 1/alpha.
     Source: DistiLLM (arXiv 2402.03898), Eq. 4, recalled; its code drops the constant sum p log p.
-
-    Args:
-        alpha: weight of the teacher in the mixture, at least 0 (forward KL) and below 1.
-
-    Raises:
-        ValueError: for any other `alpha`.
     """
     if alpha == 0.0:
         return forward_kl()
@@ -215,17 +175,11 @@ def skew_kl(alpha: float = 0.1) -> Divergence:
 
 
 def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
-    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q).
+    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q), 0 <= alpha < 1 (0 is reverse KL), else ValueError.
 
-    Gradient: q (u - <q, u>) with u = log q/m - alpha q/m, at most log 1/alpha. Bounded by log 1/alpha, where
-    reverse KL is not. The mixture's own dependence on q is differentiated (DistiLLM-2's code detaches it).
+    Gradient: q (u - <q, u>) with u = log q/m - alpha q/m, at most log 1/alpha. Bounded by log 1/alpha, unlike reverse
+    KL. The gradient flows through the mixture's q too (DistiLLM-2's code detaches it).
     Source: DistiLLM (arXiv 2402.03898), section 3.1, recalled.
-
-    Args:
-        alpha: weight of the student in the mixture, at least 0 (reverse KL) and below 1.
-
-    Raises:
-        ValueError: for any other `alpha`.
     """
     if alpha == 0.0:
         return reverse_kl()
@@ -236,9 +190,6 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
         return (q * (lq - jnp.log((1 - alpha) * jnp.exp(lp) + alpha * q)),)
 
     return Divergence(phi)
-
-
-# ------------------------------------------------------------------------------ powers and distances
 
 
 def total_variation() -> Divergence:
@@ -273,16 +224,11 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         a = b = 0:   1/2 sum (log p - log q)^2
 
     (1/2, 1/2) is four times the squared Hellinger distance, (1, 1) half the squared L2 distance. Gradient:
-    q (u - <q, u>) with u = q^(b-1) (q^a - p^a)/a. Never negative; bounded for positive a and b, by 1/(a b). Source:
-    ABKD (arXiv 2505.04560), Eq. 5, recalled, after Cichocki et al. 2011 (Entropy 13), whose limits these are.
+    q (u - <q, u>) with u = q^(b-1) (q^a - p^a)/a. Never negative; bounded by 1/(a b) for positive a and b. Source:
+    ABKD (arXiv 2505.04560), Eq. 5, recalled, after Cichocki et al. 2011 (Entropy 13); ABKD's scripts use (0.2, 0.7).
 
-    Args:
-        alpha: a; ABKD's scripts use (0.2, 0.7).
-        beta: b.
-
-    Raises:
-        ValueError: for numbers that are not finite, that are within 0.001 of a limit, or whose powers of floored
-            probabilities leave float32.
+    Raises ValueError for parameters that are not finite or within 0.001 of a limit, or where powers of floored
+    probabilities leave float32.
     """
     a, b = alpha, beta
     if not (math.isfinite(a) and math.isfinite(b)):
@@ -292,23 +238,22 @@ def alpha_beta(alpha: float = 0.2, beta: float = 0.7) -> Divergence:
         raise ValueError(
             f"alpha_beta({a}, {b}) has powers below -0.9, which leave float32 where a probability is floored"
         )
-    no_a, no_b = _nearly("alpha_beta: alpha", a, 0.0), _nearly("alpha_beta: beta", b, 0.0)
-    no_sum = _nearly("alpha_beta: alpha + beta", a + b, 0.0)
+    a_is_0, b_is_0 = _nearly("alpha_beta: alpha", a, 0.0), _nearly("alpha_beta: beta", b, 0.0)
+    sum_is_0 = _nearly("alpha_beta: alpha + beta", a + b, 0.0)
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        if no_a and no_b:
+        if a_is_0 and b_is_0:
             return (0.5 * jnp.square(lp - lq),)
-        if no_b:
+        if b_is_0:
             p, q = jnp.exp(a * lp), jnp.exp(a * lq)
             return ((p * a * (lp - lq) - p + q) / a**2,)
-        if no_a:
+        if a_is_0:
             p, q = jnp.exp(b * lp), jnp.exp(b * lq)
             return ((q * b * (lq - lp) - q + p) / b**2,)
-        if no_sum:
+        if sum_is_0:
             return ((jnp.exp(a * (lp - lq)) - a * (lp - lq) - 1) / a**2,)
-        # Relative to the larger side, so that nothing overflows and equal sides differ by exactly nothing: three powers
-        # that cancel would leave 1e-6 of noise.
-        gap, small = -jnp.abs(lp - lq), jnp.where(lq <= lp, b, a)  # `small` is the exponent of the smaller side
+        # Relative to the larger of p and q: nothing overflows, and p = q gives exactly 0 instead of rounding of 1e-6.
+        gap, small = -jnp.abs(lp - lq), jnp.where(lq <= lp, b, a)  # `small`: the exponent of the smaller one
         rest = small / (a + b) * _expm1((a + b) * gap) - _expm1(small * gap)
         return (jnp.exp((a + b) * jnp.maximum(lp, lq)) * rest / (a * b),)
 
@@ -327,14 +272,9 @@ def alpha_divergence(alpha: float = 0.5) -> Divergence:
 def renyi(alpha: float = 0.5) -> Divergence:
     """D_a = log(sum p^a q^(1-a)) / (a - 1), forward KL as a -> 1.
 
-    Gradient: q - r with r = p^a q^(1-a) / sum p^a q^(1-a), a tilted teacher; so within [-1, 1], whatever a.
-    Not decreasing in a. Source: van Erven & Harremoes 2014 (arXiv 1206.2459), Eq. 1.
-
-    Args:
-        alpha: above 0 and at most 2, beyond which float32 cannot hold p^a q^(1-a); 1 is forward KL.
-
-    Raises:
-        ValueError: for any other `alpha`, and within 0.001 of 1.
+    Gradient: q - r with r = p^a q^(1-a) / sum p^a q^(1-a), so within [-1, 1]. Not decreasing in a. ValueError unless
+    0 < a <= 2 (float32 cannot hold p^a q^(1-a) beyond) and for a within 0.001 of 1.
+    Source: van Erven & Harremoes 2014 (arXiv 1206.2459), Eq. 1.
     """
     if not 0.0 < alpha <= 2.0:
         raise ValueError(f"renyi: alpha must be above 0 and at most 2, got {alpha}")
@@ -345,11 +285,8 @@ def renyi(alpha: float = 0.5) -> Divergence:
     )
 
 
-# -------------------------------------------------------------------------------- target and the rest
-
-
 def _part(p: Array, q: Array) -> Array:
-    """p log(p/q) for masses of which either may be zero; q = 0 counts as the smallest normal number."""
+    """p log(p/q), where either mass may be 0; q = 0 counts as the smallest normal number."""
     least = jnp.finfo(jnp.float32).tiny
     return jnp.where(p > 0, p * (jnp.log(jnp.maximum(p, least)) - jnp.log(jnp.maximum(q, least))), 0.0)
 
@@ -357,17 +294,11 @@ def _part(p: Array, q: Array) -> Array:
 def decoupled_kd(target: float = 1.0, others: float = 8.0) -> Divergence:
     """target KL((p_y, 1-p_y) || (q_y, 1-q_y)) + others KL(p without y || q without y), y the data's next token.
 
-    Forward KL is the same with `others` = 1 - p_y: the second part no longer fades where the teacher is sure.
-    Gradient: of the first, target (q_y - p_y) on the target against the rest; of the second, others times the
-    difference of the renormalised distributions. Source: DKD (arXiv 2203.08679), Eq. 7, recalled.
-    Of a top-k teacher that did not store y, the target is all that it did not store.
-
-    Args:
-        target: weight of the binary part (the paper's alpha).
-        others: weight of the non-target part (its beta; 8 is its ImageNet-scale setting, quoted from memory).
-
-    Raises:
-        ValueError: for a weight that is not a number from 0 on.
+    Forward KL has `others` = 1 - p_y, so its second part vanishes where the teacher is confident. Gradient: of the
+    first, target (q_y - p_y) on the target against the rest; of the second, others times the difference of the
+    renormalised distributions. With a top-k teacher that did not store y, the target is the whole tail. `target` is the
+    paper's alpha, `others` its beta (8 is its ImageNet setting, recalled); ValueError unless both are numbers >= 0.
+    Source: DKD (arXiv 2203.08679), Eq. 7, recalled.
     """
     _weights("decoupled_kd", target=target, others=others)
 
@@ -389,19 +320,11 @@ def decoupled_kd(target: float = 1.0, others: float = 8.0) -> Divergence:
 def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Divergence:
     """mass KL((P, 1-P) || (Q, 1-Q)) + inside P KL(p within S || q within S), S the teacher's k largest, P = p(S).
 
-    With both weights 1 it is the KL of k + 1 entries (the chain rule), so never above forward KL. LFM2
-    (arXiv 2511.23404, from summaries) tempers the second part only: two terms, `mass=1, inside=0` at
-    temperature 1 and `mass=0, inside=1` at its own, where P is then tempered too.
-
-    Gradient: mass (Q - P) on S against the rest, and inside P times the difference of the renormalised ones within S.
-
-    Args:
-        k: entries of S; ties with the smallest of them come along.
-        mass: weight of the first part.
-        inside: weight of the second.
-
-    Raises:
-        ValueError: when k is no integer from 1 on, or a weight no number from 0 on.
+    Ties with the smallest entry of S are in S. With both weights 1 it is the KL of k + 1 entries (the chain rule), so
+    at most forward KL. LFM2 (arXiv 2511.23404, from summaries) tempers the second part only: two terms, `mass=1,
+    inside=0` at temperature 1 and `mass=0, inside=1` at its own, where P is then tempered too. Gradient: mass (Q - P)
+    on S against the rest, and inside P times the difference of the renormalised ones within S. ValueError unless k is
+    an integer >= 1 and both weights are numbers >= 0.
     """
     if type(k) is not int or k < 1:
         raise ValueError(f"decoupled_topk: k must be an integer from 1 on, got {k!r}")
@@ -416,3 +339,68 @@ def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Diver
         return mass * (_part(p, q) + _part(rest_p, rest_q)) + inside * (cross - _part(p, q))
 
     return Divergence(phi, combine, top_set=TopSet(entries=k))
+
+
+def partial_kl() -> Divergence:
+    """sum_S p (log p - log q) over the teacher's stored entries S, without renormalisation.
+
+    Ignores the tail on both sides. Not a divergence: it may be negative, and its minimum puts more than p on S
+    (with P = p(S) the gradient P q - p vanishes at q = p/P). For comparison with other libraries' runs (verl's
+    `forward_kl_topk`); `forward_kl` on a top-k teacher keeps the tail.
+    """
+    return forward_kl()._replace(support="partial")
+
+
+def conditional_kl() -> Divergence:
+    """KL(p/P || q/Q) within the teacher's stored entries S, P = p(S) and Q = q(S).
+
+    Ignores how much mass the student puts on S, so combine it with a cross-entropy term. Gradient: q/Q - p/P on S, none
+    elsewhere. As in tunix's `distill_top_k` and MaxText.
+    """
+    return forward_kl()._replace(support="conditional")
+
+
+def renormalized_kl() -> Divergence:
+    """KL(p/P || q): the teacher renormalised on its stored entries S, the student not.
+
+    Ignores the teacher's tail, so it drives the student's tail to zero. Gradient: q - p/P on S, q elsewhere. As in
+    Gemma's reports: stored entries renormalised, zero for the rest.
+    """
+    return forward_kl()._replace(support="renormalized")
+
+
+def next_token(smoothing: float = 0.0) -> Divergence:
+    """Cross-entropy with the data, -(1 - s) log q[target] - s mean_v log q[v], smoothing 0 <= s < 1, else ValueError.
+
+    Gradient: q - (1 - s) onehot(target) - s/V. Label smoothing: Szegedy et al. 2016 (arXiv 1512.00567), section 7.
+    """
+    if smoothing == 0.0:
+        return Divergence(lambda lp, lq, side: (jnp.where(side.is_target, -lq, 0.0),), uses_teacher=False)
+    if not 0.0 < smoothing < 1.0:
+        raise ValueError(f"next_token: smoothing must be from 0 to below 1, got {smoothing}")
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        return jnp.where(side.is_target, -lq, 0.0), -lq, jnp.ones_like(lq)
+
+    def combine(target: Array, every: Array, size: Array) -> Array:
+        return (1 - smoothing) * target + smoothing * every / size
+
+    return Divergence(phi, combine, uses_teacher=False)
+
+
+def excess_loss() -> Divergence:
+    """max(log p[target] - log q[target], 0): the student's loss on a token above the teacher's.
+
+    A metric, not minimised: the score of Group DRO (DoReMi, arXiv 2305.10429, Algorithm 1), clipped per token.
+    """
+    return Divergence(
+        lambda lp, lq, side: (jnp.where(side.is_target, lp - lq, 0.0),), lambda gap: jnp.maximum(gap, 0.0)
+    )
+
+
+def z_loss() -> Divergence:
+    """(log sum_v exp z_v)^2: keeps the logits' normaliser near 1 (PaLM, arXiv 2204.02311, section 5: weight 1e-4).
+
+    Gradient: 2 log Z q. The only term that depends on the magnitude of the logits.
+    """
+    return Divergence(lambda lp, lq, side: (), jnp.square, uses_teacher=False, normaliser=True)

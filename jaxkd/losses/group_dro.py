@@ -1,4 +1,4 @@
-"""Group DRO: weights of the domains in the loss that are updated after every step, as `factors` of the objective."""
+"""Group DRO: per-domain loss weights, updated after every step and applied as `factors` of the objective."""
 
 from typing import NamedTuple
 
@@ -7,35 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.core.types import Batch, Metrics
-from jaxkd.losses.hard_targets import excess_loss
+from jaxkd.losses.divergences import excess_loss
 from jaxkd.losses.objective import Objective, Reweighting, match
 
 MEASURED = {"excess": match(excess_loss())}
-"""What the objective has to report: max(student's loss - teacher's, 0) per token, the score of a domain."""
+"""Metrics that the objective must report: max(student's loss - teacher's, 0) per token, a domain's score."""
 
 
 class GroupDRO(NamedTuple):
-    """Settings: the step size eta, and c of the weights' lower bound c / N."""
+    """Step size eta, and c of the weights' lower bound c / N."""
 
     eta: float = 1.0
     floor: float = 1e-4
 
 
 class Groups(NamedTuple):
-    """State, float32 [domains] each: a part of the train state."""
+    """State, float32 [domains] each; part of the train state."""
 
     log_weights: jax.Array
-    score: jax.Array  # each domain's latest
+    score: jax.Array  # latest of each domain
     average: jax.Array  # of the weights, over all steps so far
-    sampling: jax.Array  # the shares that rows are drawn with
+    sampling: jax.Array  # sampling probabilities of the rows
 
 
 def init(sampling: np.ndarray) -> Groups:
-    """Equal weights, before the first step.
-
-    Args:
-        sampling: [domains] shares that rows are drawn with, constant over the run.
-    """
+    """Initial state with equal weights; `sampling` [domains] are the run's constant sampling probabilities."""
     count = len(sampling)
     zeros = jnp.zeros(count, jnp.float32)
     return Groups(jnp.full(count, -np.log(count), jnp.float32), zeros, zeros, jnp.asarray(sampling, jnp.float32))
@@ -44,7 +40,7 @@ def init(sampling: np.ndarray) -> Groups:
 def reweighting(settings: GroupDRO, objective: Objective) -> Reweighting:
     """The hook of `make_step` for an objective that has `MEASURED`: all terms are scaled alike.
 
-    A step's factors are those of the step before, since its own losses come out of the same kernel call.
+    A step uses the factors of the previous step, since its own losses come from the same kernel call.
     """
 
     def scale(groups: Groups, batch: Batch) -> dict[str, jax.Array]:
@@ -62,13 +58,9 @@ def reweighting(settings: GroupDRO, objective: Objective) -> Reweighting:
 def factors(groups: Groups, tokens: jax.Array) -> jax.Array:
     """[domains] factor of a token's weight: f_i = (w_i / s_i) n / sum_j (w_j / s_j) n_j.
 
-    s_i is the share that rows are drawn with, not the share in this batch: dividing by the latter would lose all
-    batches that a rare domain is absent from. The second factor keeps the batch's total weight n = sum_j n_j, as the
-    authors' code does.
-
-    Args:
-        groups: the weights w and the shares s.
-        tokens: n [domains], weighted tokens of the whole batch.
+    s_i is the sampling probability, not the share in this batch: dividing by the latter would lose the batches that a
+    rare domain is absent from. The second factor keeps the batch's total weight n = sum_j n_j, as the authors' code
+    does. `tokens` is n [domains], weighted tokens of the whole batch.
     """
     raw = jnp.where(groups.sampling > 0, jnp.exp(groups.log_weights) / groups.sampling, 0.0)
     total = (raw * tokens).sum()
@@ -79,11 +71,9 @@ def update(groups: Groups, excess: jax.Array, tokens: jax.Array, step: jax.Array
     """One step of exponentiated gradient ascent: w <- (1 - c) softmax(log w + eta lambda) + c / N.
 
     Args:
-        groups: before it.
         excess: [domains] sum over a batch's tokens of max(loss - reference loss, 0), clipped per token.
         tokens: [domains] weighted tokens of the batch; a domain without any keeps its last score.
         step: updates made before this one, which the average is over.
-        settings: eta and c.
 
     Source: DoReMi (arXiv 2305.10429), Algorithm 1, step 2; absent domains and c = 1e-4 as in the authors' code.
     """

@@ -1,8 +1,7 @@
-"""Terms of an objective, and the one fold that turns them into a value and its metrics.
+"""Terms of an objective, and their weighted sum with its metrics.
 
-A vocabulary term is a description; `objective` computes all per-token weights first and calls the fused kernel once for
-all of them. A `FeatureTerm` (see `features.py`) computes its own value and field. The value is a sum: the step divides
-it, with the gradients, once by the global token weight.
+All vocabulary terms go through one call of the fused kernel; a `FeatureTerm` computes its own value. The value is a
+sum: the step divides it, with the gradients, once by the global token weight.
 """
 
 import dataclasses
@@ -36,11 +35,9 @@ class Vocab(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a step minimises.
+    """A loss: `init` and `loss` of its terms.
 
-    `init(key, student, teacher) -> params["objective"]` from the two sides' abstract outputs, which objectives without
-    features do not need.
-
+    `init(key, student, teacher) -> params["objective"]` from the models' abstract outputs, which only features need.
     `loss(params, student, signal, batch, step, factors={}) -> (value, metrics)`: `value` is the weighted sum over the
     batch's tokens. `factors` (name of a term -> [B L] or [B 1]) scale that term's weight of each token in `value`, and
     neither the metrics nor the token weight that the step divides by.
@@ -49,28 +46,15 @@ class Objective(NamedTuple):
     init: Callable[..., PyTree]
     loss: Callable[..., tuple[jax.Array, Metrics]]
     uses_teacher: bool
-    fields: Mapping[str, FeatureTerm] = _NONE  # the terms that need features
-    domains: tuple[str, ...] = ()  # names of the batch's domains in order
+    fields: Mapping[str, FeatureTerm] = _NONE  # the terms over features
+    domains: tuple[str, ...] = ()  # names of the batch's domains, in its numbering
     terms: tuple[str, ...] = ()  # names of the terms in `value`
-
-    @property
-    def student_taps(self) -> tuple[str, ...]:
-        """Names of the features that the student's forward pass has to return."""
-        return tuple(dict.fromkeys(tap for field in self.fields.values() for tap in field.student_taps))
-
-    @property
-    def teacher_taps(self) -> tuple[str, ...]:
-        """Names of the features that the teacher's forward pass has to return."""
-        return tuple(dict.fromkeys(tap for field in self.fields.values() for tap in field.teacher_taps))
-
-    def needs_of_teacher(self) -> str:
-        """Which term needs which of the teacher's features, for error messages."""
-        needs = {name: ", ".join(field.teacher_taps) for name, field in self.fields.items() if field.teacher_taps}
-        return "; ".join(f"objective.{name} needs the teacher's {taps}" for name, taps in needs.items())
+    student_taps: tuple[str, ...] = ()  # features that the student's forward pass must return
+    teacher_taps: tuple[str, ...] = ()
 
 
 class Reweighting(NamedTuple):
-    """Factors of the terms that follow the training metrics, from a small state that `make_step` updates.
+    """Factors of the terms that depend on the training metrics, with a small state that `make_step` updates.
 
     `factors(state, batch) -> {name of a term: [B L] or [B 1]}` before a step, for `Objective.loss`;
     `update(state, metrics, step) -> (state, metrics to log)` after it.
@@ -83,11 +67,9 @@ class Reweighting(NamedTuple):
 def match(divergence: Divergence, temperature: Scalar = 1.0, standardize: bool = False) -> Vocab:
     """T^2 D(p^(T), q^(T)) with the teacher's distribution; T^2 keeps the gradient's scale (arXiv 1503.02531).
 
-    Args:
-        divergence: as a function of `divergences.py` returns it.
-        temperature: T, a number or a schedule of the step.
-        standardize: divide each side's logits by their standard deviation over the vocabulary first, so that T is
-            relative to it (arXiv 2403.01427); the deviation carries no gradient here, in the authors' code it does.
+    `divergence` is one of `divergences.py`; `temperature` T a number or a schedule of the step. `standardize` first
+    divides each model's logits by their standard deviation over the vocabulary, so that T is relative to it (arXiv
+    2403.01427); it carries no gradient here, unlike in the authors' code.
     """
     return Vocab(divergence, temperature, standardize)
 
@@ -110,29 +92,29 @@ def objective(
 
         value = sum_terms weight(step) T^2 sum_tokens batch.weights D      (T = 1 for a `FeatureTerm`)
 
-    Each term reports its own un-weighted mean, over all tokens and per domain; `loss` is the weighted sum.
-    A constant weight of zero removes a term, and with the last term that uses it the teacher's forward pass. A term's
-    own parameters are `params["objective"][name]`; terms without parameters have no entry.
+    Metrics have each term's un-weighted mean, over all tokens and per domain; `loss` is the weighted sum. A constant
+    weight of 0 removes a term, and with the last term that uses it the teacher's forward pass. A term's own parameters
+    are `params["objective"][name]`; terms without parameters have no entry.
 
     Args:
         terms: name -> (weight, term); a weight is a number or a schedule of the step.
         vocab: true vocabulary size.
         domains: names of the batch's domains.
         tails: temperatures at which a top-k teacher's tail is stored.
-        chunk: tokens at a time in the kernel; None sizes it.
-        measured: further terms over the vocabulary that are reported but not minimised, in the same kernel call.
+        chunk: tokens per chunk in the kernel; None derives it.
+        measured: further vocabulary terms that are reported but not minimised, in the same kernel call.
 
-    Raises:
-        ValueError: no term is left; from `init`, a model lacks a feature; from `loss`, `factors` name an unknown term.
+    Raises ValueError: no term is left; from `init`, a model lacks a feature; from `loss`, `factors` name an unknown
+    term.
     """
-    kept = {name: term for name, term in terms.items() if callable(term[0]) or term[0] != 0}
-    if not kept:
+    active = {name: term for name, term in terms.items() if callable(term[0]) or term[0] != 0}
+    if not active:
         raise ValueError(
             "the objective has no term: give at least one of " + (", ".join(terms) or "none") + " a weight"
         )
-    weights = {name: weight for name, (weight, _) in kept.items()}
-    vocabulary = {name: term for name, (_, term) in kept.items() if isinstance(term, Vocab)}
-    features = {name: term for name, (_, term) in kept.items() if isinstance(term, FeatureTerm)}
+    weights = {name: weight for name, (weight, _) in active.items()}
+    vocabulary = {name: term for name, (_, term) in active.items() if isinstance(term, Vocab)}
+    features = {name: term for name, (_, term) in active.items() if isinstance(term, FeatureTerm)}
     weights |= dict.fromkeys(measured, 0.0)
     vocabulary |= measured
 
@@ -146,18 +128,18 @@ def objective(
     ) -> tuple[jax.Array, Metrics]:
         if unknown := factors.keys() - terms.keys():
             raise ValueError(f"factors name '{min(unknown)}', and the objective's terms are {', '.join(terms)}")
-        counted = lambda name: batch.weights * factors[name] if name in factors else batch.weights
+        token_weights = lambda name: batch.weights * factors[name] if name in factors else batch.weights
         weight = {name: schedules.value(w, step) for name, w in weights.items()}
         values: list[jax.Array] = []
         fields: dict[str, jax.Array] = {}
         if vocabulary:
-            scaled = {name: (weight[name], counted(name), term) for name, term in vocabulary.items()}
+            scaled = {name: (weight[name], token_weights(name), term) for name, term in vocabulary.items()}
             value, rows = _vocabulary(scaled, student, signal, batch, step, vocab=vocab, tails=tails, chunk=chunk)
             values.append(value)
             fields |= dict(zip(vocabulary, rows, strict=True))
         for name, term in features.items():
-            own = params.get(name, {})
-            value, fields[name] = term.fn(own, student, signal, batch, weight[name] * counted(name), vocab)
+            term_weights = weight[name] * token_weights(name)
+            value, fields[name] = term.fn(params.get(name, {}), student, signal, batch, term_weights, vocab)
             values.append(value)
         value = functools.reduce(operator.add, values)
 
@@ -170,7 +152,11 @@ def objective(
 
     uses_teacher = any(t.divergence.uses_teacher for t in vocabulary.values())
     uses_teacher |= any(t.uses_teacher for t in features.values())
-    return Objective(functools.partial(_init, features), loss, uses_teacher, features, domains, tuple(kept))
+    taps = (
+        tuple(dict.fromkeys(tap for term in features.values() for tap in getattr(term, name)))
+        for name in ("student_taps", "teacher_taps")
+    )
+    return Objective(functools.partial(_init, features), loss, uses_teacher, features, domains, tuple(active), *taps)
 
 
 def _init(
@@ -204,13 +190,13 @@ def _vocabulary(
     """The weighted sum of (weight, weights [B L], term) by name, and the terms' fields [terms B L]."""
     temperature = tuple(schedules.value(term.temperature, step) for *_, term in terms.values())
     weights = [
-        jnp.asarray(weight * t**2, jnp.float32) * per_token  # the only place of T^2
+        jnp.asarray(weight * t**2, jnp.float32) * per_token  # T^2 is applied here only
         for (weight, per_token, _), t in zip(terms.values(), temperature, strict=True)
     ]
     return linear_divergence(
         tuple(term.divergence for *_, term in terms.values()),
-        _clean(student.head, batch),
-        _cleaned(signal, batch),
+        _zero_padding(student.head, batch),
+        _zero_padding(signal, batch),
         batch.targets,
         jnp.stack(weights),
         temperature,
@@ -219,14 +205,12 @@ def _vocabulary(
     )
 
 
-def _cleaned(signal: Any, batch: Batch) -> Any:
+def _zero_padding(signal: Any, batch: Batch) -> Any:
+    """A signal with zeroed hidden states in padding, whose NaN would reach gradients and metrics."""
     if isinstance(signal, Output):
-        return _clean(signal.head, batch)
+        return _zero_padding(signal.head, batch)
     if isinstance(signal, Ensemble):
-        return dataclasses.replace(signal, heads=tuple(_clean(head, batch) for head in signal.heads))
+        return dataclasses.replace(signal, heads=tuple(_zero_padding(head, batch) for head in signal.heads))
+    if isinstance(signal, Head):
+        return signal._replace(hidden=jnp.where(batch.weights[..., None] != 0, signal.hidden, 0))
     return signal
-
-
-def _clean(head: Head, batch: Batch) -> Head:
-    # Hidden states of padding are arbitrary: zeroed, so that not even a NaN reaches a gradient or a metric.
-    return head._replace(hidden=jnp.where(batch.weights[..., None] != 0, head.hidden, 0))

@@ -1,18 +1,18 @@
-"""Terms over relations between tokens: among queries, keys and values, and attention maps."""
+"""Terms over relations between tokens: queries, keys and values, and attention maps."""
 
 import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.lax import stop_gradient
 
 from jaxkd.core.sharding import constrain
 from jaxkd.core.types import Batch, Output, PyTree
-from jaxkd.losses.feature_term import FeatureTerm, fixed, nothing, pairs_of, per_token, tap, taps_of
+from jaxkd.losses.feature_term import FeatureTerm, nothing, pairs_of, per_token, tap, taps_of
 
-Array = jax.Array
-
-_MASKED = -1e30  # a score that no softmax sees; finite, so that it makes no NaN
+_MASKED = -1e30  # score of a masked token; finite, so that it makes no NaN
 _TAP_NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
@@ -21,17 +21,16 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
 
         R = softmax(A B^T / sqrt(d_r)),   field[t] = mean_(layers, pairs, heads) sum_u R_T[t, u] log(R_T / R_S)[t, u]
 
-    A and B are queries, keys or values with their heads joined and split again into `heads` relation heads of width
-    d_r, so the sides' widths and numbers of heads may differ. u runs over the earlier tokens of t's segment. In "qk"
-    grouped keys are repeated to the number of query heads. Memory does not grow with `heads`.
+    A and B are queries, keys or values with their heads concatenated and split again into `heads` relation heads of
+    width d_r, so the models' widths and numbers of heads may differ. u runs over the tokens of t's segment up to t. In
+    "qk", grouped keys are repeated to the number of query heads. Memory does not grow with `heads`.
 
     Args:
         layers: {student layer: teacher layer}, from 1.
-        heads: relation heads; they divide the joined width of either side.
+        heads: relation heads; must divide the concatenated width in both models.
         pairs: two letters each, of q, k and v; ("qk", "vv") on the last layer is the first MiniLM.
 
-    Raises:
-        ValueError: for a map or a pair that is none, and once the widths are known, for `heads` that do not divide.
+    Raises ValueError for an invalid map or pair, and from `init` for `heads` that do not divide.
 
     Source: MiniLMv2 (arXiv 2012.15828) and MiniLM (arXiv 2002.10957), recalled; causal, as the decoder is.
     """
@@ -43,7 +42,6 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
         raise ValueError(f"heads must be at least 1, got {heads}")
 
     def init(key: Array, student: Output, teacher: Output | None) -> PyTree:
-        del key
         assert teacher is not None
         for side, output, layers in zip(("student", "teacher"), (student, teacher), zip(*mapped)):
             for pair, layer in ((p, n) for p in pairs for n in layers):
@@ -57,7 +55,6 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
         return {}
 
     def field(params: PyTree, student: Output, teacher: Output, batch: Batch) -> Array:
-        del params
         mask, total = _visible(batch), jnp.zeros(batch.weights.shape, jnp.float32)
 
         def kl(parts: tuple[Array, Array, Array, Array]) -> Array:
@@ -66,7 +63,7 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
 
         for s, t in mapped:
             for pair in pairs:
-                parts = (*_operands(student, s, pair, batch), *map(fixed, _operands(teacher, t, pair, batch)))
+                parts = (*_operands(student, s, pair, batch), *map(stop_gradient, _operands(teacher, t, pair, batch)))
                 total += _mean_over_heads(kl, tuple(_split(x, heads) for x in parts), total.shape)
         return total / (len(mapped) * len(pairs))
 
@@ -74,23 +71,18 @@ def relations(layers: Mapping[int, int], heads: int, pairs: tuple[str, ...] = ("
 
 
 def attention_transfer(layers: Mapping[int, int]) -> FeatureTerm:
-    """Squared distance of attention maps: means over heads, each query's row of length one.
+    """Squared distance of attention maps, averaged over heads, each query's row normalised to length one.
 
         field[t] = mean_(s, l) | M_s[t] / |M_s[t]| - M_l[t] / |M_l[t]| |^2,   M = mean_heads softmax(Q K^T / sqrt(d))
 
-    Args:
-        layers: {student layer: teacher layer}, from 1.
-
-    Raises:
-        ValueError: for a map that is none.
+    `layers` is {student layer: teacher layer}, from 1, else ValueError.
 
     Source: Zagoruyko and Komodakis (arXiv 1612.03928), Eq. 2, recalled and adapted from activation maps of
-    convolutions to a decoder's attention maps, a query at a time.
+    convolutions to a decoder's attention maps, per query.
     """
     pairs = pairs_of(layers, last=False)
 
     def field(params: PyTree, student: Output, teacher: Output, batch: Batch) -> Array:
-        del params
         mask, total = _visible(batch), jnp.zeros(batch.weights.shape, jnp.float32)
 
         def attention(parts: tuple[Array, Array]) -> Array:
@@ -99,34 +91,34 @@ def attention_transfer(layers: Mapping[int, int]) -> FeatureTerm:
         def unit(operands: tuple[Array, Array]) -> Array:
             parts = tuple(_split(x, x.shape[2]) for x in operands)
             m = _mean_over_heads(attention, parts, mask.shape)
-            return m * jax.lax.rsqrt(jnp.sum(jnp.square(m), -1, keepdims=True))  # a row sums to 1, so it is not 0
+            return m * jax.lax.rsqrt(jnp.sum(jnp.square(m), -1, keepdims=True))  # a row sums to 1, so the norm is not 0
 
         for s, t in pairs:
-            theirs = fixed(unit(_operands(teacher, t, "qk", batch)))
-            total += jnp.sum(jnp.square(unit(_operands(student, s, "qk", batch)) - theirs), -1)
+            target = stop_gradient(unit(_operands(teacher, t, "qk", batch)))
+            total += jnp.sum(jnp.square(unit(_operands(student, s, "qk", batch)) - target), -1)
         return total / len(pairs)
 
     return FeatureTerm(nothing, per_token(field), *taps_of(pairs, ("query", "key")))
 
 
 def _visible(batch: Batch) -> Array:
-    """[B L L] bool, what a query sees: padding is a segment of its own, so that no row is empty."""
+    """[B L L] causal mask within segments; padding is a segment of its own, so no row is empty."""
     length = batch.segments.shape[1]
     return jnp.tril(jnp.ones((length, length), bool)) & (batch.segments[:, :, None] == batch.segments[:, None, :])
 
 
 def _operands(output: Output, layer: int, pair: str, batch: Batch) -> tuple[Array, Array]:
-    """A and B [B L H d] of a pair such as "qk", with as many heads each."""
-    # Prompts have no weight but are keys, so only padding is emptied here.
+    """A and B [B L H d] of a pair such as "qk", with equal numbers of heads."""
+    # Prompt tokens have no weight but are keys, so only padding is zeroed.
     a, b = (tap(output, f"{_TAP_NAMES[letter]}_{layer}", batch.segments > 0) for letter in pair)
     if a.shape[2] != b.shape[2]:
-        most = max(a.shape[2], b.shape[2])
-        a, b = (jnp.repeat(x, most // x.shape[2], axis=2) for x in (a, b))
+        heads = max(a.shape[2], b.shape[2])
+        a, b = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (a, b))
     return a, b
 
 
 def _split(x: Array, heads: int) -> Array:
-    """[B L H d] -> [heads B L d_r], heads joined and split again."""
+    """[B L H d] -> [heads B L d_r]: concatenates the heads and splits again."""
     x = jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1), 2, 0)
     return constrain(x, None, "batch", "length", None)
 
@@ -137,7 +129,7 @@ def _log_attention(a: Array, b: Array, mask: Array) -> Array:
 
 
 def _mean_over_heads(f: Callable, parts: tuple[Array, ...], shape: tuple[int, ...]) -> Array:
-    """The mean of `f(parts of a head)` [shape], a head at a time, made again in the backward pass."""
-    again = jax.checkpoint(f, prevent_cse=False)
-    total, _ = jax.lax.scan(lambda sums, x: (sums + again(x), None), jnp.zeros(shape, jnp.float32), parts)
+    """The mean of `f(parts of a head)` [shape], one head at a time, recomputed in the backward pass."""
+    f = jax.checkpoint(f, prevent_cse=False)
+    total, _ = jax.lax.scan(lambda sums, x: (sums + f(x), None), jnp.zeros(shape, jnp.float32), parts)
     return total / parts[0].shape[0]

@@ -1,4 +1,4 @@
-"""Completions of token sequences, for programs of the user's own."""
+"""Completions of token sequences, for user programs."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from jaxkd.core.types import PyTree
 from jaxkd.models.transformer import CausalLM
 from jaxkd.sampling import generate as sampler
 
-_STEP = 16  # prompts are padded to a multiple, so that prompts of similar lengths share a compiled program
+_STEP = 16  # prompts are padded to a multiple, so that similar lengths share a compiled program
 
 
 def generate(
@@ -25,23 +25,18 @@ def generate(
 ) -> list[np.ndarray]:
     """A completion of each prompt, without the prompt: x_t ~ softmax(z(x_<t) / temperature).
 
-    Rows are sampled together and do not influence each other: the randomness of a prompt follows from the seed and its
-    place in the list.
+    Returns int32 [n] ids per prompt. Rows are sampled together but independently: a prompt's randomness follows from
+    the seed and its index in the list.
 
     Args:
         forward: the model, of `load_model`.
-        params: the decoder's parameters.
         prompts: token ids, at least one each.
-        max_new_tokens: at most so many, and no more than the model's context allows.
+        max_new_tokens: also limited by the model's context.
         temperature: 0 is greedy.
-        vocab: the tokenizer's `vocab`; ids from there on are never sampled. None: the model's own.
+        vocab: the tokenizer's `vocab`; later ids are never sampled. None: the model's own.
         end: id or ids that end a completion; they are its last token.
 
-    Returns:
-        int32 [n] ids of each completion.
-
-    Raises:
-        ValueError: an empty prompt, or one that leaves no room in the model's context.
+    Raises ValueError: an empty prompt, or one that leaves no room in the model's context.
     """
     config = forward.config
     sizes = np.asarray([len(prompt) for prompt in prompts], np.int32)
@@ -62,5 +57,5 @@ def generate(
         end=end,
         dtype=forward.dtype,
     )
-    whole, ends = np.asarray(text.tokens), np.asarray(text.lengths)
-    return [row[size : min(stop, size + max_new_tokens)] for row, size, stop in zip(whole, sizes, ends, strict=True)]
+    tokens, ends = np.asarray(text.tokens), np.asarray(text.lengths)
+    return [row[size : min(stop, size + max_new_tokens)] for row, size, stop in zip(tokens, sizes, ends, strict=True)]

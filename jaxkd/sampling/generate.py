@@ -1,7 +1,7 @@
 """Autoregressive sampling: one forward pass over the prompts, then one token at a time with a key-value cache.
 
-All rows decode at the same position. A row whose prompt is longer than that is fed its next prompt token instead of a
-sample. So a cache slot is a position, one mask serves all rows, and prompts need no left padding.
+All rows decode at the same position; a row with a longer prompt is fed its next prompt token instead of a sample. So a
+cache slot is a position, one mask serves all rows, and prompts need no left padding.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,11 @@ from jaxkd.models.transformer import Config, empty_cache, extend
 
 
 class Decoder(NamedTuple):
-    """A model as the sampler runs it: the counterpart of `Forward` for one token at a time.
+    """A model as used by the sampler: the counterpart of `Forward` for one token at a time.
 
-    `prefill(params, tokens [B P], slots) -> cache` of all P tokens, with room for `slots`; `cache.length`, how many
-    they are, may be set back.
+    `prefill(params, tokens [B P], slots) -> cache` of all P tokens with `slots` slots; `cache.length` may be reduced.
     `decode(params, tokens [B 1], cache) -> (head with hidden [B 1 D], cache)`: the next token of every row.
-    `prepare(params) -> params`: what both take, computed once before the loop.
+    `prepare(params) -> params`: their parameters, computed once before the loop.
     """
 
     prefill: Callable[[PyTree, jax.Array, int], Any]
@@ -35,12 +34,7 @@ class Decoder(NamedTuple):
 
 
 def decoder(config: Config, dtype: Any = jnp.float32, rules: Rules = RULES) -> Decoder:
-    """The `Decoder` of a transformer.
-
-    Args:
-        dtype: of activations, matmul operands and the cache; logits and sampling are float32.
-        rules: logical to mesh axes of its parameters and activations.
-    """
+    """The `Decoder` of a transformer, with `rules` the sharding table of its parameters and activations."""
 
     def prefill(params: PyTree, tokens: jax.Array, slots: int) -> Any:
         with table(rules):
@@ -80,18 +74,17 @@ def generate(
     on the other rows or on the devices. Not differentiable.
 
     Args:
-        prompts: [B P], left-aligned; tokens at and after a row's length are ignored.
+        prompts: [B P], left-aligned; tokens from a row's length on are ignored.
         lengths: [B], from 1 to P; clipped to that range under `jit`, where it cannot be checked.
         keys: [B], one per row.
         length: maximum tokens of prompt and completion together.
         temperature: 0 is greedy.
-        vocab: true vocabulary; ids at and above it are never sampled.
+        vocab: true vocabulary; later ids are never sampled.
         end: id or ids that end a completion.
         dtype: of activations, matmul operands and the cache; logits and sampling are float32.
 
-    Raises:
-        ValueError: an empty prompt, a prompt longer than P or `length`, a `length` beyond the model's context, a
-            `vocab` beyond the model's, or a negative temperature.
+    Raises ValueError: an empty prompt, a prompt longer than P or `length`, a `length` beyond the model's context, a
+    `vocab` beyond the model's, or a negative temperature.
     """
     width = prompts.shape[1]
     concrete = not isinstance(lengths, jax.core.Tracer) and lengths.size > 0
@@ -160,7 +153,7 @@ def sample(
     def more(state: _State) -> jax.Array:
         return (state.cache.length + 1 < length) & state.active.any()
 
-    # The first step re-runs the last position of the shortest prompt, whose hidden state predicts the first sample.
+    # The first step recomputes the last position of the shortest prompt, which predicts the first sample.
     cache = cache._replace(length=prompt.min() - 1)
     text = Generated(tokens, prompt, jnp.zeros((batch, length)))
     return jax.lax.while_loop(more, step, _State(text, cache, prompt < length)).text
@@ -168,17 +161,17 @@ def sample(
 
 def _operand(dtype: Any, path: tuple, leaf: jax.Array) -> jax.Array:
     """A parameter cast to the compute dtype once, before the loop; norms and int8 scales stay float32."""
-    narrow = leaf.dtype == jnp.int8  # decoding is bound by reading the weights: int8 stays int8
-    return leaf if narrow or path[-1].key.endswith(("norm", SCALE)) else leaf.astype(dtype)
+    quantized = leaf.dtype == jnp.int8  # decoding is bound by reading the weights, so int8 stays int8
+    return leaf if quantized or path[-1].key.endswith(("norm", SCALE)) else leaf.astype(dtype)
 
 
 def _draw(head: Head, keys: jax.Array, at: jax.Array, temperature: float, vocab: int) -> tuple[jax.Array, jax.Array]:
-    """Sampled ids [B] of position `at`, and their log-probabilities [B]."""
+    """Sampled ids [B] at position `at`, and their log-probabilities [B]."""
     z = logits(head, head.hidden[:, 0])
     z = jnp.where(jnp.arange(z.shape[1]) < vocab, z, -jnp.inf)
     if temperature:
-        own = jax.vmap(jax.random.fold_in, (0, None))(keys, at)
-        ids = jax.vmap(jax.random.categorical)(own, z / temperature)
+        row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, at)
+        ids = jax.vmap(jax.random.categorical)(row_keys, z / temperature)
     else:
         ids = jnp.argmax(z, -1)
     return ids.astype(jnp.int32), jnp.take_along_axis(jax.nn.log_softmax(z, -1), ids[:, None], 1)[:, 0]

@@ -1,7 +1,7 @@
-"""Encode and decode one row of a teacher's signal as bytes; `docs/formats.md` specifies them.
+"""Encode and decode one row of a teacher's signal as bytes, in the format of `docs/formats.md`.
 
-Only tokens with weight are stored, and a bit mask of them. The ids of a row are one ascending sequence under an
-Elias-Fano code: about 2 + log2(V / K) bits an id, within two bits of the lower bound.
+Only tokens with weight are stored, with a bit mask. A row's ids are one ascending sequence under an Elias-Fano code:
+about 2 + log2(V / K) bits per id, within two bits of the lower bound.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from jaxkd.core.types import LOG_FLOOR, Hidden, Sampled, TopK
 
 DTYPES = {"hidden": ("bfloat16", "int8", "float32"), "top_k": ("uint8", "float32"), "sampled": ("",), "token": ("",)}
-"""Signals that can be stored, and the dtypes of their floats; ids, counts and tokens are stored exactly."""
+"""Signals that can be stored, and their float dtypes; ids, counts and tokens are stored exactly."""
 
 _GRID = 255.0  # largest code of a log-probability
 _STEPS = 127.0  # largest code of a hidden state
@@ -38,26 +38,16 @@ Row = Hidden | TopK | Sampled | Text
 class Layout:
     """The contents of a payload; fields that the signal does not use keep their defaults.
 
-    Args:
-        signal: "hidden", "top_k", "sampled" or "token".
-        length: L, tokens in a row.
-        vocab: V, true vocabulary size.
-        entries: K of a top-k signal, or N draws of a sampled one.
-        temperatures: those at which the tail of a top-k signal is stored.
-        width: E of hidden states.
-        dtype: one of the signal's `DTYPES`.
-
-    Raises:
-        ValueError: a size is impossible or too large for the code of ids.
+    Raises ValueError: a size is invalid or too large for the code of ids.
     """
 
     signal: str
-    length: int
-    vocab: int = 0
-    entries: int = 0
-    temperatures: Sequence[float] = ()
-    width: int = 0
-    dtype: str = ""
+    length: int  # L, tokens in a row
+    vocab: int = 0  # true vocabulary size
+    entries: int = 0  # K of a top-k signal, or draws per token
+    temperatures: Sequence[float] = ()  # of a top-k signal's tails
+    width: int = 0  # E of hidden states
+    dtype: str = ""  # one of the signal's `DTYPES`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(self.temperatures))  # JSON gives a list
@@ -97,7 +87,7 @@ class _Reader:
         return np.frombuffer(self.payload, kind, count, start).reshape(shape)
 
     def bits(self, *shape: int) -> np.ndarray:
-        """[... n] bool; each run of the last axis is padded to whole bytes."""
+        """[... n] bool; runs of the last axis are padded to whole bytes."""
         packed = self.array(np.uint8, *shape[:-1], -(-shape[-1] // 8))
         return np.unpackbits(packed, axis=-1, count=shape[-1], bitorder="little").view(bool)
 
@@ -174,12 +164,12 @@ def _encode_hidden(layout: Layout, row: Hidden, live: np.ndarray) -> list[bytes]
 
 
 def _decode_hidden(layout: Layout, reader: _Reader, row: Hidden, live: np.ndarray) -> None:
-    size, out = int(live.sum()), np.asarray(row.hidden)
+    size, hidden = int(live.sum()), np.asarray(row.hidden)
     if layout.dtype == "int8":
         scale = reader.array("<f4", size)
-        out[live] = reader.array(np.int8, size, layout.width) * (scale / np.float32(_STEPS))[:, None]
+        hidden[live] = reader.array(np.int8, size, layout.width) * (scale / np.float32(_STEPS))[:, None]
     else:
-        out[live] = reader.array(_float(layout), size, layout.width)
+        hidden[live] = reader.array(_float(layout), size, layout.width)
 
 
 def _float(layout: Layout) -> np.dtype:
@@ -284,37 +274,25 @@ def _decode_token(layout: Layout, reader: _Reader, row: Text, live: np.ndarray) 
         out[...] = values
 
 
-class _Codec(NamedTuple):
-    kind: type
-    encode: Callable[..., list[bytes]]
-    decode: Callable[..., None]
-    fields: Callable[[Layout], list[tuple[int | None, Any, float]]]  # size, dtype and filler of each field of `kind`
-
-
-_CODECS = {
-    "hidden": _Codec(
-        Hidden,
-        _encode_hidden,
-        _decode_hidden,
-        lambda f: [(f.width, ml_dtypes.bfloat16 if f.dtype == "bfloat16" else np.float32, 0)],
-    ),
-    "top_k": _Codec(
-        TopK,
-        _encode_top_k,
-        _decode_top_k,
-        # A filler token has all its mass in the tail: log 1 = 0.
-        lambda f: [(f.entries, np.int32, -1), (f.entries, np.float32, -np.inf), (len(f.temperatures), np.float32, 0)],
-    ),
-    "sampled": _Codec(
-        Sampled, _encode_sampled, _decode_sampled, lambda f: [(f.entries, np.int32, -1), (f.entries, np.int32, 0)]
-    ),
-    "token": _Codec(
-        Text,
-        _encode_token,
-        _decode_token,
-        lambda f: [(None, np.float32 if name == "weights" else np.int32, 0) for name in Text._fields],
-    ),
+_CODECS: dict[str, tuple[Any, Callable[..., list[bytes]], Callable[..., None]]] = {
+    "hidden": (Hidden, _encode_hidden, _decode_hidden),
+    "top_k": (TopK, _encode_top_k, _decode_top_k),
+    "sampled": (Sampled, _encode_sampled, _decode_sampled),
+    "token": (Text, _encode_token, _decode_token),
 }
+
+
+def _fields(f: Layout) -> list[tuple[int | None, Any, float]]:
+    """Size, dtype and padding of each field of a row."""
+    hidden = ml_dtypes.bfloat16 if f.dtype == "bfloat16" else np.float32
+    fields: dict[str, list[tuple[int | None, Any, float]]] = {
+        "hidden": [(f.width, hidden, 0)],
+        # A padding token has all its mass in the tail: log 1 = 0.
+        "top_k": [(f.entries, np.int32, -1), (f.entries, np.float32, -np.inf), (len(f.temperatures), np.float32, 0)],
+        "sampled": [(f.entries, np.int32, -1), (f.entries, np.int32, 0)],
+        "token": [(None, np.float32 if name == "weights" else np.int32, 0) for name in Text._fields],
+    }
+    return fields[f.signal]
 
 
 def encode(layout: Layout, row: Row, live: np.ndarray) -> bytes:
@@ -325,66 +303,41 @@ def encode(layout: Layout, row: Row, live: np.ndarray) -> bytes:
     in proportion; the kernels renormalise to that mass. Values below `LOG_FLOOR` are stored as `LOG_FLOOR`. Hidden
     states as "int8" have an error of at most max |x| / 254 over their token, plus float32 rounding.
 
-    Args:
-        layout: of the signal.
-        row: arrays [L ...] of the layout's sizes.
-        live: bool [L], the tokens to store: those with weight.
+    `row` has arrays [L ...]; `live` bool [L] marks the tokens to store, those with weight.
 
-    Raises:
-        ValueError: the row is not of this layout, or has a value that cannot be stored; names the first such token.
+    Raises ValueError: the row is not of this layout, or has a value that cannot be stored; names the first such token.
     """
-    codec, live = _CODECS[layout.signal], np.asarray(live)
-    if not isinstance(row, codec.kind):
-        raise ValueError(f"a {layout.signal} signal is stored from a {codec.kind.__name__}, got {type(row).__name__}")
+    (kind, encode_fields, _), live = _CODECS[layout.signal], np.asarray(live)
+    if not isinstance(row, kind):
+        raise ValueError(f"a {layout.signal} signal is stored from a {kind.__name__}, got {type(row).__name__}")
     if live.dtype != bool or live.shape != (layout.length,):
         raise ValueError(f"live must be bool [{layout.length}], got {live.dtype} {list(live.shape)}")
-    for name, values, (size, _, _) in zip(row._fields, row, codec.fields(layout)):
+    for name, values, (size, *_) in zip(row._fields, row, _fields(layout)):
         got, wanted = np.shape(values), (layout.length, *(() if size is None else (size,)))
         if got != wanted:
             raise ValueError(f"{name} must be {list(wanted)}, got {list(got)}")
-    return b"".join([_bits(live), *codec.encode(layout, row, live)])
+    return b"".join([_bits(live), *encode_fields(layout, row, live)])
 
 
-def empty(layout: Layout) -> Row:
-    """A row of filler alone, arrays [L ...]."""
-    codec, length = _CODECS[layout.signal], (layout.length,)
-    fields = codec.fields(layout)
-    return codec.kind(
-        *[np.full(length if size is None else (*length, size), fill, kind) for size, kind, fill in fields]
-    )
+def empty(layout: Layout, *rows: int) -> Row:
+    """Rows of padding only, arrays [*rows L ...]."""
+    shape, kind = (*rows, layout.length), _CODECS[layout.signal][0]
+    return kind(*[np.full(shape if size is None else (*shape, size), x, t) for size, t, x in _fields(layout)])
 
 
 def decode_rows(layout: Layout, payloads: Sequence[bytes]) -> Row:
-    """Rows of one layout, stacked.
+    """Rows of one layout, stacked: numpy arrays [B L ...], int32 and float32, or bfloat16 for hidden states stored so.
 
-    Ids ascend within a token. Tokens that were not stored hold filler: ids -1, log-probabilities -inf, a tail of 0
+    Ids ascend within a token. Tokens that were not stored have padding: ids -1, log-probabilities -inf, a tail of 0
     (all the mass), counts 0, hidden states 0.
 
-    Args:
-        layout: that of `encode`.
-        payloads: one per row.
-
-    Returns:
-        numpy arrays [B L ...]: int32 and float32, bfloat16 for hidden states that are stored so.
-
-    Raises:
-        ValueError: a payload is damaged or not of this layout.
+    Raises ValueError: a payload is damaged or not of this layout.
     """
-    codec, shape = _CODECS[layout.signal], (len(payloads), layout.length)
-    rows = [
-        np.full(shape if size is None else (*shape, size), filler, dtype)
-        for size, dtype, filler in codec.fields(layout)
-    ]
+    decode, rows = _CODECS[layout.signal][2], empty(layout, len(payloads))
     for b, payload in enumerate(payloads):
         reader = _Reader(payload)
         live = reader.bits(layout.length)
-        codec.decode(layout, reader, codec.kind(*[values[b] for values in rows]), live)
+        decode(layout, reader, type(rows)(*[values[b] for values in rows]), live)
         if reader.offset != len(payload):
             raise ValueError(f"a payload has {len(payload)} bytes, its layout {reader.offset}")
-    return codec.kind(*rows)
-
-
-def decode(layout: Layout, payload: bytes) -> Row:
-    """One row of `decode_rows`, arrays [L ...]."""
-    rows = decode_rows(layout, [payload])
-    return type(rows)(*[values[0] for values in rows])
+    return rows

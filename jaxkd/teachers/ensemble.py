@@ -15,26 +15,21 @@ Weigh = Callable[[Batch, Any], jax.Array]
 
 
 def ensemble(teachers: Sequence[Teacher], weigh: Weigh, *, geometric: bool = False) -> Teacher:
-    """The average of several teachers' distributions, with weights per row.
+    """The average of several teachers' distributions, weighted per row.
 
         p = sum_t w_t p_t     or, geometric,     log p = sum_t w_t log p_t + constant
 
     The loss kernel mixes the heads chunk by chunk. A teacher whose weight is 0 in a whole micro-batch is not run.
+    Teachers' signals must be heads: online ones, or cached hidden states. Weights of `weigh` are normalised here.
 
-    Args:
-        teachers: whose signals are heads: online ones, or cached hidden states.
-        weigh: weights of every row; normalised here.
-        geometric: average log-probabilities instead of probabilities.
-
-    Raises:
-        ValueError: there are no teachers, or (when traced) a signal is not a head.
+    Raises ValueError: there are no teachers, or (when traced) a signal is not a head.
     """
     if not teachers:
         raise ValueError("an ensemble needs at least one teacher")
 
     def host_features(rows: HostRows) -> HostRows:
         stored = tuple(teacher.host_features(rows).get("teacher") for teacher in teachers)
-        return rows if all(each is None for each in stored) else {**rows, "teacher": stored}
+        return rows if all(payload is None for payload in stored) else {**rows, "teacher": stored}
 
     def signal(state: Sequence[PyTree], batch: Batch, *, step: Any, **options: Any) -> Ensemble:
         shares = weigh(batch, step)
@@ -59,7 +54,7 @@ def _head(teacher: Teacher, state: PyTree, batch: Batch, share: jax.Array, optio
             "or cached hidden states"
         )
     head = output.head
-    # Of the forward pass above only the unembedding is used; the compiler drops the rest.
+    # Only the unembedding of the forward pass above is used; the compiler removes the rest.
     hidden = jax.lax.cond(
         jnp.any(share > 0),
         lambda: teacher.signal(state, batch, **options).head.hidden,
@@ -69,12 +64,7 @@ def _head(teacher: Teacher, state: PyTree, batch: Batch, share: jax.Array, optio
 
 
 def route(teachers: Sequence[Teacher], by: Callable[[Batch], jax.Array]) -> Teacher:
-    """An `ensemble` in which each row has exactly one teacher.
-
-    Args:
-        teachers: as for `ensemble`.
-        by: `by(batch) -> [B] int`, the index of each row's teacher, such as `lambda batch: table[batch.domain]`.
-    """
+    """An `ensemble` in which row b has the teacher `by(batch)[b]`, such as `lambda batch: table[batch.domain]`."""
     return ensemble(teachers, lambda batch, step: jax.nn.one_hot(by(batch), len(teachers)))
 
 
@@ -86,8 +76,7 @@ def shares(weights: Sequence[Scalar], factors: Sequence[Mapping[str, float]], do
         factors: f_t of each teacher by domain, 0 for a domain that is not named; an empty one is 1 everywhere.
         domains: names, in the batch's numbering.
 
-    Raises:
-        ValueError: an unknown domain, or one that no teacher serves.
+    Raises ValueError: an unknown domain, or one that no teacher serves.
     """
     table = []
     for factor in factors:
@@ -101,7 +90,7 @@ def shares(weights: Sequence[Scalar], factors: Sequence[Mapping[str, float]], do
     by_domain = jnp.asarray(table, jnp.float32).T  # [domains T]
 
     def weigh(batch: Batch, step: Any) -> jax.Array:
-        now = jnp.stack([jnp.asarray(schedules.value(w, step), jnp.float32) for w in weights])
-        return by_domain[batch.domain] * now
+        current = jnp.stack([jnp.asarray(schedules.value(w, step), jnp.float32) for w in weights])
+        return by_domain[batch.domain] * current
 
     return weigh

@@ -8,18 +8,15 @@ from jaxkd.core.sharding import Rules, constrain, table
 from jaxkd.core.types import Batch, Forward, Output, PyTree
 from jaxkd.teachers.base import Teacher, untouched
 
-# Fields of a batch that a forward pass reads.
-_READ = ("tokens", "segments", "positions")
-# Trailing logical axes of a tap by its kind.
+_INPUTS = ("tokens", "segments", "positions")  # fields of a batch that a forward pass reads
 _TAPS = {"layer": (None,), "query": ("heads", None), "key": ("kv_heads", None), "value": ("kv_heads", None)}
+"""Trailing logical axes of a tap by its kind."""
 
 
 def online(params: PyTree, forward: Forward) -> Teacher:
     """The teacher's forward pass on every batch: its exact distribution over the full vocabulary.
 
-    Args:
-        params: the teacher's arrays, in the dtype in which they are stored.
-        forward: `forward(params, batch) -> Output`; takes `taps=names` too where the objective needs features.
+    `forward(params, batch) -> Output` takes `taps=names` too if the objective needs features.
     """
 
     def signal(state: PyTree, batch: Batch, **options: Any) -> Output:
@@ -29,19 +26,14 @@ def online(params: PyTree, forward: Forward) -> Teacher:
 
 
 def within(rules: Rules, forward: Forward) -> Forward:
-    """A forward pass traced under its own sharding table, with outputs sharded as the student's are.
-
-    Args:
-        rules: logical to mesh axes, such as from `sharding.of_teacher`.
-        forward: of a model whose parameters are sharded by `rules`.
-    """
+    """A forward pass traced under its own sharding table `rules`, with outputs sharded as the student's are."""
 
     def resharded(params: PyTree, batch: Batch, **options: Any) -> Output:
         with table(rules):
-            wide: dict[str, Any] = {name: constrain(getattr(batch, name), "batch", None) for name in _READ}
-            # Constrained here too: else the compiler propagates the sharding below into the loop over layers.
-            output = constrained(forward(params, batch._replace(**wide), **options))
-        # Tokens over all of the mesh's rows again, since the loss shards the vocabulary over `model` alone.
+            inputs: dict[str, Any] = {name: constrain(getattr(batch, name), "batch", None) for name in _INPUTS}
+            # Constrained here too, else the compiler propagates the sharding below into the loop over layers.
+            output = constrained(forward(params, batch._replace(**inputs), **options))
+        # The student's sharding of rows, since the loss shards the vocabulary over `model` only.
         return constrained(output)
 
     def constrained(output: Output) -> Output:
@@ -56,14 +48,10 @@ def self_teacher(forward: Forward) -> Teacher:
     """The running average of the student's parameters (`TrainState.ema`) as the teacher.
 
     Mean teacher (Tarvainen and Valpola 2017, arXiv 1703.01780): ema <- d ema + (1 - d) params after every step. With
-    d = 1 it is the student before the first step (self-distillation), with d = 0 the current student.
-
-    Args:
-        forward: the student's.
+    d = 1 it is the initial student (self-distillation), with d = 0 the current student. `forward` is the student's.
     """
 
     def signal(state: PyTree, batch: Batch, *, own: PyTree, **options: Any) -> Output:
-        del state
         return jax.lax.stop_gradient(forward(own, batch, **options))
 
     return Teacher({}, untouched, signal, ("taps", "own"))

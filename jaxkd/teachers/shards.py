@@ -1,6 +1,6 @@
-"""A cache's files: names, records, checksums and manifest; `docs/formats.md` specifies them.
+"""A cache's files: names, records, checksums and manifest, in the format of `docs/formats.md`.
 
-A block of rows is one shard of a TFDS dataset, written under a temporary name and renamed, so a shard is complete.
+A block of rows is one shard of a TFDS dataset, written to a temporary file and renamed, so that it is complete.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 
 _VERSION, _NAME = "1.0.0", "signals"  # of every domain's TFDS dataset
-_OPTIONS = "group_size:1,uncompressed"  # one record a chunk, for random access; payloads do not compress
+_OPTIONS = "group_size:1,uncompressed"  # one record per chunk, for random access; payloads do not compress
 
 Sizes = Mapping[str, Mapping[str, int]]
 """domain -> split -> rows"""
@@ -42,40 +42,70 @@ class Block(NamedTuple):
     stop: int
 
 
-def blocks(sizes: Sizes, size: int) -> Iterator[Block]:
-    """All blocks of `size` rows by domain, split and row; the last of a split may be shorter."""
-    for domain, splits in sizes.items():
-        for split, rows in splits.items():
-            for number, start in enumerate(range(0, rows, size)):
-                yield Block(domain, split, number, start, min(start + size, rows))
+class Shards(NamedTuple):
+    """A cache's blocks of `size` rows, each a shard of its domain's TFDS dataset."""
 
+    root: Any
+    sizes: Sizes
+    size: int
 
-def folder(root: Any, domain: str) -> Any:
-    """The directory of a domain's TFDS dataset."""
-    return root / domain / _VERSION
+    def blocks(self) -> Iterator[Block]:
+        """All blocks by domain, split and row; the last one of a split may be shorter."""
+        for domain, splits in self.sizes.items():
+            for split, rows in splits.items():
+                for number, start in enumerate(range(0, rows, self.size)):
+                    yield Block(domain, split, number, start, min(start + self.size, rows))
 
+    def folder(self, domain: str) -> Any:
+        """The directory of a domain's TFDS dataset."""
+        return self.root / domain / _VERSION
 
-def shard(root: Any, sizes: Sizes, size: int, block: Block) -> Any:
-    """The file of a block, by TFDS's naming of shards."""
-    total = -(-sizes[block.domain][block.split] // size)
-    return folder(root, block.domain) / f"{_NAME}-{block.split}.array_record-{block.number:05d}-of-{total:05d}"
+    def path(self, block: Block) -> Any:
+        """The file of a block, in TFDS's naming of shards."""
+        total = -(-self.sizes[block.domain][block.split] // self.size)
+        return self.folder(block.domain) / f"{_NAME}-{block.split}.array_record-{block.number:05d}-of-{total:05d}"
 
+    def missing(self) -> list[Block]:
+        """Blocks whose file is missing or has the wrong number of records, in the order of `blocks`."""
 
-def missing(root: Any, sizes: Sizes, size: int) -> list[Block]:
-    """Blocks whose file is absent or has the wrong number of records, in the order of `blocks`."""
+        def is_missing(block: Block) -> bool:
+            try:
+                reader = array_record_module.ArrayRecordReader(os.fspath(self.path(block)))
+                records = reader.num_records()
+                reader.close()  # raises for errors of the calls before
+            except RuntimeError:
+                return True
+            return records != block.stop - block.start
 
-    def lacks(block: Block) -> bool:
-        try:
-            reader = array_record_module.ArrayRecordReader(os.fspath(shard(root, sizes, size, block)))
-            records = reader.num_records()
-            reader.close()  # raises for errors of the calls before
-        except RuntimeError:
-            return True
-        return records != block.stop - block.start
+        expected = list(self.blocks())
+        with ThreadPoolExecutor(16) as pool:
+            return [block for block, missing in zip(expected, pool.map(is_missing, expected)) if missing]
 
-    every = list(blocks(sizes, size))
-    with ThreadPoolExecutor(16) as pool:
-        return [block for block, is_missing in zip(every, pool.map(lacks, every)) if is_missing]
+    def write_metadata(self, domain: str) -> None:
+        """Write TFDS's dataset_info.json and features.json of a domain."""
+        directory, infos = self.folder(domain), []
+        for split in self.sizes[domain]:
+            of_split = [block for block in self.blocks() if (block.domain, block.split) == (domain, split)]
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[block.stop - block.start for block in of_split],
+                    num_bytes=sum(self.path(block).stat().st_size for block in of_split),
+                    filename_template=tfds.core.ShardedFileTemplate(
+                        data_dir=epath.Path(directory), dataset_name=_NAME, split=split, filetype_suffix="array_record"
+                    ),
+                )
+            )
+        tfds.folder_dataset.write_metadata(
+            data_dir=directory,
+            features=_features(),
+            split_infos=infos,
+            check_data=False,  # it would import TensorFlow
+            description="A teacher's signal for rows of tokens, one payload a row.",
+            disable_shuffling=True,
+        )
+        for name in ("dataset_info.json", "features.json"):
+            files.sync(directory / name)
 
 
 @functools.cache
@@ -101,42 +131,11 @@ def write(path: Path, block: Block, payloads: Sequence[bytes]) -> None:
 
 
 def payload_of(record: Mapping[str, Any], domain: str, split: str, row: int) -> bytes:
-    """The payload of a record as TFDS reads it.
-
-    Raises:
-        ValueError: its checksum does not match.
-    """
+    """The payload of a TFDS record; ValueError if its checksum does not match."""
     payload = np.asarray(record["payload"], np.uint8).tobytes()
     if record["checksum"] != _checksum(domain, split, row, payload):
         raise ValueError("its checksum does not match")
     return payload
-
-
-def write_metadata(root: Path, domain: str, sizes: Sizes, size: int) -> None:
-    """Write TFDS's dataset_info.json and features.json of a domain."""
-    directory, infos = folder(root, domain), []
-    for split, rows in sizes[domain].items():
-        every = list(blocks({domain: {split: rows}}, size))
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[block.stop - block.start for block in every],
-                num_bytes=sum(shard(root, sizes, size, block).stat().st_size for block in every),
-                filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=epath.Path(directory), dataset_name=_NAME, split=split, filetype_suffix="array_record"
-                ),
-            )
-        )
-    tfds.folder_dataset.write_metadata(
-        data_dir=directory,
-        features=_features(),
-        split_infos=infos,
-        check_data=False,  # it would import TensorFlow
-        description="A teacher's signal for rows of tokens, one payload a row.",
-        disable_shuffling=True,
-    )
-    for name in ("dataset_info.json", "features.json"):
-        files.sync(directory / name)
 
 
 def plain(facts: Any) -> Any:
@@ -160,16 +159,9 @@ def _differences(stored: Any, wanted: Any, exact: bool, name: str = "") -> Itera
 
 
 def compare(root: Any, stored: Any, wanted: Any, exact: bool) -> None:
-    """See that a manifest has the wanted values.
+    """Compare a stored manifest with the expected values, nested alike; with `exact`, other keys are differences too.
 
-    Args:
-        root: the cache's directory.
-        stored: its manifest.
-        wanted: keys, nested as in the manifest, and their values.
-        exact: whether the manifest may have no other keys.
-
-    Raises:
-        ValueError: naming every difference with both sides.
+    Raises ValueError: naming every difference.
     """
     if differences := list(_differences(stored, wanted, exact)):
         raise ValueError(
@@ -206,5 +198,5 @@ def read_manifest(root: Any) -> dict[str, Any]:
 
 
 def has_blocks(root: Any) -> bool:
-    """Whether a directory has a cache's blocks, with or without their manifest."""
+    """Whether a directory has blocks of a cache, even without a manifest."""
     return any(True for _ in root.glob(f"*/{_VERSION}/{_NAME}-*"))

@@ -1,4 +1,4 @@
-"""Reduced signals of an online teacher, made in the step as a cache would store them."""
+"""Reduced signals of an online teacher, computed in the step in the form of a cache's."""
 
 from typing import Any
 
@@ -14,14 +14,7 @@ SIGNALS = ("head", "hidden", "top_k", "sampled", "token")
 
 
 def top_k(teacher: Teacher, entries: int, temperatures: tuple[float, ...], vocab: int) -> Teacher:
-    """The teacher's K largest entries with their true log-probabilities, and the log-mass of all others.
-
-    Args:
-        teacher: whose signal is a head.
-        entries: K.
-        temperatures: at which the others' mass is given.
-        vocab: true vocabulary size.
-    """
+    """The K largest entries of a teacher's head, with log-probabilities, and the others' log-mass per temperature."""
 
     def signal(state: PyTree, batch: Batch, **options: Any) -> TopK:
         return sparsify.top_k(_head(teacher, state, batch, options), entries, temperatures, vocab)
@@ -32,13 +25,7 @@ def top_k(teacher: Teacher, entries: int, temperatures: tuple[float, ...], vocab
 def sampled(teacher: Teacher, draws: int, seed: int, vocab: int) -> Teacher:
     """Draws from the teacher: random-sampling KD (arXiv 2503.16870), unbiased for divergences linear in p.
 
-    The draws of a row depend on the seed, the step, the row and its domain, not on its position in a batch.
-
-    Args:
-        teacher: whose signal is a head.
-        draws: with replacement, per token.
-        seed: of the draws.
-        vocab: true vocabulary size.
+    `draws` per token, with replacement. A row's draws depend on the seed, the step, the row and its domain only.
     """
 
     def signal(state: PyTree, batch: Batch, *, step: Any, **options: Any) -> Sampled:

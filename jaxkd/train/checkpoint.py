@@ -1,8 +1,9 @@
-"""Checkpoints of everything that a run's next step depends on."""
+"""Checkpoints of the whole training state."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,8 +17,8 @@ from jaxkd.train.retention import Keep, check_free_space, checkpoint_directory, 
 from jaxkd.train.state import OPTIONAL, TrainState, parts, parts_to_read, with_defaults
 
 T = TypeVar("T")
-PATIENCE = 3600  # seconds that processes wait for the slowest one while checkpoints are read
-COMMITTED = "commit_success.txt"  # the file that Orbax writes last
+PATIENCE = 3600  # timeout in seconds of collective operations
+COMMITTED = "commit_success.txt"  # written last by Orbax
 
 
 class Recovered(NamedTuple):
@@ -26,46 +27,35 @@ class Recovered(NamedTuple):
     step: int
     state: TrainState
     progress: dict[str, Any]
-    warnings: tuple[str, ...]  # a sentence per later step that is damaged
+    warnings: tuple[str, ...]  # a sentence per damaged later step
 
 
 class Checkpoints:
     """The steps of one run, each with train state, mixture and the manifest of both, written in the background.
 
-    A step exists once its commit file does, so a killed writer leaves no step. Everything that is read is verified
-    against the manifest first. With several processes, all of them make the same calls on one shared directory;
-    `steps`, `latest` and `check` do not wait for other processes.
+    A step exists once its commit file does, so an interrupted write leaves no step. All reads are verified against the
+    manifest. With several processes, all of them make the same calls on one shared directory; `steps`, `latest` and
+    `check` do not wait for other processes.
     """
 
     def __init__(self, directory: os.PathLike | str, keep: Keep | None = None, read_only: bool = False):
-        """Open or create `directory`, and delete what a killed writer left unfinished.
+        """Open or create `directory` (local or gs://BUCKET/PATH) and delete unfinished writes, unless `read_only`.
 
-        Args:
-            directory: a local one, or gs://BUCKET/PATH.
-            keep: which steps are kept, `Keep()` for None.
-            read_only: neither write nor delete anything.
-
-        Raises:
-            ValueError: the directory cannot be used.
+        Raises ValueError: the directory cannot be used.
         """
         self.directory = checkpoint_directory(directory)
         self._arrays = orbax_io.handler()
         self._writing = self._reported = False
-        self._manager = None if read_only else self._writer(keep or Keep())
-
-    def _writer(self, keep: Keep) -> Any:
-        if multihost.is_main():
-            self.directory.mkdir(parents=True, exist_ok=True)
-        multihost.barrier("the directory of checkpoints", PATIENCE)
-        return orbax_io.manager(self.directory, keep, self._metric)
+        self._manager: Any = None
+        if not read_only:
+            if multihost.is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+            multihost.barrier("the directory of checkpoints", PATIENCE)
+            self._manager = orbax_io.manager(self.directory, keep or Keep(), self._metric)
 
     def steps(self) -> list[int]:
-        """Committed steps in ascending order, listed from disk.
-
-        Raises:
-            Unavailable, OSError: the directory cannot be listed.
-        """
-        try:  # not `is_dir`, which is also false where a bucket does not answer
+        """Committed steps in ascending order, listed from disk; Unavailable or OSError if that fails."""
+        try:  # not `is_dir`, which is also False if a bucket does not answer
             names = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -79,7 +69,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The step with the lowest metric, the later one of equals; None when no step has one."""
+        """The step with the lowest metric, the latest among equals; None if no step has a metric."""
 
         def lowest() -> int | None:
             metrics = [(metric, -step) for step in self.steps() if (metric := self._metric(step)) is not None]
@@ -93,21 +83,18 @@ class Checkpoints:
         except (ValueError, OSError):  # reported when the step itself is read
             return None
 
-    # ---------------------------------------------------------------------------------------- writing
-
     def save(self, step: int, state: TrainState, progress: dict[str, Any], metric: float | None = None) -> None:
-        """Copy the state to the host and write it in the background; an existing step is left as it is.
+        """Copy the state to the host and write it in the background; an existing step is not overwritten.
 
         Args:
-            step: steps made.
             state: may be donated as soon as this returns.
             progress: JSON values: the mixture and the run's counters.
-            metric: compared by `best`, lower is better; ignored when it is not finite.
+            metric: compared by `best`, lower is better; ignored if it is not finite.
 
         Raises:
             ValueError: later steps exist; `rollback` first.
-            Unavailable: storage does not answer, or shows this process other steps than process 0.
-            OSError: the disk is too full, or a background write failed.
+            Unavailable: storage does not answer, or processes see different steps.
+            OSError: the disk is full, or a background write failed.
         """
         assert self._manager is not None, "opened with read_only"
         self.wait()
@@ -124,61 +111,48 @@ class Checkpoints:
         progress = json.loads(json.dumps(progress))  # a copy: a thread writes it later
         body = manifest.build(step, state, progress, metric)
         items = orbax_io.items(parts(state), progress, body)
-        try:
-            # Without force Orbax may skip a step silently.
+        with self._write_errors():  # without force Orbax may skip a step silently
             self._manager.save(step, args=items, metrics=body["metric"], force=True)
-        except Exception as error:
-            raise self._write_error(error) from error
         self._writing = True
 
     def check(self) -> None:
-        """Raise if a background write has failed, without waiting for one in progress.
-
-        Raises:
-            OSError: a write failed.
-        """
+        """Raise OSError if a background write has failed, without waiting for one in progress."""
         if not self._writing or self._manager is None:
             return
-        try:  # before `is_saving_in_progress`, which stays true until all processes have given up
+        with self._write_errors():  # before `is_saving_in_progress`, which stays true until all processes give up
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._write_error(error) from error
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Block until what was saved is on disk.
-
-        Raises:
-            OSError: a background write failed.
-        """
+        """Wait for background writes; OSError if one failed."""
         if self._manager is None:
             return
-        try:
+        with self._write_errors():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._write_error(error) from error
         self._writing = False
 
-    def _write_error(self, error: Exception) -> OSError:
-        self._reported = True
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
         try:
-            latest = self.latest()
-            intact = "no step is complete" if latest is None else f"step {latest} is the last complete one"
-        except OSError:
-            intact = "the directory cannot be listed now"
-        message = f"writing a checkpoint under {self.directory} failed: {first_line(error)} ({intact})"
-        return Unavailable(f"{message}; run the same command again") if is_transient(error) else OSError(message)
+            yield
+        except Exception as error:
+            self._reported = True
+            try:
+                latest = self.latest()
+                intact = "no step is complete" if latest is None else f"step {latest} is the last complete one"
+            except OSError:
+                intact = "the directory cannot be listed now"
+            message = f"writing a checkpoint under {self.directory} failed: {first_line(error)} ({intact})"
+            if is_transient(error):
+                raise Unavailable(f"{message}; run the same command again") from error
+            raise OSError(message) from error
 
     def rollback(self, step: int) -> dict[int, str]:
-        """Make `step` the newest: rename later ones to `STEP.aside`, so that they can be saved again.
+        """Make `step` the newest by renaming later ones to `STEP.aside`; returns the new names by step.
 
-        Returns:
-            The new names, by step.
-
-        Raises:
-            ValueError: there is no such step.
+        Raises ValueError: there is no such step.
         """
         assert self._manager is not None, "opened with read_only"
         self.wait()
@@ -186,37 +160,25 @@ class Checkpoints:
         if step not in existing:
             raise ValueError(self._missing(step, existing))
         names = set_aside_names(self.directory, [later for later in existing if later > step])
-        multihost.barrier("names for later checkpoints", PATIENCE)  # all have listed before one renames
+        multihost.barrier("names for later checkpoints", PATIENCE)  # process 0 renames after all have listed
         if multihost.is_main():
-            for later in sorted(names, reverse=True):  # newest first, so a kill leaves a shorter rollback
+            for later in sorted(names, reverse=True):  # newest first, so an interruption leaves a valid prefix
                 (self.directory / str(later)).rename(self.directory / names[later])
         multihost.barrier("later checkpoints to be set aside", PATIENCE)
         self._manager.reload()
         return names
 
     def close(self) -> None:
-        """Finish writing and release the directory.
-
-        Raises:
-            OSError: a background write failed and no earlier call raised it.
-        """
-        try:
-            if self._manager is not None:
+        """Finish writing and release the directory; OSError for a failed write that was not reported yet."""
+        if self._manager is not None:
+            with contextlib.suppress(Exception) if self._reported else self._write_errors():
                 self._manager.close()
-        except Exception as error:
-            if not self._reported:
-                raise self._write_error(error) from error
-
-    # ---------------------------------------------------------------------------------------- reading
 
     def recover(self, abstract: TrainState) -> Recovered | None:
-        """The newest intact step, None where there is no step; damaged later ones are renamed to `STEP.aside`.
-
-        Args:
-            abstract: ShapeDtypeStruct leaves with shardings.
+        """The newest intact step, None if there are no steps; damaged later ones are renamed to `STEP.aside`.
 
         Raises:
-            ValueError: no step is intact, or they are of another state than `abstract`.
+            ValueError: no step is intact, or they do not match `abstract`.
             OSError: reading fails for reasons outside the checkpoint.
         """
         if (newest := self.newest(lambda step: self.restore(step, abstract))) is None:
@@ -227,13 +189,9 @@ class Checkpoints:
         return Recovered(step, state, progress, tuple(warnings))
 
     def newest(self, read: Callable[[int], T]) -> tuple[int, T, dict[int, str]] | None:
-        """The newest intact step, what `read` returned for it, and the error message of each later step.
+        """The newest step that `read` does not find damaged: (step, read(step), error messages of later steps).
 
-        Args:
-            read: reads a step; raises `DamagedCheckpoint`.
-
-        Raises:
-            ValueError: there are steps and none is intact.
+        Raises ValueError: there are steps and none is intact.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self._steps_of_main()):
@@ -251,13 +209,9 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State and progress of a step, sharded as `abstract`; `state.OPTIONAL` parts may differ.
 
-        Args:
-            step: an existing one.
-            abstract: ShapeDtypeStruct leaves with shardings.
-
         Raises:
-            DamagedCheckpoint: it is not what was saved; the message names the step.
-            ValueError: there is no such step, or it is of another state.
+            DamagedCheckpoint: it differs from what was saved; the message names the step.
+            ValueError: there is no such step, or it does not match `abstract`.
             OSError: reading fails for reasons outside the checkpoint.
         """
         wanted = parts(abstract)
@@ -273,11 +227,7 @@ class Checkpoints:
         return self._read(step, {"ema": abstract})[0]["ema"]
 
     def restore_objective(self, step: int, abstract: PyTree) -> PyTree:
-        """The objective's parameters, of those terms of `abstract` that the step has.
-
-        Raises:
-            DamagedCheckpoint, ValueError, OSError: as `restore`; ValueError too when no term is there.
-        """
+        """The objective's parameters, of the terms of `abstract` that the step has. Raises as `restore`, or if none."""
 
         def common_terms() -> PyTree:
             saved = manifest.children(self._manifest(step).leaves, "params", "objective")
@@ -291,11 +241,7 @@ class Checkpoints:
         return self._read(step, target)[0]["params"]["objective"]
 
     def verify(self, step: int) -> None:
-        """Read and verify all of a step on this host, some arrays at a time: one process, no accelerator needed.
-
-        Raises:
-            DamagedCheckpoint, ValueError, OSError: as `restore`.
-        """
+        """Verify a whole step in portions, in one process without an accelerator. Raises as `restore`."""
 
         def read() -> None:
             saved = self._manifest(step)
@@ -334,7 +280,7 @@ class Checkpoints:
         return manifest.item_text(self.directory / str(step), item)
 
     def _on_all(self, step: int, read: Callable[[], T]) -> T:
-        """`read()` of this process; an error of one process is raised by all."""
+        """`read()` in this process; an error of one process is raised in all."""
         values: list[T] = []
         error: Exception | None = None
         cause: Exception | None = None
@@ -360,5 +306,5 @@ class Checkpoints:
         return f"there is no checkpoint {self.directory / str(step)}; existing steps: {names}{hint}"
 
     def _steps_of_main(self) -> list[int]:
-        """`steps` of process 0 in all processes: listings may differ between hosts."""
+        """`steps` of process 0 in all processes, since listings may differ between hosts."""
         return multihost.broadcast("the list of checkpoints", self.steps, PATIENCE)

@@ -1,4 +1,4 @@
-"""Errors of reading and writing checkpoints: transient, refused by the system, or a damaged checkpoint."""
+"""Errors of reading and writing checkpoints: transient, permission or resource errors, or a damaged checkpoint."""
 
 import errno
 import gc
@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from jaxkd.runtime.cluster import Unavailable
 
-# What TensorStore, the operating system and HTTP servers report when storage, not the checkpoint, is at fault.
+# Codes of storage errors from TensorStore, the operating system and HTTP servers.
 _TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 _ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT)
 _HTTP = (408, 429, 500, 502, 503, 504)
-_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")  # the last: out of device memory
+_REFUSED = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED")  # the last is out of device memory
 T = TypeVar("T")
 
 
@@ -24,11 +24,11 @@ class DamagedCheckpoint(ValueError):
 
 
 BY_PRIORITY = (Unavailable, OSError, DamagedCheckpoint, ValueError)
-"""Error classes of a read. Of several processes' errors the first class wins: an unreadable step is not damaged."""
+"""Error classes of a read. Of several processes' errors the first in this order is raised."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a retry may succeed: storage or a host did not answer, or a resource ran short."""
+    """Whether a retry may succeed: storage or a host did not answer, or a resource was exhausted."""
     if isinstance(error, Unavailable | TimeoutError | ConnectionError | MemoryError):
         return True
     if isinstance(error, OSError) and error.errno in _ERRNOS:
@@ -37,7 +37,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def classify(error: Exception) -> OSError | DamagedCheckpoint:
-    """An exception raised while files were read, as `Unavailable`, `OSError` or `DamagedCheckpoint`."""
+    """An exception of reading files as `Unavailable`, `OSError` or `DamagedCheckpoint`."""
     if is_transient(error):
         return Unavailable(first_line(error))
     refused = isinstance(error, PermissionError) or any(word in str(error) for word in _REFUSED)
@@ -45,12 +45,9 @@ def classify(error: Exception) -> OSError | DamagedCheckpoint:
 
 
 def call_orbax(read: Callable[[], T]) -> T:
-    """`read()`, with its exceptions classified and the noise of Orbax's other reads suppressed.
+    """`read()` with classified exceptions (see `classify`), without the noise of Orbax's other reads.
 
-    When one read fails, the concurrent ones end in threads whose exceptions nobody retrieves; Python would print those.
-
-    Raises:
-        Unavailable, OSError, DamagedCheckpoint: see `classify`.
+    When one read fails, concurrent ones end in threads whose exceptions are never retrieved; Python would print those.
     """
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
@@ -66,7 +63,7 @@ def call_orbax(read: Callable[[], T]) -> T:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message without TensorStore's dump of its spec; a class name if it is empty."""
+    """The first line of an exception's message without TensorStore's spec, or the class name."""
     text = re.sub(r" \[(?:tensorstore_spec|source locations)=.*", "", (str(error).strip().splitlines() or [""])[0])
     return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__
 
@@ -77,11 +74,7 @@ def priority(error: Exception) -> int:
 
 
 def combine(reports: Sequence[Any]) -> Exception | None:
-    """The one exception that all processes raise, or None.
-
-    Args:
-        reports: per process, None or its exception's (`priority`, message).
-    """
+    """The exception that all processes raise, or None, from the (`priority`, message) or None of each."""
     failed = [(report[0], process, report[1]) for process, report in enumerate(reports) if report is not None]
     if not failed:
         return None

@@ -1,4 +1,4 @@
-"""Host-side count of skipped steps: how many non-finite ones a run tolerates, and the error when there are more."""
+"""Host-side count of skipped steps, and the error when there are too many non-finite ones."""
 
 import math
 from collections import deque
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 FORGIVE_AFTER = 100
-"""Finite steps that cancel one non-finite step."""
-_SHOWN = 8  # rows of a step in the message; metrics.jsonl has all of them
+"""Finite steps that compensate one non-finite step."""
+_SHOWN = 8  # rows of a step in the error message
 
 
 class SkippedStep(NamedTuple):
-    """A step whose update was skipped because a number was not finite."""
+    """A step whose update was skipped because a value was not finite."""
 
     step: int
     name: str
@@ -20,26 +20,16 @@ class SkippedStep(NamedTuple):
 
 
 def suspects(values: Mapping[str, float], rows: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Rows that may have caused a non-finite step, by domain: those of domains with a non-finite metric, else all.
-
-    Args:
-        values: the step's metrics; a domain's are called `name/domain`.
-        rows: the step's rows by domain.
-    """
+    """Rows by domain of a non-finite step: of domains with a non-finite metric `name/domain`, else of all."""
     broken = {name.partition("/")[2] for name, value in values.items() if "/" in name and not math.isfinite(value)}
     return {domain: list(ids) for domain, ids in rows.items() if domain in broken or not broken & set(rows)}
 
 
 class Faults:
-    """Counts skipped steps and raises when too many were not finite."""
+    """Counts skipped steps and raises if too many were not finite."""
 
     def __init__(self, limit: int, total: int):
-        """Start with no fault in this process.
-
-        Args:
-            limit: non-finite steps that are tolerated; one more raises.
-            total: steps skipped by earlier processes of the run, for any reason.
-        """
+        # `limit`: tolerated non-finite steps; `total`: steps skipped by earlier processes of the run, for any reason.
         self.total, self._limit, self._debt = total, limit, 0.0
         self._skipped: deque[SkippedStep] = deque(maxlen=limit + 1)
 
@@ -51,17 +41,9 @@ class Faults:
         rows: Mapping[str, Sequence[int]],
         latest_checkpoint: Callable[[], int | None],
     ) -> None:
-        """Count a step.
+        """Count a step with its metrics (divided by their weights) and, if it was skipped, its suspect rows.
 
-        Args:
-            step: its number.
-            values: its metrics, divided by their weights.
-            skipped: whether its update was skipped.
-            rows: its suspect rows, if it was skipped.
-            latest_checkpoint: returns the newest checkpoint's step.
-
-        Raises:
-            FloatingPointError: the parameters are not finite, or too many steps were not.
+        Raises FloatingPointError: the parameters are not finite, or too many steps were not.
         """
         self.total += skipped
         numbers = {name: values.get(name, math.nan) for name in ("loss", "grad_norm", "param_norm")}

@@ -1,4 +1,4 @@
-"""Whether a step's update is applied, decided on the devices from globally reduced numbers."""
+"""Whether a step's update is applied, decided on the devices from global reductions."""
 
 from typing import Any, NamedTuple
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 WINDOW = 128
 """Number of recent steps that a loss and a gradient norm are compared with."""
-_MIN_DEVIATION = 1e-5  # relative to the mean: otherwise the rounding of a constant loss would be a spike
+_MIN_DEVIATION = 1e-5  # relative to the mean, so that rounding of a constant loss is no spike
 
 
 class Recent(NamedTuple):
-    """Ring buffer of recent finite losses and gradient norms; part of the train state where spikes are skipped."""
+    """Ring buffer of recent finite losses and gradient norms; part of the train state if spikes are skipped."""
 
     values: jax.Array  # [2 WINDOW] float32
-    seen: jax.Array  # [] int32: how many were ever written
+    seen: jax.Array  # [] int32: number of appended steps
 
 
 def init() -> Recent:
@@ -23,16 +23,9 @@ def init() -> Recent:
 
 
 def is_usual(recent: Recent, loss: jax.Array, norm: jax.Array, factor: float) -> jax.Array:
-    """Whether neither number is a spike, x > mean + factor std over the window; true until the window is half full.
+    """Whether neither number is a spike, x > mean + factor std over the window; True until the window is half full.
 
-    Args:
-        recent: the window before this step.
-        loss: [] mean over the step's tokens.
-        norm: [] of its gradient, before clipping.
-        factor: in standard deviations of the window (divisor n - 1).
-
-    Returns:
-        [] bool.
+    `loss` is the mean over the step's tokens, `norm` that of its gradient before clipping; std has the divisor n - 1.
 
     Source: OLMo-core's SkipStepOptimizer (window 128, factor 6).
     """
@@ -48,7 +41,7 @@ def is_usual(recent: Recent, loss: jax.Array, norm: jax.Array, factor: float) ->
 def append(recent: Recent, loss: jax.Array, norm: jax.Array) -> Recent:
     """The window with this step added, if both numbers are finite.
 
-    Spikes are added too: a loss that stays high widens the window until it counts as usual, so no run stalls.
+    Spikes are added too, so that a loss that stays high widens the window and the run does not stall.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     written = recent.values.at[:, recent.seen % WINDOW].set(jnp.stack([loss, norm]))
@@ -56,7 +49,7 @@ def append(recent: Recent, loss: jax.Array, norm: jax.Array) -> Recent:
 
 
 def select(applied: jax.Array, after: Any, before: Any) -> Any:
-    """`after` where the update is applied, else `before`, leaf by leaf.
+    """`after` if the update is applied, else `before`, leaf by leaf.
 
     On a CPU the compiled step then holds up to one more copy of the parameters during the update, as with `lax.cond`;
     moments are still updated in place.

@@ -16,12 +16,12 @@ from jaxkd.core.types import PyTree
 from jaxkd.train.checkpoint_errors import DamagedCheckpoint, classify
 
 FORMAT = 1
-_LARGE = 2**14  # elements from which a CPU adds up an array by halves
+_LARGE = 2**14  # elements above which a CPU sums an array by halves
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # an element of eight bytes is two words
 
 
 class Leaf(NamedTuple):
-    """An array of the train state as it was saved."""
+    """A saved array of the train state."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Manifest(NamedTuple):
     """The contents of a step."""
 
     step: int
-    metric: float | None  # lower is better; None where it was not measured
+    metric: float | None  # lower is better; None if not measured
     leaves: dict[str, Leaf]  # by dotted path
     progress: int  # checksum of the JSON of mixture and counters
 
@@ -44,11 +44,8 @@ def checksum(array: jax.Array, folded: bool = False) -> jax.Array:
     """[] uint32: sum_i mix(w_i XOR mix(i + 1)) mod 2^32, independent of the array's sharding.
 
     w_i is the element at index i in C order as an unsigned integer, mix the 32-bit finaliser of MurmurHash3. Both are
-    one to one, so one changed element always changes the sum; any other change is missed once in 2^32.
-
-    Args:
-        array: any shape and sharding; every device sums its own shard.
-        folded: whether to sum by `_fold`, with the same result.
+    bijective, so one changed element always changes the sum; any other change is missed once in 2^32. `folded` sums by
+    `_fold`, with the same result.
     """
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
@@ -64,9 +61,9 @@ def checksum(array: jax.Array, folded: bool = False) -> jax.Array:
 def _fold(numbers: jax.Array) -> jax.Array:
     """At most `_LARGE` numbers (or an odd count) with the same sum: the second half is added to the first repeatedly.
 
-    XLA's CPU reduction is a scalar loop with the producer fused into it; adding whole arrays is vectorised and
-    parallel, three times as fast, and the barriers keep XLA from fusing the two. It takes the array's memory once
-    more, so it is not for accelerators, whose reductions already run at memory speed.
+    XLA's CPU reduction is a scalar loop with the producer fused into it. Adding whole arrays is vectorised and
+    parallel, three times as fast, and the barriers prevent fusion. It takes the array's memory once more, so it is not
+    for accelerators, whose reductions already run at memory speed.
     """
     numbers = jax.lax.optimization_barrier(numbers.reshape(-1))
     while numbers.size > _LARGE and numbers.size % 2 == 0:
@@ -97,7 +94,7 @@ def checksums(leaves: dict[str, jax.Array]) -> dict[str, int]:
 
     folded = [name for name, leaf in leaves.items() if leaf.size > _LARGE and on_one_cpu(leaf)]
     sums = jax.device_get(_checksums({name: leaf for name, leaf in leaves.items() if name not in folded}))
-    for name in folded:  # one program each: in one program the temporaries of all would be live together
+    for name in folded:  # one program each, so that only one has temporaries at a time
         sums[name] = jax.device_get(_folded_checksum(leaves[name]))
     return {name: int(sums[name]) for name in leaves}
 
@@ -115,14 +112,7 @@ def _json_checksum(value: Any) -> int:
 
 
 def build(step: int, state: PyTree, progress: dict[str, Any], metric: float | None = None) -> dict[str, Any]:
-    """A step's manifest as JSON values. Blocks until the arrays are computed.
-
-    Args:
-        step: steps made.
-        state: the arrays to save.
-        progress: the JSON values saved beside them.
-        metric: lower is better; stored as None when it is not finite.
-    """
+    """A step's manifest as JSON values; waits for the arrays. A metric that is not finite is stored as None."""
     leaves = arrays_by_path(state)
     sums = checksums(leaves)
     body = {
@@ -139,11 +129,7 @@ def build(step: int, state: PyTree, progress: dict[str, Any], metric: float | No
 
 
 def item_text(step: epath.Path, item: str) -> str:
-    """The JSON file of an item ("manifest" or "mixture") in a step's directory.
-
-    Raises:
-        DamagedCheckpoint, OSError: it cannot be read; see `checkpoint_errors.classify`.
-    """
+    """The JSON file of an item ("manifest" or "mixture") in a step's directory; errors: see `classify`."""
     try:
         return (step / item / "metadata").read_text()
     except FileNotFoundError:
@@ -153,7 +139,7 @@ def item_text(step: epath.Path, item: str) -> str:
 
 
 def parse(text: str, step: int) -> Manifest:
-    """The manifest in a file's text, which must be of `step`.
+    """The manifest in a file's text.
 
     Raises:
         DamagedCheckpoint: it was changed, or is of another step.
@@ -176,15 +162,9 @@ def parse(text: str, step: int) -> Manifest:
 
 
 def check_shapes(leaves: dict[str, Leaf], wanted: dict[str, Any], complete: bool = False) -> None:
-    """See that saved dtypes and shapes are the wanted ones, since Orbax casts another dtype silently.
+    """Check that saved dtypes and shapes are the wanted ones, since Orbax casts silently.
 
-    Args:
-        leaves: saved arrays.
-        wanted: path -> an array or ShapeDtypeStruct.
-        complete: whether nothing else may have been saved.
-
-    Raises:
-        ValueError: naming the first array that differs, or that is not wanted.
+    Raises ValueError: naming the first array that differs, or with `complete` one that is not wanted.
     """
     for name, leaf in wanted.items():
         expected, saved = f"{np.dtype(leaf.dtype)}{list(leaf.shape)}", str(leaves.get(name, "nothing"))
@@ -201,7 +181,7 @@ def children(leaves: Iterable[str], *path: str) -> set[str]:
 
 
 def portions(leaves: Mapping[str, Leaf], limit: int) -> Iterator[list[str]]:
-    """All names in lists whose arrays have at most `limit` bytes together, or are a single array."""
+    """All names, in lists whose arrays have at most `limit` bytes in total or are a single array."""
     portion: list[str] = []
     size = 0
     for name, leaf in leaves.items():
@@ -216,11 +196,7 @@ def portions(leaves: Mapping[str, Leaf], limit: int) -> Iterator[list[str]]:
 
 
 def verify_checksums(leaves: dict[str, Leaf], arrays: dict[str, jax.Array]) -> None:
-    """See that arrays that were read equal the saved ones bit for bit.
-
-    Raises:
-        DamagedCheckpoint: naming those that do not.
-    """
+    """Check that restored arrays equal the saved ones bit for bit; DamagedCheckpoint names those that do not."""
     wrong = [name for name, number in checksums(arrays).items() if number != leaves[name].checksum]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -228,11 +204,7 @@ def verify_checksums(leaves: dict[str, Leaf], arrays: dict[str, jax.Array]) -> N
 
 
 def parse_progress(manifest: Manifest, text: str) -> dict[str, Any]:
-    """The JSON values saved beside the train state.
-
-    Raises:
-        DamagedCheckpoint: they differ from what was saved.
-    """
+    """The JSON values saved beside the train state; DamagedCheckpoint if they were changed."""
     try:
         progress = json.loads(text)
     except json.JSONDecodeError:

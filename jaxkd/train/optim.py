@@ -13,32 +13,19 @@ def has_weight_decay(axes: tuple[str, ...]) -> bool:
 
 
 def update_count(opt_state: PyTree) -> jax.Array:
-    """[] int32: updates that `adamw` has made. Skipped steps do not advance it."""
+    """[] int32: updates of `adamw`, without skipped steps."""
     adam = lambda x: isinstance(x, optax.ScaleByAdamState)
     [state] = [x for x in jax.tree.leaves(opt_state, is_leaf=adam) if adam(x)]
     return state.count
 
 
 def adamw(
-    learning_rate: Scalar,
-    axes: PyTree,
-    *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    clip: float,
+    learning_rate: Scalar, axes: PyTree, *, b1: float, b2: float, eps: float, weight_decay: float, clip: float
 ) -> optax.GradientTransformation:
     """AdamW after clipping by global norm (arXiv 1711.05101).
 
-    Args:
-        learning_rate: a number or a schedule of the update count.
-        axes: the parameters' logical axes, a tuple a leaf; see `has_weight_decay`.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled; multiplied by the learning rate.
-        clip: largest global gradient norm; 0 does not clip.
+    `learning_rate` is a number or a schedule of the update count, `axes` the parameters' logical axes (see
+    `has_weight_decay`); `weight_decay` is multiplied by the learning rate; `clip` 0 does not clip.
     """
     mask = jax.tree.map(has_weight_decay, axes, is_leaf=lambda a: isinstance(a, tuple))
     steps = [optax.clip_by_global_norm(clip)] if clip else []
@@ -49,23 +36,14 @@ def adamw(
 def build(
     o: OptimBlock, lr: Scalar, axes: dict[str, PyTree], shardings: dict[str, PyTree] | None
 ) -> optax.GradientTransformation:
-    """The optimiser of a recipe, for parameters with these logical axes; `shardings` are given where replicas exist."""
+    """A recipe's optimiser for parameters with these logical axes; `shardings` of gradients are given with replicas."""
     tx = adamw(lr, axes, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, clip=o.clip)
-    return tx if shardings is None else with_gradient_shardings(tx, shardings)
-
-
-def with_gradient_shardings(tx: optax.GradientTransformation, shardings: PyTree) -> optax.GradientTransformation:
-    """`tx` with a sharding constraint on its gradients: reduced over replicas before the update is split over them.
-
-    Without it the sharding of moments that are split over replicas propagates into the backward pass, and activations
-    are exchanged between slices.
-
-    Args:
-        tx: the optimiser.
-        shardings: of the gradients, as those of the parameters.
-    """
+    if shardings is None:
+        return tx
 
     def update(grads: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        # Gradients are reduced over replicas first. Else the sharding of moments over replicas propagates into the
+        # backward pass, and activations are exchanged between slices.
         return tx.update(jax.lax.with_sharding_constraint(grads, shardings), state, params)
 
     return optax.GradientTransformation(tx.init, update)

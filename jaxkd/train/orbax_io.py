@@ -1,4 +1,4 @@
-"""Orbax: writing and reading a checkpoint's items. No other file imports it."""
+"""Writing and reading a checkpoint's items with Orbax; no other file imports it."""
 
 import functools
 import logging
@@ -22,16 +22,16 @@ _PORTION = 2**30  # bytes that `portions` reads at a time
 
 def handler() -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of array trees."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every file; its exceptions are reported by us
-    # Float weights hardly compress: it would cost seconds of the cores that train and save a tenth.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every file; we report its exceptions
+    # Compression would cost seconds of CPU time to save a tenth of float weights.
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
 class _Manager(ocp.CheckpointManager):
     """A manager that takes a step's metric from our manifest, and never asks JAX about preemption.
 
-    `reached_preemption_sync_point` takes the last number that anybody asked with as the process's step, stops all
-    processes one after the largest, and compares for equality only: the training loop alone may ask.
+    `reached_preemption_sync_point` takes the number of its last caller as the process's step, stops all processes one
+    after the largest, and compares for equality only: only the training loop may call it.
     """
 
     def __init__(self, *args: Any, metric: Callable[[int], float | None], **options: Any):
@@ -48,21 +48,18 @@ class _Manager(ocp.CheckpointManager):
 def manager(directory: epath.Path, keep: Keep, metric: Callable[[int], float | None]) -> ocp.CheckpointManager:
     """Writes steps in the background and deletes those that are not kept.
 
-    Args:
-        directory: an existing one.
-        keep: which steps are kept.
-        metric: of an existing step, None where it has none; a new one's is the `metrics` of its save.
+    `metric(step)` is that of an existing step or None; a new step's is the `metrics` of its save.
     """
     policies: list[Any] = [checkpoint_managers.LatestN(keep.latest)]
     if keep.every:
         policies.append(checkpoint_managers.EveryNSteps(keep.every))
-    if keep.best:  # its last n of the descending order
+    if keep.best:
         lowest = checkpoint_managers.BestN(
             get_metric_fn=lambda metric: metric, reverse=True, n=keep.best, keep_checkpoints_without_metrics=False
         )
         policies.append(lowest)
-    # With named processes, barriers use the coordination service, which times out and says who is missing.
-    everyone = set(range(jax.process_count())) if jax.process_count() > 1 else None
+    # With active_processes, barriers use the coordination service, which times out and names missing processes.
+    processes = set(range(jax.process_count())) if jax.process_count() > 1 else None
     return _Manager(
         directory,
         options=ocp.CheckpointManagerOptions(
@@ -72,7 +69,7 @@ def manager(directory: epath.Path, keep: Keep, metric: Callable[[int], float | N
             enable_async_checkpointing=True,
             create=False,
             multiprocessing_options=options.MultiprocessingOptions(
-                active_processes=everyone, barrier_sync_key_prefix="jaxkd"
+                active_processes=processes, barrier_sync_key_prefix="jaxkd"
             ),
         ),
         item_handlers={
@@ -92,18 +89,10 @@ def items(state: PyTree, progress: dict[str, Any], body: dict[str, Any]) -> ocp.
 
 
 def read(arrays: ocp.PyTreeCheckpointHandler, path: epath.Path, target: PyTree, complete: bool) -> PyTree:
-    """Arrays as `target` describes them.
+    """Arrays as described by `target`, ShapeDtypeStructs with shardings; `complete`: they are the whole step.
 
-    Through the handler, not the manager: it waits for no other process, so one that fails can report it.
-
-    Args:
-        arrays: from `handler`.
-        path: of a step's arrays.
-        target: ShapeDtypeStruct leaves with shardings.
-        complete: whether the step must hold nothing else.
-
-    Raises:
-        OSError, DamagedCheckpoint: see `checkpoint_errors.classify`.
+    Uses the handler, not the manager: it does not wait for other processes, so a failure can be reported. Errors as
+    `checkpoint_errors.classify`.
     """
     arguments = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=not complete
@@ -116,13 +105,7 @@ def portions(
 ) -> Iterator[dict[str, jax.Array]]:
     """All arrays of a step by dotted path, `_PORTION` bytes at a time, on this process's first device.
 
-    Args:
-        arrays: from `handler`.
-        path: of a step's arrays.
-        leaves: of its manifest.
-
-    Raises:
-        OSError, DamagedCheckpoint: see `checkpoint_errors.classify`.
+    Errors as `checkpoint_errors.classify`.
     """
     tree = call_orbax(lambda: arrays.metadata(path).tree)
     saved = manifest.arrays_by_path(tree)

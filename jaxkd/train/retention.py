@@ -1,4 +1,4 @@
-"""Directories of checkpoints, and which steps are kept."""
+"""Directories of checkpoints, and retention of steps."""
 
 import errno
 import importlib.util
@@ -12,7 +12,7 @@ from etils import epath
 
 
 class Keep(NamedTuple):
-    """Which steps are kept when a new one has been committed: those that any of the three rules names."""
+    """Steps that are kept when a new one is committed: those that match any of the three rules."""
 
     latest: int = 2
     every: int = 0  # multiples of this; 0 for none
@@ -20,11 +20,7 @@ class Keep(NamedTuple):
 
 
 def checkpoint_directory(directory: os.PathLike | str) -> epath.Path:
-    """A local directory as an absolute path, or a gs:// path.
-
-    Raises:
-        ValueError: it is neither, or gcsfs is not installed.
-    """
+    """A local directory as an absolute path, or a gs:// path; ValueError for others, or without gcsfs."""
     text = os.fspath(directory)
     if "://" not in text:
         return epath.Path(Path(text).expanduser().absolute())
@@ -37,15 +33,7 @@ def checkpoint_directory(directory: os.PathLike | str) -> epath.Path:
 
 
 def check_free_space(directory: epath.Path, size: int) -> None:
-    """See that a checkpoint fits on the disk before anything is written; a bucket's size is unknown.
-
-    Args:
-        directory: an existing one.
-        size: bytes of the checkpoint's arrays.
-
-    Raises:
-        OSError: it does not fit.
-    """
+    """Raise OSError if arrays of `size` bytes do not fit on the disk of `directory`; a bucket's size is unknown."""
     if "://" in os.fspath(directory):
         return
     need, free = size * 1.05 + 2**20, shutil.disk_usage(directory).free

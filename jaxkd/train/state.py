@@ -17,8 +17,8 @@ from jaxkd.train.guard import Recent
 class TrainState(NamedTuple):
     """`params["student"]` is what the student trains, `params["objective"]` the objective's own parameters.
 
-    The student's other arrays are `frozen`, an argument of the step beside the state; see `assemble`. A part that the
-    run does not use is None and is not checkpointed.
+    The student's other arrays are `frozen`, an argument of the step; see `assemble`. Unused parts are None and not
+    checkpointed.
     """
 
     step: jax.Array  # [] int32: steps made, skipped ones included
@@ -30,15 +30,14 @@ class TrainState(NamedTuple):
 
 
 def parts(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that have an array, by name."""
+    """The parts of a state that have arrays, by name."""
     return {name: part for name, part in state._asdict().items() if jax.tree.leaves(part)}
 
 
 def assemble(params: PyTree, frozen: PyTree) -> PyTree:
-    """The student's parameters from its trained and its frozen arrays, two nested dicts with no leaf in common.
+    """The student's parameters from its trained and frozen arrays, two disjoint nested dicts.
 
-    Raises:
-        ValueError: naming a key that has an array in both.
+    Raises ValueError: naming a key that has an array in both.
     """
     if not jax.tree.leaves(frozen):
         return params
@@ -56,11 +55,8 @@ def assemble(params: PyTree, frozen: PyTree) -> PyTree:
 
 
 OPTIONAL: Mapping[str, Callable[[], Any]] = {"recent": guard.init}
-"""Parts that may be switched on or off in the middle of a run, and their initial values.
-
-The window of recent losses refills by itself. An average or domain weights that started late would not be those that
-the config describes, so they must be in a checkpoint exactly if the config uses them.
-"""
+"""Parts that may be enabled or disabled during a run, and their initial values. `ema` and `group_dro` may not: started
+late, they would differ from what the config describes."""
 _REQUIRED = {
     "ema": "the student's running average (teacher.path=self)",
     "group_dro": "domain weights in the loss (data.mixture=doremi_proxy)",
@@ -68,14 +64,9 @@ _REQUIRED = {
 
 
 def parts_to_read(saved: set[str], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The wanted parts that are read from a checkpoint; `with_defaults` adds the others.
+    """The wanted parts that a checkpoint with the parts `saved` has; `with_defaults` adds the others.
 
-    Args:
-        saved: names of the parts in the checkpoint.
-        wanted: parts by name, as from `parts`.
-
-    Raises:
-        ValueError: the checkpoint lacks a part, or has one too many, that is not `OPTIONAL`.
+    Raises ValueError: the checkpoint lacks a part, or has an extra one, that is not `OPTIONAL`.
     """
     for name, description in _REQUIRED.items():
         if (name in wanted) != (name in saved):
@@ -100,42 +91,30 @@ def init_state(
     group_dro: PyTree = None,
     recent: Recent | None = None,
 ) -> TrainState:
-    """The state before the first step.
+    """The initial state.
 
-    Args:
-        params: what is trained, float32.
-        tx: the optimiser.
-        averaged: whether `ema` is kept.
-        group_dro: the first state of a `Reweighting`.
-        recent: `guard.init()`, where spikes are skipped.
+    `params` are float32; `averaged` keeps `ema`; `group_dro` is the initial state of a `Reweighting`; `recent` is
+    `guard.init()` if spikes are skipped.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, group_dro, recent)
 
 
 def abstract_state(
-    params: dict[str, PyTree],
-    moments: dict[str, PyTree],
-    tx: optax.GradientTransformation,
-    **parts: Any,
+    params: dict[str, PyTree], moments: dict[str, PyTree], tx: optax.GradientTransformation, **parts: Any
 ) -> TrainState:
-    """Shapes and shardings of the train state: `init_state` of abstract arrays.
+    """`init_state` of abstract arrays: shapes and shardings of the train state.
 
-    Args:
-        params: ShapeDtypeStruct leaves with shardings.
-        moments: shardings of the optimiser's moments, by the parts of `params`.
-        tx: the optimiser.
-        parts: the other arguments of `init_state`. Their arrays are replicated.
+    `params` have ShapeDtypeStruct leaves with shardings, `moments` the shardings of the optimiser's moments. `parts`
+    are the other arguments of `init_state`; their arrays are replicated.
     """
-    first = jax.tree.leaves(params)[0].sharding
-    replicated = NamedSharding(first.mesh, PartitionSpec())
-    whole = functools.partial(init_state, tx=tx, averaged=parts.pop("averaged", False))
-    shapes = jax.eval_shape(whole, params, **parts)
+    replicated = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+    init = functools.partial(init_state, tx=tx, averaged=parts.pop("averaged", False))
+    shapes = jax.eval_shape(init, params, **parts)
     opt_state = optax.tree_utils.tree_map_params(
         tx, lambda _, s: s, shapes.opt_state, moments, transform_non_params=lambda _: replicated
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    average = None if shapes.ema is None else shardings["student"]
-    placed = jax.tree.map(lambda _: replicated, shapes)
-    placed = placed._replace(params=shardings, opt_state=opt_state, ema=average)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+    ema = None if shapes.ema is None else shardings["student"]
+    of_state = jax.tree.map(lambda _: replicated, shapes)._replace(params=shardings, opt_state=opt_state, ema=ema)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, of_state)

@@ -32,7 +32,7 @@ def split(batch: PyTree, parts: int) -> PyTree:
 
 
 def _taps(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    # No keyword where there are none, so that a plain `forward(params, batch)` works.
+    # No keyword without taps, so that `forward(params, batch)` is enough then.
     return {"taps": names} if names else {}
 
 
@@ -41,16 +41,15 @@ def make_gradient(
 ):
     """`gradient(params, teacher_state, batch, step, frozen={}, ema=None, factors={}) -> (gradients, metrics)`.
 
-    Gradients are of `params`. Values, gradients and metrics are summed over micro-batches and divided once, by the
-    global token weight.
+    Values, gradients and metrics are summed over micro-batches and divided once, by the global token weight.
 
-    Raises:
-        ValueError: a term needs features that the teacher's signal does not have.
+    Raises ValueError: a term needs features that the teacher's signal does not have.
     """
     if objective.teacher_taps and "taps" not in teacher.requires:
+        taps = {name: ", ".join(term.teacher_taps) for name, term in objective.fields.items() if term.teacher_taps}
+        needs = "; ".join(f"objective.{name} needs the teacher's {names}" for name, names in taps.items())
         raise ValueError(
-            f"{objective.needs_of_teacher()}, but this teacher's signal has no features: take an online teacher, or "
-            "leave the term out"
+            f"{needs}, but this teacher's signal has no features: take an online teacher, or leave the term out"
         )
 
     def value(params, frozen, teacher_state, batch, factors, step, ema):
@@ -105,24 +104,22 @@ def make_step(
 ) -> Step:
     """`step(state, frozen, teacher.state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    `frozen` has the student's arrays that are not trained, {} for none: neither in the state nor in the optimiser.
-
-    A step whose loss or gradient is not finite changes nothing but `state.step`; its metric `skipped` is then 1.
+    `frozen` has the student's arrays that are not trained, {} for none. A step whose loss or gradient is not finite
+    changes only `state.step`; its metric `skipped` is then 1.
 
     Args:
         forward: the student's.
         teacher: its state is the step's third argument.
-        objective: what to minimise.
+        objective: the loss.
         tx: the optimiser.
         micro_batches: parts that the batch is split into to save memory; divides its number of rows.
-        decay: d of ema <- d ema + (1 - d) params, where the state has an average.
-        reweighting: factors of the terms, whose state is `state.group_dro`.
-        spike: standard deviations above the mean of `state.recent`, where the state has it, from which on a step is
-            skipped for its loss or gradient norm.
-        assemble: `assemble(state.params["student"], frozen)`, the parameters that `forward` takes.
+        decay: d of ema <- d ema + (1 - d) params, if the state has an average.
+        reweighting: factors of the terms, with state `state.group_dro`.
+        spike: a step is skipped if its loss or gradient norm is this many standard deviations above the mean of
+            `state.recent`, if the state has it.
+        assemble: `assemble(state.params["student"], frozen)`, the parameters of `forward`.
 
-    Raises:
-        ValueError: a term needs features that the teacher's signal does not have.
+    Raises ValueError: a term needs features that the teacher's signal does not have.
     """
     gradient = make_gradient(forward, teacher, objective, micro_batches, assemble)
 
@@ -131,7 +128,7 @@ def make_step(
         grads, metrics = gradient(state.params, teacher_state, batch, state.step, frozen, state.ema, factors)
         (total, tokens), norm, one = metrics["loss"], optax.tree.norm(grads), jnp.ones(())
         loss = total / jnp.where(tokens > 0, tokens, 1.0)
-        # Both are global sums, so all devices decide alike.
+        # Both are global sums, so all devices agree.
         applied, recent = jnp.isfinite(loss) & jnp.isfinite(norm), state.recent
         if recent is not None:
             applied &= guard.is_usual(recent, loss, norm, spike)

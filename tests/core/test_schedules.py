@@ -16,14 +16,14 @@ def at(schedule, step):
 @pytest.mark.parametrize("kind", schedules.__all__)
 def test_warm_up_then_peak(kind):
     schedule = getattr(schedules, kind)(2.0, steps=100, warmup=10, end=0.5)
-    assert at(schedule, 0) == pytest.approx(0.2)  # the first step is not wasted
+    assert at(schedule, 0) == pytest.approx(0.2)  # not 0, which would waste the first step
     assert at(schedule, 4) == pytest.approx(1.0)
     assert at(schedule, 9) == pytest.approx(2.0)
     assert at(schedule, 10) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_the_end_is_reached_and_held(kind):
+def test_end_is_reached_and_held(kind):
     schedule = getattr(schedules, kind)(2.0, steps=100, warmup=10, end=0.5)
     assert at(schedule, 55) == pytest.approx(1.25)
     assert at(schedule, 100) == pytest.approx(0.5)
@@ -37,12 +37,12 @@ def test_constant_stays_a_number():
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 3), st.integers(0, 2)), min_size=1, max_size=12))
-def test_domain_metrics_add_up_to_the_whole(rows):
+def test_domain_metrics_add_up_to_the_total(rows):
     sums, weights, domain = (jnp.asarray(column) for column in zip(*rows, strict=True))
-    found = metrics.per_domain("kd", sums, weights, domain.astype(jnp.int32), ("a", "b", "c"))
+    by_name = metrics.per_domain("kd", sums, weights, domain.astype(jnp.int32), ("a", "b", "c"))
     for part in (0, 1):
-        total = sum(found[f"kd/{name}"][part] for name in "abc")
-        np.testing.assert_allclose(total, found["kd"][part], atol=1e-4)
+        total = sum(by_name[f"kd/{name}"][part] for name in "abc")
+        np.testing.assert_allclose(total, by_name["kd"][part], atol=1e-4)
     assert all(
-        f"kd/{name}" not in metrics.read(found) for i, name in enumerate("abc") if not (weights[domain == i]).sum()
+        f"kd/{name}" not in metrics.read(by_name) for i, name in enumerate("abc") if not (weights[domain == i]).sum()
     )

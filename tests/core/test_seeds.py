@@ -1,4 +1,4 @@
-"""Every seed has a key of its own."""
+"""Random keys of seeds."""
 
 import jax
 import numpy as np
@@ -14,11 +14,11 @@ def test_keys():
     keys = [seeds.key(seed) for seed in (*SMALL, *large)]
     drawn = {tuple(np.asarray(jax.random.bits(key, 4)).tolist()) for key in keys}
     assert len(drawn) == len(keys)
-    for seed, key in zip(SMALL, keys):  # published numbers are of such
+    for seed, key in zip(SMALL, keys):  # keeps published results reproducible
         np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(seed)))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_other_seeds_are_refused(seed):
+def test_seeds_out_of_range_raise(seed):
     with pytest.raises(ValueError, match="seed"):
         seeds.key(seed)

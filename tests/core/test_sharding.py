@@ -1,4 +1,4 @@
-"""The mesh and its tables: which axis lives where, what lies in which slice, and a job that is laid over them."""
+"""Mesh and sharding tables: specs, slices, and a job on a mesh."""
 
 import dataclasses
 import functools
@@ -31,13 +31,15 @@ def test_specs_follow_the_table_and_never_use_an_axis_twice():
     spec = jax.sharding.PartitionSpec
     assert sharding.spec(("batch", "length", None), (8, 64, 32), wide) == spec(("replica", "data"), "context", None)
     assert sharding.spec(("embed", "mlp"), (64, 32), wide) == spec(("data", "context"), None)
-    assert sharding.spec(("embed", "mlp"), (6, 32), wide) == spec("data", None)  # what does not divide, from the end
+    assert sharding.spec(("embed", "mlp"), (6, 32), wide) == spec(
+        "data", None
+    )  # axes that do not divide are dropped from the end
     assert sharding.spec(("embed", "mlp"), (64, 32), wide, sharding.TABLES["replicated"]) == spec(None, None)
     moments = sharding.spec(("embed", "mlp"), (64, 32), wide, sharding.MOMENTS)
     assert moments == spec(("data", "context", "replica"), None)
 
 
-def test_the_teacher_axis_is_rows_to_the_student_and_model_to_the_teacher():
+def test_teacher_axis_shards_rows_of_the_student_and_layers_of_the_teacher():
     mesh, spec = sharding.make_mesh(2, 2, teacher=2), jax.sharding.PartitionSpec
     teacher = sharding.of_teacher(sharding.TABLES["fsdp"])
     assert sharding.spec(("batch", "mlp"), (8, 64), mesh) == spec(("data", "teacher"), "model")
@@ -49,7 +51,7 @@ def test_the_teacher_axis_is_rows_to_the_student_and_model_to_the_teacher():
     assert sharding.spec(("embed", "heads"), (64, 8), mesh, whole) == spec(None, ("teacher", "model"))
 
 
-def test_what_does_not_divide_is_reported():
+def test_axes_that_do_not_divide_are_reported():
     shapes, axes = {"q": jnp.zeros((64, 9))}, {"q": ("embed", "heads")}
     assert sharding.replicated_axes(axes, shapes, sharding.make_mesh(4, 2)) == [
         "axis 'heads' of size 9 does not divide over model=2: replicated"
@@ -65,7 +67,7 @@ def test_what_does_not_divide_is_reported():
 
 @dataclasses.dataclass
 class Chip:
-    """What a mesh is laid over: a TPU of a 4 x 4 slice."""
+    """A fake TPU device of a 4 x 4 slice."""
 
     slice_index: int
     coords: tuple[int, int, int]
@@ -80,9 +82,9 @@ def chips_of(slices: int) -> list[Chip]:
     return [Chip(s, (i % 4, i // 4, 0), 16 * s + i) for s in range(slices) for i in range(16)]
 
 
-@pytest.mark.parametrize("model", [1, 2, 4])  # 8 x 2 needs an axis of the torus split
-def test_only_replicas_lie_in_several_slices(model):
-    """As placed; JAX's mesh itself takes no made-up devices."""
+@pytest.mark.parametrize("model", [1, 2, 4])  # 8 x 2 splits an axis of the torus
+def test_only_replica_axis_spans_slices(model):
+    """Checks `place`, since a JAX Mesh does not accept fake devices."""
     grid = sharding.place((2, 16 // model, 1, model), chips_of(2))
     assert grid.shape == (2, 16 // model, 1, model)
     for number, replica in enumerate(grid):
@@ -93,13 +95,13 @@ def test_only_replicas_lie_in_several_slices(model):
     assert sharding.place((4, 4, 1, 2), chips_of(2)).shape == (4, 4, 1, 2)  # two replicas in each slice
 
 
-def test_tpus_that_do_not_say_their_slice_are_one():
-    """As libtpu describes the devices of a single slice that is not here."""
+def test_tpus_without_slice_index_are_one_slice():
+    """As libtpu describes the devices of a single-slice topology."""
     assert sharding.slices([types.SimpleNamespace(platform="tpu")] * 4) == 1
     assert sharding.slices(chips_of(3)) == 3
 
 
-def test_meshes_that_cannot_be_are_named():
+def test_invalid_meshes_raise():
     with pytest.raises(ValueError, match=r"run.mesh is replica=3 x data=1 x model=2 = 6 devices, but there are 8"):
         sharding.make_mesh(-1, 2, replica=3)
     with pytest.raises(ValueError, match=r"sizes from 1 on, or -1 for replica and data, got .*model=0"):
@@ -124,19 +126,19 @@ def axes_of(tree) -> set[str]:
     return {name for spec in specs for part in spec if part for name in ((part,) if isinstance(part, str) else part)}
 
 
-def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
-    """Hidden states and taps are those of one device, and lie where the loss and the terms look for them."""
+def test_teacher_axis_gives_the_same_outputs_in_the_students_sharding():
+    """Hidden states and taps equal those of one device and are sharded like the student's."""
     sizes, spec = {"data": 2, "teacher": 2, "model": 2}, jax.sharding.PartitionSpec
-    found, taps = [], ("layer_2", "query_3", "value_3")
+    outputs, taps = [], ("layer_2", "query_3", "value_3")
     for this in (built(data=1), built(**sizes)):
         with jax.set_mesh(this.mesh):
             params = load.teachers(this.models)[0]["teacher"]
-            found.append(jax.jit(functools.partial(this.models.teacher.forward, taps=taps))(params, batch(this, 0)))
-    one, many = found
-    lies = {"layer_2": (), "query_3": (None, "model"), "value_3": (None, "model")}
+            outputs.append(jax.jit(functools.partial(this.models.teacher.forward, taps=taps))(params, batch(this, 0)))
+    one, many = outputs
+    trailing = {"layer_2": (), "query_3": (None, "model"), "value_3": (None, "model")}
     for name, x in {"layer_2": many.head.hidden, **many.taps}.items():
-        place = jax.sharding.NamedSharding(this.mesh, spec(("data", "teacher"), *lies[name]))
-        assert x.sharding.is_equivalent_to(place, x.ndim), name
+        expected = jax.sharding.NamedSharding(this.mesh, spec(("data", "teacher"), *trailing[name]))
+        assert x.sharding.is_equivalent_to(expected, x.ndim), name
     for a, b in zip(
         jax.tree.leaves(one._replace(head=one.head.hidden)),
         jax.tree.leaves(many._replace(head=many.head.hidden)),
@@ -150,32 +152,32 @@ def test_a_teacher_on_its_own_axis_hands_on_the_students_rows():
         == {"data", "teacher", "model"}
     )
     assert axes_of(job.models.teacher.shardings["embed"]) == {"data", "model"}
-    # As small a part of a layer as with a `model` axis that is twice as wide, its heads' widths and all.
+    # Shards of a layer are as small as with a `model` axis of twice the size.
     wide = built(data=2, model=4)
-    held = lambda job, name: job.models.teacher.shardings["layers"][name].shard_shape(
+    shard_shape_of = lambda job, name: job.models.teacher.shardings["layers"][name].shard_shape(
         job.models.teacher.shapes["layers"][name].shape
     )
-    assert [held(job, name) for name in ("q", "o", "up", "down")] == [
-        held(wide, name) for name in ("q", "o", "up", "down")
+    assert [shard_shape_of(job, name) for name in ("q", "o", "up", "down")] == [
+        shard_shape_of(wide, name) for name in ("q", "o", "up", "down")
     ]
 
 
-def test_moments_are_shared_by_all_that_hold_the_same():
+def test_moments_are_sharded_over_replicas_too():
     whole = built(data=1).state
-    spread = built(replica=2, data=2, context=2).state
-    everything = plan.device_bytes(whole.params["student"])
-    assert plan.device_bytes(spread.params["student"]) == everything // 4
+    sharded = built(replica=2, data=2, context=2).state
+    student_bytes = plan.device_bytes(whole.params["student"])
+    assert plan.device_bytes(sharded.params["student"]) == student_bytes // 4
     # Two moments of each parameter, and a few counters.
-    assert 2 * everything / 8 <= plan.device_bytes(spread.opt_state) < 2 * everything / 8 + 100
+    assert 2 * student_bytes / 8 <= plan.device_bytes(sharded.opt_state) < 2 * student_bytes / 8 + 100
 
 
-def test_either_side_may_lie_whole_beside_the_model_axis():
-    found = built("--config.teacher.sharding=replicated", data=4, model=2)
-    assert axes_of(found.models.teacher.shardings) == {"model"}
-    assert axes_of(found.models.student.shardings) == {"data", "model"}
-    found = built("--config.student.sharding=replicated", data=4, model=2)
-    assert axes_of(found.models.student.shardings) == {"model"}
-    assert axes_of(jax.tree.map(lambda leaf: leaf.sharding, found.state.opt_state)) == {"data", "model"}
+def test_either_model_may_be_replicated_over_data():
+    replicated = built("--config.teacher.sharding=replicated", data=4, model=2)
+    assert axes_of(replicated.models.teacher.shardings) == {"model"}
+    assert axes_of(replicated.models.student.shardings) == {"data", "model"}
+    replicated = built("--config.student.sharding=replicated", data=4, model=2)
+    assert axes_of(replicated.models.student.shardings) == {"model"}
+    assert axes_of(jax.tree.map(lambda leaf: leaf.sharding, replicated.state.opt_state)) == {"data", "model"}
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_either_side_may_lie_whole_beside_the_model_axis():
         (["--config.optim.micro_batches=2"], {"replica": 4}, r"optim\.micro_batches=2.* 1 rows"),
         (["--config.data.batch=12"], {"teacher": 4}, r"data\.batch=12.* data and teacher axes.* 8 or 16"),
         (["--config.data.length=62"], {"context": 4}, r"data\.length=62.*run\.mesh\.context=4.* 60 or 64"),
-        # All of them together.
+        # All errors in one message.
         (
             ["--config.data.batch=12", "--config.optim.micro_batches=3", "--config.run.eval_batch=4"],
             {"data": 8},
@@ -193,29 +195,29 @@ def test_either_side_may_lie_whole_beside_the_model_axis():
         ),
     ],
 )
-def test_what_does_not_fit_a_mesh_is_named(overrides, sizes, message):
+def test_sizes_that_do_not_fit_the_mesh_raise(overrides, sizes, message):
     with pytest.raises(ValueError, match=message):
         built(*overrides, **sizes)
 
 
 @pytest.mark.slow
-def test_a_step_on_a_mesh_of_all_axes_is_the_step_of_one_device():
-    """Loss and norms of two steps; what the update read and wrote lies where it was."""
-    found = []
+def test_step_on_a_mesh_of_all_axes_equals_one_device():
+    """Loss and norms of two steps; the update keeps the state's shardings."""
+    results = []
     for sizes in ({"data": 1}, {"replica": 2, "data": 1, "context": 2, "model": 2}, {"data": 2, "teacher": 4}):
         this = built(**sizes)
         with jax.set_mesh(this.mesh):
             teacher = teaching.build_teacher(this.experiment, this.models, load.teachers(this.models)[0], {}).train
             student = load.put(load.host_params(this.models.student), this.models.student)
-            places = jax.tree.map(lambda leaf: leaf.sharding, this.state)
-            first = jax.jit(functools.partial(init_state, tx=this.tx), out_shardings=places)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, this.state)
+            first = jax.jit(functools.partial(init_state, tx=this.tx), out_shardings=shardings)
             state, step, measured = first({"student": student, "objective": {}}), program.jitted_step(this, teacher), {}
             for seed in range(2):
                 state, measured = step(state, {}, teacher.state, batch(this, seed))
-            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places))
-            found.append({name: float(total / weight) for name, (total, weight) in measured.items() if weight})
+            assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings))
+            results.append({name: float(total / weight) for name, (total, weight) in measured.items() if weight})
     for name in ("loss", "kd", "ce", "grad_norm"):
-        assert [each[name] for each in found[1:]] == pytest.approx([found[0][name]] * 2, rel=1e-5)
+        assert [each[name] for each in results[1:]] == pytest.approx([results[0][name]] * 2, rel=1e-5)
 
 
 def batch(this: job.Job, seed: int):

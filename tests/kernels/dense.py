@@ -1,4 +1,4 @@
-"""Small problems for the loss kernels, and the two ways to solve them: the float64 dense form and the fused one."""
+"""Small test problems for the loss kernels, solved by the float64 dense form and by the fused one."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ from jaxkd.core.types import Head, Sampled, TopK
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences as d
 
-# Every divergence, with the settings that take another branch.
+# Every divergence, with settings for all branches.
 FAMILY = {
     "forward_kl": d.forward_kl(),
     "reverse_kl": d.reverse_kl(),
@@ -51,7 +51,7 @@ STORED = {name: FAMILY[name] for name in FAMILY} | {
 
 
 def problem(seed=0, tokens=24, width=16, teacher_width=24, columns=64, terms=1, spread=1.0):
-    """Heads, targets and weights, with masked tokens among them."""
+    """Heads, targets and weights, some of them 0."""
     rng = np.random.default_rng(seed)
     student = Head(rng.normal(size=(tokens, width)) * spread, rng.normal(size=(width, columns)) * 0.5)
     teacher = Head(rng.normal(size=(tokens, teacher_width)) * spread, rng.normal(size=(teacher_width, columns)) * 0.5)
@@ -77,7 +77,7 @@ def topk(teacher: Head, k: int, vocab: int, temperatures=(1.0,)) -> TopK:
 
 
 def sampled(teacher: Head, draws: int, vocab: int, seed=0) -> Sampled:
-    """Draws from the teacher, the distinct ones first; ids of filling repeat one that counts."""
+    """Draws from the teacher, the distinct ones first; padding repeats a drawn id."""
     p = np.exp(log_softmax((np.float64(teacher.hidden) @ np.float64(teacher.unembed))[:, :vocab]))
     counts = np.random.default_rng(seed).multinomial(draws, p)
     ids = np.argsort(-counts, axis=-1)[:, :draws]
@@ -86,13 +86,13 @@ def sampled(teacher: Head, draws: int, vocab: int, seed=0) -> Sampled:
 
 
 def cast(tree, dtype):
-    """Floating leaves in another precision."""
+    """Floating leaves cast to another dtype."""
     return jax.tree.map(lambda x: x if np.issubdtype(np.asarray(x).dtype, np.integer) else jnp.asarray(x, dtype), tree)
 
 
 @functools.lru_cache
 def program(terms, temperatures, vocab, chunk, implementation, more):
-    """One compiled program per kind of call: which weights are zero is data, not a reason to compile."""
+    """One compiled program per static configuration; weights are data."""
 
     @jax.jit
     def run(student, teacher, targets, weights):
@@ -113,7 +113,7 @@ def _solve(dtype, implementation, terms, student, teacher, targets, weights, tem
     dtype = dtype or jnp.float32
     if student.bias is None:
         student = student._replace(bias=jnp.zeros(student.unembed.shape[1], dtype))
-    # The kernel's weights are float32; the reference's are rounded alike.
+    # The kernel's weights are float32; those of the reference are rounded to it.
     arguments = (student, teacher, jnp.asarray(targets), jnp.asarray(np.float32(weights), dtype))
     run = program(terms, temperatures, vocab, chunk, implementation, tuple(sorted(more.items())))
     (total, fields), gradient = run(*arguments)
@@ -131,13 +131,13 @@ def dense(terms, student, teacher, targets, weights, temperatures, vocab, **more
 def fused(
     terms, student, teacher, targets, weights, temperatures, vocab, chunk=None, mesh=None, dtype=jnp.float32, **more
 ):
-    """The kernel in float32, or in the heads' own precision where `dtype` is None: the same."""
+    """The same of the kernel in float32, or in the heads' own dtype if `dtype` is None."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         return _solve(dtype, None, terms, student, teacher, targets, weights, temperatures, vocab, chunk, more)
 
 
 def close(actual, expected, live, tolerance=2e-6):
-    """Relative L2 per array; fields where they carry weight."""
+    """Relative L2 error per array, of fields with weight only."""
     value, fields, gradient = actual
     value_ref, fields_ref, gradient_ref = expected
     np.testing.assert_allclose(value, value_ref, rtol=tolerance * 5, atol=1e-6)
@@ -148,7 +148,7 @@ def close(actual, expected, live, tolerance=2e-6):
 
 
 def each_alone(terms: int, weights):
-    """Weights under which one term after the other is the only one."""
+    """Weights of one term at a time."""
     for i in range(terms):
         alone = np.zeros((terms, weights.shape[1]))
         alone[i] = weights[0]

@@ -1,4 +1,4 @@
-"""Arguments of the kernels that are of another kind: each error names what was given and what is expected."""
+"""Kernel arguments of a wrong kind: errors name the given and the expected one."""
 
 import jax.numpy as jnp
 import pytest
@@ -7,7 +7,7 @@ from jaxkd.core.types import Divergence, Head
 from jaxkd.kernels.api import _check_kinds
 from jaxkd.losses import divergences as d
 
-# The checker itself: while tests run, its callers' annotations refuse some of these first.
+# Calls the check itself, since in tests its callers' type annotations reject some of these first.
 HEAD = Head(jnp.zeros((6, 4)), jnp.zeros((4, 9)))
 
 
@@ -27,7 +27,7 @@ HEAD = Head(jnp.zeros((6, 4)), jnp.zeros((4, 9)))
         ((Divergence(lambda lp, lq, side: (lp,), lambda s: s.sum()),), HEAD, HEAD, ValueError, r"combine.*\[\]"),
     ],
 )
-def test_what_is_wrong_is_named(terms, student, teacher, error, names):
+def test_wrong_arguments_raise(terms, student, teacher, error, names):
     with pytest.raises(error, match=names):
         _check_kinds(terms, student, teacher)
 

@@ -1,4 +1,4 @@
-"""Several teachers in the kernel: against a mixture written plainly, and against the float64 dense form."""
+"""Ensembles in the kernel, against a numpy mixture and the float64 dense form."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ TEACHES = [name for name, term in FAMILY.items() if term.uses_teacher]
 
 
 def blend(geometric=False, seed=0, tokens=24):
-    """Two teachers of unlike width, the second capped, with a token that the first has alone and one without weight."""
+    """Two teachers of different width, the second soft-capped; one token has the first only, one has no weight."""
     student, first, targets, weights = problem(seed, tokens)
     _, second, _, _ = problem(seed + 1, tokens, teacher_width=12)
     shares = np.random.default_rng(seed).dirichlet([1.0, 1.0], tokens)
@@ -40,10 +40,10 @@ def mixture(teacher: Ensemble, temperature: float) -> np.ndarray:
 
 @pytest.mark.parametrize("geometric", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_average_is_the_plain_one(geometric, temperature):
+def test_average_matches_numpy(geometric, temperature):
     student, teacher, targets, weights = blend(geometric)
     lp, lq = mixture(teacher, temperature), log_softmax((student.hidden @ student.unembed)[:, :VOCAB] / temperature)
-    lp = np.maximum(lp, -700.0)  # of the token without teachers
+    lp = np.maximum(lp, -700.0)  # the token without teachers
     expected = (np.exp(lp) * (lp - lq)).sum(-1)
     terms = (divergences.forward_kl(),)
     _, fields, _ = fused(terms, student, teacher, targets, weights, (temperature,), VOCAB, chunk=8)
@@ -59,7 +59,7 @@ def test_the_average_is_the_plain_one(geometric, temperature):
 @pytest.mark.slow
 @pytest.mark.parametrize("geometric", [False, True])
 @pytest.mark.parametrize("name", TEACHES)
-def test_every_divergence_learns_from_a_blend(name, geometric):
+def test_every_divergence_matches_dense_float64(name, geometric):
     student, teacher, targets, weights = blend(geometric)
     call = (FAMILY[name],), student, teacher, targets, weights, (1.0,), VOCAB
     close(fused(*call, chunk=10), dense(*call), weights != 0, 5e-6)
@@ -67,7 +67,7 @@ def test_every_divergence_learns_from_a_blend(name, geometric):
 
 @pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (4, 2)])
 @pytest.mark.parametrize("geometric", [False, True])
-def test_devices_change_nothing(mesh, geometric):
+def test_sharded_equals_unsharded(mesh, geometric):
     student, teacher, targets, weights = blend(geometric)
     terms = (divergences.forward_kl(), divergences.generalized_jsd(0.3))
     weights = np.concatenate([weights, weights])
@@ -85,8 +85,8 @@ def test_copies_of_the_student_are_ties_of_total_variation(geometric):
 
 
 @pytest.mark.parametrize("geometric", [False, True])
-def test_a_head_without_weight_may_be_nan(geometric):
-    """At one token as in a whole chunk: value, fields and gradients are those of the other head alone."""
+def test_head_without_weight_may_be_nan(geometric):
+    """At one token or in a whole chunk: results are those of the other head alone."""
     student, teacher, targets, weights = blend(geometric)
     shares = np.tile([1.0, 0.0], (24, 1))
     nan = teacher.heads[1]._replace(hidden=teacher.heads[1].hidden * np.nan)
@@ -96,15 +96,15 @@ def test_a_head_without_weight_may_be_nan(geometric):
         close(call(Ensemble((teacher.heads[0], nan), some, geometric)), alone, weights != 0, 1e-6)
 
 
-def test_a_head_without_weight_in_a_chunk_costs_no_product():
-    """The product stands under a condition of the compiled program."""
+def test_head_without_weight_in_a_chunk_is_not_multiplied():
+    """The product is inside a conditional of the compiled program."""
     student, teacher, targets, weights = blend()
     run = lambda *a: linear_divergence((divergences.forward_kl(),), *a, (1.0,), vocab=VOCAB, chunk=8)[0]
     text = jax.jit(run).lower(*cast((student, teacher, targets, weights), jnp.float32)).compile().as_text()
     assert text.count("conditional(") >= 2
 
 
-def test_what_is_no_blend_is_refused():
+def test_invalid_ensembles_raise():
     student, teacher, targets, weights = blend()
     call = lambda t: fused((divergences.forward_kl(),), student, t, targets, weights, (1.0,), VOCAB)
     with pytest.raises(ValueError, match="2 heads has weights for 3"):

@@ -1,4 +1,4 @@
-"""What devices tell each other in the compiled loss: sums per token in the loop, each head once outside it."""
+"""Collectives of the compiled loss: sums per token in the loop, each head once outside it."""
 
 import re
 
@@ -15,7 +15,7 @@ from jaxkd.core.types import Head, TopK
 from jaxkd.kernels.api import linear_divergence
 from jaxkd.losses import divergences as d
 
-# Sizes that are told apart in a shape, whole or divided by the mesh.
+# Sizes that identify an axis in a shape, sharded or not.
 ROWS, LENGTH, COLUMNS, STUDENT, TEACHER, CHUNK, ENTRIES = 8, 96, 8 * 1000, 8 * 11, 8 * 13, 24, 5
 TOKENS = ROWS * LENGTH
 LOCAL_TOKENS = {TOKENS // n for n in (1, 2, 4, 8)} | {CHUNK}
@@ -28,7 +28,7 @@ def compiled(mesh, terms, teacher, temperatures):
     tokens = lambda *more, dtype=jnp.float32: jax.ShapeDtypeStruct(
         (ROWS, LENGTH, *more), dtype, sharding=NamedSharding(mesh, P(*lies))
     )
-    # Parameters as training keeps them: the width over `data` and `context`, the vocabulary over `model`.
+    # Parameters sharded as in training: the width over `data` and `context`, the vocabulary over `model`.
     whole = (("data", "context"), "model")
     student = Head(tokens(STUDENT), place((STUDENT, COLUMNS), *whole))
     if teacher == "head":
@@ -62,7 +62,7 @@ def compiled(mesh, terms, teacher, temperatures):
         ({"replica": 2, "data": 1, "context": 4, "model": 1}, "topk"),
     ],
 )
-def test_only_sums_per_token_travel_in_the_loop(sizes, teacher):
+def test_loop_exchanges_sums_per_token_only(sizes, teacher):
     terms = (d.forward_kl(), d.adaptive_kl(), d.renyi(0.5), d.next_token())
     found = compiled(make_mesh(**sizes), terms, teacher, (2.0, 2.0, 2.0, 1.0) if teacher == "head" else (1.0,) * 4)
     outside = [c for c in found if not c.in_loop]
@@ -81,18 +81,18 @@ def test_only_sums_per_token_travel_in_the_loop(sizes, teacher):
     assert sum(len(c.shapes) for c in gathers) == heads * sharded, gathers
     assert sum(len(c.shapes) for c in reduces) == (sizes["model"] < 8), reduces
     assert len(gathers) + len(reduces) == len(whole), whole
-    # What else leaves a device is one number per token or less: tokens do not move to be flat.
+    # All others are at most one number per token: flattening does not move tokens.
     assert {c.name for c in found} <= {"all-gather", "all-reduce", "reduce-scatter"}, found
 
 
-def test_every_divergence_exchanges_per_token_sums_only():
+def test_every_divergence_exchanges_sums_per_token_only():
     found = compiled(make_mesh(1, 8), tuple(FAMILY.values()), "head", (1.0,) * len(FAMILY))
     assert found
     assert {size for c in found if c.in_loop for shape in c.shapes for size in shape} <= {CHUNK, 1}
 
 
-def test_the_parser_sees_what_it_should():
-    """Of a program that does gather logits in a loop."""
+def test_parser_finds_collectives_in_loops():
+    """In a program that gathers logits in a loop."""
     mesh = make_mesh(1, 8)
 
     def bad(x, w):

@@ -1,4 +1,4 @@
-"""Every divergence against its formula written out in numpy: no `phi`, no floor, no kernel; and its slope likewise."""
+"""Every divergence and its gradient against formulas in numpy: no `phi`, floor or kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def jsd(p, q, b):
 
 
 def leading(p, mass=0.0, entries=0):
-    """The fewest entries with so much mass, or so many of them, by sorting one token at a time."""
+    """The fewest entries that hold `mass`, or the `entries` largest, by sorting each token."""
     head = np.zeros(p.shape, bool)
     for row, probabilities in enumerate(p):
         order = np.argsort(-probabilities)
@@ -88,11 +88,11 @@ FORMULA = {
     "smoothed": lambda p, q, y, z: -0.9 * LOG(at(q, y)) - 0.1 * LOG(q).mean(-1),
     "z_loss": lambda p, q, y, z: LOG(np.exp(z).sum(-1)) ** 2,
 }
-ADAPTIVE = ("adaptive_kl",)  # its weights carry no gradient, so its slope is not that of its value
+ADAPTIVE = ("adaptive_kl",)  # its weights carry no gradient, so finite differences do not apply
 
 
 def bucketed(p, q, ids):
-    """Both sides over the kept entries and the rest as one."""
+    """Both distributions over the stored entries and the sum of the others."""
     pick = lambda x: np.take_along_axis(x, ids, -1)
     return [np.concatenate([pick(x), 1 - pick(x).sum(-1, keepdims=True)], -1) for x in (p, q)]
 
@@ -125,7 +125,7 @@ def test_every_divergence_has_a_formula():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_values_are_those_of_the_formulas(temperature):
+def test_values_match_the_formulas(temperature):
     student, teacher, targets, p, z = sides(temperature)
     q = np.exp(log_softmax(z))
     names = [name for name in FAMILY if temperature == 1 or name != "z_loss"]
@@ -135,12 +135,12 @@ def test_values_are_those_of_the_formulas(temperature):
         np.testing.assert_allclose(field, FORMULA[name](p, q, targets, z), rtol=2e-5, atol=2e-6, err_msg=name)
 
 
-def test_slopes_are_those_of_the_formulas():
+def test_gradients_match_the_formulas():
     """Central differences of the formula in the logits, along random directions."""
     _, teacher, targets, p, z = sides(1.0)
     direction, step = np.random.default_rng(5).normal(size=z.shape), 1e-5
     points = z + step * direction, z - step * direction
-    flat = Head(np.eye(TOKENS), z)  # a row of logits for each token: their gradient is the unembedding's
+    flat = Head(np.eye(TOKENS), z)  # one row of logits per token, so the unembedding's gradient is theirs
     for i, name in enumerate(FAMILY):
         if name in ADAPTIVE:
             continue
@@ -153,14 +153,14 @@ def test_slopes_are_those_of_the_formulas():
         np.testing.assert_allclose((slope * direction).sum(-1), expected, rtol=2e-4, atol=2e-5, err_msg=name)
 
 
-def test_top_k_forms_are_those_of_the_formulas():
+def test_top_k_forms_match_the_formulas():
     student, teacher, targets, p, z = sides(1.0)
     q, entries = np.exp(log_softmax(z)), topk(teacher, 5, VOCAB)
     fields = fused(
         tuple(STORED.values()), student, entries, targets, np.ones((len(STORED), TOKENS)), (1.0,) * len(STORED), VOCAB
     )[1]
     over = bucketed(p, q, entries.ids)
-    inside = np.arange(6) < 5  # the tail is many entries, of which none leads
+    inside = np.arange(6) < 5  # the tail is never in the top set
     y = np.where((entries.ids == targets[:, None]).any(-1), (entries.ids == targets[:, None]).argmax(-1), 5)
     for name, field in zip(STORED, fields, strict=True):
         if name in SPARSE:
@@ -177,7 +177,7 @@ def test_top_k_forms_are_those_of_the_formulas():
 
 
 def over_head(name, p, q, head):
-    """The two that ask for leading entries, given which."""
+    """The two divergences with a top set, given that set."""
     if name == "adaptive_kl":
         gap = np.abs(p - q)
         share = np.sum(gap * head, -1) / gap.sum(-1)
@@ -187,8 +187,8 @@ def over_head(name, p, q, head):
     return binary(a, b) + 0.5 * (cross - a * LOG(a / b))
 
 
-def test_the_gradient_survives_jax_transformations():
-    """Under remat, scan and vmap as under jit: which arguments are differentiated is known to each differently."""
+def test_gradient_under_jax_transformations():
+    """Under remat, scan and vmap as under jit, which mark differentiated arguments differently."""
     student, teacher, targets, weights = problem()
     student, teacher = cast((student, teacher), jnp.float32)
     student = student._replace(bias=jnp.zeros(64))
@@ -207,4 +207,4 @@ def test_the_gradient_survives_jax_transformations():
     jax.tree.map(lambda got, want: same(got[0], want), scanned, plain)
     mapped = jax.vmap(jax.grad(value, (0, 1, 2)), (0, None, None))(arguments[0][None], *arguments[1:])
     jax.tree.map(lambda got, want: same(got[0], want), mapped, plain)
-    same(jax.grad(value, 2)(*arguments), plain[2])  # the bias alone
+    same(jax.grad(value, 2)(*arguments), plain[2])  # the bias only

@@ -14,8 +14,7 @@ from jaxkd.kernels.api import chunk_size, linear_divergence
 from jaxkd.losses.divergences import forward_kl, generalized_jsd, next_token, reverse_kl, z_loss
 
 
-# Chunks of tokens: everything, whole multiples, with a remainder, more than there are. The vocabulary is never cut
-# into chunks (its tiles are the Pallas kernels'); columns beyond the true one are masked.
+# Chunk sizes: one chunk, divisors, with a remainder, larger than the tokens. Columns beyond the vocabulary are masked.
 @pytest.mark.parametrize(
     ("vocab", "temperature", "chunk"),
     [
@@ -33,7 +32,7 @@ def test_each_matches_dense_float64(vocab, temperature, chunk):
 
 
 def family(temperature):
-    """Every term and its temperature, which z-loss has not."""
+    """Every term and its temperature (1 for z-loss)."""
     return tuple(FAMILY.values()), tuple(1.0 if term.normaliser else temperature for term in FAMILY.values())
 
 
@@ -75,8 +74,8 @@ def test_standardised_logits(mesh, vocab):
         *[pytest.param(*case, marks=pytest.mark.slow) for case in ((None, False), ((4, 2), False), ((1, 8), True))],
     ],
 )
-def test_impossible_tokens_match_dense_float64(mesh, standard):
-    """A teacher with -inf among its logits: dear, finite, and the same on both sides of the kernel."""
+def test_infinite_logits_match_dense_float64(mesh, standard):
+    """A teacher with logits of -inf: large finite values, equal in both implementations."""
     student, teacher, targets, one = problem(columns=64)
     bias = np.zeros(64)
     bias[[7, 40]] = -np.inf
@@ -108,7 +107,7 @@ def test_bias_scale_and_softcap():
     close(fused(*arguments, chunk=2, mesh=make_mesh(4, 2)), dense(*arguments), weights != 0)
 
 
-def test_padded_columns_get_exactly_nothing():
+def test_padded_columns_have_zero_probability_and_gradient():
     student, teacher, targets, weights = problem(terms=2)
     _, _, (_, dunembed, dbias) = fused((forward_kl(), reverse_kl()), student, teacher, targets, weights, (1.0, 1.0), 51)
     assert not dunembed[:, 51:].any()
@@ -118,7 +117,7 @@ def test_padded_columns_get_exactly_nothing():
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("junk", [1e30, np.inf, np.nan])
-def test_junk_without_weight_changes_nothing(junk, softcap):
+def test_nan_without_weight_changes_nothing(junk, softcap):
     student, teacher, targets, weights = problem()
     student, teacher = (head._replace(softcap=softcap) for head in (student, teacher))
     clean = fused((forward_kl(),), student, teacher, targets, weights, (1.0,), 64, chunk=8)
@@ -138,7 +137,7 @@ def test_all_weights_zero_is_zero():
     assert not any(g.any() for g in gradient)
 
 
-def test_impossible_teacher_token_is_dear_but_finite():
+def test_zero_teacher_probability_gives_a_large_finite_value():
     student, teacher, targets, weights = problem()
     bias = np.zeros(64)
     bias[7] = -np.inf
@@ -146,11 +145,11 @@ def test_impossible_teacher_token_is_dear_but_finite():
     value, fields, gradient = fused((reverse_kl(),), student, teacher, targets, weights, (1.0,), 64)
     assert np.isfinite(value)
     assert fields.max() < -LOG_FLOOR
-    # The gradient passes through the floor: the student is pushed off the impossible token.
+    # The gradient passes through the floor and lowers the token's probability.
     assert gradient[2][7] > 0
 
 
-def test_student_at_the_floor_still_learns():
+def test_student_at_the_floor_has_a_gradient():
     student, teacher, targets, weights = problem()
     bias = np.zeros(64)
     bias[7] = -500.0
@@ -175,7 +174,7 @@ def test_zero_with_no_gradient_at_equality(name):
     ],
 )
 def test_bfloat16_operands_accumulate_in_float32(mesh, temperature, vocab, chunk):
-    """From the same rounded inputs only the gradient in the logits is rounded again, as an operand of its products."""
+    """With equal rounded inputs only the gradient in the logits is rounded again, as an operand of products."""
     student, teacher, targets, one = problem(tokens=32, width=64, teacher_width=64, columns=1024, spread=0.5)
     student, teacher = (cast(cast(head, jnp.bfloat16), np.float32) for head in (student, teacher))
     half = [h._replace(hidden=h.hidden.astype(jnp.bfloat16)) for h in (student, teacher)]
@@ -224,7 +223,7 @@ def test_jsd_limits_are_the_two_kls():
     np.testing.assert_allclose(dense((generalized_jsd(1 - beta),), *rest)[1] / beta, backward, rtol=1e-3)
 
 
-def test_clear_errors():
+def test_invalid_arguments_raise():
     student, teacher, targets, weights = problem()
     student, teacher = cast((student, teacher), jnp.float32)
     call = lambda *a, **k: linear_divergence(*a, jnp.asarray(targets), jnp.asarray(weights), (1.0,), **k)
@@ -261,19 +260,19 @@ def test_chunks_fit_the_budget_and_divide_the_tokens():
     room = lambda tokens: 4 * 3 * 49152 * tokens  # three float32 arrays of a chunk
     size = lambda tokens, budget, width=1024: chunk_size(tokens, 49152, width, budget)
     assert size(512, 10**9) == 512
-    assert size(4096, 10**9) == 512  # enough for so wide a head
-    assert size(4096, 10**9, width=64) == 256  # and for any other
+    assert size(4096, 10**9) == 512  # limited by the head's width
+    assert size(4096, 10**9, width=64) == 256  # the minimum limit
     assert size(4096, 10**9, width=4096) == 1024
     assert size(512, room(400)) == 256
-    assert size(8192, room(344)) == 256  # divides; 344 would not
+    assert size(8192, room(344)) == 256  # a divisor; 344 is not
     assert size(1000, room(344)) == 200
-    assert size(1016, room(344)) == 344  # 8 x 127 has no such divisor: three even blocks
-    assert size(8192, 0, width=3 * 512) == 512  # as much memory as the head's gradient takes
+    assert size(1016, room(344)) == 344  # 8 x 127 has no such divisor: three equal blocks
+    assert size(8192, 0, width=3 * 512) == 512  # the budget is at least the head's gradient
     assert chunk_size(3, 10**9, 64, 0) == 8
 
 
-def test_memory_does_not_grow_with_the_tokens():
-    """Beyond the head's gradient, temporary memory is a few chunks' logits, whatever there are of tokens."""
+def test_memory_does_not_grow_with_tokens():
+    """Beyond the head's gradient, temporary memory is a few chunks' logits."""
     columns, width = 4096, 32
 
     def temporary(tokens, terms):

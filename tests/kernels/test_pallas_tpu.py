@@ -30,7 +30,7 @@ def plan_of(terms, temperatures, vocab, tiles=TILES, interpret=True):
 
 @functools.lru_cache
 def program(terms, temperatures, vocab, tiles):
-    """One compiled program per kind of call: which weights are zero is data, not a reason to compile."""
+    """One compiled program per static configuration; weights are data."""
     plan, distinct = plan_of(terms, temperatures, vocab, tiles)
 
     @jax.jit
@@ -45,7 +45,7 @@ def program(terms, temperatures, vocab, tiles):
 
 
 def tiled(terms, student, teacher, targets, weights, temperatures, vocab, tiles=TILES, mesh=None, dtype=jnp.float32):
-    """The kernels: (value, fields, gradients in hidden, unembed and bias)."""
+    """(value, fields, gradients in hidden, unembed and bias) of the kernels."""
     student, teacher = cast((student, teacher), dtype)
     if student.bias is None:
         student = student._replace(bias=jnp.zeros(student.unembed.shape[1]))
@@ -55,7 +55,7 @@ def tiled(terms, student, teacher, targets, weights, temperatures, vocab, tiles=
         return jax.tree.map(np.asarray, (total, fields, gradient))
 
 
-# Tiles that divide the tokens and the vocabulary; that hang over both edges; that are larger than everything.
+# Tiles that divide tokens and vocabulary, that do not, and that are larger than both.
 @pytest.mark.parametrize(
     ("terms", "tokens", "columns", "vocab", "tiles"),
     [
@@ -75,7 +75,7 @@ def test_each_matches_dense_float64(terms, tokens, columns, vocab, tiles):
 @pytest.mark.parametrize(("data", "model"), [(8, 1), (1, 8), (4, 2)])
 def test_sharded_matches_dense_float64(data, model):
     student, teacher, targets, weights = problem(columns=1280 if model == 8 else 320, terms=len(FEW))
-    vocab = student.unembed.shape[1] * 3 // 4  # where `model` is 8, two devices hold padding only
+    vocab = student.unembed.shape[1] * 3 // 4  # with `model` 8, two devices have padding only
     arguments = (FEW, student, teacher, targets % vocab, weights, (2.0, 1.0, 2.0, 1.0), vocab)
     close(tiled(*arguments, mesh=make_mesh(data, model)), dense(*arguments), weights != 0)
 
@@ -103,14 +103,14 @@ def test_without_a_teacher():
     close(tiled(*arguments), dense(*arguments), weights != 0)
 
 
-def test_a_teacher_that_no_term_uses_is_not_read():
+def test_unused_teacher_is_not_read():
     student, teacher, targets, weights = problem(columns=256)
     without = tiled((NEXT,), student, None, targets, weights, (1.0,), 256)
     given = tiled((NEXT,), student, teacher._replace(hidden=teacher.hidden * np.nan), targets, weights, (1.0,), 256)
     jax.tree.map(np.testing.assert_array_equal, given, without)
 
 
-def test_padded_columns_get_exactly_nothing():
+def test_padded_columns_have_zero_probability_and_gradient():
     student, teacher, targets, weights = problem(columns=300, terms=2)
     terms = (FORWARD, REVERSE)
     _, _, (_, dunembed, dbias) = tiled(terms, student, teacher, targets, weights, (1.0, 1.0), 271)
@@ -120,11 +120,11 @@ def test_padded_columns_get_exactly_nothing():
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_junk_without_weight_changes_nothing(softcap):
+def test_nan_without_weight_changes_nothing(softcap):
     student, teacher, targets, weights = problem(tokens=19, columns=300)
     student = student._replace(softcap=softcap)
     clean = tiled((FORWARD,), student, teacher, targets, weights, (1.0,), 290)
-    assert all(np.isfinite(g).all() for g in clean[2])  # the last blocks hang over both edges: junk of another kind
+    assert all(np.isfinite(g).all() for g in clean[2])  # the last blocks exceed both edges
     dead = weights[0] == 0
     for junk in (1e30, np.inf, np.nan):
         student.hidden[dead], teacher.hidden[dead] = junk, junk
@@ -137,10 +137,10 @@ def test_junk_without_weight_changes_nothing(softcap):
 def test_logits_far_below_zero():
     student, teacher, targets, weights = problem(columns=256)
     arguments = ((FORWARD,), student._replace(bias=np.full(256, -300.0)), teacher, targets, weights, (1.0,), 256)
-    close(tiled(*arguments), dense(*arguments), weights != 0, tolerance=2e-5)  # 300 has ten bits less to spare
+    close(tiled(*arguments), dense(*arguments), weights != 0, tolerance=2e-5)  # at -300 float32 has less precision
 
 
-def test_impossible_teacher_token_is_dear_but_finite():
+def test_zero_teacher_probability_gives_a_large_finite_value():
     student, teacher, targets, weights = problem(columns=256)
     bias = np.zeros(256)
     bias[7] = -np.inf
@@ -149,7 +149,7 @@ def test_impossible_teacher_token_is_dear_but_finite():
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in gradient)
     assert fields.max() < -LOG_FLOOR
-    # The gradient passes through the floor: the student is pushed off the impossible token.
+    # The gradient passes through the floor and lowers the token's probability.
     assert gradient[2][7] > 0
 
 
@@ -160,7 +160,7 @@ def test_bfloat16_operands_accumulate_in_float32():
     guide = cast(teacher, jnp.bfloat16)
     run = program((FORWARD,), (1.0,), 1024, ((16, 128), (16, 128)))
     (total, _), (dhidden, dunembed, _) = run(head, guide, jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
-    # The same rounded inputs: only the sums may differ, and the gradient in the logits is rounded once.
+    # With equal rounded inputs only sums differ, and the gradient in the logits is rounded once.
     exact = dense((FORWARD,), student, teacher, targets, weights, (1.0,), 1024)
     np.testing.assert_allclose(total, exact[0], rtol=1e-4)
     assert dhidden.dtype == jnp.bfloat16
@@ -182,10 +182,10 @@ def test_value_without_gradient_is_the_same_and_linear_in_the_weights():
     np.testing.assert_allclose(jax.jit(value)(3 * weights)[0], 3 * total, rtol=1e-6)
 
 
-# ------------------------------------------------------------------------- which calls, which tiles, which form
+# ------------------------------------------------------------------------- supported calls and tiles
 
 
-def test_a_cpu_is_refused():
+def test_cpu_raises():
     student, teacher, targets, weights = jax.tree.map(jnp.asarray, cast(problem(columns=256), jnp.float32))
     plan, distinct = plan_of((FORWARD,), (1.0,), 256, interpret=False)
     assert "needs a TPU" in tiling.supports(plan, student, teacher)
@@ -193,7 +193,7 @@ def test_a_cpu_is_refused():
         divergence(plan, student, teacher, targets, weights, distinct)
 
 
-def test_what_is_not_served_is_said():
+def test_unsupported_calls_are_named():
     student, teacher, *_ = cast(problem(columns=256), jnp.float32)
     refuse = lambda term, student=student, teacher=teacher: tiling.supports(
         plan_of((term,), (1.0,), 256)[0], student, teacher
@@ -210,7 +210,7 @@ def test_tiles_fit_and_spread_tokens_evenly(kind, widths):
     chip, sizes = tiling.CHIPS[kind], tiling.Sizes(1100, 128256, *widths)
     tiles = tiling.tiling(sizes, chip)
     if tiles is None:
-        assert (kind, widths) == ("TPU v4", (4096, 8192))  # 16 MiB hold no tile of it
+        assert (kind, widths) == ("TPU v4", (4096, 8192))  # no tile fits in 16 MiB
         return
     assert tiling.vmem(sizes, tiles.rows, True) <= tiles.vmem <= chip.vmem
     assert tiling.vmem(sizes, tiles.columns, False) <= tiles.vmem
@@ -218,7 +218,7 @@ def test_tiles_fit_and_spread_tokens_evenly(kind, widths):
     assert not any(x % 128 for x in (*tiles.rows, *tiles.columns))
 
 
-def test_the_plan_takes_a_tiling():
+def test_plan_from_a_tiling():
     tiles = tiling.Tiling((128, 256), (256, 128), 2**20)
     plan = pallas_tpu.Plan((FORWARD,), (0,), 256, *tiles)
     assert (plan.rows, plan.columns, plan.vmem, plan.interpret) == (*tiles, False)

@@ -1,4 +1,4 @@
-"""What went wrong in other libraries, as properties of ours. Each expected value is written out here in float64."""
+"""Defects of other libraries as regression tests; expected values are computed here in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ TOKENS, WIDTH, VOCAB = 16, 8, 32
 
 
 def head(logits) -> Head:
-    """A head whose logits are these, whatever the width."""
+    """A head with the given logits."""
     logits = jnp.asarray(logits, jnp.float32)
     return Head(logits, jnp.eye(logits.shape[-1], dtype=jnp.float32))
 
 
 def total(term, student: Head, teacher, targets=None, weights=None, **options) -> jax.Array:
-    """Sum over tokens, of weight one unless given."""
+    """Sum over tokens; weights default to one."""
     count = student.hidden.shape[0]
     targets = jnp.zeros(count, jnp.int32) if targets is None else jnp.asarray(targets)
     weights = jnp.ones(count) if weights is None else jnp.asarray(weights, jnp.float32)
@@ -38,7 +38,7 @@ def total(term, student: Head, teacher, targets=None, weights=None, **options) -
 
 
 def value(*arguments, weights=None, **options) -> float:
-    """Mean over the tokens that have weight."""
+    """Mean over the tokens with weight."""
     count = arguments[1].hidden.shape[0] if weights is None else weights.sum()
     return float(total(*arguments, weights=weights, **options) / count)
 
@@ -53,7 +53,7 @@ def kl(p, q) -> np.ndarray:
 
 
 def logits(seed=0, tokens=TOKENS, spread=2.0) -> tuple[np.ndarray, np.ndarray]:
-    """The student's and the teacher's."""
+    """Student and teacher."""
     return tuple(np.random.default_rng(seed).normal(size=(2, tokens, VOCAB)) * spread)
 
 
@@ -69,8 +69,8 @@ def test_padding_changes_nothing(term):
     assert padded == pytest.approx(plain, rel=1e-6)
 
 
-def test_a_student_without_mass_in_the_top_k_is_told():
-    """tunix and MaxText renormalise both sides within the stored entries, and score this student 0."""
+def test_student_without_mass_in_the_top_k_is_penalised():
+    """tunix and MaxText renormalise both distributions on the stored entries, so this student has loss 0."""
     k = 4
     teacher = np.zeros((1, VOCAB))
     teacher[:, :k] = 6.0
@@ -86,15 +86,15 @@ def test_a_student_without_mass_in_the_top_k_is_told():
     bucket = value(forward_kl(), head(student), stored)
     full = kl(p, q).mean()
     assert full > 10
-    assert bucket == pytest.approx(full, rel=1e-5)  # both are uniform over the tail, so the bucket loses nothing
-    assert value(conditional_kl(), head(student), stored) == pytest.approx(0, abs=1e-6)  # as its docstring says
+    assert bucket == pytest.approx(full, rel=1e-5)  # both are uniform over the tail, so bucketing is exact
+    assert value(conditional_kl(), head(student), stored) == pytest.approx(0, abs=1e-6)
 
     slope = jax.grad(lambda z: total(forward_kl(), head(z), stored))(jnp.float32(student))
-    assert slope[0, :k].sum() < -0.9  # and is pulled back
+    assert slope[0, :k].sum() < -0.9
 
 
-def test_beta_is_the_teachers():
-    """EasyDeL's beta runs the other way, and weighs another mixture: at 0.1 it says 1.296 where the paper has 0.184."""
+def test_beta_is_the_weight_of_the_teacher():
+    """EasyDeL's beta is reversed, with another mixture: at 0.1 its value is 1.296, the paper's 0.184."""
     student, teacher = logits()
     p, q = probabilities(teacher), probabilities(student)
     ours = {beta: value(generalized_jsd(beta, "kl"), head(student), head(teacher)) for beta in (0.0, 0.1, 0.5, 1.0)}
@@ -105,7 +105,7 @@ def test_beta_is_the_teachers():
     assert theirs(0.1) > 3 * paper(0.1)
     assert ours[0.0] == pytest.approx(kl(p, q).mean(), rel=1e-5)
     assert ours[1.0] == pytest.approx(kl(q, p).mean(), rel=1e-5)
-    # What docs/losses.md gives for those who want to repeat such a run:
+    # The equivalent of docs/losses.md:
     skewed = [value(term, head(student), head(teacher)) for term in (skew_kl(0.9), skew_reverse_kl(0.1))]
     assert 0.1 * skewed[0] + 0.9 * skewed[1] == pytest.approx(theirs(0.1), rel=1e-5)
 
@@ -149,14 +149,14 @@ def test_bfloat16_activations_are_summed_in_float32():
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_chunks_do_not_show(chunk):
+def test_chunks_change_nothing(chunk):
     student, teacher = logits(2)
     whole = value(reverse_kl(), head(student), head(teacher), chunk=TOKENS)
     assert value(reverse_kl(), head(student), head(teacher), chunk=chunk) == pytest.approx(whole, rel=1e-6)
 
 
 def test_memory_does_not_grow_with_tokens():
-    """TRL's tile of 4,096 x 32,768 is everything, for as many tokens as most devices take at once."""
+    """TRL's tile of 4,096 x 32,768 has all logits of a typical device batch."""
 
     def temporary(tokens: int) -> int:
         struct = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
@@ -180,7 +180,7 @@ def test_memory_does_not_grow_with_tokens():
 
 
 def test_padded_vocabularies_have_no_probability():
-    """A padded column that takes part gives the student mass where no token is."""
+    """Padded columns in the softmax would give mass to ids without a token."""
     student, teacher = logits(3)
     true = VOCAB - 5
     exact = kl(probabilities(teacher[:, :true]), probabilities(student[:, :true])).mean()
@@ -188,14 +188,14 @@ def test_padded_vocabularies_have_no_probability():
 
 
 def test_the_teacher_has_no_backward_pass():
-    """EasyDeL counts one for it."""
+    """EasyDeL's FLOP count includes one."""
     student, teacher = (head(z) for z in logits())
     slope = jax.grad(lambda t: total(forward_kl(), student, t))(teacher)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(slope))
 
 
-def test_a_weight_may_grow_from_zero():
-    """MaxText refuses a weight that starts at 0."""
+def test_weight_may_start_at_zero():
+    """MaxText rejects a weight that starts at 0."""
     grows = schedules.linear(1.0, 10, warmup=4)
     objective = objectives.objective(
         {"kd": (grows, objectives.match(forward_kl())), "ce": (1.0, objectives.next_token())},

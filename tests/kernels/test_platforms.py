@@ -1,4 +1,4 @@
-"""The XLA form lowers for the platforms that this machine does not have."""
+"""The XLA implementation lowers for GPUs and TPUs."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What the literature promises of each divergence: signs, zeros, bounds, special cases, limits, finite gradients."""
+"""Known properties of each divergence: signs, zeros, bounds, special cases, limits, finite gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def test_singular_cases_are_limits(point):
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_beside_a_limit_is_refused_and_rounding_is_forgiven(point):
+def test_near_a_limit_raises_except_within_rounding(point):
     with pytest.raises(ValueError, match=r"within 0.001 of 0.0 float32 cancels"):
         d.alpha_beta(point[0] + 1e-5, point[1] + 1e-5)
     near, at = exact(d.alpha_beta(point[0] + 1e-17, point[1] + 1e-17), d.alpha_beta(*point))
@@ -95,12 +95,12 @@ def test_renyi_and_alpha_approach_forward_kl():
     )
     np.testing.assert_allclose(renyi, forward, rtol=2e-2)
     np.testing.assert_allclose(alpha, forward, rtol=2e-2)
-    assert (low <= forward).all()  # not decreasing in its order
+    assert (low <= forward).all()  # not decreasing in alpha
     assert (forward <= high).all()
 
 
 def test_endpoints_of_jsd():
-    """The two conventions for the ends, and the scale at which each leaves the formula."""
+    """The conventions for the ends, and their scale relative to the formula."""
     jsd, forward, reverse = d.generalized_jsd, d.forward_kl(), d.reverse_kl()
     rows = exact(
         forward, jsd(0.0, "kl"), jsd(0.0, "scaled"), jsd(1e-8),
@@ -109,7 +109,7 @@ def test_endpoints_of_jsd():
     for same, other in ((0, 1), (0, 2), (4, 5), (4, 6), (8, 9)):
         np.testing.assert_allclose(rows[other], rows[same])
     np.testing.assert_allclose(rows[10], rows[8] / 0.21)
-    for end, near in ((0, 3), (4, 7)):  # what "scaled" goes to, and what the formula itself does
+    for end, near in ((0, 3), (4, 7)):  # limits of "scaled" and of the formula
         np.testing.assert_allclose(rows[near] / 1e-8, rows[end], rtol=1e-3)
     with pytest.raises(ValueError, match="paper, kl or scaled"):
         jsd(0.5, "trl")
@@ -128,7 +128,7 @@ def test_decoupled_kd_adds_up_to_forward_kl():
     np.testing.assert_allclose(binary + (1 - p) * others, forward)
 
 
-def test_decoupled_topk_is_the_bucket():
+def test_decoupled_topk_equals_kl_of_the_bucketed_distributions():
     student, teacher, targets, _ = problem()
     bucket = dense((d.forward_kl(),), student, topk(teacher, 8, 64), targets, np.ones((1, 24)), (1.0,), 64)[1]
     np.testing.assert_allclose(exact(d.decoupled_topk(8)), bucket)
@@ -150,8 +150,8 @@ def test_adaptive_kl_by_hand():
     assert abs(more[0, 0] - want) > 1e-3
 
 
-def test_ties_come_along_on_both_sides_of_the_kernel():
-    """A uniform teacher has one head: everything. total variation's gradient is zero at ties."""
+def test_ties_are_in_the_top_set_in_both_implementations():
+    """The top set of a uniform teacher has all entries; total variation's gradient is zero at ties."""
     heads = [Head(np.ones((2, 1)), x[None]) for x in (np.linspace(-1, 1, 16), np.zeros(16))]
     rest = (np.zeros(2, int), np.ones((2, 2)), (1.0, 1.0), 16)
     terms = (d.decoupled_topk(3), d.adaptive_kl(0.2))
@@ -218,7 +218,7 @@ def test_sparse_terms_stay_finite_at_the_extremes():
         (lambda: d.next_token(1.0), "next_token: smoothing"),
     ],
 )
-def test_parameters_out_of_range_are_named(call, message):
+def test_parameters_out_of_range_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -233,8 +233,8 @@ def test_smoothing_and_z_loss_by_hand():
     np.testing.assert_allclose(z_loss, np.log(np.exp(z).sum(-1)) ** 2, rtol=1e-5)
 
 
-def test_a_frozen_head_costs_no_gradient_product():
-    """Of four matrix products three are left, and the same gradient reaches the hidden states."""
+def test_frozen_head_has_no_gradient_product():
+    """Three of four matrix products remain, with equal gradients of the hidden states."""
     student, teacher, targets, weights = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32) if x.dtype == np.float64 else jnp.asarray(x), problem()
     )

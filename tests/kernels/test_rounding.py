@@ -1,4 +1,4 @@
-"""Where float32 decides: the last of the leading entries, edges between devices, logits far above their spread."""
+"""Float32 rounding: the last leading entry, boundaries between devices, large logits."""
 
 import contextlib
 from functools import partial
@@ -20,8 +20,8 @@ VOCAB = 57  # of 64 columns
 
 
 @pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
-def test_the_kth_entry_of_a_computed_teacher_leads(mesh):
-    """A geometric mean is elementwise arithmetic on logits, which XLA repeats where it is used, in another rounding."""
+def test_kth_entry_of_a_recomputed_teacher_is_in_the_top_set(mesh):
+    """A geometric mean is elementwise, so XLA may recompute it for each use, with other rounding."""
     rng, tokens, k = np.random.default_rng(0), 296, 4
     student, _, targets, _ = problem(tokens=tokens)
     heads = tuple(Head(rng.normal(size=(tokens, n)), rng.normal(size=(n, 64)) * 0.5) for n in (24, 12, 8))
@@ -38,7 +38,7 @@ def test_the_kth_entry_of_a_computed_teacher_leads(mesh):
         dense((d.decoupled_topk(k),), *heads, targets, weights, (1.0,), VOCAB)[1][0], expected, rtol=1e-9
     )
 
-    # LLVM's optimiser, which tests do without, is what contracts a product and a sum to one rounding.
+    # LLVM's optimiser, disabled in tests, contracts a product and a sum to one rounding.
     @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})
     def fields(student, teacher, targets, weights):
         call = (d.decoupled_topk(k),), student, teacher, targets, weights, (1.0,)
@@ -49,8 +49,8 @@ def test_the_kth_entry_of_a_computed_teacher_leads(mesh):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=5e-6)
 
 
-def test_the_threshold_is_half_way_to_the_next_entry():
-    """In nats, so that beside certainty too rounding moves nothing in or out; entries at the floor are the last."""
+def test_threshold_is_halfway_to_the_next_entry():
+    """In nats, so that rounding does not change the set even near probability 1; entries at the floor are last."""
     lp = jnp.log(jnp.asarray([[0.4, 0.3, 0.2, 0.1], [1 - 1e-7, 6e-8, 4e-8, 0.0], [0.25, 0.25, 0.25, 0.25]]))
     lp = jnp.maximum(lp, LOG_FLOOR)
     found = [np.asarray(pointwise.top_threshold(lp, which)) for which in (TopSet(entries=1), TopSet(mass=0.6))]
@@ -60,17 +60,17 @@ def test_the_threshold_is_half_way_to_the_next_entry():
     np.testing.assert_allclose(found[1], [middle(0.3, 0.2), certain, even], rtol=1e-5)
 
 
-def test_entries_that_differ_by_rounding_are_ties():
+def test_entries_that_differ_by_rounding_are_tied():
     lp = np.float32(np.log([[0.3, 0.2, 0.2, 0.2, 0.1]]))
     lp[0, 2:4] = np.nextafter(lp[0, 1], [-9, 9], dtype=np.float32)
     for k in (2, 3, 4):
         assert pointwise.top_set(jnp.asarray(lp), TopSet(entries=k)).tolist() == [[True, True, True, True, False]]
 
 
-def test_a_draw_at_an_edge_between_devices_is_of_one_of_both():
+def test_draw_at_a_boundary_between_devices_has_one_owner():
     _, teacher, _, _ = problem(tokens=64)
     up_to = np.cumsum(np.exp(log_softmax((teacher.hidden @ teacher.unembed)[:, :VOCAB])), -1)
-    edges = up_to[:, 7:56:8, None]  # 8 columns a device
+    edges = up_to[:, 7:56:8, None]  # 8 columns per device
     uniforms = np.float32(edges + np.arange(-6, 7) * 2.0**-24).reshape(64, -1)
     with jax.set_mesh(make_mesh(1, 8)):
         found = jax.jit(lambda head, u: sparsify.draw(head, u, VOCAB))(cast(teacher, jnp.float32), uniforms)
@@ -83,7 +83,7 @@ def test_a_draw_at_an_edge_between_devices_is_of_one_of_both():
 
 
 def near_equality(offset, tokens=24, columns=256):
-    """Logits that float32 holds exactly, as heads whose products are exact, and so is what the float64 form sees."""
+    """Heads with products that are exact in float32, so that the float64 form has the same logits."""
     rng = np.random.default_rng(0)
     z = np.float32(rng.normal(size=(tokens, columns)) * 3 + offset)
     other = np.float32(z + rng.normal(size=z.shape) * max(1e-3, offset * 1e-6))
@@ -95,7 +95,7 @@ KLS = (d.forward_kl(), d.reverse_kl())
 
 @pytest.mark.parametrize("signal", ["head", "blend", "top_k", "pallas"])
 @pytest.mark.parametrize("mesh", [None, (1, 8)])
-def test_large_logits_round_as_their_differences_do(signal, mesh):
+def test_large_logits_lose_no_precision(signal, mesh):
     student, teacher = near_equality(8000.0)
     taught = {
         "top_k": topk(teacher, 32, 250, (2.0,)),
@@ -122,8 +122,8 @@ def test_stored_entries_of_large_logits(mesh):
 
 
 @pytest.mark.parametrize("term", [d.renyi(2.0), d.alpha_divergence(2.0)])
-def test_filling_is_not_differentiated(term):
-    """A nearly uniform teacher at T < 1: p^2 / q of an entry that is none would overflow."""
+def test_padding_is_not_differentiated(term):
+    """A nearly uniform teacher at T < 1: p^2 / q of a padding entry would overflow."""
     student, teacher, targets, weights = problem(columns=512, spread=0.05)
     entries = topk(teacher, 5, 512, (0.5,))
     beside = lambda x, *last: np.concatenate([x, np.tile(last, (24, 1))], -1).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Teachers of which only some entries are known: top-k with a tail, forms without one, and draws."""
+"""Sparse teachers: top-k with a tail, forms without one, and draws."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def test_sparse_teachers_on_a_mesh(mesh):
     close(fused(*arguments, chunk=2, mesh=make_mesh(*mesh)), dense(*arguments), one != 0)
 
 
-def test_draws_match_dense_float64_beside_a_hard_target():
+def test_draws_with_a_hard_target_match_dense_float64():
     student, teacher, targets, one = problem()
     terms = (d.cross_entropy(), d.next_token())
     weights = np.concatenate([one, 0.5 * one])
@@ -45,8 +45,8 @@ def test_draws_match_dense_float64_beside_a_hard_target():
 
 
 @pytest.mark.parametrize("mesh", [None, (1, 8)])
-def test_filling_counts_nothing(mesh):
-    """Ids of no token, or entries of -inf, are as if they were not there."""
+def test_padding_entries_change_nothing(mesh):
+    """Ids out of range and log-probabilities of -inf."""
     student, teacher, targets, one = problem()
     mesh = None if mesh is None else make_mesh(*mesh)
     terms = (d.forward_kl(), d.reverse_kl(), d.conditional_kl(), d.decoupled_topk(4), d.adaptive_kl())
@@ -69,11 +69,11 @@ def test_filling_counts_nothing(mesh):
 
 
 @pytest.mark.parametrize("offset", [0.0, -50.0, -300.0])
-def test_nothing_beside_the_stored_entries(offset):
-    """A vocabulary of which every column is stored, with logits that are all far below zero."""
+def test_all_columns_stored(offset):
+    """With very negative logits."""
     student, teacher, targets, weights = problem(columns=32)
     with np.errstate(divide="ignore"):
-        entries = topk(teacher, 32, 32)  # whose tail is log 0
+        entries = topk(teacher, 32, 32)  # the tail is log 0
     student = student._replace(bias=np.full(32, offset))
     live = fused((d.forward_kl(),), student, teacher, targets, weights, (1.0,), 32)
     stored = fused((d.forward_kl(),), student, entries, targets, weights, (1.0,), 32)
@@ -93,7 +93,7 @@ def test_sparse_bfloat16():
         assert np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) < 4e-3
 
 
-def test_all_entries_stored_is_the_live_teacher():
+def test_all_entries_stored_equals_the_online_teacher():
     student, teacher, targets, weights = problem(columns=48)
     names = ("forward_kl", "reverse_kl", "jsd_0.5", "total_variation", "renyi", "decoupled_kd")
     terms, temperatures = tuple(FAMILY[n] for n in names), (1.0,) * len(names)
@@ -112,8 +112,8 @@ F_DIVERGENCES = (
 
 @settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), spread=st.floats(0.1, 4.0))
-def test_the_bucket_never_exceeds_the_full_value(seed, spread):
-    """The data-processing inequality, for every f-divergence."""
+def test_bucketed_value_never_exceeds_the_full_value(seed, spread):
+    """The data-processing inequality of f-divergences."""
     student, teacher, targets, weights = problem(seed, spread=spread)
     terms, temperatures = tuple(FAMILY[n] for n in F_DIVERGENCES), (1.0,) * len(F_DIVERGENCES)
     weights = np.ones((len(terms), 24))
@@ -123,7 +123,7 @@ def test_the_bucket_never_exceeds_the_full_value(seed, spread):
     assert (bucket >= -1e-5).all()
 
 
-def test_more_entries_never_lower_the_bucket():
+def test_bucketed_value_does_not_decrease_with_k():
     student, teacher, targets, weights = problem()
     values = [
         dense((d.forward_kl(),), student, topk(teacher, k, 64), targets, weights * 0 + 1, (1.0,), 64)[1]
@@ -135,22 +135,22 @@ def test_more_entries_never_lower_the_bucket():
     np.testing.assert_allclose(values[-1], full)
 
 
-def test_a_student_with_no_mass_on_the_entries_pays_in_the_bucket_only():
+def test_student_without_mass_on_the_entries_is_penalised_by_the_bucket_only():
     student, teacher, targets, weights = problem()
     entries = topk(teacher, 5, 64)
-    # Every token of this student avoids the teacher's entries, all to the same degree.
+    # This student avoids the teacher's entries equally at every token.
     bias = np.zeros(64)
     bias[np.unique(entries.ids)] = -30.0
     student = Head(student.hidden * 0, student.unembed, bias)
     value = lambda term: fused((term,), student, entries, targets, weights, (1.0,), 64)[1]
     assert (value(d.forward_kl()) > 5).all()
-    assert (value(d.conditional_kl()) < 2).all()  # what it ignores, and why it needs a term beside it
+    assert (value(d.conditional_kl()) < 2).all()  # it ignores the mass on S
 
 
-def test_partial_form_is_no_divergence():
+def test_partial_form_may_be_negative():
     _, teacher, targets, weights = problem()
     stored = topk(teacher, 3, 64)
-    # The student is sure of the first entry, of which the teacher is not: a negative "divergence".
+    # The student is more confident in the first entry than the teacher.
     student = Head(np.zeros((24, 1)), np.zeros((1, 64)), np.where(np.arange(64) == stored.ids[0, 0], 40.0, 0.0))
     unsure = TopK(np.tile(stored.ids[0], (24, 1)), np.log(np.full((24, 3), [0.3, 1e-9, 1e-9])), np.full((24, 1), -0.36))
     assert fused((d.partial_kl(),), student, unsure, targets, weights, (1.0,), 64)[1].max() < -0.1
@@ -174,7 +174,7 @@ def test_draws_are_unbiased():
 
 
 def test_a_small_tail_is_exact():
-    """Far below float32's resolution of 1 - sum: it is summed, not subtracted."""
+    """Far below float32's resolution of 1 - sum: the tail is summed, not subtracted."""
     z = np.full((8, 64), 0.0)
     z[:, :4] = 30.0
     student = Head(np.eye(8), z)
@@ -196,7 +196,7 @@ def test_200k_vocabulary_and_ties():
     close(fused(*arguments), dense(*arguments), weights[:1] != 0, tolerance=2e-5)
 
 
-def test_what_cannot_be_served_is_refused():
+def test_unsupported_signals_raise():
     student, teacher, targets, weights = problem()
     entries, draws = cast(topk(teacher, 5, 64), jnp.float32), sampled(teacher, 12, 64)
     student, teacher = cast((student, teacher), jnp.float32)
@@ -221,8 +221,8 @@ def test_what_cannot_be_served_is_refused():
     assert refusal(d.next_token(), Sampled) is None
 
 
-def test_log_probabilities_are_true_ones():
-    """A guard of the tests' own top-k: entries and tail hold all the mass, at each temperature."""
+def test_log_probabilities_are_normalised():
+    """Checks the tests' own top-k: entries and tail have all the mass, at each temperature."""
     teacher = problem()[1]
     entries = topk(teacher, 5, 64, (1.0, 2.0))
     np.testing.assert_allclose(np.exp(entries.logprobs).sum(-1) + np.exp(entries.tail[:, 0]), 1)

@@ -1,4 +1,4 @@
-"""A head reduced to its largest entries or to draws: against numpy, in chunks, on meshes."""
+"""Top-k and draws of a head: against numpy, in chunks, on meshes."""
 
 import functools
 
@@ -16,7 +16,7 @@ VOCAB = 57  # of 64 columns
 
 
 def teacher(tokens=300) -> tuple[Head, Head]:
-    """Float64 for numpy, float32 for the kernel; more tokens than a chunk and no multiple of it."""
+    """In float64 for numpy and float32 for the kernel; tokens are no multiple of a chunk."""
     _, head, _, _ = problem(tokens=tokens)
     return head, cast(head, jnp.float32)
 
@@ -27,7 +27,7 @@ def probabilities(head: Head) -> np.ndarray:
 
 @pytest.mark.parametrize("entries", [1, 5, VOCAB])
 @pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
-def test_top_k_is_the_sorted_teacher(entries, mesh):
+def test_top_k_matches_sorting(entries, mesh):
     exact, head = teacher(296)
     run = jax.jit(lambda head: sparsify.top_k(head, entries, (1.0, 2.0), VOCAB))
     if mesh is None:
@@ -46,12 +46,12 @@ def test_top_k_is_the_sorted_teacher(entries, mesh):
     np.testing.assert_allclose(found.tail, expected.tail, atol=2e-5)
 
 
-def test_more_entries_than_ids_are_refused():
+def test_more_entries_than_ids_raise():
     with pytest.raises(ValueError, match="58 entries"):
         sparsify.top_k(teacher()[1], VOCAB + 1, (1.0,), VOCAB)
 
 
-def test_rows_whose_tokens_are_shared_keep_their_order():
+def test_order_of_tokens_with_sharded_length():
     _, head = teacher(296)
     rows = head._replace(hidden=head.hidden.reshape(4, 74, -1))
     run = jax.jit(lambda head: sparsify.top_k(head, 5, (1.0,), VOCAB))
@@ -62,7 +62,7 @@ def test_rows_whose_tokens_are_shared_keep_their_order():
 
 
 @pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
-def test_draws_are_the_inverse_of_the_distribution(mesh):
+def test_draws_match_the_inverse_cdf(mesh):
     exact, head = teacher(296)
     uniforms = np.random.default_rng(0).uniform(size=(296, 40)).astype(np.float32)
     run = jax.jit(lambda head, u: sparsify.draw(head, u, VOCAB))
@@ -81,7 +81,7 @@ def test_draws_are_the_inverse_of_the_distribution(mesh):
         for i, c in zip(found.ids[token], found.counts[token]):
             got[i] += c if c else 0
         wrong += np.abs(got - expected).sum() // 2
-    assert wrong <= 3  # a draw on a border falls to either side in float32
+    assert wrong <= 3  # draws at a boundary may differ in float32
 
 
 def test_draws_are_unbiased():
@@ -96,8 +96,8 @@ def test_draws_are_unbiased():
     assert np.all(np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / draws) + 1e-4)
 
 
-def test_an_entry_without_mass_is_never_drawn():
-    """Also where the uniform number is the largest below 1, and the last columns have nothing."""
+def test_entry_without_mass_is_never_drawn():
+    """Even with the largest uniform number below 1 and last columns without mass."""
     hidden = jnp.ones((1, 1))
     unembed = jnp.where(jnp.arange(64) < 3, 0.0, -200.0)[None]
     top = np.nextafter(np.float32(1), np.float32(0))
@@ -105,7 +105,7 @@ def test_an_entry_without_mass_is_never_drawn():
     assert sorted(i for i, c in zip(*map(np.ravel, found)) if c) == [0, 1, 2]
 
 
-def test_nothing_as_large_as_tokens_times_vocabulary_is_made():
+def test_memory_does_not_grow_with_tokens_times_vocabulary():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
     temporary = lambda tokens: (
         jax.jit(functools.partial(sparsify.top_k, entries=8, temperatures=(1.0,), vocab=8000))
@@ -114,4 +114,4 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_made():
         .memory_analysis()
         .temp_size_in_bytes
     )
-    assert temporary(8192) - temporary(4096) < 4096 * 8000  # a quarter of the logits that were added
+    assert temporary(8192) - temporary(4096) < 4096 * 8000  # a quarter of the additional logits

@@ -1,4 +1,4 @@
-"""Differentiable per-token values: their gradient is the fast path's with the cotangent as weights."""
+"""Differentiable per-token values: their gradient is `linear_divergence`'s with the cotangent as weights."""
 
 import contextlib
 import functools
@@ -54,7 +54,7 @@ def test_values_and_gradient_match_dense_float64(kind, mesh):
     signal, targets = signals(teacher)[kind], targets % VOCAB
     some = FAMILY if kind == "head" else ("forward_kl", "reverse_kl", "renyi", "decoupled_kd", "smoothed")
     terms = tuple(FAMILY[name] for name in some)
-    cotangent = np.random.default_rng(7).normal(size=(len(terms), 24))  # of either sign
+    cotangent = np.random.default_rng(7).normal(size=(len(terms), 24))  # of both signs
     cotangent[:, 5:9] = 0.0
     values, gradient = pulled(terms, student, signal, targets, cotangent, mesh, 2 if mesh else 8)
     _, fields, (hidden, unembed, _) = dense(terms, student, signal, targets, cotangent, (1.0,) * len(terms), VOCAB)
@@ -79,7 +79,7 @@ def test_draws_and_temperatures():
         np.testing.assert_array_equal(values, fields)
 
 
-def test_the_gradient_is_the_fast_path_s_with_the_cotangent_as_weights():
+def test_gradient_equals_linear_divergence_with_the_cotangent_as_weights():
     student, teacher, targets, _ = problem(columns=64)
     terms, cotangent = (d.forward_kl(), d.next_token()), np.random.default_rng(3).normal(size=(2, 24))
     _, gradient = pulled(terms, student, teacher, targets % VOCAB, cotangent)
@@ -88,7 +88,7 @@ def test_the_gradient_is_the_fast_path_s_with_the_cotangent_as_weights():
     np.testing.assert_array_equal(gradient.unembed, fast[1])
 
 
-def test_what_stands_where_the_cotangent_is_zero_changes_nothing():
+def test_nan_where_the_cotangent_is_zero_changes_nothing():
     student, teacher, targets, _ = problem(columns=64)
     cotangent = np.ones((1, 24))
     cotangent[:, [2, 11]] = 0.0
@@ -98,17 +98,17 @@ def test_what_stands_where_the_cotangent_is_zero_changes_nothing():
     np.testing.assert_array_equal(junk.unembed, clean.unembed)
 
 
-def test_a_frozen_head_costs_no_product_for_its_gradient():
+def test_frozen_head_has_no_gradient_product():
     student, teacher, targets, _ = problem(columns=64)
     student, teacher = cast((student, teacher), jnp.float32)
     loss = lambda hidden: token_values(
         (d.forward_kl(),), student._replace(hidden=hidden), teacher, jnp.asarray(targets), vocab=64, chunk=8
     ).sum()
     text = str(jax.make_jaxpr(jax.grad(loss))(student.hidden))
-    assert text.count("dot_general") == 5  # two products forward; both again and the hidden states' going back
+    assert text.count("dot_general") == 5  # two forward; both again and that of d hidden backward
 
 
-def test_memory_does_not_grow_with_the_tokens():
+def test_memory_does_not_grow_with_tokens():
     def temporaries(tokens):
         shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((tokens, 16), (16, 512), (tokens, 24), (24, 512))]
         targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
@@ -122,7 +122,7 @@ def test_memory_does_not_grow_with_the_tokens():
         return compiled.memory_analysis().temp_size_in_bytes
 
     grown = temporaries(4096) - temporaries(1024)
-    assert grown < 3072 * 512 * 4 / 8  # logits of the additional tokens would take eight times this
+    assert grown < 3072 * 512 * 4 / 8  # an eighth of the additional logits
 
 
 # ------------------------------------------------------------------- losses that are not linear in the tokens
@@ -131,12 +131,12 @@ ROWS, LENGTH, WIDTH = 4, 12, 16
 
 
 def pairs(seed=0):
-    """Rows of two segments, the answer that is preferred (1) and the other one (2), and two heads."""
+    """Rows of two segments, the preferred answer (1) and the other one (2), and two heads."""
     rng = np.random.default_rng(seed)
     hidden = lambda: jnp.asarray(rng.normal(size=(ROWS, LENGTH, WIDTH)), jnp.float32)
     unembed = lambda: jnp.asarray(rng.normal(size=(WIDTH, 64)) * 0.5, jnp.float32)
     segments = jnp.asarray(np.repeat([[1] * 5 + [2] * 6 + [0]], ROWS, 0))
-    weights = jnp.where((segments > 0) & (jnp.arange(LENGTH) % 5 != 0), 1.0, 0.0)  # prompts count nothing
+    weights = jnp.where((segments > 0) & (jnp.arange(LENGTH) % 5 != 0), 1.0, 0.0)  # prompts have no weight
     targets = jnp.asarray(rng.integers(0, VOCAB, size=(ROWS, LENGTH)))
     return Head(hidden(), unembed()), Head(hidden(), unembed()), targets, weights, segments
 
@@ -167,9 +167,9 @@ def clipped_ratio(log_probs, policy, old, targets, weights, segments, epsilon=0.
 
 @pytest.mark.parametrize("mesh", [None, (4, 2)])
 @pytest.mark.parametrize("loss", [dpo, clipped_ratio])
-def test_losses_of_sequences_and_ratios(loss, mesh):
+def test_dpo_and_clipped_ratio_match_dense(loss, mesh):
     policy, other, *batch = pairs()
-    other = jax.tree.map(lambda a, b: a + 0.1 * b, policy, other)  # ratios on both sides of the clip
+    other = jax.tree.map(lambda a, b: a + 0.1 * b, policy, other)  # ratios above and below the clip
     wanted = jax.value_and_grad(functools.partial(loss, plain_log_probs))(policy, other, *batch)
     with setting(mesh):
         got = jax.jit(jax.value_and_grad(functools.partial(loss, fused_log_probs)))(policy, other, *batch)
@@ -182,7 +182,7 @@ def test_losses_of_sequences_and_ratios(loss, mesh):
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (2, 4)])
-def test_distill_on_a_mesh_of_other_names(fsdp, tensor):
+def test_distill_on_a_mesh_with_other_axis_names(fsdp, tensor):
     student, teacher, targets, weights = problem(columns=64)
     arguments = ((d.reverse_kl(),), student, teacher, targets, 4.0 * weights / weights.sum(), (2.0,), VOCAB)
     value, _, (hidden, unembed, _) = dense(*arguments)

@@ -1,4 +1,4 @@
-"""Terms over features against dense float64 formulas, value and gradient, on packed rows with junk in the padding."""
+"""Terms over features against dense float64 formulas: value and gradient, on packed rows with NaN in the padding."""
 
 import functools
 import math
@@ -52,15 +52,15 @@ def output(taps: dict, junk: float = 0.0, seed: int = 7) -> Output:
 
 
 @functools.lru_cache
-def sides():
+def student_and_teacher():
     return arrays(STUDENT, 1), arrays(TEACHER, 2)
 
 
 def random_params(field, seed=3):
-    student, teacher = (output(taps) for taps in sides())
-    made = field.init(jax.random.key(0), student, teacher)
+    student, teacher = (output(taps) for taps in student_and_teacher())
+    params = field.init(jax.random.key(0), student, teacher)
     rng = np.random.default_rng(seed)
-    return {name: rng.normal(size=x.shape).astype(np.float32) / math.sqrt(x.shape[0]) for name, x in made.items()}
+    return {name: rng.normal(size=x.shape).astype(np.float32) / math.sqrt(x.shape[0]) for name, x in params.items()}
 
 
 def measure(field, params, student: dict, teacher: Output, junk=0.0, batch=BATCH):
@@ -72,9 +72,6 @@ def measure(field, params, student: dict, teacher: Output, junk=0.0, batch=BATCH
     program = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
     (total, each), gradient = program(params, jax.tree.map(jnp.asarray, student))
     return np.asarray(each), float(total), jax.tree.map(np.asarray, gradient)
-
-
-# ----------------------------------------------------------------------- the formulas, token by token
 
 
 def dense_hidden(kind, pairs):
@@ -167,7 +164,7 @@ def dense_cka(pairs):
 
 
 def dense_filters(params, s, t):
-    head = output(sides()[1]).head
+    head = output(student_and_teacher()[1]).head
     last, unembed = (np.asarray(x, np.float64) for x in (head.hidden, head.unembed))
     field = np.zeros((ROWS, LENGTH))
     for name, weight in params.items():
@@ -203,9 +200,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient_are_the_formula_s(name):
+def test_value_and_gradient_match_the_formula(name):
     field, formula = CASES[name]
-    student, teacher = sides()
+    student, teacher = student_and_teacher()
     params = random_params(field)
     each, value, (in_params, in_taps) = measure(field, params, student, output(teacher, math.nan), math.nan)
     wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
@@ -215,11 +212,10 @@ def test_value_and_gradient_are_the_formula_s(name):
     np.testing.assert_allclose(each[LIVE], formula(params, student, teacher)[LIVE], rtol=2e-5, atol=2e-6)
     assert value == pytest.approx(sum_of(params, student), rel=1e-5)
 
-    # The slope along a random direction, of what may move: TED's first stage holds the models still, its second the
-    # teacher's filters.
+    # Directional derivative in what is trained: filters only in TED's first stage, not the teacher's in its second.
     rng, step = np.random.default_rng(0), 1e-5
-    turn = lambda tree: {k: rng.normal(size=x.shape) for k, x in tree.items()}
-    d_params, d_taps = turn(params), turn(student)
+    direction = lambda tree: {k: rng.normal(size=x.shape) for k, x in tree.items()}
+    d_params, d_taps = direction(params), direction(student)
     if name == "ted_filters":
         d_taps = {k: 0 * x for k, x in d_taps.items()}
     if name == "ted_match":
@@ -251,41 +247,41 @@ def test_value_and_gradient_are_the_formula_s(name):
         features.ted_match({1: 1}),
     ],
 )
-def test_a_model_is_at_no_distance_from_itself(field):
-    student = sides()[0]
-    params = field.init(jax.random.key(0), output(student), output(student))  # projectors begin as the identity
+def test_equal_features_have_distance_zero(field):
+    student = student_and_teacher()[0]
+    params = field.init(jax.random.key(0), output(student), output(student))  # projectors start as the identity
     each, _, _ = measure(field, params, student, output(student))
     assert np.abs(each[LIVE]).max() < 2e-6
 
 
-def test_a_projector_is_there_where_widths_differ_or_it_is_asked_for():
-    student, teacher = (output(taps) for taps in sides())
-    made = features.hidden_mse(MAP).init(jax.random.key(0), student, teacher)
-    assert {name: x.shape for name, x in made.items()} == {"layer_1": (12, 20), "layer_2": (12, 20)}
-    assert np.std(made["layer_1"]) == pytest.approx(1 / math.sqrt(12), rel=0.15)
-    assert (made["layer_1"] != made["layer_2"]).any()
+def test_projector_exists_where_widths_differ_or_if_requested():
+    student, teacher = (output(taps) for taps in student_and_teacher())
+    params = features.hidden_mse(MAP).init(jax.random.key(0), student, teacher)
+    assert {name: x.shape for name, x in params.items()} == {"layer_1": (12, 20), "layer_2": (12, 20)}
+    assert np.std(params["layer_1"]) == pytest.approx(1 / math.sqrt(12), rel=0.15)
+    assert (params["layer_1"] != params["layer_2"]).any()
     assert features.hidden_mse({1: 2}).init(jax.random.key(0), student, student) == {}
     np.testing.assert_array_equal(
         features.hidden_cosine({1: 2}, projector=True).init(jax.random.key(0), student, student)["layer_1"], np.eye(12)
     )
 
 
-def test_cka_knows_no_rotation_scale_or_shift():
-    student, _ = sides()
-    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))
-    turned = {"layer_1": (30.0 * student["layer_1"] @ turn + 1.0).astype(np.float32)}
+def test_cka_is_invariant_to_rotation_scale_and_shift():
+    student, _ = student_and_teacher()
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(12, 12)))
+    rotated = {"layer_1": (30.0 * student["layer_1"] @ rotation + 1.0).astype(np.float32)}
     field = features.linear_cka({1: 1})
-    each, _, _ = measure(field, {}, student, output(turned))
+    each, _, _ = measure(field, {}, student, output(rotated))
     assert np.abs(each).max() < 1e-5
-    stretched = {"layer_1": student["layer_1"] * np.linspace(0.1, 3, 12, dtype=np.float32)}
-    assert measure(field, {}, student, output(stretched))[0][LIVE].max() > 0.02
+    anisotropic = {"layer_1": student["layer_1"] * np.linspace(0.1, 3, 12, dtype=np.float32)}
+    assert measure(field, {}, student, output(anisotropic))[0][LIVE].max() > 0.02
 
 
-def test_cka_of_rows_without_variance_is_nothing():
-    student, teacher = sides()
-    alike = {**student, "layer_1": np.ones_like(student["layer_1"]) * np.linspace(1, 100, 12, dtype=np.float32)}
+def test_cka_of_rows_without_variance_is_zero():
+    student, teacher = student_and_teacher()
+    constant = {**student, "layer_1": np.ones_like(student["layer_1"]) * np.linspace(1, 100, 12, dtype=np.float32)}
     for taps, rows in (
-        (alike, range(ROWS)),
+        (constant, range(ROWS)),
         ({**student, "layer_1": 0 * student["layer_1"]}, range(ROWS)),
         (student, (2, 3)),
     ):
@@ -296,7 +292,7 @@ def test_cka_of_rows_without_variance_is_nothing():
 
 
 def test_the_cosine_of_a_zero_vector_has_a_finite_gradient():
-    student, teacher = sides()
+    student, teacher = student_and_teacher()
     student = {**student, "layer_1": 0 * student["layer_1"]}
     field = features.hidden_cosine({1: 2})
     each, _, (in_params, gradient) = measure(field, random_params(field), student, output(teacher))
@@ -306,7 +302,7 @@ def test_the_cosine_of_a_zero_vector_has_a_finite_gradient():
     assert np.abs(gradient["layer_1"]).max() < 1e4
 
 
-def test_memory_of_relations_does_not_grow_with_their_heads():
+def test_memory_of_relations_does_not_grow_with_heads():
     length = 256
     wide = jnp.zeros((1, length), jnp.int32)
     batch = Batch(wide, wide, jnp.ones((1, length)), wide + 1, wide, wide[0, :1], wide[0, :1])
@@ -331,15 +327,17 @@ def test_memory_of_relations_does_not_grow_with_their_heads():
         (lambda: features.relations({1: 1}, 4, ("qx",)), r"of the letters q, k and v, got \('qx',\)"),
         (lambda: features.relations({1: 1}, 4, ()), r"pairs must be such as"),
         (
-            lambda: features.relations({1: 3}, 3).init(jax.random.key(0), *map(output, sides())),
+            lambda: features.relations({1: 3}, 3).init(jax.random.key(0), *map(output, student_and_teacher())),
             r"heads=3 must divide the student's qq of layer 1: 4 heads x 8 = 32",
         ),
         (
-            lambda: features.relations({1: 3}, 32, ("qk",)).init(jax.random.key(0), *map(output, sides())),
+            lambda: features.relations({1: 3}, 32, ("qk",)).init(
+                jax.random.key(0), *map(output, student_and_teacher())
+            ),
             r"heads=32 must divide the teacher's qk of layer 3: 6 heads x 8 = 48",
         ),
     ],
 )
-def test_what_does_not_fit_is_said(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

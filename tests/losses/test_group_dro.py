@@ -1,4 +1,4 @@
-"""Group DRO on numbers worked out by hand, and inside the step."""
+"""Group DRO: updates computed by hand, and inside the train step."""
 
 import functools
 
@@ -21,7 +21,7 @@ from jaxkd.train.state import init_state
 from jaxkd.train.step import make_step
 
 CONFIG = Config(vocab=250, embed=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp=32)
-DOMAINS = ("zebra", "ant", "mole")  # not in the order of the alphabet
+DOMAINS = ("zebra", "ant", "mole")  # not sorted
 SAMPLING = np.array([0.5, 0.25, 0.25])
 
 
@@ -31,21 +31,21 @@ def softmax(x):
 
 
 def test_two_updates_by_hand():
-    how = GroupDRO(eta=2.0, floor=0.1)
-    begin = group_dro.init(SAMPLING)
-    np.testing.assert_allclose(jnp.exp(begin.log_weights), 1 / 3, rtol=1e-6)
-    once = group_dro.update(begin, jnp.array([3.0, 0.0, 1.0]), jnp.array([10.0, 10.0, 2.0]), jnp.asarray(0), how)
+    settings = GroupDRO(eta=2.0, floor=0.1)
+    initial = group_dro.init(SAMPLING)
+    np.testing.assert_allclose(jnp.exp(initial.log_weights), 1 / 3, rtol=1e-6)
+    once = group_dro.update(initial, jnp.array([3.0, 0.0, 1.0]), jnp.array([10.0, 10.0, 2.0]), jnp.asarray(0), settings)
     first = 0.9 * softmax(2 * np.array([0.3, 0.0, 0.5])) + 0.1 / 3
     np.testing.assert_allclose(jnp.exp(once.log_weights), first, rtol=1e-5)
     np.testing.assert_allclose(once.average, first, rtol=1e-5)
     # The last domain is in no row of the second batch: its score of 0.5 is used again.
-    twice = group_dro.update(once, jnp.array([1.0, 2.0, 0.0]), jnp.array([10.0, 10.0, 0.0]), jnp.asarray(1), how)
+    twice = group_dro.update(once, jnp.array([1.0, 2.0, 0.0]), jnp.array([10.0, 10.0, 0.0]), jnp.asarray(1), settings)
     second = 0.9 * softmax(np.log(first) + 2 * np.array([0.1, 0.2, 0.5])) + 0.1 / 3
     np.testing.assert_allclose(jnp.exp(twice.log_weights), second, rtol=1e-5)
     np.testing.assert_allclose(twice.average, (first + second) / 2, rtol=1e-5)
 
 
-def test_a_lasting_excess_reaches_the_floor_and_no_floor_stays_finite():
+def test_persistent_excess_reaches_the_floor():
     for floor in (0.03, 0.0):
         state = group_dro.init(SAMPLING)
         for step in range(200):
@@ -59,11 +59,11 @@ def test_a_lasting_excess_reaches_the_floor_and_no_floor_stays_finite():
         assert weights[1] == pytest.approx(floor / 3 * (1 + 0.16), rel=0.02, abs=1e-6)
 
 
-def test_factors_keep_the_batch_and_undo_the_sampling():
+def test_factors_keep_the_total_weight_and_divide_by_sampling():
     state = group_dro.init(SAMPLING)._replace(log_weights=jnp.log(jnp.array([0.2, 0.2, 0.6])))
-    found = jnp.array([60.0, 20.0, 40.0])
-    factor = np.asarray(group_dro.factors(state, found))
-    assert factor @ found == pytest.approx(120.0)
+    tokens = jnp.array([60.0, 20.0, 40.0])
+    factor = np.asarray(group_dro.factors(state, tokens))
+    assert factor @ tokens == pytest.approx(120.0)
     np.testing.assert_allclose(factor / factor[0], [1.0, 2.0, 6.0], rtol=1e-6)
     assert not np.asarray(group_dro.factors(state, jnp.zeros(3))).any()
 
@@ -74,9 +74,9 @@ def make_batch(rows=8, length=16) -> Batch:
     weights = np.ones((rows, length), np.float32)
     weights[:, -1] = 0
     weights[2, 5:] = 0
-    places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     domain = np.array([0, 0, 0, 1, 1, 2, 0, 1], np.int32)
-    whole = (tokens, np.roll(tokens, -1, 1), weights, np.ones_like(tokens), places, np.arange(rows, dtype=np.int32))
+    whole = (tokens, np.roll(tokens, -1, 1), weights, np.ones_like(tokens), positions, np.arange(rows, dtype=np.int32))
     return Batch(*map(jnp.asarray, (*whole, domain)))
 
 
@@ -104,8 +104,8 @@ def problem(micro_batches=1):
     return forward, teacher, step, state
 
 
-def test_the_step_weighs_each_token_by_its_domain_and_scores_what_it_saw():
-    """Gradient and score of a step against the dense form, with weights that are not equal."""
+def test_step_weights_tokens_by_domain_and_updates_scores():
+    """Gradient and score of a step against the dense form, with unequal weights."""
     forward, teacher, step, state = problem()
     batch = make_batch()
     weights = jnp.array([0.1, 0.3, 0.6])
@@ -132,26 +132,28 @@ def test_the_step_weighs_each_token_by_its_domain_and_scores_what_it_saw():
         np.testing.assert_allclose(metrics[f"excess/{name}"][0] / metrics[f"excess/{name}"][1], score[d], rtol=1e-4)
     expected = (1 - 1e-3) * softmax(np.log(weights) + np.asarray(score)) + 1e-3 / 3
     np.testing.assert_allclose(np.exp(after.group_dro.log_weights), expected, rtol=1e-4)
-    assert metrics["loss"][1] == batch.weights.sum()  # tokens stay what they are
+    assert metrics["loss"][1] == batch.weights.sum()
 
 
-def test_micro_batches_and_devices_weigh_alike_and_moving_weights_compile_nothing():
+def test_micro_batches_and_sharding_give_equal_results_without_recompiling():
     batch = make_batch()
     _, teacher, step, state = problem()
     reference = step(state, {}, teacher.state, batch)[0]
     again = step(reference, {}, teacher.state, batch)[0]
     assert step._cache_size() == 1
     assert not np.array_equal(again.group_dro.log_weights, reference.group_dro.log_weights)
-    _, _, spread, _ = problem(4)
+    _, _, sharded_step, _ = problem(4)
     mesh = sharding.make_mesh(2, 1, jax.devices()[:2])
     shapes, axes = transformer.abstract(CONFIG)
-    places = sharding.shardings(axes, shapes, mesh)
+    shardings = sharding.shardings(axes, shapes, mesh)
     with jax.set_mesh(mesh):
-        everywhere = jax.NamedSharding(mesh, jax.P())
-        placed = jax.device_put(state, everywhere)
-        placed = placed._replace(params={"student": jax.device_put(state.params["student"], places), "objective": {}})
-        found, _ = spread(
-            placed, {}, jax.device_put(teacher.state, places), jax.device_put(batch, sharding.batch_sharding(mesh))
+        replicated = jax.NamedSharding(mesh, jax.P())
+        placed = jax.device_put(state, replicated)
+        placed = placed._replace(
+            params={"student": jax.device_put(state.params["student"], shardings), "objective": {}}
         )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
+        sharded, _ = sharded_step(
+            placed, {}, jax.device_put(teacher.state, shardings), jax.device_put(batch, sharding.batch_sharding(mesh))
+        )
+    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)

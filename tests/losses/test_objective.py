@@ -1,4 +1,4 @@
-"""Objectives that look inside the models: taps, the fold, the step, meshes, a student that stands still."""
+"""Objectives with feature terms: taps, the sum of terms, the step, meshes, a frozen student."""
 
 import dataclasses
 import functools
@@ -50,8 +50,8 @@ def models():
     return student, random_params(STUDENT, 0), online(random_params(TEACHER, 1), teacher)
 
 
-def start(objective, key=0):
-    """The objective's first parameters beside the student's."""
+def initial_params(objective, key=0):
+    """The student's parameters and the objective's initial ones."""
     student, params, teacher = models()
     outputs = [
         jax.eval_shape(functools.partial(f, taps=taps), p, BATCH)
@@ -81,7 +81,7 @@ def stacked(eqn) -> int:
 
 
 @pytest.mark.parametrize("remat", transformer.REMAT)
-def test_only_a_tapped_layer_stores_anything(remat):
+def test_only_a_tapped_layer_stores_activations(remat):
     deep = dataclasses.replace(STUDENT, layers=4)
     forward, params = functools.partial(transformer.forward, deep, remat=remat), transformer.abstract(deep)[0]
     plain = jax.make_jaxpr(forward)(params, BATCH)
@@ -92,7 +92,7 @@ def test_only_a_tapped_layer_stores_anything(remat):
     assert [(eqn.params["length"], stacked(eqn)) for eqn in scans(tapped)] == [(2, 0), (1, 2), (1, 0)]
 
 
-def test_attention_of_the_taps_is_what_the_layer_adds():
+def test_attention_of_the_taps_is_that_of_the_layer():
     names = ("layer_1", "layer_2", "query_2", "key_2", "value_2")
     _, params, _ = models()
     taps = transformer.forward(STUDENT, params, BATCH, taps=names).taps
@@ -118,16 +118,16 @@ def test_taps_and_their_gradients_are_the_same_when_rematerialised():
 
 
 @pytest.mark.parametrize("name", ["query_3", "layer_0", "head_1", "layer", "key_x"])
-def test_an_unknown_tap_is_named(name):
+def test_unknown_tap_raises(name):
     with pytest.raises(ValueError, match=f"no tap '{name}': this model has layer_1 to layer_2, query_1 to query_2"):
         transformer.forward(STUDENT, models()[1], BATCH, taps=(name,))
 
 
-# ------------------------------------------------------------------------------------------ the fold
+# ------------------------------------------------------------------------------------------ the sum
 
 
 @functools.lru_cache
-def everything():
+def all_terms():
     return total(
         {
             "kd": (0.5, objectives.match(divergences.forward_kl(), 2.0)),
@@ -143,15 +143,15 @@ def everything():
 @functools.lru_cache
 def program(micro_batches: int):
     student, _, teacher = models()
-    return jax.jit(make_gradient(student, teacher, everything(), micro_batches))
+    return jax.jit(make_gradient(student, teacher, all_terms(), micro_batches))
 
 
 @functools.lru_cache
 def reference():
-    return program(1)(start(everything()), models()[2].state, BATCH, STEP)
+    return program(1)(initial_params(all_terms()), models()[2].state, BATCH, STEP)
 
 
-def same(left, right):
+def assert_equal(left, right):
     """Relative L2 per gradient leaf, and every metric's sum and weight."""
     for (path, a), b in zip(jax.tree.leaves_with_path(left[0]), jax.tree.leaves(right[0]), strict=True):
         a, b = np.asarray(a), np.asarray(b)
@@ -161,18 +161,18 @@ def same(left, right):
         np.testing.assert_allclose(left[1][name], right[1][name], rtol=1e-5, atol=1e-6)
 
 
-def test_parameters_are_under_the_names_of_their_terms():
-    params = start(everything())["objective"]
+def test_parameters_are_keyed_by_term():
+    params = initial_params(all_terms())["objective"]
     assert {name: sorted(term) for name, term in params.items()} == {
         "hid": ["layer_1"],
         "ted": ["student_layer_2", "teacher_layer_3"],
     }
     plain = total({"ce": (1.0, objectives.next_token()), "cka": (1.0, features.linear_cka({1: 1}))})
-    assert start(plain)["objective"] == {}
-    assert total({"ce": (1.0, objectives.next_token())}).init(jax.random.key(0)) == {}  # as it always was
+    assert initial_params(plain)["objective"] == {}
+    assert total({"ce": (1.0, objectives.next_token())}).init(jax.random.key(0)) == {}
 
 
-def test_the_loss_is_the_weighted_sum_and_a_term_reports_its_own_value():
+def test_loss_is_the_weighted_sum_and_terms_report_unweighted_means():
     _, metrics = reference()
     mean = {name: float(s / w) for name, (s, w) in metrics.items()}
     parts = (
@@ -184,19 +184,19 @@ def test_the_loss_is_the_weighted_sum_and_a_term_reports_its_own_value():
         of_domains = [metrics[f"{name}/{d}"] for d in DOMAINS]
         np.testing.assert_allclose(sum(p[0] for p in of_domains), metrics[name][0], rtol=1e-5)
         assert sum(p[1] for p in of_domains) == metrics[name][1] == BATCH.weights.sum()
-    later = program(1)(start(everything()), models()[2].state, BATCH, STEP + 2)[1]
+    later = program(1)(initial_params(all_terms()), models()[2].state, BATCH, STEP + 2)[1]
     np.testing.assert_allclose(later["loss"][0], metrics["loss"][0] + 2 * metrics["rel"][0], rtol=1e-5)
     np.testing.assert_allclose(later["rel"][0], metrics["rel"][0], rtol=1e-6)
 
 
 def test_micro_batches_equal_the_whole_batch():
-    same(program(4)(start(everything()), models()[2].state, BATCH, STEP), reference())
+    assert_equal(program(4)(initial_params(all_terms()), models()[2].state, BATCH, STEP), reference())
 
 
 @pytest.mark.slow
 def test_eight_devices_equal_one():
     mesh = sharding.make_mesh(2, 2, context=2)
-    params, state = start(everything()), models()[2].state
+    params, state = initial_params(all_terms()), models()[2].state
     with jax.set_mesh(mesh):
 
         def place(tree, model):
@@ -206,38 +206,38 @@ def test_eight_devices_equal_one():
         wide = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         placed = {"student": place(params["student"], STUDENT), "objective": jax.device_put(params["objective"], wide)}
         batch = jax.device_put(BATCH, sharding.batch_sharding(mesh))
-        same(program(1)(placed, place(state, TEACHER), batch, STEP), reference())
+        assert_equal(program(1)(placed, place(state, TEACHER), batch, STEP), reference())
 
 
-def test_nan_in_the_padding_of_either_model_matters_to_nothing():
+def test_nan_in_padding_of_either_model_changes_nothing():
     student, _, teacher = models()
 
-    def dirty(forward):
-        def spoil(x):
+    def with_nan_padding(forward):
+        def set_nan(x):
             padding = (BATCH.segments == 0).reshape(*BATCH.segments.shape, *[1] * (x.ndim - 2))
             return jnp.where(padding, jnp.nan, x)
 
-        def spoilt(params, batch, taps=()):
+        def corrupted(params, batch, taps=()):
             output = forward(params, batch, taps=taps)
-            head = output.head._replace(hidden=spoil(output.head.hidden))
-            return output._replace(head=head, taps=jax.tree.map(spoil, output.taps))
+            head = output.head._replace(hidden=set_nan(output.head.hidden))
+            return output._replace(head=head, taps=jax.tree.map(set_nan, output.taps))
 
-        return spoilt
+        return corrupted
 
-    junk = online(teacher.state, dirty(functools.partial(transformer.forward, TEACHER)))
-    gradient = jax.jit(make_gradient(dirty(student), junk, everything()))
-    same(gradient(start(everything()), teacher.state, BATCH, STEP), reference())
+    junk = online(teacher.state, with_nan_padding(functools.partial(transformer.forward, TEACHER)))
+    gradient = jax.jit(make_gradient(with_nan_padding(student), junk, all_terms()))
+    assert_equal(gradient(initial_params(all_terms()), teacher.state, BATCH, STEP), reference())
 
 
-def test_features_alone_call_no_kernel(monkeypatch):
+def test_features_without_vocabulary_terms_call_no_kernel(monkeypatch):
     monkeypatch.setattr(objectives, "linear_divergence", None)
     student, _, teacher = models()
     objective = total({"hid": (1.0, features.hidden_mse({1: 1}))})
-    jax.eval_shape(make_gradient(student, teacher, objective), start(objective), teacher.state, BATCH, STEP)
+    jax.eval_shape(make_gradient(student, teacher, objective), initial_params(objective), teacher.state, BATCH, STEP)
 
 
-def test_factors_scale_a_term_and_neither_its_metric_nor_the_token_weight():
-    """The gradient of a step with a factor on one term is that of the terms apart; per token, not only per row."""
+def test_factors_scale_a_term_but_not_its_metric_or_the_token_weight():
+    """With factors per token on one term, the gradient is the sum of the separate terms' gradients."""
     student, params, teacher = models()
     ce, kd = (1.0, objectives.next_token()), (0.5, objectives.match(divergences.forward_kl(), 2.0))
     by_token = jnp.asarray(np.random.default_rng(0).uniform(-1, 2, BATCH.tokens.shape), jnp.float32)
@@ -261,14 +261,14 @@ def test_factors_scale_a_term_and_neither_its_metric_nor_the_token_weight():
         gradient({"ce": ce}, advantage=by_token)
 
 
-def test_a_plain_forward_will_do_where_nothing_is_tapped():
+def test_forward_without_taps_argument_works_without_features():
     student, params, teacher = models()
     bare = lambda params, batch: student(params, batch)
     objective = total({"ce": (1.0, objectives.next_token())})
     jax.eval_shape(make_gradient(bare, teacher, objective), {"student": params, "objective": {}}, {}, BATCH, STEP)
 
 
-def test_a_teacher_without_features_is_refused_by_the_term_s_name():
+def test_teacher_without_features_raises():
     cached = Teacher({}, lambda batch: batch, lambda state, batch: None)
     objective = total({"ce": (1.0, objectives.next_token()), "rel": (1.0, features.relations({1: 2}, 4, ("vv",)))})
     with pytest.raises(
@@ -285,7 +285,7 @@ def test_projectors_train():
     student, _, teacher = models()
     objective = total({"hid": (1.0, features.hidden_mse({2: 3})), "cos": (1.0, features.hidden_cosine({1: 1}))})
     tx = optax.adam(3e-3)
-    state = init_state(start(objective), tx)
+    state = init_state(initial_params(objective), tx)
     step = jax.jit(make_step(student, teacher, objective, tx))
     losses = []
     for _ in range(25):
@@ -297,15 +297,15 @@ def test_projectors_train():
         assert (state.params["objective"][name][tap] != before.params["objective"][name][tap]).any()
 
 
-# ------------------------------------------------------------------------- a student that stands still
+# ------------------------------------------------------------------------- a frozen student
 
 
-def test_a_frozen_student_costs_no_backward_pass_and_no_moments():
+def test_frozen_student_has_no_backward_pass_and_no_moments():
     student, _, teacher = models()
     terms = {"hid": (1.0, features.hidden_mse({2: 3}))}
     flops, sizes = [], []
     objective = total(terms)
-    params = start(objective)
+    params = initial_params(objective)
     for trained, frozen in ((params, {}), (params | {"student": {}}, params["student"])):
         tx = optax.adamw(1e-2, weight_decay=0.5)
         state = init_state(trained, tx)
@@ -321,8 +321,8 @@ def test_a_frozen_student_costs_no_backward_pass_and_no_moments():
     assert sizes[1] <= 2 * 32 * 48 + 2
 
 
-def test_a_part_of_the_student_may_be_frozen():
-    """The other arrays get the gradients that they have when all train, and the frozen ones do not move."""
+def test_partly_frozen_student():
+    """Trained arrays get the same gradients as in full training, frozen ones do not change."""
     student, params, teacher = models()
     objective, tx = total({"ce": (1.0, objectives.next_token())}), optax.sgd(0.5)
     frozen = {"embed": params["embed"], "layers": {"q": params["layers"]["q"]}}
@@ -342,7 +342,7 @@ def test_a_part_of_the_student_may_be_frozen():
         assemble(params, frozen)
 
 
-def test_a_constant_weight_of_zero_drops_a_feature_and_its_taps():
+def test_constant_weight_zero_removes_a_feature_and_its_taps():
     objective = total({"ce": (1.0, objectives.next_token()), "hid": (0.0, features.hidden_mse({1: 1}))})
     assert not objective.uses_teacher
     assert objective.student_taps == objective.teacher_taps == ()

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from signal_rows import hidden_row, rising, sampled_row, text_row, top_k_row
 
 from jaxkd.core.types import TopK
-from jaxkd.teachers.codec import Layout, decode, encode
+from jaxkd.teachers.codec import Layout, decode_rows, encode
 from jaxkd.teachers.store import Writer
 
 PAGE = Path(__file__).parents[2] / "docs/formats.md"
@@ -188,7 +188,8 @@ def test_read_by_the_page(cache, split):
         wanted, wanted_live = made(split, row)
         np.testing.assert_array_equal(live, wanted_live)
         kept = np.ones(LENGTH, bool) if layout["signal"] == "token" else live
-        again = decode(LAYOUTS[split], content)
+        rows = decode_rows(LAYOUTS[split], [content])
+        again = type(rows)(*[values[0] for values in rows])
         for ours, stored, by_code in zip(arrays, wanted, again, strict=True):
             np.testing.assert_allclose(ours, stored[kept], rtol=tolerance[0], atol=tolerance[1])
             np.testing.assert_allclose(ours, by_code[kept].astype(np.float64), rtol=1e-6)
