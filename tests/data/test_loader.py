@@ -40,7 +40,7 @@ def assert_same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_batches_follow_the_order(rows, mixture):
+def test_batches_follow_the_order_from_any_start(rows, mixture):
     batches = host(loader.batches(rows, mixture, 3, BATCH, 10, 16, 10))
     assert len(batches) == 6
     domain, row = mixtures.order(mixture, [len(side) for side in rows], 3, 6 * BATCH)
@@ -56,9 +56,6 @@ def test_batches_follow_the_order(rows, mixture):
     assert batches[0].aux == {}
     assert kinds.pop("weights") == "float32"
     assert set(kinds.values()) == {"int32"}
-
-
-def test_any_start_gives_the_rest(rows, mixture):
     everything = host(loader.batches(rows, mixture, 0, BATCH, 0, 7, 0))
     for start in (1, 4, 7):
         assert_same(host(loader.batches(rows, mixture, 0, BATCH, start, 7, 0)), everything[start:])
@@ -77,7 +74,6 @@ def test_shardings_hold_the_same_batches(rows, mixture, shape, spec):
 
 
 def test_a_process_reads_its_own_rows_and_all_together_all(rows, mixture, monkeypatch):
-    """Each of two pretended processes has half of the devices."""
     whole = host(loader.batches(rows, mixture, 0, BATCH, 0, 2, 0))
     sharding = NamedSharding(mesh(4, 2), PartitionSpec("data"))
     everywhere = sharding.addressable_devices_indices_map((BATCH,))
@@ -112,21 +108,14 @@ def test_fixed_batches(rows, domains):
         assert all((batch.domain == 5).all() for batch in batches)
 
 
-def test_reading_ahead_stops_at_the_end(rows, mixture, monkeypatch):
-    """Beyond the interval the rows are not known yet."""
-    asked = []
-    read = loader.read_rows
-    monkeypatch.setattr(loader, "read_rows", lambda d, domain, row: asked.append(len(row)) or read(d, domain, row))
-    batches = loader.batches(rows, mixture, 0, BATCH, 2, 5, 0)
-    list(batches)
-    assert asked == [BATCH] * 3
-
-
-def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trains(rows, mixture, monkeypatch):
+def test_rows_are_read_ahead_by_another_thread_up_to_the_end(rows, mixture, monkeypatch):
+    """Beyond the interval the rows are not drawn yet."""
     readers, read, until = [], loader.read_rows, time.monotonic() + 60
     noting = lambda *arguments: readers.append(threading.get_ident()) or read(*arguments)
     monkeypatch.setattr(loader, "read_rows", noting)
+    assert len(list(loader.batches(rows, mixture, 0, BATCH, 2, 5, 0))) == len(readers) == 3
     batches = loader.batches(rows, mixture, 0, BATCH, 0, 20, 0)
+    readers.clear()
     next(batches)
     while len(readers) < 4:  # the first one, the next two, and one more
         assert time.monotonic() < until, "nothing is read until it is asked for"
@@ -134,24 +123,15 @@ def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trai
     assert threading.get_ident() not in readers
 
 
-@pytest.mark.parametrize(
-    ("steps", "batch", "message"),
-    [
-        ((3, 2, 0), 8, "start_step=3"),
-        ((0, 2, 1), 8, "interval_start_step=1"),
-        ((0, 2, 0), 0, "batch"),
-    ],
-)
-def test_bad_arguments(rows, mixture, steps, batch, message):
-    with pytest.raises(ValueError, match=message):
-        loader.batches(rows, mixture, 0, batch, *steps)
-
-
-def test_batch_must_divide(rows, mixture):
+def test_bad_arguments(rows, mixture):
     sharding = NamedSharding(mesh(8), PartitionSpec("data"))
-    for call in (
-        lambda: loader.batches(rows, mixture, 0, 12, 0, 1, 0, sharding),
-        lambda: loader.fixed_batches(rows[0], 0, 12, sharding),
+    for arguments, message in (
+        ((8, 3, 2, 0), "start_step=3"),
+        ((8, 0, 2, 1), "interval_start_step=1"),
+        ((0, 0, 2, 0), "batch"),
+        ((12, 0, 1, 0, sharding), "batch of 12"),
     ):
-        with pytest.raises(ValueError, match="batch of 12"):
-            call()
+        with pytest.raises(ValueError, match=message):
+            loader.batches(rows, mixture, 0, *arguments)
+    with pytest.raises(ValueError, match="batch of 12"):
+        loader.fixed_batches(rows[0], 0, 12, sharding)

@@ -68,7 +68,7 @@ def test_read_back(tmp_path, config, dtype):
         np.testing.assert_array_equal(find(loaded), wanted)
 
 
-def test_small_files(tmp_path):
+def test_small_files_and_card(tmp_path):
     directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
     read = lambda name: json.loads((directory / name).read_text())
     config, tokenizer = read("config.json"), read("tokenizer_config.json")
@@ -81,9 +81,6 @@ def test_small_files(tmp_path):
     assert (tokenizer["model_max_length"], tokenizer["chat_template"]) == (64, "{{ messages }}")
     assert (directory / "tokenizer.json").read_text() == TOKENIZER
     assert read("jaxkd.json")["card"] == GIVEN["card"]
-
-
-def test_card(tmp_path):
     card = (export(tmp_path / "a", TINY, random(TINY), **GIVEN) / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert 'license: "apache-2.0"\n---\n\n# a student\n' in card
@@ -100,6 +97,8 @@ def test_card(tmp_path):
     bare = (export(tmp_path / "b", TINY, random(TINY), **GIVEN | {"card": {}}) / "README.md").read_text()
     assert "license" not in bare
     assert "teacher" not in bare
+    (tmp_path / "plain").write_text("")
+    assert {file.stat().st_mode for file in directory.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +148,7 @@ def test_replaces_an_earlier_export_only(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     with pytest.raises(FileExistsError, match=r"config\.json"):
         export(target / "config.json", TINY, random(TINY), **GIVEN)
-
-
-def test_shards_of_an_earlier_export_are_removed(tmp_path):
-    target = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    target = export(tmp_path / "sharded", TINY, random(TINY), **GIVEN)
     shard = target / "model-00001-of-00002.safetensors"
     (target / "model.safetensors").rename(shard)
     record = json.loads((target / "jaxkd.json").read_text())
@@ -175,54 +171,36 @@ def test_files_of_another_model_are_never_replaced(tmp_path, overwrite):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("place", ["runs/a", "runs", ".", "runs/a/out", "link", "store/a", "store"])
-def test_destination_is_apart_from_the_run(tmp_path, overwrite, place):
+@pytest.mark.parametrize("target", ["runs/a", "runs", ".", "runs/a/out", "link", "store/a", "store"])
+def test_destination_is_apart_from_the_run(tmp_path, overwrite, target):
     run, store = tmp_path / "runs" / "a", tmp_path / "store" / "a"
     (run / "checkpoints" / "10").mkdir(parents=True)
     store.mkdir(parents=True)
     (tmp_path / "link").symlink_to(run)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"cannot export"):
-        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=overwrite, keep_out=[run, store])
+        export(tmp_path / target, TINY, random(TINY), **GIVEN, overwrite=overwrite, keep_out=[run, store])
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("place", ["runs", "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/10"])
-def test_destination_holds_no_checkpoint_of_any_run(tmp_path, place):
+@pytest.mark.parametrize("target", ["runs", "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/10"])
+def test_destination_holds_no_checkpoint_of_any_run(tmp_path, target):
     step = tmp_path / "runs" / "a" / "checkpoints" / "10"
     step.mkdir(parents=True)
     (step / "commit_success.txt").write_text("")
     with pytest.raises(FileExistsError, match="checkpoints"):
-        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=True)
+        export(tmp_path / target, TINY, random(TINY), **GIVEN, overwrite=True)
     assert (step / "commit_success.txt").exists()
 
 
 def test_directories_that_cannot_be_renamed(tmp_path, monkeypatch):
-    """The working directory, and a link to a directory."""
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    for place in (".", tmp_path / "link"):
-        export(place, TINY, random(TINY), **GIVEN)
+    for target in (".", tmp_path / "link"):
+        export(target, TINY, random(TINY), **GIVEN)
         assert weights.open_checkpoint(tmp_path / "here").config == TINY
     assert (tmp_path / "link").is_symlink()
-
-
-def test_file_modes_follow_the_umask(tmp_path):
-    directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
-    (tmp_path / "plain").write_text("")
-    assert {file.stat().st_mode for file in directory.iterdir()} == {(tmp_path / "plain").stat().st_mode}
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path):
-    export(tmp_path / "student", TINY, random(TINY), **GIVEN)
-    broken = random(TINY, 1)
-    broken["norm"][0] = np.nan
-    with pytest.raises(ValueError, match=r"norm .*NaN"):
-        export(tmp_path / "student", TINY, broken, **GIVEN)
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    kept = weights.open_checkpoint(tmp_path / "student").load()
-    np.testing.assert_array_equal(kept["norm"], random(TINY)["norm"])
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -251,10 +229,7 @@ def test_a_full_disk(tmp_path, monkeypatch, earlier):
         ({"tokenizer_json": "{"}, "tokenizer_json"),
         ({"generation": Generation(tokens={"bos_token": "<bos>"})}, "<bos>"),
         ({"generation": Generation(eos=(100,))}, "100"),
-        (
-            {"tokenizer_json": json.dumps({"model": {"vocab": {"a": 100}}})},
-            "100",
-        ),
+        ({"tokenizer_json": json.dumps({"model": {"vocab": {"a": 100}}})}, "100"),
     ],
 )
 def test_bad_arguments(tmp_path, change, message):
@@ -263,7 +238,7 @@ def test_bad_arguments(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_parameters_that_do_not_fit(tmp_path):
+def test_parameters_that_do_not_fit_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="layers/k_bias', 'layers/q_bias', 'layers/v_bias', 'unembed"):
         export(tmp_path / "a", TINY, random(UNTIED), **GIVEN)
     params = random(TINY)
@@ -272,3 +247,11 @@ def test_parameters_that_do_not_fit(tmp_path):
         export(tmp_path / "a", TINY, params, **GIVEN)
     with pytest.raises(ValueError, match="gs://"):
         export("gs://bucket/a", TINY, params, **GIVEN)
+    export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    broken = random(TINY, 1)
+    broken["norm"][0] = np.nan
+    with pytest.raises(ValueError, match=r"norm .*NaN"):
+        export(tmp_path / "student", TINY, broken, **GIVEN)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    kept = weights.open_checkpoint(tmp_path / "student").load()
+    np.testing.assert_array_equal(kept["norm"], random(TINY)["norm"])
