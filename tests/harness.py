@@ -175,6 +175,13 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     return environment
 
 
+def program(path: Path, text: str) -> None:
+    """An executable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def free_address() -> str:
     """A free port of this machine as HOST:PORT."""
     with socket.socket() as probe:
