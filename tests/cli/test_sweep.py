@@ -94,16 +94,14 @@ def wait_until_dead(process: int) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_a_kill_and_a_failure(swept, undisturbed):
-    workdir, (output, code), _ = swept
-    assert code == 130
-    assert "good, seed 0: stopped" in output
-    assert "bad" not in output
+    workdir, (stopped, stop_code), (output, code) = swept
+    assert stop_code == 130
+    assert "good, seed 0: stopped" in stopped
+    assert "bad" not in stopped
     assert "stopped by a signal: step" in (workdir / "good" / "seed-0.log").read_text()
-    workdir, _, (output, _) = swept
     assert "good, seed 0: done in" in output
     assert (workdir / "good" / "seed-0.log").read_text().count("resuming at step") == 2
     assert_same_run(workdir / "good" / "seed-0", undisturbed)
-    workdir, _, (output, code) = swept
     assert code == 1
     assert "2 of 3 runs" in output
     assert re.search("failed: bad, seed 0: .*no/such/file.jsonl", output)

@@ -56,6 +56,7 @@ def test_batches_follow_the_order_from_any_start(rows, mixture):
     assert batches[0].aux == {}
     assert kinds.pop("weights") == "float32"
     assert set(kinds.values()) == {"int32"}
+    # Any start gives the rest.
     everything = host(loader.batches(rows, mixture, 0, BATCH, 0, 7, 0))
     for start in (1, 4, 7):
         assert_same(host(loader.batches(rows, mixture, 0, BATCH, start, 7, 0)), everything[start:])

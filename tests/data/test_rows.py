@@ -76,6 +76,7 @@ def test_targets_weights_and_aux_of_rows_and_batches(labelled, domains):
     assert stored["aux"]["label"].tolist() == [0, -1]
     np.testing.assert_allclose(stored["aux"]["advantage"][0], np.linspace(0, 1, 32), rtol=1e-6)
     assert labelled.read([])["aux"]["advantage"].shape == (0, 32)
+    # Batches carry aux of every domain.
     both = [Rows(domains[0].path, "train"), labelled]
     local = loader.read_rows(both, np.array([1, 0, 1]), np.array([1, 5, 0]))
     batch = loader.to_devices(local, 3, np.arange(3), None)

@@ -50,11 +50,13 @@ def test_ddk_is_its_equations():
     np.testing.assert_allclose(run(rules.ddk(1.0), measured)[1], softmax(2 * np.exp([0.1, 0.9, 0.2, 0.4])))
     np.testing.assert_allclose(run(rules.ddk(), [gaps([0.7] * 4)] * 3)[-1], 0.25)
     np.testing.assert_allclose(run(rules.ddk(first="uniform"), measured)[0], 0.25)
+    # An untrained student: everything goes to that domain, up to the cap; a clip holds it back.
     measured = [gaps([9.0, 0.1, 0.1, 0.1])] * 3
     assert run(rules.ddk(), measured)[-1][0] == pytest.approx(0.625)
     assert run(rules.ddk(1.0, smooth=False), measured)[-1][0] == pytest.approx(1.0)
     clipped = run(rules.ddk(clip=2.0), measured)[-1]
     assert 0.3 < clipped[0] < 0.5
+    # Scores.
     measured = [gaps([0.5, 0.1, 0.3, 0.2])] * 2
     of = lambda score: run(rules.ddk(1.0, score, smooth=False), measured)[-1]
     np.testing.assert_allclose(of("perplexity_ratio"), softmax(np.exp([0.5, 0.1, 0.3, 0.2])))
@@ -116,6 +118,7 @@ GRADIENTS = np.array([[0.3, 0.0, 0.4], [0.0, 0.5, 0.0], [0.3, 0.1, 0.0], [-0.2, 
 
 def test_doge():
     """Four gradients in three dimensions; the last points away from the others, so its score is cut to 0."""
+    # Targets are looked at, and none of them is drawn.
     measured = Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
     first, second, third = run(rules.doge(mu=0.05)(NAMES), [None, measured, measured])
     np.testing.assert_allclose(first, 0.25)
@@ -130,6 +133,7 @@ def test_doge():
     score = np.maximum(0.1 * np.array([0.09, 0.05, -0.06]) / ((0.5 + 0.5 + np.sqrt(0.08)) / 3), 0.0)
     np.testing.assert_allclose(second[[0, 1, 3]], softmax(score / 0.05), rtol=1e-4)
     assert second[2] == 0.0
+    # The average of the shares.
     rule, measured = rules.doge(mu=0.01)(NAMES), Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
     _, state = rule.init(SIZES, None)
     drawn = []
@@ -137,6 +141,7 @@ def test_doge():
         sampling, state = rule.update(json.loads(json.dumps(state)), measured, interval)
         drawn.append(sampling)
     np.testing.assert_allclose(state["average"], np.mean(drawn, 0), rtol=1e-12)
+    # Long gradients and large scores are cut.
     long = np.array([[30.0, 0.0], [0.5, 0.0], [0.0, 0.4]])
     shares = lambda **options: run(
         rules.doge(mu=0.05, **options)(NAMES[:3]), [None, Gradients(long @ long.T, 0.1)], [1] * 3

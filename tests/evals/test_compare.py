@@ -108,12 +108,14 @@ def test_means_gaps_and_nan():
     *_, mean = compare.evaluate(comparison, domains, 5, {"a": 6.0, "b": 10.0, "mean": 8.0})
     assert (mean["student_nats"], mean["teacher_nats"], mean["tokens"]) == (6.0, 2.0, 20)
     assert mean["gap_closed"] == pytest.approx(1 / 3)
+    # No gap where the student was not behind.
     comparison = lambda batch: sums(10.0, 30.0, 1.0, 1.0, 10.0)
     row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 0)
     assert row["gap_closed"] is None
     row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 4, {"a": 2.0, "mean": 2.0})
     assert row["gap_closed"] is None
     assert " - " in compare.table([row], {"a": 2.0})
+    # A teacher that gives NaN is named.
     comparison = lambda batch: sums(10.0, math.nan, 1.0, 1.0, 10.0)
     with pytest.raises(ValueError, match=r"teacher_nats.*'law'.*step 7"):
         compare.evaluate(comparison, {"law": [(make_batch(0), np.array([7]))]}, 7)

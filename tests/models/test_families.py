@@ -74,6 +74,7 @@ def test_reads_both_rope_layouts():
     assert families.from_hf(old_style, "x").rope_scaling == wanted
     assert families.from_hf(new_style, "x").rope_scaling == wanted
     assert families.from_hf(new_style, "x").rope_theta == 5e5
+    # Whichever of the two was added by hand.
     plain, llama3 = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "llama3", "rope_theta": 2e5, **SCALING}
     both = families.from_hf(LLAMA | {"rope_parameters": plain, "rope_scaling": llama3}, "x")
     assert (both.rope_theta, both.rope_scaling) == (2e5, RopeScaling(8.0, 1.0, 4.0, 1024))

@@ -48,12 +48,14 @@ def test_packing_causality_and_relative_positions(params):
         alone = hidden(params, batch_of([ids], len(ids)))[0]
         np.testing.assert_allclose(packed[start : start + len(ids)], alone, atol=2e-5)
         start += len(ids)
+    # Causal.
     ids = np.arange(12) * 7 % 100
     changed = ids.copy()
     changed[8:] = 3
     first, second = (hidden(params, batch_of([x], 12))[0] for x in (ids, changed))
     np.testing.assert_array_equal(first[:8], second[:8])
     assert np.abs(first[8:] - second[8:]).max() > 1e-3
+    # Only relative positions matter.
     ids = np.array([5, 6, 7])
     batch = batch_of([ids], 3)
     moved = batch._replace(positions=batch.positions + 11)

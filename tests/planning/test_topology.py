@@ -106,6 +106,7 @@ def test_models_are_known_by_name_directory_or_config(tmp_path):
     given = [f"--config.student.shape.{key}={value}" for key, value in sizes.items()]
     e = recipe(POD, "--config.student.path=models/unknown", *given)
     assert plan.shapes(e)["models/unknown"].mlp == 128
+    # A pod from names alone.
     job = built("--config.data.tokenizer=not/here", name=POD)
     assert job.mesh.size == 8
     assert job.models.vocab == 128_256

@@ -64,11 +64,13 @@ def test_mean_spread_welch_and_bands(swept):
     assert d.beyond_noise
     assert not comparison.difference(near, "mean", "student_nats").beyond_noise
     assert comparison.difference(kd, "mean", "student_nats") is None
+    # One run has no noise to compare with.
     d = compare.difference([3.0], [4.0, 4.1])
     assert (d.value, d.low, d.high, d.beyond_noise) == (pytest.approx(-1.05), None, None, False)
     assert compare.interval(d, "kl") == "-1.050"
     assert compare.short(d, "kl") == " (-1.050)"
     assert compare.spread([3.0]) == (3.0, None, 1)
+    # A band is one deviation around the mean.
     kd = next(v for v in compare.gather([swept]).variants if v.name == "kd")
     line = compare_page.band(kd, 0, compare_page.evaluated("code", "student_nats"), 1)
     assert line.x == [0, 10]
@@ -94,6 +96,7 @@ def test_console_tables_json_and_page(swept, capsys):
     one = compare.gather([swept / "kd"])
     assert "differences" not in compare.text(one)
     assert "nothing to compare" in compare_page.page(one)
+    # JSON and page.
     (swept / "far" / "seed-0" / "report.html").write_text("")
     main(["compare", str(swept), "--baseline", "kd", "--json"])
     values = json.loads(capsys.readouterr().out)

@@ -51,11 +51,13 @@ def test_the_bands_are_the_shares(tmp_path):
     assert " math: 1<" in epochs[epochs.index("step 40<") :]
     assert "measured 2 times, in 0.250 s (median), 1.8 %" in page
     assert "Weights in the loss" not in page
+    # A rule that measures nothing has the ratios of its evaluations.
     page = page_of(write(workdir(tmp_path), lines(measured=False)))
     first = 6.071 - 3.125
     assert f" code: {2.718281828**first:.2f}<" in page
     assert "rule measured" not in page
     assert mixture.cost(lines(measured=False)) == ""
+    # Weights in the loss are drawn with their average.
     rows = [row | {f"{key}/{n}": 0.5 for key in ("weight", "average") for n in NAMES} for row in lines(measured=False)]
     page = page_of(write(workdir(tmp_path), rows))
     assert "Weights in the loss" in page

@@ -105,6 +105,7 @@ def test_page_is_whole_and_tells_the_numbers(tmp_path):
     assert sorted(p.name for p in directory.iterdir()) == [
         "config.json", "evals.jsonl", "metrics.jsonl", "report.html", "run.json",
     ]  # fmt: skip
+    # Charts show values under the pointer.
     text = page_of(workdir(tmp_path))
     lead = re.search(r'<p class="lead">(.*?)</p>', text).group(1)
     for part in (
@@ -128,6 +129,7 @@ def test_page_is_whole_and_tells_the_numbers(tmp_path):
     assert " student: 4.352<" in column
     assert " teacher: 3.125<" in column
     part = text.partition("<h2>Configuration</h2>")[2]
+    # Settings that differ from the defaults come first.
     first, every = part.split("<details>")
     assert re.findall(r"<th>(.*?)</th><td>(.*?)</td>", first) == [("student.layers", "15"), ("optim.lr.peak", "0.0003")]
     assert "<th>kd.weight</th><td>0.2</td>" in every

@@ -120,11 +120,14 @@ def test_a_completion_depends_on_its_prompt_key_and_position_alone(params, text)
     assert_same(wider, text)
     ended = run(CONFIG, params, some_prompts(12, 5), PROMPT_LENGTHS, row_keys(range(4)), end=tuple(range(VOCAB)))
     assert (ended.tokens[np.arange(LENGTH) > PROMPT_LENGTHS[:, None]] == 0).all()
+    # Lengths are clipped under jit.
     lengths = np.array([3, 99, 0, 5], np.int32)
     jitted = jax.jit(lambda lengths: run_traced(params, lengths))
     assert_same(jax.tree.map(np.asarray, jitted(lengths)), text)
+    # A longer limit extends the same text.
     longer = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), length=LENGTH + 5)
     np.testing.assert_array_equal(longer.tokens[:, :LENGTH], text.tokens)
+    # Rows, seeds and positions draw independently.
     same = [np.repeat(x[1:2], 4, 0) for x in (some_prompts(), PROMPT_LENGTHS)]
     drawn = run(CONFIG, params, *same, row_keys(range(4)))
     assert len({tuple(row) for row in drawn.tokens}) == 4
@@ -174,6 +177,7 @@ def test_end_tokens_stop_rows_and_decoding(params, text, monkeypatch):
     assert (ended.lengths < LENGTH).sum() >= 2
     only = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), end=int(first))
     assert only.tokens[0, only.lengths[0] - 1] == first
+    # Decoding stops when all rows have ended.
     steps = []
 
     def counted(*arguments, **options):

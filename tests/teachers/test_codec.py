@@ -120,6 +120,7 @@ def test_sizes_stacks_and_the_floor():
         row = TopK(ids.astype(np.int32), np.full((128, 64), -5.0, np.float32), np.full((128, 1), -3.0, np.float32))
         layout = Layout("top_k", 128, vocab, 64, (1.0,), dtype="uint8")
         assert len(encode(layout, row, np.ones(128, bool))) <= bound * 128
+    # Rows are stacked.
     rng = np.random.default_rng(0)
     layout = Layout("top_k", 9, 50, 4, (1.0, 2.0), dtype="uint8")
     rows = [encode(layout, top_k_row(rng, 9, 50, 4, (1.0, 2.0)), rng.random(9) < 0.5) for _ in range(3)]
@@ -128,6 +129,7 @@ def test_sizes_stacks_and_the_floor():
     for b, payload in enumerate(rows):
         for got, want in zip(stacked, decode(layout, payload), strict=True):
             np.testing.assert_array_equal(got[b], want)
+    # What `LOG_FLOOR` calls nothing does not widen the grid for the others.
     lp = np.array([[-0.5, -1.0, -np.inf, -1e30]], np.float32)
     row = TopK(np.arange(4, dtype=np.int32)[None], lp, np.full((1, 1), -1e30, np.float32))
     layout = Layout("top_k", 1, 9, 4, (1.0,), dtype="uint8")

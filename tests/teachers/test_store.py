@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tensorflow_datasets as tfds
@@ -70,11 +71,13 @@ def test_written_rows_are_read_by_threads_copies_and_tfds(tmp_path):
     assert store.read("alpha", "train", []) == []
     assert store.layout("train") == LAYOUTS["train"]
     assert store.layout("valid") == LAYOUTS["valid"]
+    # Threads and copies.
     store = pickle.loads(pickle.dumps(Store(fill(tmp_path / "cache"))))
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda row: store.read("alpha", "train", [row, 22 - row]), list(range(23)) * 4))
     assert rows == [[payload("alpha", "train", r) for r in (row, 22 - row)] for row in list(range(23)) * 4]
     fill(tmp_path / "cache")
+    # TFDS.
     builder = tfds.builder_from_directory(tmp_path / "cache" / "alpha" / "1.0.0")
     assert builder.info.disable_shuffling, "the order is the rows'"
     source = builder.as_data_source("train")
@@ -224,6 +227,7 @@ def test_another_cache_or_other_files_in_the_place(tmp_path):
         assert part in str(caught.value)
     assert "dtype" not in str(caught.value)
     assert holds_all(tmp_path)
+    # Other files.
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
@@ -310,6 +314,7 @@ def test_flipped_byte(tmp_path):
     assert store.read("alpha", "train", [12, 14]) == [payload("alpha", "train", row) for row in (12, 14)]
     file.unlink()
     assert holds_all(fill(tmp_path))
+    # Every record is verified.
     store = Store(fill(tmp_path))
     assert store.verify() == sum(rows for splits in SIZES.values() for rows in splits.values())
     file = file_of(tmp_path, "alpha", "train", 1)
@@ -327,13 +332,12 @@ def test_flipped_byte(tmp_path):
     "error", [OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("write() failed: No space left on device;")]
 )
 def test_full_disk(tmp_path, monkeypatch, error):
-    def full(*_):
-        raise error
-
     with Writer(tmp_path, MANIFEST, SIZES, 8) as writer:
         blocks = writer.missing()
         writer.write(blocks[0], payloads(blocks[0]))
-        monkeypatch.setattr(*((os, "fsync", full) if isinstance(error, OSError) else (shards, "write", full)))
+        monkeypatch.setattr(
+            *((os, "fsync") if isinstance(error, OSError) else (shards, "write")), Mock(side_effect=error)
+        )
         with pytest.raises(OSError, match="No space left on device") as caught:
             writer.write(blocks[1], payloads(blocks[1]))
         monkeypatch.undo()
