@@ -209,28 +209,6 @@ def start(
     ]
 
 
-def together(program: str, *arguments: str, count: int = 2) -> list[str]:
-    """Run a Python program in several processes, with address, index and `arguments`; returns what each prints."""
-    address = free_address()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, address, str(index), *arguments],
-            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
-            cwd=REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    outputs = []
-    for process in processes:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        outputs.append(output)
-    return outputs
-
-
 TIMINGS = ("tokens_per_s", "step_s", "tflops", "rule_s", "rule_share")
 SMALL = (
     "--config.run.steps=12",
