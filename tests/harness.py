@@ -65,6 +65,31 @@ def random_params(config, seed: int, spread: float = 0.05):
     return jax.tree.map(draw, shapes, axes)
 
 
+def recipe(*arguments: str):
+    """The experiment of `--config...` arguments, of which the first may be the name of a recipe in configs/."""
+    from jaxkd.config.recipe import read_config
+    from jaxkd.config.schema import experiment
+
+    first, *more = arguments
+    named = first if first.startswith("--") else f"--config={REPOSITORY / 'configs' / first}"
+    return experiment(read_config([named, *more]))
+
+
+def batch_of(tokens, **fields):
+    """A batch of whole rows: each token's target is the next one and its weight 1, unless `fields` say otherwise."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxkd.core.types import Batch
+
+    tokens, row = np.asarray(tokens, np.int32), np.zeros(len(tokens), np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    ones = np.ones_like(tokens)
+    values = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": ones.astype(np.float32)}
+    values |= {"segments": ones, "positions": positions, "row": row, "domain": row} | fields
+    return Batch(**{name: jnp.asarray(value) for name, value in values.items()})
+
+
 def tiny_arguments(domains: dict[str, Path], rows: Path, *more: str) -> list[str]:
     """`--config...` arguments: the tiny recipe on these domains instead of its own."""
     return [
@@ -100,6 +125,13 @@ def here(*arguments: str) -> subprocess.CompletedProcess:
         except SystemExit as stop:
             code = stop.code
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def succeeds(*arguments: str) -> str:
+    """What a command prints that must succeed."""
+    result = here(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
 
 
 def fails(*arguments: str) -> str:
@@ -143,6 +175,13 @@ def process_environment(devices: int = 1, cache: bool = True) -> dict[str, str]:
     return environment
 
 
+def program(path: Path, text: str) -> None:
+    """An executable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 def free_address() -> str:
     """A free port of this machine as HOST:PORT."""
     with socket.socket() as probe:
@@ -150,13 +189,17 @@ def free_address() -> str:
         return f"localhost:{probe.getsockname()[1]}"
 
 
-def together(program: str, *arguments: str, count: int = 2) -> list[str]:
-    """Run a Python program in several processes, with address, index and `arguments`; returns what each prints."""
-    address = free_address()
-    processes = [
+def start(
+    *command: str, count: int = 1, devices: int = 1, last: tuple[str, ...] = (), **environment: str
+) -> list[subprocess.Popen]:
+    """Python with these arguments in processes that find each other; `last` are more arguments for the last of them."""
+    environment = process_environment(devices) | {"JAX_PLATFORMS": "cpu"} | environment
+    if count > 1:
+        environment |= {"JAXKD_COORDINATOR": free_address(), "JAXKD_NUM_PROCESSES": str(count)}
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", program, address, str(index), *arguments],
-            env=process_environment() | {"JAX_PLATFORMS": "cpu"},
+            [sys.executable, *command, *(last if index == count - 1 else ())],
+            env=environment | ({"JAXKD_PROCESS_ID": str(index)} if count > 1 else {}),
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -164,15 +207,7 @@ def together(program: str, *arguments: str, count: int = 2) -> list[str]:
         )
         for index in range(count)
     ]
-    outputs = []
-    for process in processes:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-3000:]
-        outputs.append(output)
-    return outputs
 
-
-# ------------------------------------------------------------------------- runs and what they leave
 
 TIMINGS = ("tokens_per_s", "step_s", "tflops", "rule_s", "rule_share")
 SMALL = (
@@ -208,6 +243,21 @@ def final_state(workdir: Path, step: int = 12) -> tuple[dict, dict]:
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}, mixture
 
 
+def abstract(state):
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    import jax
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
+def flip_a_bit(directory: Path, array: bytes) -> None:
+    """Of the only file that holds the array, in its middle, as a disk may: nothing in Orbax or TensorStore notices."""
+    [file] = [f for f in directory.rglob("*") if f.is_file() and array in f.read_bytes()]
+    content = bytearray(file.read_bytes())
+    content[content.index(array) + len(array) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def assert_same_run(workdir: Path, reference: Path) -> None:
     assert logged(workdir) == logged(reference)
     assert logged(workdir, "mixture.jsonl") == logged(reference, "mixture.jsonl")
@@ -241,6 +291,12 @@ class Background:
             time.sleep(0.005)
         assert self.process.poll() is not None, "the run made no progress"
 
+    def kill_at(self, step: int) -> None:
+        """SIGKILL once so many steps are logged."""
+        self.wait_for_step(step)
+        self.process.kill()
+        self.finish()
+
     def finish(self) -> str:
         output, _ = self.process.communicate(timeout=300)
         return output
@@ -249,9 +305,6 @@ class Background:
 def lines_so_far(workdir: Path) -> list[str]:
     path = workdir / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
-
-
-# ---------------------------------------------------------------------------------- compiled programs
 
 
 class Collective(NamedTuple):
@@ -277,12 +330,12 @@ def collectives(text: str) -> list[Collective]:
         if (inner := queue.pop()) not in looping:
             looping.add(inner)
             queue.extend(called.get(inner, ()))
-    found = []
+    operations = []
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     for computation, lines in bodies.items():
         for line in lines:
             if (match := re.match(rf"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({kinds})(?:-start)?\(", line)) is not None:
                 sizes = re.findall(r"\w+\[([\d,]*)\]", match.group(1))
                 shapes = tuple(tuple(int(n) for n in dims.split(",") if n) for dims in sizes)
-                found.append(Collective(match.group(2), shapes, computation in looping))
-    return found
+                operations.append(Collective(match.group(2), shapes, computation in looping))
+    return operations

@@ -12,18 +12,18 @@ from harness import REPOSITORY, process_environment
 import jaxkd as kd
 
 
-def test_the_import_loads_nothing_that_only_runs_need():
-    heavy = "jax flax optax orbax tensorstore tensorflow_datasets grain ml_collections absl tokenizers pyarrow"
-    code = f"import sys, jaxkd; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=process_environment())
-    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
-
-
-def test_names_load_without_what_only_runs_need():
-    code = (
-        "import sys, jaxkd as kd; [getattr(kd, name) for name in kd.__all__ if name not in ('load_model', 'cached')];"
-        "print(*[name for name in ('orbax', 'tensorstore', 'tensorflow_datasets', 'grain') if name in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("use", "heavy"),
+    [
+        ("", "jax flax optax orbax tensorstore tensorflow_datasets grain ml_collections absl tokenizers pyarrow"),
+        (
+            "[getattr(jaxkd, name) for name in jaxkd.__all__ if name not in ('load_model', 'cached')]",
+            "orbax tensorstore tensorflow_datasets grain",
+        ),
+    ],
+)
+def test_import_and_names_load_nothing_that_only_runs_need(use, heavy):
+    code = f"import sys, jaxkd; {use or 0}; print(*[name for name in {heavy.split()!r} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=process_environment())
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 
@@ -39,9 +39,6 @@ def test_every_divergence_is_public():
 
     assert set(divergences.__all__) <= set(kd.__all__)  # `next_token` is the objective's term of that name
     assert set(features.__all__) <= set(kd.__all__)
-
-
-def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="forward_k"):
         kd.forward_k  # noqa: B018
 

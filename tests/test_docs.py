@@ -20,7 +20,6 @@ LOSSES = DOCS / "losses.md"
 
 @pytest.fixture(scope="module")
 def triangular():
-    """The divergence that docs/losses.md adds as an example."""
     [block] = re.findall(r"^```python\n(.*?)^```", LOSSES.read_text(encoding="utf-8"), re.M | re.S)
     names: dict = {}
     exec(block, names)
@@ -28,7 +27,6 @@ def triangular():
 
 
 def _value(loss, arrays):
-    """(value, gradients in hidden and unembed) of a loss of logits."""
     hidden, unembed, teacher = arrays
     run = lambda hidden, unembed: loss(hidden @ unembed, teacher)
     return jax.value_and_grad(run, argnums=(0, 1))(hidden, unembed)
@@ -58,10 +56,7 @@ def test_worked_example(triangular):
     np.testing.assert_allclose(value, exact[0], rtol=1e-5)
     for got, want in zip(gradient, exact[1], strict=True):
         assert np.linalg.norm(got - want) < 2e-6 * np.linalg.norm(want)
-
-
-def test_worked_example_is_finite_at_the_floor(triangular):
-    """Where the quotient is 0/0 in float32; the bound of 1 is reached."""
+    # Where the quotient is 0/0 in float32; the bound of 1 is reached.
     corner = jnp.array([[0.0, LOG_FLOOR]])
     slope = jax.grad(lambda lq: triangular.phi(corner[:, ::-1], lq, None)[0].sum())(corner)
     assert jnp.isfinite(slope).all()
@@ -75,7 +70,6 @@ def test_every_divergence_is_listed():
 
 
 def test_worked_rule(monkeypatch):
-    """The rule that docs/ddk.md adds, called as a recipe would: shares follow the square of the excess loss."""
     [block] = re.findall(r"^```python\n(.*?)^```", (DOCS / "ddk.md").read_text(encoding="utf-8"), re.M | re.S)
     names: dict = {}
     exec(block, names)
@@ -105,8 +99,8 @@ def test_numbers_of_the_ddk_page():
     text = " ".join((DOCS / "ddk.md").read_text(encoding="utf-8").split())
     small = np.linspace(1.2, 1.8, 10)
     for given, name in (({"smooth": False}, "Eq. 1 gives shares of"), ({}, "Eq. 2 settles at")):
-        found = settled(small, **given)
-        assert f"{name} {found.min():.3f} to {found.max():.3f}" in text
+        shares = settled(small, **given)
+        assert f"{name} {shares.min():.3f} to {shares.max():.3f}" in text
     outliers = [np.r_[ratio, np.full(9, 1.2)] for ratio in (3.0, 6.0, 50.0)]
     eq1, eq2 = ([settled(ratios, **given)[0] for ratios in outliers] for given in ({"smooth": False}, {}))
     assert "Eq. 1 gives that one {:.2f}, {:.2f} or {:.2f}".format(*eq1) in text

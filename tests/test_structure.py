@@ -22,10 +22,7 @@ RECIPES = sorted(path for path in (ROOT / "configs").glob("*.py") if not path.na
 BLOCKS = ["data", "objective", "optim", "run", "student", "teacher"]
 FILE_LINES, FUNCTION_LINES, LEAVES = 600, 80, 60
 NOWHERE = ("torch", "transformers", "tensorflow", "clu")
-IMPORT_NAMES = {
-    "tensorflow-datasets": "tensorflow_datasets",
-    "GGUF": "gguf",
-}  # where design.md writes otherwise
+IMPORT_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "GGUF": "gguf"}  # where design.md writes otherwise
 WITH_A_DOOR = {"orbax", "tensorflow_datasets", "grain", "safetensors", "gguf", "ml_collections"}
 
 
@@ -47,13 +44,13 @@ def test_the_table_of_folders_lists_their_files():
 def doors() -> dict[str, list[str]]:
     """Import name -> the files and folders that may import it, from design.md's "One door per dependency"."""
     text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
-    found: dict[str, list[str]] = {}
+    allowed: dict[str, list[str]] = {}
     for clause in re.search(r"One door per dependency: (.*?)\.\s", text.replace("\n", " ")).group(1).split(";"):
-        names, places = re.sub(r"`[^`]*`", "", clause), re.findall(r"`([^`]+)`", clause)
+        names, paths = re.sub(r"`[^`]*`", "", clause), re.findall(r"`([^`]+)`", clause)
         for word in re.findall(r"[\w-]+", names):
             if (name := IMPORT_NAMES.get(word, word)) in WITH_A_DOOR:
-                found[name] = [p if p.startswith("configs/") else f"jaxkd/{p}" for p in places]
-    return found
+                allowed[name] = [p if p.startswith("configs/") else f"jaxkd/{p}" for p in paths]
+    return allowed
 
 
 def parsed(path: Path) -> ast.Module:
@@ -94,14 +91,11 @@ def imported_files(path: Path) -> Iterator[tuple[int, str]]:
             yield line, there
 
 
-def test_every_folder_is_in_the_order():
+def test_folders_are_ordered_and_imports_go_to_the_left():
     there = {path.parent.relative_to(PACKAGE).as_posix() for path in CODE} - {"."}
     assert there <= set(folders())
     assert [path.name for path in CODE if path.parent == PACKAGE] == ["__main__.py"]
-
-
-def test_imports_go_to_the_left():
-    order, wrong = {name: place for place, name in enumerate(folders())}, []
+    order, wrong = {name: index for index, name in enumerate(folders())}, []
     for path in CODE:
         here = path.parent.name
         for line, there in imported_files(path) if here in order else ():
@@ -133,14 +127,10 @@ def test_package_files_import_nothing_of_ours():
     assert not wrong, "\n".join(wrong)
 
 
-def test_design_names_every_door():
-    assert set(doors()) == WITH_A_DOOR
-    assert all((ROOT / place).exists() for places in doors().values() for place in places), doors()
-
-
 def test_one_door_per_dependency():
-    allowed = doors()
-    wrong = []
+    allowed, wrong = doors(), []
+    assert set(allowed) == WITH_A_DOOR
+    assert all((ROOT / path).exists() for paths in allowed.values() for path in paths), allowed
     for path in [*PACKAGE.rglob("*.py"), *RECIPES]:
         for line, dotted in imports(path):
             name, here = dotted.split(".")[0], name_of(path)
@@ -181,10 +171,6 @@ def test_modules_and_what_they_offer_have_docstrings():
     assert not wrong, "without a docstring:\n" + "\n".join(wrong)
 
 
-def test_there_are_recipes():
-    assert {"quickstart", "tiny", "logit_kd"} <= {path.stem for path in RECIPES}
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path):
     text = ast.get_docstring(parsed(path)) or ""
@@ -206,12 +192,10 @@ def fenced(text: str, *languages: str) -> list[str]:
     return [line.removeprefix("$ ") for line in lines if line]
 
 
-def test_readme_begins_with_the_two_commands():
+def test_readme_begins_with_the_two_commands_and_recipes_exist():
+    assert {"quickstart", "tiny", "logit_kd"} <= {path.stem for path in RECIPES}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert fenced(text, "bash", "sh", "shell", "console")[:2] == [
-        "bash launch/local.sh",
-        "bash launch/test.sh",
-    ]
+    assert fenced(text, "bash", "sh", "shell", "console")[:2] == ["bash launch/local.sh", "bash launch/test.sh"]
 
 
 def test_every_verb_that_is_named_exists():
@@ -222,8 +206,8 @@ def test_every_verb_that_is_named_exists():
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".md":  # code only: in prose the word after jaxkd is any verb
             text = "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, re.M | re.S))
-        found = re.findall(r"(?<![\w/.-])(?<!import )jaxkd ([a-z]+)\b", text)
-        wrong += [f"{name_of(path)}: jaxkd {verb}" for verb in found if verb not in VERBS]
+        verbs = re.findall(r"(?<![\w/.-])(?<!import )jaxkd ([a-z]+)\b", text)
+        wrong += [f"{name_of(path)}: jaxkd {verb}" for verb in verbs if verb not in VERBS]
     assert not wrong, f"the verbs are {', '.join(VERBS)}:\n" + "\n".join(wrong)
 
 
@@ -235,8 +219,8 @@ def test_no_file_names_a_place_of_one_machine():
     for path in files:
         if not path.is_file() or path.suffix in (".pyc", ".png", ".gz", ".npz"):
             continue
-        places = "work|root" if name_of(path).startswith("tests/") else "work|root|tmp"
+        roots = "work|root" if name_of(path).startswith("tests/") else "work|root|tmp"
         for index, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-            if re.search(rf"(?<![\w.~)}}])/(?:{places})/", line):
+            if re.search(rf"(?<![\w.~)}}])/(?:{roots})/", line):
                 wrong.append(f"{name_of(path)}:{index}: {line.strip()[:80]}")
     assert not wrong, "\n".join(wrong)

@@ -1,14 +1,12 @@
 """`jaxkd evaluate`: a run's checkpoint or any model, on held-out rows or on text of the user's own."""
 
 import pytest
-from harness import fails, here, write_domain
+from harness import fails, here, succeeds, write_domain
 
 
 def scored(*arguments):
     """The first line, and the table's mean row."""
-    result = here("evaluate", *arguments)
-    assert result.returncode == 0, result.stderr
-    title, *_, mean = result.stdout.strip().splitlines()
+    title, *_, mean = succeeds("evaluate", *arguments).strip().splitlines()
     return title, mean.split()
 
 

@@ -18,24 +18,18 @@ def plan(workdir=Path("runs"), recipe=TINY, overrides=(), variants=(), runs=(), 
     return sweep.plan(recipe, overrides, workdir, variants, runs, seeds)
 
 
-def test_order_is_seed_by_seed():
+def test_runs_seeds_variants_and_files(tmp_path):
     planned = plan(runs=["low: --config.optim.lr.peak=1e-4", "high: --config.optim.lr.peak=1e-2"], seeds=(0, 7))
     assert [str(run) for run in planned] == ["low, seed 0", "high, seed 0", "low, seed 7", "high, seed 7"]
     assert [run.experiment.optim.lr.peak for run in planned] == [1e-4, 1e-2, 1e-4, 1e-2]
     assert [run.experiment.run.seed for run in planned] == [0, 0, 7, 7]
     assert str(planned[3].workdir) == "runs/high/seed-7"
     assert [run.variant for run in plan()] == ["tiny"]
-
-
-def test_a_variant_is_appended_to_the_recipes_argument():
     [run] = plan(recipe=str(REPOSITORY / "configs/ddk.py") + ":small", variants=["uniform"])
     assert run.experiment.data.mixture == "uniform"
     assert set(run.experiment.data.domains) == {"code", "manual", "legal", "scripture", "dialogue", "math"}
     named = plan(recipe=str(REPOSITORY / "configs/ddk.py"), runs=["mine: :small,kd --config.run.steps=3"])
     assert (named[0].variant, named[0].experiment.data.mixture, named[0].experiment.run.steps) == ("mine", "natural", 3)
-
-
-def test_runs_of_a_file(tmp_path):
     file = tmp_path / "runs.txt"
     file.write_text("# peaks\n\na: --config.optim.lr.peak=1e-4\n  b:\n")
     assert sweep.read_runs(file) == ["a: --config.optim.lr.peak=1e-4", "b:"]
@@ -99,25 +93,15 @@ def wait_until_dead(process: int) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_the_run_and_ends_the_sweep(swept):
-    workdir, (output, code), _ = swept
-    assert code == 130
-    assert "good, seed 0: stopped" in output
-    assert "bad" not in output
+def test_ctrl_c_a_kill_and_a_failure(swept, undisturbed):
+    workdir, (stopped, stop_code), (output, code) = swept
+    assert stop_code == 130
+    assert "good, seed 0: stopped" in stopped
+    assert "bad" not in stopped
     assert "stopped by a signal: step" in (workdir / "good" / "seed-0.log").read_text()
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_and_equals_an_undisturbed_one(swept, undisturbed):
-    workdir, _, (output, _) = swept
     assert "good, seed 0: done in" in output
     assert (workdir / "good" / "seed-0.log").read_text().count("resuming at step") == 2
     assert_same_run(workdir / "good" / "seed-0", undisturbed)
-
-
-@pytest.mark.slow
-def test_a_failure_is_named_and_the_others_run(swept):
-    workdir, _, (output, code) = swept
     assert code == 1
     assert "2 of 3 runs" in output
     assert re.search("failed: bad, seed 0: .*no/such/file.jsonl", output)

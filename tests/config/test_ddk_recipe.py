@@ -1,10 +1,9 @@
 """configs/ddk.py: pairs and methods resolve to the settings of the paper."""
 
 import pytest
-from harness import REPOSITORY
+from harness import REPOSITORY, recipe
 
 from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.report.records import leaves
 from jaxkd.run import job
 
@@ -14,11 +13,11 @@ METHODS = ("ddk", "no_smoothing", "uniform", "kd", "minillm", "cpt", "doremi_pro
 
 
 def read(argument, *more):
-    return experiment(read_config([f"{RECIPE}:{argument}", *more]))
+    return recipe(f"ddk.py:{argument}", *more)
 
 
 def test_the_default_is_the_papers_setting():
-    e = experiment(read_config([RECIPE]))
+    e = recipe("ddk.py")
     assert (e.teacher.path, e.student.path) == ("models/Qwen1.5-14B", "models/Qwen1.5-1.8B")
     assert len(e.data.domains) == 10
     assert (e.data.mixture, e.data.interval, e.data.valid_rows) == ("ddk(alpha=0.5)", 1000, 500)
@@ -28,6 +27,9 @@ def test_the_default_is_the_papers_setting():
     }
     assert (e.optim.lr.peak, e.optim.lr.warmup, e.optim.lr.end, e.run.steps) == (3e-5, 1000, 3e-6, 30_000)
     assert e.data.batch * e.data.length * e.run.steps == pytest.approx(15e9, rel=0.06)
+    for argument in ("x", "small,llama", "kd,cpt"):
+        with pytest.raises(ValueError, match=rf"ddk\.py .*'{argument}'"):
+            read(argument)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -45,16 +47,9 @@ def test_every_combination_is_small_and_differs_from_ddk_where_it_says(pair):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_small_builds(method):
-    """With random models in place of SmolLM2: the terms fit the signal, and the rule exists."""
     sizes = {"vocab": 257, "embed": 16, "layers": 30, "heads": 2, "kv_heads": 1, "head_dim": 8, "mlp": 16}
     shape = [f"--config.teacher.shape.{name}={size}" for name, size in sizes.items()]
     random = ["--config.teacher.path=random", "--config.data.tokenizer=bytes", "--config.run.mesh.data=1", *shape]
     built = job.build(read(f"small,{method}", *random))
     assert built.models.student.config.layers == 15
     assert built.objective.uses_teacher == (method not in ("cpt", "doremi"))
-
-
-def test_unknown_arguments():
-    for argument in ("x", "small,llama", "kd,cpt"):
-        with pytest.raises(ValueError, match=rf"ddk\.py .*'{argument}'"):
-            read(argument)

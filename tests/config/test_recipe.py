@@ -5,9 +5,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from harness import REPOSITORY, fails, here, tiny_arguments
+from harness import REPOSITORY, fails, here, recipe, succeeds, tiny_arguments
 
-from jaxkd.config import recipe as config
+from jaxkd.config import recipe as recipes
 from jaxkd.config import reference
 from jaxkd.config.schema import Domain, Schedule, Term, experiment, plain
 from jaxkd.run import job
@@ -18,7 +18,7 @@ TINY = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
 
 
 def resolved(*overrides: str):
-    return experiment(config.read_config([TINY, *overrides]))
+    return recipe("tiny.py", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,11 @@ def resolved(*overrides: str):
     ],
 )
 def test_overrides(overrides, key, value):
-    """Of keys that the recipe states and of others."""
-    found = resolved(*[f"--config.{override}" for override in overrides])
+    value_read = resolved(*[f"--config.{override}" for override in overrides])
     for name in key.split("."):
-        found = found[name] if isinstance(found, dict) else getattr(found, name)
-    assert found == value
-    assert type(found) is type(value)
+        value_read = value_read[name] if isinstance(value_read, dict) else getattr(value_read, name)
+    assert value_read == value
+    assert type(value_read) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -86,23 +85,20 @@ def test_wrong_overrides(override, message):
         resolved(f"--config.{override}")
 
 
-def test_a_flag_takes_no_other_flag():
+def test_flags_take_no_other_flag_and_one_recipe_is_read():
     frozen, seed, workdir = "--config.student.frozen", "--config.run.seed", ["--workdir", "W"]
-    assert config.split([frozen, *workdir]) == (workdir, [f"{frozen}=true"])
-    assert config.split([frozen, "false", *workdir, seed, "-1"]) == (workdir, [f"{frozen}=false", f"{seed}=-1"])
+    assert recipes.split([frozen, *workdir]) == (workdir, [f"{frozen}=true"])
+    assert recipes.split([frozen, "false", *workdir, seed, "-1"]) == (workdir, [f"{frozen}=false", f"{seed}=-1"])
     for rest in (workdir, []):
         with pytest.raises(ValueError, match=r"run\.seed"):
-            config.split([seed, *rest])
+            recipes.split([seed, *rest])
     with pytest.raises(ValueError, match=r"student\.frozen"):
-        config.split(["--config.student.frozn", *workdir])
-
-
-def test_one_recipe_and_its_argument():
+        recipes.split(["--config.student.frozn", *workdir])
     with pytest.raises(FileNotFoundError, match=r"configs/nope\.py"):
-        config.read_config(["--config=configs/nope.py"])
+        recipes.read_config(["--config=configs/nope.py"])
     with pytest.raises(ValueError, match="--config"):
-        config.read_config([])
-    values = config.read_config([f"--config={REPOSITORY / 'configs' / 'logit_kd.py'}:generalized_jsd(beta=0.3)"])
+        recipes.read_config([])
+    values = recipes.read_config([f"--config={REPOSITORY / 'configs' / 'logit_kd.py'}:generalized_jsd(beta=0.3)"])
     assert values["objective"]["kd"]["divergence"] == "generalized_jsd(beta=0.3)"
 
 
@@ -116,25 +112,22 @@ def test_one_recipe_and_its_argument():
     ],
 )
 def test_recipes_that_cannot_be_read(tmp_path, text, message):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(text)
+    file = tmp_path / "recipe.py"
+    file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        config.read_config([f"--config={recipe}"])
+        recipes.read_config([f"--config={file}"])
 
 
 def test_a_recipe_may_be_a_dict_with_dots_in_names(tmp_path):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text("def get_config():\n    return {'data': {'domains': {'en.wiki': 'x'}}}")
+    file = tmp_path / "recipe.py"
+    file.write_text("def get_config():\n    return {'data': {'domains': {'en.wiki': 'x'}}}")
     override = "--config.data.domains.en.wiki=y"
-    assert config.read_config([f"--config={recipe}", override]) == {"data": {"domains": {"en.wiki": "y"}}}
+    assert recipes.read_config([f"--config={file}", override]) == {"data": {"domains": {"en.wiki": "y"}}}
 
 
 def test_what_a_recipe_resolves_to():
     """Every key of a run that states few: a changed default changes old recipes."""
     assert plain(resolved()) == json.loads((Path(__file__).parent / "tiny.json").read_text())
-
-
-def test_the_page_of_keys_is_current():
     page = (REPOSITORY / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == reference.render(), "run python -m jaxkd.config.reference > docs/config.md"
     assert all(f"`{key}`" in page for key in ("run.mesh.model", "objective.NAME.weight", "data.domains.NAME.field"))
@@ -151,7 +144,7 @@ def test_the_page_of_keys_is_current():
     ],
 )
 def test_blocks_are_strict(change, message):
-    values = config.read_config([TINY])
+    values = recipes.read_config([TINY])
     with pytest.raises(ValueError, match=message):
         experiment({**values, **change})
 
@@ -192,10 +185,10 @@ def test_values_that_do_not_fit(change, message):
         job.build(resolved(f"--config.{change}"))
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py")))
-def test_every_recipe_builds_abstractly(recipe):
+@pytest.mark.parametrize("name", sorted(p.stem for p in (REPOSITORY / "configs").glob("*.py")))
+def test_every_recipe_builds_abstractly(name):
     rows = ["--config.data.batch=64", "--config.run.eval_batch=64"]  # for eight devices
-    e = experiment(config.read_config([f"--config={REPOSITORY / 'configs' / recipe}.py", *rows]))
+    e = recipe(f"{name}.py", *rows)
     try:
         built = job.build(e)
     except FileNotFoundError as error:
@@ -255,9 +248,6 @@ def test_mixture_by_name():
             job.build(resolved(f"--config.data.mixture={name}"))
 
 
-# ------------------------------------------------------------------------------- on the command line
-
-
 def test_errors_are_one_line(tmp_path, two_domains):
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     workdir = ["--workdir", str(tmp_path / "run")]
@@ -278,7 +268,6 @@ def test_errors_are_one_line(tmp_path, two_domains):
 
 
 def test_help_names_every_verb():
-    result = here("--help")
-    assert result.returncode == 0
-    assert all(verb in result.stdout for verb in ("prepare", "train", "evaluate", "export", "report"))
+    output = succeeds("--help")
+    assert all(verb in output for verb in ("prepare", "train", "evaluate", "export", "report"))
     assert "--config.optim.lr.peak" in here("train", "--help").stdout

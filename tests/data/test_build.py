@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,7 +37,8 @@ def source_of(documents, stamp="f", validation=None):
 def prepare(documents, directory, **options):
     options = {"length": 32, "train_rows": 0, "valid_rows": 0, "progress": False, **options}
     source = documents if isinstance(documents, Source) else source_of(documents)
-    return build.prepare(options.pop("name", "made"), source, TOKENIZER, directory=directory, **options)
+    tokenizer = options.pop("tokenizer", TOKENIZER)
+    return build.prepare(options.pop("name", "made"), source, tokenizer, directory=directory, **options)
 
 
 def stored_documents(path, split):
@@ -55,11 +57,12 @@ def left_in(directory):
     return sorted(str(path) for path in files if path.suffix != ".lock")
 
 
-def test_rows_hold_the_text(tmp_path):
+def test_rows_hold_each_text_once(tmp_path):
     texts = [text[:30] for text in dict.fromkeys(sentences(100))]
-    prepared = prepare([(str(i), text) for i, text in enumerate(texts)], tmp_path, length=64)
+    again = [text.upper().replace(" ", " \n ") for text in texts[:15]]
+    prepared = prepare([(str(i), text) for i, text in enumerate([*texts, *again, "", " \n"])], tmp_path, length=64)
     assert prepared.built
-    assert prepared.documents == 100
+    assert (prepared.documents, prepared.duplicates) == (100, 15)
     train, valid = (stored_documents(prepared.path, split) for split in ("train", "valid"))
     assert sorted(train | valid) == sorted(texts)
     assert not train & valid
@@ -68,14 +71,6 @@ def test_rows_hold_the_text(tmp_path):
     rows = [Rows(prepared.path, split) for split in ("train", "valid")]
     assert [len(side) for side in rows] == [prepared.train_rows, prepared.valid_rows]
     assert sum(int(side.read(range(len(side)))["bytes"].sum()) for side in rows) == prepared.bytes
-
-
-def test_duplicates_are_dropped(tmp_path):
-    texts = sentences(40)
-    again = [text.upper().replace(" ", " \n ") for text in texts[:15]]
-    documents = [(str(i), text) for i, text in enumerate(texts + again + ["", " \n"])]
-    prepared = prepare(documents, tmp_path)
-    assert (prepared.documents, prepared.duplicates) == (40, 15)
 
 
 def test_groups_stay_on_one_side(tmp_path):
@@ -87,13 +82,12 @@ def test_groups_stay_on_one_side(tmp_path):
     assert 2 <= len(sides[1]) <= 6
 
 
-@pytest.mark.parametrize("big", ["a", "b"])
-def test_two_groups_give_two_sides(tmp_path, big):
+def test_two_groups_give_two_sides(tmp_path):
     """A group that is nearly all of the text stays in training."""
-    documents = [(big, f"{big} long {i} " * 20) for i in range(50)] + [("other", "short text")]
-    prepared = prepare(documents, tmp_path)
-    assert stored_documents(prepared.path, "valid") == {"short text"}
-    assert prepared.train_rows > 100
+    for big in ("a", "b"):
+        prepared = prepare([*((big, f"{big} long {i} " * 20) for i in range(50)), ("other", "short text")], tmp_path)
+        assert stored_documents(prepared.path, "valid") == {"short text"}
+        assert prepared.train_rows > 100
 
 
 def test_caps_stop_early(tmp_path, monkeypatch):
@@ -106,13 +100,21 @@ def test_caps_stop_early(tmp_path, monkeypatch):
     assert len(seen) < 200
 
 
-def test_a_capped_side_takes_many_documents(tmp_path):
+def test_a_capped_side_takes_many_documents_and_knows_the_rows_of_the_whole_text(tmp_path):
     documents = [(str(i), f"doc{i:02d} " * 2000) for i in range(60)]
     prepared = prepare(documents, tmp_path, valid_share=0.5, valid_rows=16, train_rows=16)
     for split in ("train", "valid"):
         assert len({text[-6:] for text in stored_documents(prepared.path, split)}) >= 10
     few = prepare(documents[:4], tmp_path, valid_share=0.5, valid_rows=300, train_rows=300)
     assert (few.train_rows, few.valid_rows) == (300, 300)  # the rest of the documents follows their windows
+    documents = [(str(i), text) for i, text in enumerate(dict.fromkeys(sentences(400)))]
+    whole = prepare(documents, tmp_path)
+    assert whole.whole_rows == whole.train_rows
+    few = prepare(documents, tmp_path, train_rows=20, valid_rows=4)
+    assert few.train_rows == 20
+    assert few.whole_rows == pytest.approx(whole.train_rows, rel=0.05)
+    roomy = prepare(documents, tmp_path, train_rows=10_000, valid_rows=4)
+    assert roomy.whole_rows == roomy.train_rows == whole.train_rows
 
 
 def test_spread_keeps_every_target_once():
@@ -220,6 +222,7 @@ def test_fingerprint_covers_everything(tmp_path):
     source = source_of(documents)
     other_tokenizer = dataclasses.replace(TOKENIZER, fingerprint="other")
     base = {"length": 32, "train_rows": 4, "valid_rows": 2, "valid_share": 0.1, "seed": 0}
+    changes = {"length": 33, "train_rows": 5, "valid_rows": 3, "valid_share": 0.2, "seed": 1}
     variants = [
         (source, TOKENIZER, base),
         (source_of([*documents[:-1], ("59", documents[-1][1].upper())], "another text"), TOKENIZER, base),
@@ -227,16 +230,7 @@ def test_fingerprint_covers_everything(tmp_path):
         (source_of(documents, "a validation text", [("held out", "other words")]), TOKENIZER, base),
         (source, other_tokenizer, base),
         (source, dataclasses.replace(TOKENIZER, start=None), base),
-        *[
-            (source, TOKENIZER, {**base, key: value})
-            for key, value in [
-                ("length", 33),
-                ("train_rows", 5),
-                ("valid_rows", 3),
-                ("valid_share", 0.2),
-                ("seed", 1),
-            ]
-        ],
+        *[(source, TOKENIZER, base | {key: value}) for key, value in changes.items()],
     ]
     made = [build.prepare("made", s, t, directory=tmp_path, progress=False, **o) for s, t, o in variants]
     assert all(prepared.built for prepared in made)
@@ -273,7 +267,6 @@ def test_killed_build(tmp_path):
 
 
 def test_two_builds_at_once_are_one(tmp_path):
-    """The second waits for the first and finds its rows."""
     arrived, go_on = threading.Event(), threading.Event()
     documents = [(str(i), f"document {i} of this source says nothing else") for i in range(20)]
 
@@ -322,69 +315,45 @@ def test_failing_builds_leave_nothing(tmp_path, monkeypatch):
         prepare(Source("made up", "f", full_disk), tmp_path)
     assert left_in(tmp_path) == []
 
-    def late(self, texts):
-        raise RuntimeError("write(): No space left on device; writing x")
-
-    monkeypatch.setattr(type(TOKENIZER), "documents", late)
+    late = RuntimeError("write(): No space left on device; writing x")
+    monkeypatch.setattr(type(TOKENIZER), "documents", Mock(side_effect=late))
     with pytest.raises(OSError, match="'made'"):
-        prepare([("a", "text"), ("b", "other")], tmp_path)
+        prepare(TWO, tmp_path)
     assert left_in(tmp_path) == []
+
+
+TWO = [("a", "text"), ("b", "other")]
 
 
 @pytest.mark.parametrize(
-    ("documents", "message"),
+    ("documents", "options", "message"),
     [
-        ([("a", "text")], r"'made' \(made up\).* 1 groups"),
-        ([("a", "text"), ("b", "TEXT ")], "1 groups"),
-        ([("a", "text"), ("a", "more")], "1 groups"),
-        ([], "0 groups"),
+        ([("a", "text")], {}, r"'made' \(made up\).* 1 groups"),
+        ([("a", "text"), ("b", "TEXT ")], {}, "1 groups"),
+        ([("a", "text"), ("a", "more")], {}, "1 groups"),
+        ([], {}, "0 groups"),
+        # One token is no target.
+        (
+            [("a", "long enough"), ("b", "x")],
+            {"tokenizer": dataclasses.replace(TOKENIZER, start=None, end=None)},
+            r"'made' \(made up\).* valid",
+        ),
+        (TWO, {"name": "a/b"}, "'a/b'"),
+        (TWO, {"length": 1}, "length=1"),
+        (TWO, {"valid_share": 1.0}, "valid_share"),
+        (TWO, {"bad_records": 1.0}, "bad_records"),
     ],
 )
-def test_too_little_text(tmp_path, documents, message):
+def test_texts_and_arguments_that_are_refused_leave_nothing(tmp_path, documents, options, message):
     with pytest.raises(ValueError, match=message):
-        prepare(documents, tmp_path)
+        prepare(documents, tmp_path, **options)
     assert left_in(tmp_path) == []
-
-
-def test_a_side_without_rows(tmp_path):
-    bare = dataclasses.replace(TOKENIZER, start=None, end=None)
-    source = source_of([("a", "long enough"), ("b", "x")])  # one token is no target
-    with pytest.raises(ValueError, match=r"'made' \(made up\).* valid"):
-        build.prepare("made", source, bare, 32, 0, 0, tmp_path, progress=False)
-    assert left_in(tmp_path) == []
-
-
-def test_rows_of_the_whole_text_are_known_where_few_are_made(tmp_path):
-    """Natural shares follow the text and not the limit."""
-    documents = [(str(i), text) for i, text in enumerate(dict.fromkeys(sentences(400)))]
-    whole = prepare(documents, tmp_path)
-    assert whole.whole_rows == whole.train_rows
-    few = prepare(documents, tmp_path, train_rows=20, valid_rows=4)
-    assert few.train_rows == 20
-    assert few.whole_rows == pytest.approx(whole.train_rows, rel=0.05)
-    roomy = prepare(documents, tmp_path, train_rows=10_000, valid_rows=4)
-    assert roomy.whole_rows == roomy.train_rows == whole.train_rows
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"name": "a/b"}, "'a/b'"),
-        ({"length": 1}, "length=1"),
-        ({"valid_share": 1.0}, "valid_share"),
-        ({"bad_records": 1.0}, "bad_records"),
-    ],
-)
-def test_bad_arguments(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        prepare([("a", "x"), ("b", "y")], tmp_path, **options)
 
 
 def test_damaged_metadata(tmp_path):
-    prepared = prepare([("a", "text"), ("b", "other")], tmp_path)
-    (prepared.path / "metadata.json").write_text("{")
+    (prepare(TWO, tmp_path).path / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match=r"metadata\.json"):
-        prepare([("a", "text"), ("b", "other")], tmp_path)
+        prepare(TWO, tmp_path)
 
 
 def test_odd_text(tmp_path):
@@ -395,13 +364,13 @@ def test_odd_text(tmp_path):
 
 
 def test_what_is_shown(tmp_path, capfd):
-    prepared = prepare([("a", "text"), ("b", "other")], tmp_path, progress=True)
+    prepared = prepare(TWO, tmp_path, progress=True)
     out, err = capfd.readouterr()
     assert out == ""
     assert f"made: rows written to {prepared.path}" in err
     assert "absl" not in err
     assert "Downloading" not in err
-    prepare([("a", "text"), ("b", "other")], tmp_path, progress=False, seed=1)
+    prepare(TWO, tmp_path, progress=False, seed=1)
     assert capfd.readouterr() == ("", "")
 
 

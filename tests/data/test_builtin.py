@@ -25,15 +25,12 @@ def read(name, limit=None):
     return list(itertools.islice(open_source(f"builtin:{name}").documents(), limit))
 
 
-def test_code():
+def test_code_and_manual():
     documents = read("code", 400)
     groups = {document.group for document in documents}
     assert {"asyncio", "argparse"} <= groups
     assert not {"test", "site-packages", "pydoc_data"} & groups
     assert any(document.text.startswith('"""') for document in documents)
-
-
-def test_manual():
     documents = read("manual", 150)
     topics = [document for document in documents if document.group.startswith("topic ")]
     modules = {document.group for document in documents} - {document.group for document in topics}

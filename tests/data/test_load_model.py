@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import random_params
+from harness import batch_of, random_params
 
 from jaxkd.core.sharding import RULES
-from jaxkd.core.types import Batch
 from jaxkd.data import tokenize
 from jaxkd.data.load_model import load_model
 from jaxkd.models import transformer
@@ -31,10 +30,7 @@ def directory(params, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch():
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 257, (4, 16)), jnp.int32)
-    one, zero = jnp.ones_like(tokens), jnp.zeros(4, jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
-    return Batch(tokens, tokens, jnp.ones(tokens.shape), one, positions, zero, zero)
+    return batch_of(np.random.default_rng(0).integers(0, 257, (4, 16)))
 
 
 def test_forward_params_and_tokenizer(directory, params, batch):

@@ -40,7 +40,7 @@ def assert_same(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_batches_follow_the_order(rows, mixture):
+def test_batches_follow_the_order_from_any_start(rows, mixture):
     batches = host(loader.batches(rows, mixture, 3, BATCH, 10, 16, 10))
     assert len(batches) == 6
     domain, row = mixtures.order(mixture, [len(side) for side in rows], 3, 6 * BATCH)
@@ -56,9 +56,7 @@ def test_batches_follow_the_order(rows, mixture):
     assert batches[0].aux == {}
     assert kinds.pop("weights") == "float32"
     assert set(kinds.values()) == {"int32"}
-
-
-def test_any_start_gives_the_rest(rows, mixture):
+    # Any start gives the rest.
     everything = host(loader.batches(rows, mixture, 0, BATCH, 0, 7, 0))
     for start in (1, 4, 7):
         assert_same(host(loader.batches(rows, mixture, 0, BATCH, start, 7, 0)), everything[start:])
@@ -77,7 +75,6 @@ def test_shardings_hold_the_same_batches(rows, mixture, shape, spec):
 
 
 def test_a_process_reads_its_own_rows_and_all_together_all(rows, mixture, monkeypatch):
-    """Each of two pretended processes has half of the devices."""
     whole = host(loader.batches(rows, mixture, 0, BATCH, 0, 2, 0))
     sharding = NamedSharding(mesh(4, 2), PartitionSpec("data"))
     everywhere = sharding.addressable_devices_indices_map((BATCH,))
@@ -112,21 +109,14 @@ def test_fixed_batches(rows, domains):
         assert all((batch.domain == 5).all() for batch in batches)
 
 
-def test_reading_ahead_stops_at_the_end(rows, mixture, monkeypatch):
-    """Beyond the interval the rows are not known yet."""
-    asked = []
-    read = loader.read_rows
-    monkeypatch.setattr(loader, "read_rows", lambda d, domain, row: asked.append(len(row)) or read(d, domain, row))
-    batches = loader.batches(rows, mixture, 0, BATCH, 2, 5, 0)
-    list(batches)
-    assert asked == [BATCH] * 3
-
-
-def test_rows_are_read_before_they_are_asked_for_and_not_by_the_thread_that_trains(rows, mixture, monkeypatch):
+def test_rows_are_read_ahead_by_another_thread_up_to_the_end(rows, mixture, monkeypatch):
+    """Beyond the interval the rows are not drawn yet."""
     readers, read, until = [], loader.read_rows, time.monotonic() + 60
     noting = lambda *arguments: readers.append(threading.get_ident()) or read(*arguments)
     monkeypatch.setattr(loader, "read_rows", noting)
+    assert len(list(loader.batches(rows, mixture, 0, BATCH, 2, 5, 0))) == len(readers) == 3
     batches = loader.batches(rows, mixture, 0, BATCH, 0, 20, 0)
+    readers.clear()
     next(batches)
     while len(readers) < 4:  # the first one, the next two, and one more
         assert time.monotonic() < until, "nothing is read until it is asked for"

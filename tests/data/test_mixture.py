@@ -21,11 +21,6 @@ def test_counts_within_one_row(weights, rows):
     assert (counts[np.array(weights) == 0] == 0).all()
 
 
-def test_a_share_of_zero_gets_no_row():
-    for rows in range(1, 200):
-        assert mixtures.counts(np.array([0.0, 0.1, 0.2, 0.7]), rows)[0] == 0
-
-
 @quick
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.floats(0.05, 1)), min_size=1, max_size=4),
@@ -50,33 +45,19 @@ def test_each_epoch_visits_each_row_once(domains, intervals, seed):
             assert times.max() - times.min() <= 1
 
 
-def test_epochs_differ():
-    mixture = mixtures.init(np.array([1.0]))
-    first = mixtures.order(mixture, [100], 0, 50)[1]
-    second = mixtures.order(mixtures.advance(mixture, 100), [100], 0, 50)[1]
-    assert set(first) != set(second)  # half an epoch each: the same half only if the key ignored the epoch
-
-
-def test_order_is_a_pure_function():
+def test_order_zero_shares_and_advance():
     sizes, mixture = [30, 50], mixtures.init(np.array([0.3, 0.7]))
     once, again = mixtures.order(mixture, sizes, 3, 40), mixtures.order(mixture, sizes, 3, 40)
     np.testing.assert_array_equal(once, again)
     assert not np.array_equal(once, mixtures.order(mixture, sizes, 4, 40))
     assert not np.array_equal(once[0], mixtures.order(mixture._replace(interval=1), sizes, 3, 40)[0])
-
-
-def test_domains_are_interleaved():
+    alone = mixtures.init(np.array([1.0]))
+    halves = [mixtures.order(m, [100], 0, 50)[1] for m in (alone, mixtures.advance(alone, 100))]
+    assert set(halves[0]) != set(halves[1])  # of two epochs: the same half only if the key ignored the epoch
     domain, _ = mixtures.order(mixtures.init(np.array([0.5, 0.5])), [1000, 1000], 0, 1000)
-    assert 200 < domain[:500].sum() < 300
-
-
-def test_samplings():
-    np.testing.assert_allclose(mixtures.natural([1, 3]), [0.25, 0.75])
-    np.testing.assert_allclose(mixtures.uniform([1, 3]), [0.5, 0.5])
-    np.testing.assert_allclose(mixtures.fixed([0, 3], [1, 1]), [0, 1])
-
-
-def test_advance():
+    assert 200 < domain[:500].sum() < 300  # interleaved
+    for rows in range(1, 200):
+        assert mixtures.counts(np.array([0.0, 0.1, 0.2, 0.7]), rows)[0] == 0
     mixture = mixtures.advance(mixtures.init(np.array([0.25, 0.75])), 8, np.array([0.5, 0.5]))
     assert mixture.drawn.tolist() == [2, 6]
     assert mixture.interval == 1

@@ -65,13 +65,7 @@ def test_weights_follow_their_targets_over_a_cut():
     assert (first["bytes"], second["bytes"]) == (10, 20)
 
 
-def test_rows_are_well_filled():
-    sizes = np.random.default_rng(0).integers(2, 60, 500).tolist()
-    rows = list(pack(corpus(sizes), 64))
-    assert len(rows) <= 1.1 * sum(sizes) / 64
-
-
-def test_rows_come_while_documents_are_read():
+def test_rows_come_while_documents_are_read_and_are_well_filled():
     """A limit on rows must not read the whole corpus."""
     read = []
 
@@ -82,3 +76,5 @@ def test_rows_come_while_documents_are_read():
 
     next(pack(documents(), 20, open_rows=4))
     assert len(read) < 20
+    sizes = np.random.default_rng(0).integers(2, 60, 500).tolist()
+    assert len(list(pack(corpus(sizes), 64))) <= 1.1 * sum(sizes) / 64

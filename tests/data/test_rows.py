@@ -28,10 +28,6 @@ def test_read(domains):
     np.testing.assert_array_equal(batch["tokens"][0], batch["tokens"][2])
     np.testing.assert_array_equal(batch["tokens"][1], rows.read(np.array([0]))["tokens"][0])
     assert rows.read([])["tokens"].shape == (0, 32)
-
-
-def test_targets_and_weights(domains):
-    rows = Rows(domains[0].path, "train")
     stored = rows.read(range(len(rows)))
     assert stored["segments"].max() > 1
     for tokens, targets, weights, segments in zip(*(stored[k] for k in ("tokens", "targets", "weights", "segments"))):
@@ -70,7 +66,8 @@ def labelled(tmp_path_factory):
     return Rows(builder.data_path, "train")
 
 
-def test_what_a_row_stores_beside_its_tokens_comes_back(labelled):
+def test_targets_weights_and_aux_of_rows_and_batches(labelled, domains):
+    """A domain without an array has zeros of it, so that all batches have one structure."""
     stored = labelled.read([1, 0])
     np.testing.assert_array_equal(stored["targets"], stored["tokens"] + 100)
     inside = stored["segments"][:, 1:] == stored["segments"][:, :-1]
@@ -78,10 +75,7 @@ def test_what_a_row_stores_beside_its_tokens_comes_back(labelled):
     assert stored["aux"]["label"].tolist() == [0, -1]
     np.testing.assert_allclose(stored["aux"]["advantage"][0], np.linspace(0, 1, 32), rtol=1e-6)
     assert labelled.read([])["aux"]["advantage"].shape == (0, 32)
-
-
-def test_batches_carry_aux_of_every_domain(labelled, domains):
-    """A domain without an array has zeros of it, so that all batches have one structure."""
+    # Batches carry aux of every domain.
     both = [Rows(domains[0].path, "train"), labelled]
     local = loader.read_rows(both, np.array([1, 0, 1]), np.array([1, 5, 0]))
     batch = loader.to_devices(local, 3, np.arange(3), None)
@@ -114,30 +108,24 @@ def test_bad_requests(domains, tmp_path):
         Rows(tmp_path, "train")
 
 
-@pytest.mark.parametrize("damage", ["short", "empty", "gone", "features"])
-def test_damage(domains, tmp_path, damage):
-    copy = tmp_path / "1.0.0"
-    shutil.copytree(domains[0].path, copy)
-    file = next(copy.glob("*train*"))
-    if damage == "short":
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif damage == "empty":
-        file.write_bytes(b"")
-    elif damage == "gone":
-        file.unlink()
-    else:
-        (copy / "features.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        Rows(copy, "train")
-
-
-def test_damage_inside(domains, tmp_path):
-    """A flipped byte is found when its rows are read, if not before."""
-    copy = tmp_path / "1.0.0"
-    shutil.copytree(domains[0].path, copy)
-    file = next(copy.glob("*train*"))
+def flip_a_byte(file):
     content = bytearray(file.read_bytes())
     content[500] ^= 255
     file.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="damaged"):
-        Rows(copy, "train").read(range(domains[0].train_rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("*train*", lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]), "damaged"),
+        ("*train*", lambda file: file.write_bytes(b""), "damaged"),
+        ("*train*", lambda file: file.unlink(), "damaged"),
+        ("*train*", flip_a_byte, "damaged"),  # is found when its rows are read, if not before
+        ("features.json", lambda file: file.write_text("{"), "damaged"),
+    ],
+)
+def test_damage(domains, tmp_path, name, damage, message):
+    copy = shutil.copytree(domains[0].path, tmp_path / "1.0.0")
+    damage(next(copy.glob(name)))
+    with pytest.raises(ValueError, match=message):
+        Rows(copy, "train").read(range(domains[0].train_rows) if damage is flip_a_byte else [])

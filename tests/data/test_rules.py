@@ -22,13 +22,13 @@ def gaps(excess, teacher=2.0) -> Gaps:
 def run(rule, measured, sizes=SIZES):
     """Shares of each interval: the first, and then one per measurement."""
     sampling, state = rule.init(sizes, measured[0])
-    found = [sampling]
+    shares = [sampling]
     for interval, each in enumerate(measured[1:], 1):
         sampling, state = rule.update(json.loads(json.dumps(state)), each, interval)
         assert sampling.sum() == pytest.approx(1.0, abs=1e-12)
         assert (sampling >= 0).all()
-        found.append(sampling)
-    return found
+        shares.append(sampling)
+    return shares
 
 
 def softmax(x):
@@ -45,18 +45,23 @@ def test_ddk_is_its_equations():
         psi = r * np.exp(np.exp(excess))
         r = 0.5 * psi / psi.sum() + 0.5 / 4
         np.testing.assert_allclose(shares, r, rtol=1e-12)
-
-
-def test_sheared_llama_ends_at_its_fixed_point_and_stands_still_without_gaps():
-    """w_i = (c / N) / (1 - (1 - c) exp(delta_i) / Z), never below c / N; without a floor one domain takes all."""
-    excess, floor = np.array([0.5, 0.1, 0.0, -0.4]), 0.1
-    last = run(rules.sheared_llama(floor), [gaps(excess)] * 600)[-1]
-    growth = np.exp(np.maximum(excess, 0.0))
-    np.testing.assert_allclose(last, floor / 4 / (1 - (1 - floor) * growth / (last * growth).sum()), rtol=1e-6)
-    assert (last >= floor / 4).all()
-    np.testing.assert_allclose(run(rules.sheared_llama(0.0), [gaps(excess)] * 200)[-1], [1, 0, 0, 0], atol=1e-12)
-    still = run(rules.sheared_llama(0.0), [gaps([-0.5, 0.0, -0.1, 0.0])] * 50)[-1]
-    np.testing.assert_allclose(still, np.asarray(SIZES) / 500)
+    measured = [gaps([0.1, 0.9, 0.2, 0.4])] * 3
+    np.testing.assert_allclose(run(rules.ddk(0.0), measured)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.ddk(1.0), measured)[1], softmax(2 * np.exp([0.1, 0.9, 0.2, 0.4])))
+    np.testing.assert_allclose(run(rules.ddk(), [gaps([0.7] * 4)] * 3)[-1], 0.25)
+    np.testing.assert_allclose(run(rules.ddk(first="uniform"), measured)[0], 0.25)
+    # An untrained student: everything goes to that domain, up to the cap; a clip holds it back.
+    measured = [gaps([9.0, 0.1, 0.1, 0.1])] * 3
+    assert run(rules.ddk(), measured)[-1][0] == pytest.approx(0.625)
+    assert run(rules.ddk(1.0, smooth=False), measured)[-1][0] == pytest.approx(1.0)
+    clipped = run(rules.ddk(clip=2.0), measured)[-1]
+    assert 0.3 < clipped[0] < 0.5
+    # Scores.
+    measured = [gaps([0.5, 0.1, 0.3, 0.2])] * 2
+    of = lambda score: run(rules.ddk(1.0, score, smooth=False), measured)[-1]
+    np.testing.assert_allclose(of("perplexity_ratio"), softmax(np.exp([0.5, 0.1, 0.3, 0.2])))
+    np.testing.assert_allclose(of("excess_loss"), softmax([0.5, 0.1, 0.3, 0.2]))
+    np.testing.assert_allclose(of("bits_per_byte"), softmax(np.exp(np.log(2) * np.array([0.5, 0.1, 0.3, 0.2]) / 2)))
 
 
 @settings(max_examples=40)
@@ -80,41 +85,6 @@ def test_no_share_leaves_its_floor_and_its_cap(excess, alpha):
         assert sampling.max() <= alpha + (1 - alpha) / count + 1e-12
 
 
-def test_an_outlier_converges_where_the_recursion_says():
-    """Nine domains at a ratio of 1.2 and one at 3, 6 or 50: at once 0.40, 0.93, 1; in the end 0.47, 0.55, 0.55."""
-    for ratio, at_once, in_the_end in ((3.0, 0.40, 0.47), (6.0, 0.93, 0.55), (50.0, 1.0, 0.55)):
-        excess = np.log([1.2] * 9 + [ratio])
-        rough = run(rules.ddk(smooth=False), [gaps(excess)] * 2, [1] * 10)[-1]
-        smooth = run(rules.ddk(), [gaps(excess)] * 200, [1] * 10)[-1]
-        assert rough[-1] == pytest.approx(at_once, abs=0.006)
-        assert smooth[-1] == pytest.approx(in_the_end, abs=0.006)
-
-
-def test_limits_of_alpha_and_of_equal_gaps():
-    measured = [gaps([0.1, 0.9, 0.2, 0.4])] * 3
-    np.testing.assert_allclose(run(rules.ddk(0.0), measured)[-1], 0.25)
-    np.testing.assert_allclose(run(rules.ddk(1.0), measured)[1], softmax(2 * np.exp([0.1, 0.9, 0.2, 0.4])))
-    np.testing.assert_allclose(run(rules.ddk(), [gaps([0.7] * 4)] * 3)[-1], 0.25)
-    np.testing.assert_allclose(run(rules.ddk(first="uniform"), measured)[0], 0.25)
-
-
-def test_an_untrained_student_is_no_overflow():
-    """A ratio of perplexities of e^9: everything goes to that domain, up to the cap; a clip holds it back."""
-    measured = [gaps([9.0, 0.1, 0.1, 0.1])] * 3
-    assert run(rules.ddk(), measured)[-1][0] == pytest.approx(0.625)
-    assert run(rules.ddk(1.0, smooth=False), measured)[-1][0] == pytest.approx(1.0)
-    clipped = run(rules.ddk(clip=2.0), measured)[-1]
-    assert 0.3 < clipped[0] < 0.5
-
-
-def test_scores_differ_as_they_say():
-    measured = [gaps([0.5, 0.1, 0.3, 0.2])] * 2
-    of = lambda score: run(rules.ddk(1.0, score, smooth=False), measured)[-1]
-    np.testing.assert_allclose(of("perplexity_ratio"), softmax(np.exp([0.5, 0.1, 0.3, 0.2])))
-    np.testing.assert_allclose(of("excess_loss"), softmax([0.5, 0.1, 0.3, 0.2]))
-    np.testing.assert_allclose(of("bits_per_byte"), softmax(np.exp(np.log(2) * np.array([0.5, 0.1, 0.3, 0.2]) / 2)))
-
-
 @pytest.mark.parametrize("rule", [rules.ddk(), rules.ddk(smooth=False), rules.sheared_llama()])
 def test_the_order_of_domains_means_nothing(rule):
     excess, order = np.array([0.5, 0.1, 0.9, 0.3]), [2, 0, 3, 1]
@@ -124,21 +94,31 @@ def test_the_order_of_domains_means_nothing(rule):
         np.testing.assert_allclose(a[order], b, rtol=1e-12)
 
 
-def test_sheared_llama_by_hand():
+def test_sheared_llama():
+    """By hand; w_i = (c / N) / (1 - (1 - c) exp(delta_i) / Z) in the end; without a floor one domain takes all."""
     _, second, third = run(rules.sheared_llama(0.1), [gaps([0] * 4), gaps([0.5, -1.0, 0.0, 1.0]), gaps([0.2, 0, 0, 0])])
     w = np.asarray(SIZES) / 500
     for shares, delta in ((second, [0.5, 0.0, 0.0, 1.0]), (third, [0.2, 0.0, 0.0, 0.0])):
         w = w * np.exp(delta)
         w = 0.9 * w / w.sum() + 0.1 / 4
         np.testing.assert_allclose(shares, w, rtol=1e-12)
+    excess, floor = np.array([0.5, 0.1, 0.0, -0.4]), 0.1
+    last = run(rules.sheared_llama(floor), [gaps(excess)] * 600)[-1]
+    growth = np.exp(np.maximum(excess, 0.0))
+    np.testing.assert_allclose(last, floor / 4 / (1 - (1 - floor) * growth / (last * growth).sum()), rtol=1e-6)
+    assert (last >= floor / 4).all()
+    np.testing.assert_allclose(run(rules.sheared_llama(0.0), [gaps(excess)] * 200)[-1], [1, 0, 0, 0], atol=1e-12)
+    still = run(rules.sheared_llama(0.0), [gaps([-0.5, 0.0, -0.1, 0.0])] * 50)[-1]
+    np.testing.assert_allclose(still, np.asarray(SIZES) / 500)
 
 
 NAMES = ("a", "b", "c", "d")
 GRADIENTS = np.array([[0.3, 0.0, 0.4], [0.0, 0.5, 0.0], [0.3, 0.1, 0.0], [-0.2, 0.0, -0.2]])
 
 
-def test_doge_by_hand():
+def test_doge():
     """Four gradients in three dimensions; the last points away from the others, so its score is cut to 0."""
+    # Targets are looked at, and none of them is drawn.
     measured = Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
     first, second, third = run(rules.doge(mu=0.05)(NAMES), [None, measured, measured])
     np.testing.assert_allclose(first, 0.25)
@@ -148,9 +128,20 @@ def test_doge_by_hand():
     score = np.maximum(0.1 * helped / length, 0.0)
     np.testing.assert_allclose(second, softmax(score / 0.05), rtol=1e-4)
     np.testing.assert_allclose(third, softmax(2 * score / 0.05), rtol=1e-4)
-
-
-def test_doge_cuts_long_gradients_and_large_scores():
+    first, second = run(rules.doge(mu=0.05, targets=("c",))(NAMES), [None, measured])
+    np.testing.assert_allclose(first, [1 / 3, 1 / 3, 0, 1 / 3])
+    score = np.maximum(0.1 * np.array([0.09, 0.05, -0.06]) / ((0.5 + 0.5 + np.sqrt(0.08)) / 3), 0.0)
+    np.testing.assert_allclose(second[[0, 1, 3]], softmax(score / 0.05), rtol=1e-4)
+    assert second[2] == 0.0
+    # The average of the shares.
+    rule, measured = rules.doge(mu=0.01)(NAMES), Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
+    _, state = rule.init(SIZES, None)
+    drawn = []
+    for interval in range(1, 5):
+        sampling, state = rule.update(json.loads(json.dumps(state)), measured, interval)
+        drawn.append(sampling)
+    np.testing.assert_allclose(state["average"], np.mean(drawn, 0), rtol=1e-12)
+    # Long gradients and large scores are cut.
     long = np.array([[30.0, 0.0], [0.5, 0.0], [0.0, 0.4]])
     shares = lambda **options: run(
         rules.doge(mu=0.05, **options)(NAMES[:3]), [None, Gradients(long @ long.T, 0.1)], [1] * 3
@@ -162,38 +153,16 @@ def test_doge_cuts_long_gradients_and_large_scores():
     np.testing.assert_allclose(shares(norm=0.0, limit=0.3), softmax(np.minimum(uncut, 0.03) / 0.05), rtol=1e-4)
 
 
-def test_doge_looks_at_targets_and_draws_none_of_them():
-    measured = Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
-    first, second = run(rules.doge(mu=0.05, targets=("c",))(NAMES), [None, measured])
-    np.testing.assert_allclose(first, [1 / 3, 1 / 3, 0, 1 / 3])
-    score = np.maximum(0.1 * np.array([0.09, 0.05, -0.06]) / ((0.5 + 0.5 + np.sqrt(0.08)) / 3), 0.0)
-    np.testing.assert_allclose(second[[0, 1, 3]], softmax(score / 0.05), rtol=1e-4)
-    assert second[2] == 0.0
-
-
-def test_doge_keeps_the_average_of_its_shares():
-    rule, measured = rules.doge(mu=0.01)(NAMES), Gradients(GRADIENTS @ GRADIENTS.T, 0.1)
-    _, state = rule.init(SIZES, None)
-    found = []
-    for interval in range(1, 5):
-        sampling, state = rule.update(json.loads(json.dumps(state)), measured, interval)
-        found.append(sampling)
-    np.testing.assert_allclose(state["average"], np.mean(found, 0), rtol=1e-12)
-
-
 def write_weights(path, weights, mixture="doremi_proxy()"):
     path.mkdir(exist_ok=True)
     (path / rules.DOMAIN_WEIGHTS).write_text(json.dumps({"mixture": mixture, "steps": 10, "weights": weights}))
     return str(path)
 
 
-def test_doremi_draws_by_the_names_of_another_run(tmp_path):
+def test_doremi_draws_by_the_names_of_another_run_and_names_a_wrong_one(tmp_path):
     proxy = write_weights(tmp_path / "proxy", {"d": 0.1, "a": 0.2, "b": 0.3, "c": 0.4})
-    found = run(rules.doremi(proxy)(NAMES), [None] * 3)
-    np.testing.assert_allclose(found, [[0.2, 0.3, 0.4, 0.1]] * 3)
-
-
-def test_doremi_says_what_is_wrong_with_its_proxy(tmp_path):
+    shares = run(rules.doremi(proxy)(NAMES), [None] * 3)
+    np.testing.assert_allclose(shares, [[0.2, 0.3, 0.4, 0.1]] * 3)
     begin = lambda where: rules.doremi(str(where))(NAMES).init(SIZES, None)
     with pytest.raises(FileNotFoundError, match=r"data\.mixture.*none"):
         begin(tmp_path / "none")
@@ -236,22 +205,17 @@ def test_rules_that_measure_nothing():
         (lambda: rules.doge(mu=0.0), "mu"),
         (lambda: rules.doge(targets=("x",))(NAMES), "targets.*'x'"),
         (lambda: rules.doge(targets=NAMES)(NAMES), "targets"),
-        (
-            lambda: run(rules.doge()(NAMES), [None, Gradients(np.full((4, 4), np.nan), 0.1)]),
-            "gradient of domain 0",
-        ),
+        (lambda: run(rules.doge()(NAMES), [None, Gradients(np.full((4, 4), np.nan), 0.1)]), "gradient of domain 0"),
         (lambda: run(rules.ddk(), [gaps([0.1, np.nan, 0.1, 0.1])]), "domain 1"),
         (lambda: run(rules.sheared_llama(), [gaps([0.1] * 4), gaps([np.inf, 0, 0, 0])]), "domain 0"),
     ],
 )
-def test_what_cannot_be_is_said(make, message):
+def test_bad_options_and_measurements(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def test_a_large_lasting_gap_draws_more_and_an_equal_share_does_not():
-    """A domain's gap falls with the rows that it gets: the worst gap ends lower than under equal shares."""
-
     def worst(rule):
         excess, sampling, state = np.array([1.6, 0.2, 0.2, 0.2]), *rule.init([1] * 4, gaps([1.6, 0.2, 0.2, 0.2]))
         for interval in range(1, 12):

@@ -67,9 +67,9 @@ def test_links_are_followed(tmp_path):
     (root / "snapshot" / "b.jsonl").symlink_to(tmp_path / "blobs" / "0123")
     (root / "again.jsonl").symlink_to(data / "a.jsonl")  # the same file once more
     (data / "loop").symlink_to(root)
-    found = ["in a blob", "on another disk", "through a link to its folder"]
-    assert sorted(read(root)) == found
-    assert sorted(read(root / "*")) == found  # folders that a glob matches are read
+    texts = ["in a blob", "on another disk", "through a link to its folder"]
+    assert sorted(read(root)) == texts
+    assert sorted(read(root / "*")) == texts  # folders that a glob matches are read
     for name in ("d.jsonl", "disk"):
         (root / name).symlink_to(tmp_path / "not mounted")
         with pytest.raises(FileNotFoundError, match=f"{name}.*not mounted"):
@@ -91,14 +91,11 @@ def test_splits_that_names_tell_are_used_as_such(tmp_path, spell):
     own = open_source(str(tmp_path), "text", str(tmp_path / spell.format("test")))
     assert [d.text for d in own.validation()] == ["test"]  # a text that is named goes before one that is found
     assert own.stamp != source.stamp
-
-
-def test_without_a_training_split_names_mean_nothing(tmp_path):
-    for name in ("test.jsonl", "dev.jsonl"):
-        write_lines(tmp_path / name, [{"text": name}])
-    source = open_source(str(tmp_path))
-    assert sorted(d.text for d in source.documents()) == ["dev.jsonl", "test.jsonl"]
-    assert (source.validation, source.notes) == (None, ())
+    (tmp_path / spell.format("train")).unlink()  # without a training split names mean nothing
+    (tmp_path / "more.jsonl").unlink()
+    alone = open_source(str(tmp_path))
+    assert sorted(d.text for d in alone.documents()) == ["test", "validation"]
+    assert (alone.validation, alone.notes) == (None, ())
 
 
 def test_fields(folder, tmp_path):
@@ -111,14 +108,11 @@ def test_fields(folder, tmp_path):
         assert read(tmp_path / "n.parquet", field) == [text]
 
 
-def test_glob(folder):
+def test_globs_and_opening_which_reads_nothing(folder):
     assert read(folder / "*.txt") == ["file text\n"]
     assert read(folder / "LIC*") == ["do what you like"]
     assert read(folder / "**" / "*.md") == ["inner text"]
     assert read(folder / "inner" / "c.md") == ["inner text"]
-
-
-def test_opening_reads_nothing(folder):
     (folder / "a.jsonl").write_text("not json")
     first = open_source(str(folder)).stamp
     assert open_source(str(folder)).stamp == first
@@ -170,7 +164,11 @@ def test_chats_are_refused(tmp_path, turn):
     assert read(write_lines(tmp_path / "both.jsonl", [{"turns": [turn], "text": "as text"}])) == ["as text"]
 
 
-def test_file_errors(tmp_path, folder):
+def test_source_errors(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"'builtin:codes'.*code, dialogue, legal"):
+        open_source("builtin:codes")
+    with pytest.raises(ValueError, match="'tfds:'"):
+        open_source("tfds:")
     with pytest.raises(FileNotFoundError, match="nothing"):
         open_source(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match=r"picture\.png"):
@@ -189,19 +187,11 @@ def test_file_errors(tmp_path, folder):
             read(folder / name)
 
 
-def test_unknown_names():
-    with pytest.raises(ValueError, match=r"'builtin:codes'.*code, dialogue, legal"):
-        open_source("builtin:codes")
-    with pytest.raises(ValueError, match="'tfds:'"):
-        open_source("tfds:")
-
-
 # TFDS: rows that this package wrote serve as a dataset of another's making.
 
 
 @pytest.fixture(scope="module")
 def tfds_directory(tmp_path_factory):
-    """A prepared dataset with a text feature."""
     import tensorflow_datasets as tfds
 
     root = tmp_path_factory.mktemp("tfds")
@@ -209,10 +199,7 @@ def tfds_directory(tmp_path_factory):
     writer = tfds.core.SequentialWriter(
         tfds.core.DatasetInfo(
             builder=tfds.core.DatasetIdentity(
-                name="letters",
-                version=tfds.core.Version("1.0.0"),
-                data_dir=str(root),
-                module_name="letters",
+                name="letters", version=tfds.core.Version("1.0.0"), data_dir=str(root), module_name="letters"
             ),
             features=features,
         ),
@@ -236,17 +223,18 @@ def test_tfds_directory(tfds_directory):
     assert "'label' is a number" in read(f"tfds:{tfds_directory}::label")[0]
 
 
-def test_tfds_errors(tfds_directory, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"'dev'.*'test', 'train'"):
-        open_source(f"tfds:{tfds_directory}:dev")
-    with pytest.raises(ValueError, match=r"'body'.*'label', 'text'"):
-        open_source(f"tfds:{tfds_directory}", "body")
-    with pytest.raises(FileNotFoundError, match=r"dataset_info\.json"):
-        open_source(f"tfds:{tmp_path}")
-    with pytest.raises(FileNotFoundError, match="gone"):
-        open_source(f"tfds:{tmp_path}/gone")
-    with pytest.raises(FileNotFoundError, match="'no_such_dataset'"):
-        open_source("tfds:no_such_dataset")
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        (("tfds:{data}:dev",), ValueError, r"'dev'.*'test', 'train'"),
+        (("tfds:{data}", "body"), ValueError, r"'body'.*'label', 'text'"),
+        (("tfds:{empty}",), FileNotFoundError, r"dataset_info\.json"),
+        (("tfds:{empty}/gone",), FileNotFoundError, "gone"),
+        (("tfds:no_such_dataset",), FileNotFoundError, "'no_such_dataset'"),
+        (("tfds:ag_news_subset:test",), FileNotFoundError, "'ag_news_subset'"),
+    ],
+)
+def test_tfds_errors(tfds_directory, tmp_path, monkeypatch, spec, error, message):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="'ag_news_subset'"):
-        open_source("tfds:ag_news_subset:test")
+    with pytest.raises(error, match=message):
+        open_source(*(part.format(data=tfds_directory, empty=tmp_path) for part in spec))

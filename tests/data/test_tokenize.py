@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 
 from jaxkd.data import tokenize
-from jaxkd.data.pack import Tokens, pack
 from jaxkd.data.tokenize import byte_tokenizer, from_directory, from_gguf
 
 MIXED = [
@@ -22,6 +21,7 @@ MIXED = [
     "1234567890 3.14159 0x1F 10,000",
     "",
 ]
+BYTES = byte_tokenizer()
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
@@ -35,9 +35,6 @@ def test_bytes_round_trip(text):
     assert BYTES.decode(ids) == text
 
 
-BYTES = byte_tokenizer()
-
-
 def test_byte_tokenizer_facts():
     assert (BYTES.vocab, BYTES.start, BYTES.end) == (257, 256, 256)
     ids, sizes = BYTES.documents(["é"])[0]
@@ -45,21 +42,6 @@ def test_byte_tokenizer_facts():
     assert sizes.tolist() == [0, 1, 1, 0]
     assert ids.dtype == np.int32
     assert BYTES.fingerprint == byte_tokenizer().fingerprint
-
-
-def test_a_character_in_several_tokens_is_divided_between_them(smollm2):
-    """A row may be cut inside the character: each of its tokens counts the bytes that it holds."""
-    for text in ("東𝔘👩", "a👩‍👩‍👧b 𝔫x"):
-        ids, sizes = smollm2.encode([text])[0]
-        words = [smollm2.tokenizer.id_to_token(int(i)) for i in ids]
-        assert sizes.tolist() == [len(word) for word in words]  # a byte-level word has one character a byte
-        assert len(ids) > len(set(smollm2.tokenizer.encode(text).offsets))  # some tokens do share a character
-
-
-def test_a_row_counts_the_bytes_of_its_own_targets():
-    for row in pack([Tokens(*BYTES.documents(["東京𝔘𝔫 é" * 5])[0])], 8):
-        targets = row["tokens"][1:][(row["segments"][1:] == row["segments"][:-1]) & (row["segments"][1:] > 0)]
-        assert row["bytes"] == (targets < 256).sum()
 
 
 def test_bytes_of_byte_fallback_and_of_normalised_characters():
@@ -88,16 +70,20 @@ def test_text_that_spells_a_control_token_is_text(smollm2):
         assert tokenizer.decode(ids) == text
 
 
-def test_smollm2_facts(smollm2):
+def test_smollm2(smollm2):
+    """A row may be cut inside a character: each of its tokens counts the bytes that it holds."""
     assert (smollm2.vocab, smollm2.start, smollm2.end) == (49152, 0, 0)
     assert "im_start" in smollm2.chat_template
-
-
-def test_smollm2_round_trip(smollm2):
     for text, (ids, sizes) in zip(MIXED, smollm2.encode(MIXED)):
         assert smollm2.decode(ids) == text
         assert sizes.sum() == len(text.encode())
         assert len(ids) == len(sizes)
+    assert smollm2.encode(["x 1234"])[0][1].tolist() == [1, 1, 1, 1, 1, 1]  # digits are single
+    for text in ("東𝔘👩", "a👩‍👩‍👧b 𝔫x"):
+        ids, sizes = smollm2.encode([text])[0]
+        words = [smollm2.tokenizer.id_to_token(int(i)) for i in ids]
+        assert sizes.tolist() == [len(word) for word in words]  # a byte-level word has one character a byte
+        assert len(ids) > len(set(smollm2.tokenizer.encode(text).offsets))  # some tokens do share a character
 
 
 @quick
@@ -116,11 +102,6 @@ def test_one_long_word_takes_time_in_proportion(smollm2, text):
     sizes = smollm2.encode([text])[0][1]
     assert sizes.sum() == len(text.encode())
     assert time.process_time() - began < 20
-
-
-def test_smollm2_digits_are_single(smollm2):
-    sizes = smollm2.encode(["x 1234"])[0][1]
-    assert sizes.tolist() == [1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parity
@@ -156,15 +137,8 @@ def gguf_fields(pre="gpt-2", **changes):
 @pytest.mark.parametrize(
     ("pre", "digits"),
     [
-        ("gpt-2", 1),
-        ("llama-bpe", 1),
-        ("llama3", 1),
-        ("llama-v3", 1),
-        ("smaug-bpe", 1),
-        ("smollm", 2),
-        ("qwen2", 2),
-        ("deepseek-r1-qwen", 2),
-        ("tekken", 2),
+        *((pre, 1) for pre in ("gpt-2", "llama-bpe", "llama3", "llama-v3", "smaug-bpe")),
+        *((pre, 2) for pre in ("smollm", "qwen2", "deepseek-r1-qwen", "tekken")),
     ],
 )
 def test_gguf_pre_tokenizers(pre, digits):
@@ -205,16 +179,12 @@ def test_gguf_splits(pre, words):
     assert [text[start:stop] for _, (start, stop) in split] == words
 
 
-def test_gguf_whole_words_skip_the_merges_where_the_model_does_so():
-    """ "hex" is a word of the vocabulary that no merge makes."""
+def test_gguf_vocabularies():
+    """`hex` is a word of the vocabulary that no merge makes."""
     words = gguf_fields()["tokenizer.ggml.tokens"]
     fields = {"tokens": [*words, "hex"], "token_type": [1] * 258 + [3, 4, 1]}
     whole = {pre: len(from_gguf(gguf_fields(pre, **fields)).encode(["hex"])[0][0]) for pre in ("llama3", "smaug-bpe")}
     assert whole == {"llama3": 1, "smaug-bpe": 2}
-
-
-def test_gguf_fill_up_tokens_are_no_vocabulary():
-    """Rows of the embedding beyond the tokenizer: the same tokenizer without them is the same one."""
     plain = gguf_fields("qwen2")
     words, kinds = plain["tokenizer.ggml.tokens"], plain["tokenizer.ggml.token_type"]
     filled = gguf_fields("qwen2", tokens=[*words, "[PAD260]", "[PAD261]"], token_type=[*kinds, 5, 5])
@@ -237,6 +207,11 @@ def save_tokenizer(folder, **config):
 
 
 def test_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        from_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        from_directory(tmp_path)
     save_tokenizer(tmp_path, bos_token="<s>", eos_token={"content": "</s>"}, chat_template="from the config")
     tokenizer = from_directory(tmp_path)
     assert (tokenizer.vocab, tokenizer.start, tokenizer.end) == (5, 3, 4)
@@ -244,14 +219,14 @@ def test_directory(tmp_path):
     ids, sizes = tokenizer.encode(["a b a é "])[0]
     assert ids.tolist() == [0, 1, 0, 2]  # no template, no truncation, no padding
     assert sizes.sum() == len("a b a é ".encode())
-
-
-def test_directory_other_files(tmp_path):
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 3, "eos_token_id": [4, 2]}))
     (tmp_path / "chat_template.jinja").write_text("from its own file")
     tokenizer = from_directory(tmp_path)
     assert (tokenizer.start, tokenizer.end, tokenizer.chat_template) == (3, 4, "from its own file")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        from_directory(tmp_path)
 
 
 def test_directory_saved_from_gguf(tmp_path, smollm2):
@@ -259,15 +234,3 @@ def test_directory_saved_from_gguf(tmp_path, smollm2):
     again = from_directory(tmp_path)
     assert again.fingerprint == smollm2.fingerprint
     assert (again.start, again.end) == (0, 0)
-
-
-def test_directory_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer.json"):
-        from_directory(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
-        from_directory(tmp_path)
-    save_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json"):
-        from_directory(tmp_path)

@@ -85,14 +85,10 @@ def test_text_with_other_ids_is_refused(make, model, rows, message):
         coverage(make(), {"student": make(**model)}, {"student": rows})
 
 
-def test_without_a_tokenizer_of_its_own(make):
+def test_without_a_tokenizer_and_without_files(make):
     data = make()
     assert coverage(data, {}, {"student": 261 + 1024}).size == 261
     with pytest.raises(ValueError, match=r"student.*tokenizer\.json"):
         coverage(data, {}, {"student": 261 + 1025})
-
-
-def test_planning_without_files():
-    """A placeholder of a size is compared with nothing."""
     covered = coverage(tokenize.of_size(500), {"student": tokenize.byte_tokenizer()}, {"teacher": 500, "student": 512})
     assert covered.size == 500

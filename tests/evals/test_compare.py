@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import random_params
+from harness import batch_of, random_params
 
 from jaxkd.core import sharding
 from jaxkd.core.types import Batch
@@ -27,12 +27,10 @@ def sides():
 
 def make_batch(seed: int, rows=8, length=12) -> Batch:
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 250, (rows, length)).astype(np.int32)
+    tokens = rng.integers(0, 250, (rows, length))
     weights = (rng.random((rows, length)) < 0.7).astype(np.float32)
     weights[:, -1] = 0
-    one, flat = np.ones_like(tokens), np.zeros(rows, np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    return Batch(*map(jnp.asarray, (tokens, np.roll(tokens, -1, 1), weights, one, positions, flat, flat)))
+    return batch_of(tokens, weights=weights)
 
 
 def dense(batch: Batch) -> dict[str, float]:
@@ -44,20 +42,17 @@ def dense(batch: Batch) -> dict[str, float]:
     kl = np.asarray(jnp.sum(jnp.exp(lp) * (lp - lq), -1))
     same = np.asarray(lq.argmax(-1) == lp.argmax(-1))
     rows = {"student_nats": pick(lq), "teacher_nats": pick(lp), "kl": kl, "agreement": same}
-    found = {name: float((values * live).sum()) for name, values in rows.items()} | {"tokens": float(live.sum())}
+    sums_by_name = {name: float((values * live).sum()) for name, values in rows.items()} | {"tokens": float(live.sum())}
     for side, logs in (("student", lq), ("teacher", lp)):
         top, right = np.exp(logs.max(-1)), np.asarray(logs.argmax(-1) == np.asarray(batch.targets))
         bins = np.minimum((np.asarray(top) * compare.BINS).astype(int), compare.BINS - 1)
-        found[f"{side}_calibration"] = np.asarray(
+        sums_by_name[f"{side}_calibration"] = np.asarray(
             [((right - np.asarray(top)) * live)[bins == b].sum() for b in range(compare.BINS)]
         )
-    return found
+    return sums_by_name
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [pytest.param(None, marks=pytest.mark.slow), {"data": 2, "context": 2, "model": 2}],
-)
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), {"data": 2, "context": 2, "model": 2}])
 def test_equals_the_dense_form(mesh):
     (student, teacher), params = sides()
     comparison = jax.jit(compare.make_comparison(student, teacher, 250))
@@ -102,7 +97,7 @@ def test_a_student_that_is_as_right_as_it_is_sure_has_no_calibration_error():
     assert np.isfinite(compare._calibration(top * jnp.nan, right, jnp.zeros(5))).all()
 
 
-def test_the_mean_is_over_domains_and_the_gap_is_its_own():
+def test_means_gaps_and_nan():
     values = iter([(4.0, 2.0), (8.0, 2.0)])
 
     def comparison(batch):
@@ -113,18 +108,14 @@ def test_the_mean_is_over_domains_and_the_gap_is_its_own():
     *_, mean = compare.evaluate(comparison, domains, 5, {"a": 6.0, "b": 10.0, "mean": 8.0})
     assert (mean["student_nats"], mean["teacher_nats"], mean["tokens"]) == (6.0, 2.0, 20)
     assert mean["gap_closed"] == pytest.approx(1 / 3)
-
-
-def test_no_gap_where_the_student_was_not_behind():
+    # No gap where the student was not behind.
     comparison = lambda batch: sums(10.0, 30.0, 1.0, 1.0, 10.0)
     row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 0)
     assert row["gap_closed"] is None
     row, _ = compare.evaluate(comparison, {"a": [(make_batch(0), np.array([7]))]}, 4, {"a": 2.0, "mean": 2.0})
     assert row["gap_closed"] is None
     assert " - " in compare.table([row], {"a": 2.0})
-
-
-def test_a_teacher_that_gives_nan_is_named():
+    # A teacher that gives NaN is named.
     comparison = lambda batch: sums(10.0, math.nan, 1.0, 1.0, 10.0)
     with pytest.raises(ValueError, match=r"teacher_nats.*'law'.*step 7"):
         compare.evaluate(comparison, {"law": [(make_batch(0), np.array([7]))]}, 7)

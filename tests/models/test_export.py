@@ -3,9 +3,11 @@
 import errno
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from harness import random_params
 
 from jaxkd.models import families, formats, weights
 from jaxkd.models.export import export
@@ -38,13 +40,8 @@ GIVEN = {
 
 
 def random(config, seed=0):
-    """Random parameters, also in the vocabulary padding, which must not be written."""
-    rng = np.random.default_rng(seed)
-    params = {"layers": {}}
-    for tensor in families.table(config):
-        node = params["layers"] if tensor.stacked else params
-        node[tensor.path[-1]] = rng.normal(size=tensor.leaf(config)).astype(np.float32)
-    return params
+    """Random also in the vocabulary padding, which must not be written."""
+    return jax.tree.map(np.array, random_params(config, seed, 1.0))
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED])
@@ -68,7 +65,7 @@ def test_read_back(tmp_path, config, dtype):
         np.testing.assert_array_equal(find(loaded), wanted)
 
 
-def test_small_files(tmp_path):
+def test_small_files_and_card(tmp_path):
     directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
     read = lambda name: json.loads((directory / name).read_text())
     config, tokenizer = read("config.json"), read("tokenizer_config.json")
@@ -81,9 +78,7 @@ def test_small_files(tmp_path):
     assert (tokenizer["model_max_length"], tokenizer["chat_template"]) == (64, "{{ messages }}")
     assert (directory / "tokenizer.json").read_text() == TOKENIZER
     assert read("jaxkd.json")["card"] == GIVEN["card"]
-
-
-def test_card(tmp_path):
+    # The card.
     card = (export(tmp_path / "a", TINY, random(TINY), **GIVEN) / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert 'license: "apache-2.0"\n---\n\n# a student\n' in card
@@ -100,6 +95,8 @@ def test_card(tmp_path):
     bare = (export(tmp_path / "b", TINY, random(TINY), **GIVEN | {"card": {}}) / "README.md").read_text()
     assert "license" not in bare
     assert "teacher" not in bare
+    (tmp_path / "plain").write_text("")
+    assert {file.stat().st_mode for file in directory.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +146,8 @@ def test_replaces_an_earlier_export_only(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     with pytest.raises(FileExistsError, match=r"config\.json"):
         export(target / "config.json", TINY, random(TINY), **GIVEN)
-
-
-def test_shards_of_an_earlier_export_are_removed(tmp_path):
-    target = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    # Shards of an earlier export are removed.
+    target = export(tmp_path / "sharded", TINY, random(TINY), **GIVEN)
     shard = target / "model-00001-of-00002.safetensors"
     (target / "model.safetensors").rename(shard)
     record = json.loads((target / "jaxkd.json").read_text())
@@ -165,64 +160,36 @@ def test_shards_of_an_earlier_export_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_of_another_model_are_never_replaced(tmp_path, overwrite):
-    target = tmp_path / "llama"
-    target.mkdir()
-    (target / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match=r"config\.json"):
-        export(target, TINY, random(TINY), **GIVEN, overwrite=overwrite)
-    assert [(path.name, path.read_text()) for path in target.iterdir()] == [("config.json", "{}")]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("place", ["runs/a", "runs", ".", "runs/a/out", "link", "store/a", "store"])
-def test_destination_is_apart_from_the_run(tmp_path, overwrite, place):
-    run, store = tmp_path / "runs" / "a", tmp_path / "store" / "a"
-    (run / "checkpoints" / "10").mkdir(parents=True)
-    store.mkdir(parents=True)
+def test_destinations_that_are_refused_stay_as_they_are(tmp_path, overwrite):
+    """The run itself and what holds it, checkpoints of any run, and files of another model."""
+    run, store, other = tmp_path / "runs" / "a", tmp_path / "store" / "a", tmp_path / "llama"
+    step = run / "checkpoints" / "10"
+    for directory in (step, store, other):
+        directory.mkdir(parents=True)
+    (step / "commit_success.txt").write_text("")
+    (other / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(run)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=r"cannot export"):
-        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=overwrite, keep_out=[run, store])
+    for target in ("runs/a", "runs", ".", "runs/a/out", "link", "store/a", "store"):
+        with pytest.raises(ValueError, match=r"cannot export"):
+            export(tmp_path / target, TINY, random(TINY), **GIVEN, overwrite=overwrite, keep_out=[run, store])
+    for target in ("runs", "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/10"):
+        with pytest.raises(FileExistsError, match="checkpoints"):
+            export(tmp_path / target, TINY, random(TINY), **GIVEN, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"config\.json"):
+        export(other, TINY, random(TINY), **GIVEN, overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("place", ["runs", "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/10"])
-def test_destination_holds_no_checkpoint_of_any_run(tmp_path, place):
-    step = tmp_path / "runs" / "a" / "checkpoints" / "10"
-    step.mkdir(parents=True)
-    (step / "commit_success.txt").write_text("")
-    with pytest.raises(FileExistsError, match="checkpoints"):
-        export(tmp_path / place, TINY, random(TINY), **GIVEN, overwrite=True)
-    assert (step / "commit_success.txt").exists()
+    assert (other / "config.json").read_text() == "{}"
 
 
 def test_directories_that_cannot_be_renamed(tmp_path, monkeypatch):
-    """The working directory, and a link to a directory."""
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    for place in (".", tmp_path / "link"):
-        export(place, TINY, random(TINY), **GIVEN)
+    for target in (".", tmp_path / "link"):
+        export(target, TINY, random(TINY), **GIVEN)
         assert weights.open_checkpoint(tmp_path / "here").config == TINY
     assert (tmp_path / "link").is_symlink()
-
-
-def test_file_modes_follow_the_umask(tmp_path):
-    directory = export(tmp_path / "student", TINY, random(TINY), **GIVEN)
-    (tmp_path / "plain").write_text("")
-    assert {file.stat().st_mode for file in directory.iterdir()} == {(tmp_path / "plain").stat().st_mode}
-
-
-def test_a_failure_leaves_nothing_behind(tmp_path):
-    export(tmp_path / "student", TINY, random(TINY), **GIVEN)
-    broken = random(TINY, 1)
-    broken["norm"][0] = np.nan
-    with pytest.raises(ValueError, match=r"norm .*NaN"):
-        export(tmp_path / "student", TINY, broken, **GIVEN)
-    assert [path.name for path in tmp_path.iterdir()] == ["student"]
-    kept = weights.open_checkpoint(tmp_path / "student").load()
-    np.testing.assert_array_equal(kept["norm"], random(TINY)["norm"])
 
 
 @pytest.mark.parametrize("earlier", [False, True])
@@ -250,10 +217,7 @@ def test_a_full_disk(tmp_path, monkeypatch, earlier):
         ({"dtype": "int8"}, "int8"),
         ({"generation": Generation(tokens={"bos_token": "<bos>"})}, "<bos>"),
         ({"generation": Generation(eos=(100,))}, "100"),
-        (
-            {"tokenizer_json": json.dumps({"model": {"vocab": {"a": 100}}})},
-            "100",
-        ),
+        ({"tokenizer_json": json.dumps({"model": {"vocab": {"a": 100}}})}, "100"),
     ],
 )
 def test_bad_arguments(tmp_path, change, message):
@@ -262,7 +226,7 @@ def test_bad_arguments(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_parameters_that_do_not_fit(tmp_path):
+def test_parameters_that_do_not_fit_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="layers/k_bias', 'layers/q_bias', 'layers/v_bias', 'unembed"):
         export(tmp_path / "a", TINY, random(UNTIED), **GIVEN)
     params = random(TINY)
@@ -271,3 +235,11 @@ def test_parameters_that_do_not_fit(tmp_path):
         export(tmp_path / "a", TINY, params, **GIVEN)
     with pytest.raises(ValueError, match="gs://"):
         export("gs://bucket/a", TINY, params, **GIVEN)
+    export(tmp_path / "student", TINY, random(TINY), **GIVEN)
+    broken = random(TINY, 1)
+    broken["norm"][0] = np.nan
+    with pytest.raises(ValueError, match=r"norm .*NaN"):
+        export(tmp_path / "student", TINY, broken, **GIVEN)
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    kept = weights.open_checkpoint(tmp_path / "student").load()
+    np.testing.assert_array_equal(kept["norm"], random(TINY)["norm"])

@@ -46,18 +46,7 @@ GGUF = {
     "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
     "llama.vocab_size": 49152,
 }
-SMOLLM2 = Config(
-    vocab=49152,
-    embed=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    mlp=1536,
-    rope_theta=100000.0,
-    norm_eps=1e-5,
-    max_length=8192,
-)
+SMOLLM2 = Config(49152, 576, 30, 9, 3, 64, 1536, rope_theta=100000.0, norm_eps=1e-5, max_length=8192)
 
 
 def without(config: dict, *keys: str) -> dict:
@@ -70,9 +59,12 @@ def test_reads_each_family():
     assert families.from_hf(QWEN2, "x").qkv_bias
     qwen3 = families.from_hf(QWEN3 | {"tie_word_embeddings": False}, "x")
     assert (qwen3.qk_norm, qwen3.head_dim, qwen3.tied) == (True, 128, False)
+    old = families.from_hf(without(LLAMA, "num_key_value_heads", "rope_theta"), "x")
+    assert (old.kv_heads, old.rope_theta) == (9, 10000.0)
 
 
 def test_reads_both_rope_layouts():
+    """`rope_scaling` replaces `rope_parameters` as in transformers, whichever of the two was added by hand."""
     bare = without(LLAMA, "rope_theta")
     new = bare | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}
     assert families.from_hf(new, "x") == SMOLLM2
@@ -82,10 +74,7 @@ def test_reads_both_rope_layouts():
     assert families.from_hf(old_style, "x").rope_scaling == wanted
     assert families.from_hf(new_style, "x").rope_scaling == wanted
     assert families.from_hf(new_style, "x").rope_theta == 5e5
-
-
-def test_rope_scaling_replaces_rope_parameters():
-    """As in transformers, whichever of the two was added by hand."""
+    # Whichever of the two was added by hand.
     plain, llama3 = {"rope_type": "default", "rope_theta": 5e5}, {"rope_type": "llama3", "rope_theta": 2e5, **SCALING}
     both = families.from_hf(LLAMA | {"rope_parameters": plain, "rope_scaling": llama3}, "x")
     assert (both.rope_theta, both.rope_scaling) == (2e5, RopeScaling(8.0, 1.0, 4.0, 1024))
@@ -95,11 +84,6 @@ def test_rope_scaling_replaces_rope_parameters():
     assert top.rope_theta == 100000.0  # the top level's, not that of the block that is replaced
     top = families.from_hf(LLAMA | {"rope_scaling": llama3, "original_max_position_embeddings": 2048}, "x")
     assert top.rope_scaling.original_length == 2048
-
-
-def test_the_first_llamas_lack_two_keys():
-    old = families.from_hf(without(LLAMA, "num_key_value_heads", "rope_theta"), "x")
-    assert (old.kv_heads, old.rope_theta) == (9, 10000.0)
 
 
 @pytest.mark.parametrize(
@@ -149,10 +133,7 @@ def test_the_first_llamas_lack_two_keys():
         (LLAMA | {"use_qk_norm": True}, "use_qk_norm"),
         (without(MISTRAL, "sliding_window"), "sliding_window 4096"),
         (MISTRAL | {"sliding_window": 4096}, "sliding_window 4096"),
-        (
-            QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2},
-            "sliding_window",
-        ),
+        (QWEN2 | {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}, "sliding_window"),
         (QWEN3 | {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["a"]}, "sliding_window"),
     ],
 )
@@ -195,7 +176,6 @@ def test_accepts_neutral_values(config):
     ],
 )
 def test_limits_beyond_the_row_length_are_accepted(config, tokens):
-    """And the context is cut to the limit."""
     notes = []
     read = partial(families.from_gguf, tied=True) if "general.architecture" in config else families.from_hf
     accepted = read(config, "x", length=tokens, note=notes.append)
@@ -300,7 +280,6 @@ def test_gguf_rope_factors(factor):
 
 
 def test_rope_factors_divide_frequencies():
-    """Llama 3's per-frequency factors rotate as its scaling does."""
     scaled = Config(300, 128, 1, 2, 2, 64, 8, rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192))
     listed = dataclasses.replace(scaled, rope_scaling=None, rope_factors=tuple(llama31_factors(8.0)))
     x, positions = np.random.default_rng(0).normal(size=(1, 5, 2, 64)), np.asarray([[0, 1, 100, 1000, 9000]])
@@ -320,26 +299,19 @@ def test_table_is_the_decoders_tree(tied, options):
     assert {tensor.path: tensor.leaf(config) for tensor in families.table(config)} == flat
 
 
-def test_stored_and_back():
+def test_layouts_of_stored_tensors():
+    """llama.cpp stores row (head, half h, pair i) at (head, pair i, half h)."""
     rng = np.random.default_rng(0)
     config = Config(300, 32, 2, 4, 2, 8, 64, tied=False, qkv_bias=True, qk_norm=True)
     for tensor in families.table(config):
         array = rng.normal(size=tensor.stored)
         np.testing.assert_array_equal(families.to_stored(tensor, families.from_stored(tensor, array)), array)
-
-
-def test_matrices_are_transposed_and_heads_split():
     config = Config(300, 32, 2, 4, 2, 8, 64)
     by_path = {tensor.path[-1]: tensor for tensor in families.table(config)}
     stored = np.arange(32 * 32).reshape(32, 32)  # [out, in]
     q, o = (families.from_stored(by_path[name], stored) for name in "qo")
     assert q[5, 3, 2] == stored[3 * 8 + 2, 5]
     assert o[3, 2, 5] == stored[5, 3 * 8 + 2]
-
-
-def test_interleaved_rows_are_reordered():
-    """llama.cpp stores row (head, half h, pair i) at (head, pair i, half h)."""
-    config = Config(300, 32, 2, 4, 2, 8, 64)
     k = {tensor.path[-1]: tensor for tensor in families.table(config)}["k"]
     wanted = np.arange(16 * 32).reshape(16, 32)
     stored = np.empty_like(wanted)

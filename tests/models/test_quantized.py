@@ -4,11 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import REPOSITORY, random_params
+from harness import batch_of, random_params, recipe
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
-from jaxkd.core.types import Batch
 from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
 from jaxkd.planning import plan
@@ -30,7 +27,6 @@ def narrow(params):
 
 
 def widened(narrow):
-    """Dequantised weights."""
     stack = {name: leaf for name, leaf in narrow["layers"].items() if not name.endswith("_scale")}
     for name, summed in MATRICES.items():
         scale = narrow["layers"][name + "_scale"]
@@ -46,9 +42,6 @@ def test_rounding_error_is_at_most_half_a_step_of_the_channel(params, narrow):
         assert (off <= step * (0.5 + 1e-4)).all(), name
         # The largest weight of each channel is at the last level.
         assert (np.abs(narrow["layers"][name]).max(tuple(range(1, 1 + summed))) == 127).all()
-
-
-def test_zero_channels_and_weights_that_are_not_finite(params):
     weights = np.zeros((4, 3), np.float32)
     weights[:, 1] = [1, -2, 0.5, 2]
     rounded, scales = quantized.matrix(weights)
@@ -63,13 +56,11 @@ def on_device(tree):
     return jax.tree.map(jnp.asarray, tree)
 
 
-def row(length=12) -> Batch:
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 100, (1, length)), jnp.int32)
-    ones, one = jnp.ones_like(tokens), jnp.zeros(1, jnp.int32)
-    return Batch(tokens, tokens, ones.astype(jnp.float32), ones, jnp.arange(length)[None], one, one)
+def row(length=12):
+    return batch_of(np.random.default_rng(1).integers(0, 100, (1, length)))
 
 
-def test_forward_equals_that_of_the_dequantised_weights(params, narrow):
+def test_forward_and_sampling_equal_those_of_the_dequantised_weights(params, narrow):
     taps = ("layer_2", "query_3")
     int8, same, exact = (
         transformer.forward(CONFIG, on_device(p), row(), taps=taps) for p in (narrow, widened(narrow), params)
@@ -78,9 +69,6 @@ def test_forward_equals_that_of_the_dequantised_weights(params, narrow):
     np.testing.assert_allclose(int8.taps["query_3"], same.taps["query_3"], atol=2e-5)
     off = np.linalg.norm(int8.head.hidden - exact.head.hidden) / np.linalg.norm(exact.head.hidden)
     assert 1e-4 < off < 0.02
-
-
-def test_sampling_equals_that_of_the_dequantised_weights(narrow):
     prompts, lengths = np.asarray(row().tokens[:, :4]), np.array([4])
     keys = jax.random.split(jax.random.key(0), 1)
     written = [
@@ -91,11 +79,8 @@ def test_sampling_equals_that_of_the_dequantised_weights(narrow):
     np.testing.assert_allclose(written[0].logprobs, written[1].logprobs, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ a job
-
-
 def built(*overrides: str) -> job.Job:
-    return job.build(experiment(read_config([f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *overrides])))
+    return job.build(recipe("tiny.py", *overrides))
 
 
 def test_a_job_quantises_its_teacher_after_the_student_was_cut_from_it():
@@ -103,10 +88,7 @@ def test_a_job_quantises_its_teacher_after_the_student_was_cut_from_it():
     models = load.weights(
         this.models, this.experiment.student, load.Domains((), (), (), ())
     )  # not read: the layers are named
-    teacher, weights = (
-        models.teachers["teacher"]["layers"],
-        load.host_params(this.models.teacher),
-    )
+    teacher, weights = (models.teachers["teacher"]["layers"], load.host_params(this.models.teacher))
     assert {teacher[name].dtype for name in MATRICES} == {jnp.dtype("int8")}
     assert models.teachers["teacher"]["embed"].dtype == jnp.bfloat16
     assert teacher["attn_norm"].dtype == teacher["q_scale"].dtype == jnp.float32

@@ -39,7 +39,7 @@ def hidden(params, batch, **options):
     return np.asarray(transformer.forward(CONFIG, params, batch, **options).head.hidden)
 
 
-def test_packed_documents_do_not_see_each_other(params):
+def test_packing_causality_and_relative_positions(params):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 100, n) for n in (5, 9, 3)]
     packed = hidden(params, batch_of(documents, 20))[0]
@@ -48,18 +48,14 @@ def test_packed_documents_do_not_see_each_other(params):
         alone = hidden(params, batch_of([ids], len(ids)))[0]
         np.testing.assert_allclose(packed[start : start + len(ids)], alone, atol=2e-5)
         start += len(ids)
-
-
-def test_attention_is_causal(params):
+    # Causal.
     ids = np.arange(12) * 7 % 100
     changed = ids.copy()
     changed[8:] = 3
     first, second = (hidden(params, batch_of([x], 12))[0] for x in (ids, changed))
     np.testing.assert_array_equal(first[:8], second[:8])
     assert np.abs(first[8:] - second[8:]).max() > 1e-3
-
-
-def test_only_relative_positions_matter(params):
+    # Only relative positions matter.
     ids = np.array([5, 6, 7])
     batch = batch_of([ids], 3)
     moved = batch._replace(positions=batch.positions + 11)
@@ -103,9 +99,6 @@ def test_logical_axes_cover_every_parameter(params):
         assert len(leaf.shape) == len(name)
         assert all(name)
     assert axes["layers"]["q"] == ("layers", "embed", "heads", "head_dim")
-
-
-def test_parameter_count_leaves_out_padding():
     config = dataclasses.replace(CONFIG, qkv_bias=False, qk_norm=False, tied=False)
     by_hand = 2 * 100 * 32 + 32 + 4 * (2 * 32 + 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     assert transformer.parameter_count(config) == by_hand
@@ -117,9 +110,6 @@ def test_left_out_layer_equals_the_shorter_decoder(params):
     short = dataclasses.replace(CONFIG, layers=3)
     cut = transformer.forward(short, shrink.keep_layers(params, (0, 1, 3)), batch).head.hidden
     np.testing.assert_allclose(out, cut, atol=1e-6)
-
-
-def test_most_important_layers():
     scores = np.array([9.0, 3.1, 3.3, 3.2, 7.0])
     assert shrink.most_important(scores, 3) == (0, 2, 4)
     with pytest.raises(ValueError, match=r"student\.keep"):

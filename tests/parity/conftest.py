@@ -6,18 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxkd.core.types import Batch
+from harness import batch_of
 
 
 def _batch(tokens, segments=None, positions=None):
-    tokens = np.atleast_2d(np.asarray(tokens, np.int32))
-    segments = np.ones_like(tokens) if segments is None else np.atleast_2d(segments)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
-    zero = jnp.zeros(len(tokens), jnp.int32)
-    weights = jnp.ones(tokens.shape, jnp.float32)
-    arrays = (tokens, np.roll(tokens, -1, 1), weights, segments, np.atleast_2d(positions))
-    return Batch(*(jnp.asarray(array) for array in arrays), zero, zero)
+    fields = {"segments": segments, "positions": positions}
+    return batch_of(np.atleast_2d(tokens), **{k: np.atleast_2d(v) for k, v in fields.items() if v is not None})
 
 
 @pytest.fixture(scope="session")

@@ -62,9 +62,6 @@ def same(got, want, tolerance=5e-6):
         assert error < tolerance, name
 
 
-# ------------------------------------------------------------------------------------------ torch
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_torch_kl_div(arrays, direction, temperature):
@@ -108,9 +105,6 @@ def test_both_terms_together(arrays):
     same(ours(arrays, forward_kl(), next_token()), theirs(arrays, loss))
 
 
-# -------------------------------------------------------------------------------------------- TRL
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("beta", BETAS)
 def test_trl_generalized_jsd(arrays, beta, temperature):
@@ -149,9 +143,6 @@ def test_trl_chunked_divergence(arrays, beta, temperature):
     term = generalized_jsd(beta, endpoint="kl")
     want = value.detach().numpy(), hidden.grad[0].numpy(), unembed.grad.numpy().T
     same(ours(arrays, term, temperature=temperature, weights=weights), want, tolerance=2e-5)
-
-
-# ------------------------------------------------------------------------------------------ tunix
 
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.5)])

@@ -78,17 +78,14 @@ ENTRY %main (given: (s32[], f32[5,8,64], f32[32,64])) -> f32[] {
 
 
 def test_exchanges_of_a_tpu_program():
-    found = hlo.Program(TPU).collectives(MESH)
-    assert found == [
+    """An exchange overlaps with what is computed before its end; a name for what is there is no work."""
+    exchanges = hlo.Program(TPU).collectives(MESH)
+    assert exchanges == [
         hlo.Collective("reduce-scatter", "data", 32 * 64 * 4, True, 5),
         hlo.Collective("all-gather", "data", 32 * 64 * 2, True, 5, overlapped=True),
         hlo.Collective("collective-permute", "model", 32 * 64 * 4, False, 1),
         hlo.Collective("all-reduce", "data+model", 4, False, 1),
     ]
-
-
-def test_an_exchange_overlaps_where_something_is_computed_before_its_end():
-    """A hop ends at once; with a fusion between start and end it does not, and a name for what is there is no work."""
     end = "  %hopped = f32[32,64]{1,0:S(1)} collective-permute-done(%hop)\n"
     overlapped = lambda text: [c.overlapped for c in hlo.Program(text).collectives(MESH) if c.axis == "model"]
     fused = "  %busy = f32[32,64]{1,0} fusion(%hop.1), kind=kLoop, calls=%one_layer\n"
@@ -148,7 +145,7 @@ def test_groups_of_devices_lie_along_an_axis(attributes, axis):
 def compiled():
     """A stack of layers in a scan, its weights spread over both axes, compiled for eight fake devices."""
     mesh = make_mesh(**MESH)
-    place = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
+    spread = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*axes)))
 
     def run(x, stack):
         def layer(x, w):
@@ -158,21 +155,17 @@ def compiled():
 
         return jnp.sum(jax.lax.scan(layer, x, stack)[0])
 
-    x, stack = place((ROWS, WIDTH), "data", None), place((LAYERS, WIDTH, WIDTH), None, "data", "model")
+    x, stack = spread((ROWS, WIDTH), "data", None), spread((LAYERS, WIDTH, WIDTH), None, "data", "model")
     return jax.jit(run).lower(x, stack).compile()
 
 
-def test_exchanges_of_a_compiled_program_are_counted_per_trip(compiled):
-    found = {(c.op, c.axis, c.in_loop): c for c in hlo.Program(compiled.as_text()).collectives(MESH)}
-    weights = found["all-gather", "data", True]
+def test_exchanges_and_traffic_of_a_compiled_program_grow_with_the_trips(compiled):
+    exchanges = {(c.op, c.axis, c.in_loop): c for c in hlo.Program(compiled.as_text()).collectives(MESH)}
+    weights = exchanges["all-gather", "data", True]
     assert (weights.bytes, weights.count) == (WIDTH * WIDTH // 2 * 4, LAYERS)
-    rows = found["all-gather", "model", True]
+    rows = exchanges["all-gather", "model", True]
     assert (rows.bytes, rows.count) == (ROWS // 4 * WIDTH * 4, LAYERS)
-    assert not found["all-reduce", "data", False].in_loop
-
-
-def test_traffic_grows_with_the_trips(compiled):
-    """Every layer's weights are read, gathered and multiplied; XLA's own figure has one layer of them."""
+    assert not exchanges["all-reduce", "data", False].in_loop
     gathered = WIDTH * WIDTH // 2 * 4
     assert hlo.Program(compiled.as_text()).traffic() > LAYERS * 2 * gathered
 
@@ -220,7 +213,7 @@ ENTRY %main (p: f32[8,128], q: f32[4,16]) -> f32[8,128] {
 
 def test_what_goes_between_slices_is_read_from_what_is_sent():
     mesh = {"replica": 2, "data": 2, "model": 2}
-    ids = lambda order: [100_000 * (s + 1) + place for s in (0, 1) for place in order]
+    ids = lambda order: [100_000 * (s + 1) + i for s in (0, 1) for i in order]
     # The mesh does not have a slice's devices in their order: the second and the fourth are exchanged.
     assert hlo.Program(SLICES).collectives(mesh, ids([0, 3, 2, 1])) == [
         hlo.Collective("all-reduce", "replica", 8 * 128 * 4, True, 3),
@@ -232,5 +225,5 @@ def test_what_goes_between_slices_is_read_from_what_is_sent():
     # Work between a transfer's two ends hides it, and only that transfer.
     end = "  %recv-done.1 ="
     busy = "  %busy = f32[8,128]{1,0} convolution(%g, %g), dim_labels=bf_io->bf\n"
-    found = hlo.Program(SLICES.replace(end, busy + end, 1)).collectives(mesh, ids([0, 3, 2, 1]))
-    assert [c.overlapped for c in found] == [True, False, False]
+    exchanges = hlo.Program(SLICES.replace(end, busy + end, 1)).collectives(mesh, ids([0, 3, 2, 1]))
+    assert [c.overlapped for c in exchanges] == [True, False, False]

@@ -6,16 +6,15 @@ import re
 import time
 import types
 from collections import namedtuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import REPOSITORY
+from harness import REPOSITORY, recipe
 
 from jaxkd.cli import main
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.core.types import Batch
 from jaxkd.models import flops, transformer
 from jaxkd.planning import oom, plan, plan_report
@@ -25,15 +24,11 @@ from jaxkd.run import program
 from jaxkd.run import teacher as teaching
 from jaxkd.teachers import codec
 
-TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
-POD = f"--config={REPOSITORY / 'configs' / 'llama_8b_to_1b.py'}"
+POD = "llama_8b_to_1b.py"
 
 
-def built(*overrides: str, recipe: str = TINY):
-    return plan.build(experiment(read_config([recipe, *overrides])), jax.devices())
-
-
-# ------------------------------------------------------------------------------------------- FLOPs
+def built(*overrides: str, name: str = "tiny.py"):
+    return plan.build(recipe(name, *overrides), jax.devices())
 
 
 def test_flops_equal_a_count_by_hand():
@@ -42,11 +37,11 @@ def test_flops_equal_a_count_by_hand():
     seen = sum(range(1, 11)) / 10  # tokens that a token of a row of ten sees on average
     forward = 3 * (2 * weights + 2 * 2 * 4 * 2 * seen) + 2 * 8 * 100
     side = flops.Side(config)
-    found = flops.step([side], side, 20, 10, remat=True)
-    assert found.teacher == 20 * forward
-    assert found.student == 3 * 20 * forward
-    assert found.recomputed == 20 * (forward - 2 * 8 * 100)
-    assert found.masked == 20 * 5 * 3 * (2 * 2 * 4 * 2 * (10 - seen))
+    count = flops.step([side], side, 20, 10, remat=True)
+    assert count.teacher == 20 * forward
+    assert count.student == 3 * 20 * forward
+    assert count.recomputed == 20 * (forward - 2 * 8 * 100)
+    assert count.masked == 20 * 5 * 3 * (2 * 2 * 4 * 2 * (10 - seen))
     assert flops.step([], side, 20, 10, remat=True, trains=False).executed == 20 * (forward + 3 * 4 * 4 * 2 * 4.5)
 
 
@@ -87,12 +82,8 @@ def test_a_teacher_costs_what_is_run_of_it(overrides, body, head):
     )
 
 
-# -------------------------------------------------------------------------------- what is compiled
-
-
 @pytest.mark.parametrize("signal", ["hidden", "top_k", "sampled", "token"])
 def test_a_cached_teacher_is_compiled_without_its_cache(signal):
-    """The abstract batch is what a store's rows are, and the step takes it."""
     term = "cross_entropy" if signal == "sampled" else "next_token" if signal == "token" else "forward_kl"
     job = built(
         f"--config.teacher.signal={signal}", "--config.teacher.cache=gone", f"--config.objective.kd.divergence={term}"
@@ -114,9 +105,6 @@ def test_a_cached_teacher_is_compiled_without_its_cache(signal):
     assert {"loss", "lr"} <= set(measured)
 
 
-# -------------------------------------------------------------------------------- what is reported
-
-
 @pytest.fixture(scope="module")
 def example():
     """A plan with given numbers."""
@@ -131,25 +119,23 @@ def text(p) -> str:
     return "\n".join(plan_report.lines(p))
 
 
-def test_the_json_object(example):
-    found = json.loads(json.dumps(example.json()))
-    assert {key: found[key] for key in ("topology", "slices", "devices", "fits")} == {
+def test_the_json_object_and_the_text_of_a_plan(example, monkeypatch):
+    values = json.loads(json.dumps(example.json()))
+    assert {key: values[key] for key in ("topology", "slices", "devices", "fits")} == {
         "topology": "v5e:2x4", "slices": 1, "devices": 8, "fits": True,
     }  # fmt: skip
-    assert found["hbm_bytes"] == example.memory._asdict()
-    assert found["flops"] == {"model": 8e12, "teacher": 2e12, "student": 6e12}
+    assert values["hbm_bytes"] == example.memory._asdict()
+    assert values["flops"] == {"model": 8e12, "teacher": 2e12, "student": 6e12}
     one = {"op": "all-gather", "axis": "data", "bytes": 1 << 20, "in_loop": True, "count": 12, "overlapped": True}
-    assert found["collectives"] == [one]
+    assert values["collectives"] == [one]
     estimate = {"step_s": 0.5, "tokens_per_s": 1024.0, "mfu": 8e12 / 0.5 / (8 * 197e12), "bound": "compute"}
     hours = 20 * 0.5 / 3600
     estimate |= {"exposed_s": 0.0, "hours": hours, "chip_hours": 8 * hours, "hbm_gb": 0.25 * 819}
-    assert found["estimate"].pop("bound") == estimate.pop("bound")
-    assert found["estimate"] == pytest.approx(estimate)
+    assert values["estimate"].pop("bound") == estimate.pop("bound")
+    assert values["estimate"] == pytest.approx(estimate)
     none = example._replace(estimate=None).json()["estimate"]
     assert none == dict.fromkeys((*estimate, "bound"))
-
-
-def test_the_text_of_a_plan(example, monkeypatch):
+    # The text.
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     for part in (
         "bash launch/host.sh --chip v5e -- plan",
@@ -164,9 +150,7 @@ def test_the_text_of_a_plan(example, monkeypatch):
     assert " 0.0M" not in text(example)
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--one=true --two=3")
     assert "2 in LIBTPU_INIT_ARGS" in text(example)
-
-
-def test_the_text_of_a_plan_that_does_not_fit(example):
+    # A plan that does not fit.
     gib = 2**30
     large = plan.Memory(4 * gib, 10 * gib, gib, 2 * gib, 2 * gib, 5 * gib)
     refused = text(example._replace(memory=large, estimate=None))
@@ -174,24 +158,7 @@ def test_the_text_of_a_plan_that_does_not_fit(example):
     assert "--suggest" in refused
     small = text(example._replace(memory=large._replace(teacher=0), estimate=None))
     assert "alone are" not in small
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(1.5e-5, "15 microseconds"), (90, "1.5 minutes"), (7_200, "2 hours"), (385_200, "107 hours")]
-)
-def test_durations(seconds, said):
-    assert plan_report.duration(seconds) == said
-
-
-def test_exposed_communication_is_added_to_compute():
-    estimate = plan.Estimate(0.5, 0.25, 0.125, exposed=0.0625)
-    assert (estimate.step_s, estimate.bound) == (0.5625, "compute")
-    assert plan.Estimate(0.25, 0.125, 0.5, exposed=0.375).bound == "ici"
-    assert plan.Estimate(0.5, 0.75, 0.125, 0, 0.125).step_s == 0.75
-
-
-def test_several_slices_and_chips_of_two_devices(example):
-    """The network's time counts; four tpu7x chips are eight devices, and cost the time of four chips."""
+    # Several slices, and chips of two devices.
     estimate = plan.Estimate(0.5, 0.25, 0.125, 0.75)
     two = example._replace(topology=topologys.topology("v5e:2x4", 2), estimate=estimate)
     assert "2 x v5e:2x4: 16 chips, 2 hosts, 16 JAX devices" in text(two)
@@ -204,14 +171,19 @@ def test_several_slices_and_chips_of_two_devices(example):
     assert pairs.rates()["mfu"] == pytest.approx(8e12 / 0.5 / (4 * 2 * 1153e12))
 
 
-# ------------------------------------------------------------------------------ time of collectives
+def test_durations():
+    seconds = (1.5e-5, 90, 7_200, 385_200)
+    assert [*map(plan_report.duration, seconds)] == ["15 microseconds", "1.5 minutes", "2 hours", "107 hours"]
+    estimate = plan.Estimate(0.5, 0.25, 0.125, exposed=0.0625)
+    assert (estimate.step_s, estimate.bound) == (0.5625, "compute")
+    assert plan.Estimate(0.25, 0.125, 0.5, exposed=0.375).bound == "ici"
+    assert plan.Estimate(0.5, 0.75, 0.125, 0, 0.125).step_s == 0.75
+
 
 Device = namedtuple("Device", "coords slice_index")
 
 
 class Grid:
-    """A mesh whose devices have given coordinates on given slices."""
-
     def __init__(self, device, **sizes):
         self.axis_names, self.devices = tuple(sizes), np.empty(tuple(sizes.values()), object)
         for index in np.ndindex(self.devices.shape):
@@ -253,24 +225,15 @@ NETWORK = 50 / 3.125  # of v5e: how much slower it is than a link
 def test_collectives_take_their_bytes_over_their_links(name, mesh, op, axis, links, network):
     """In multiples of the time that the array takes over one link of 50 GB/s."""
     topology = topologys.topology(name, 2 if mesh is SLICES else 1)
-    found = plan.collective_seconds(Collective(op, axis, 10**9, True, 1), mesh, topology)
-    assert found == pytest.approx((links * 10**9 / 50e9, network * 10**9 / 50e9))
+    seconds = plan.collective_seconds(Collective(op, axis, 10**9, True, 1), mesh, topology)
+    assert seconds == pytest.approx((links * 10**9 / 50e9, network * 10**9 / 50e9))
 
 
-# ------------------------------------------------------------------------------------ out of memory
-
-
-class Failing:
-    """A step whose compilation runs out of memory with a given message."""
-
-    def __init__(self, message: str):
-        self.message = message
-
-    def lower(self, *arguments):
-        return self
-
-    def compile(self):
-        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.message}")
+def failing(message: str) -> Mock:
+    """A step whose compilation runs out of memory with this message."""
+    step = Mock()
+    step.lower.return_value.compile.side_effect = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
+    return step
 
 
 HBM = [
@@ -283,10 +246,10 @@ HBM = [
 
 @pytest.mark.parametrize(("message", "used", "temporaries"), HBM)
 def test_out_of_hbm_is_a_plan_that_does_not_fit(example, message, used, temporaries, monkeypatch, capsys):
-    monkeypatch.setattr(program, "jitted_step", lambda *_: Failing(message))
-    found = plan.plan(example.job, topologys.topology("v5e:2x4"))
-    m = found.memory
-    assert not found.fits
+    monkeypatch.setattr(program, "jitted_step", lambda *_: failing(message))
+    planned = plan.plan(example.job, topologys.topology("v5e:2x4"))
+    m = planned.memory
+    assert not planned.fits
     arguments = m.peak - m.temp
     assert m.peak == used + arguments * temporaries
     assert arguments > m.params + m.optimizer + m.teacher > 0
@@ -297,23 +260,30 @@ def test_a_rollout_that_does_not_fit_is_a_plan_that_does_not(example, monkeypatc
     """The teacher's text is written by a program of its own before the step, beside the train state."""
     message, used, _ = HBM[2]
     memory = dict.fromkeys(("argument", "temp", "output", "alias", "generated_code"), 0)
-    step = types.SimpleNamespace(
-        memory_analysis=lambda: types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in memory.items()}),
-    )
-    step.lower, step.compile = lambda *_: step, lambda: step
+    step, sizes = Mock(), types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in memory.items()})
+    step.lower.return_value.compile.return_value.memory_analysis.return_value = sizes
     monkeypatch.setattr(program, "jitted_step", lambda *_: step)
-    monkeypatch.setattr(program, "jitted_rollout", lambda *_: Failing(message))
-    found = plan.plan(example.job, topologys.topology("v5e:2x4"))
-    assert (found.fits, found.memory.peak) == (False, used)
+    monkeypatch.setattr(program, "jitted_rollout", lambda *_: failing(message))
+    planned = plan.plan(example.job, topologys.topology("v5e:2x4"))
+    assert (planned.fits, planned.memory.peak) == (False, used)
 
 
-def test_arguments_beyond_the_limit_are_not_compiled(capsys):
-    found = plan.plan(
-        built("--config.teacher.path=meta-llama/Llama-3.1-70B", recipe=POD), topologys.topology("v5e:2x4")
+def test_what_is_not_compiled_takes_long_or_cannot_be_planned(capsys, monkeypatch):
+    planned = plan.plan(
+        built("--config.teacher.path=meta-llama/Llama-3.1-70B", name=POD), topologys.topology("v5e:2x4")
     )
-    assert not found.fits
-    assert found.memory.teacher == pytest.approx(2 * 70_553_706_496 / 8, rel=1e-3)
-    assert (found.memory.temp, capsys.readouterr().err) == (0, "")
+    assert not planned.fits
+    assert planned.memory.teacher == pytest.approx(2 * 70_553_706_496 / 8, rel=1e-3)
+    assert (planned.memory.temp, capsys.readouterr().err) == (0, "")
+    with plan._progress("compiling", every=0.01):
+        time.sleep(0.05)
+    assert re.search(r"compiling \.\.\.\ncompiling: \d+ s", capsys.readouterr().err)
+    command = ["plan", f"--config={REPOSITORY / 'configs' / 'tiny.py'}", "--topology", "v5e:2x2"]
+    with pytest.raises(ValueError, match="--slices 0"):
+        main.main([*command, "--slices", "0"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"libtpu.*jax\[tpu\]"):
+        main.main(command)
 
 
 STACK = (
@@ -324,7 +294,7 @@ STACK = (
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "named"),
     [
         (
             "XLA:TPU compile permanent error. Ran out of memory in memory space vmem. Used 17.50M of 16.00M vmem. "
@@ -338,25 +308,10 @@ STACK = (
         ("Ran out of memory in memory space hbm.", "RESOURCE_EXHAUSTED: Ran out of memory"),
     ],
 )
-def test_out_of_other_memory_is_an_error(example, message, said, monkeypatch):
+def test_out_of_other_memory_is_an_error(example, message, named, monkeypatch):
     """It does not depend on the job's size: no verdict on batch, mesh and slice."""
-    monkeypatch.setattr(program, "jitted_step", lambda *_: Failing(message))
-    with pytest.raises(oom.OnChipOom, match=said) as error:
+    monkeypatch.setattr(program, "jitted_step", lambda *_: failing(message))
+    with pytest.raises(oom.OnChipOom, match=named) as error:
         plan.plan(example.job, topologys.topology("v5e:2x4"))
     assert isinstance(error.value, ValueError)
     assert "\n" not in str(error.value)
-
-
-def test_a_long_compilation_says_how_long_it_has_taken(capsys):
-    with plan._progress("compiling", every=0.01):
-        time.sleep(0.05)
-    assert re.search(r"compiling \.\.\.\ncompiling: \d+ s", capsys.readouterr().err)
-
-
-def test_what_cannot_be_planned_is_one_sentence(monkeypatch):
-    command = ["plan", TINY, "--topology", "v5e:2x2"]
-    with pytest.raises(ValueError, match="--slices 0"):
-        main.main([*command, "--slices", "0"])
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"libtpu.*jax\[tpu\]"):
-        main.main(command)

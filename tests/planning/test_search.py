@@ -5,27 +5,20 @@ import re
 
 import jax
 import pytest
-from harness import REPOSITORY
+from harness import recipe
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.models import flops
 from jaxkd.planning import plan, search
 from jaxkd.planning import topology as topologys
 from jaxkd.planning.oom import OnChipOom
 
-TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
-POD = f"--config={REPOSITORY / 'configs' / 'llama_8b_to_1b.py'}"
+POD = "llama_8b_to_1b.py"
 SLICE = topologys.topology("v5e:2x4")
-
-
-def asked(*overrides: str, recipe: str = TINY):
-    return experiment(read_config([recipe, *overrides]))
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return plan.build(asked("--config.data.batch=64", "--config.optim.micro_batches=2"), jax.devices())
+    return plan.build(recipe("tiny.py", "--config.data.batch=64", "--config.optim.micro_batches=2"), jax.devices())
 
 
 @pytest.fixture
@@ -48,64 +41,56 @@ def suggest(tiny, monkeypatch):
         monkeypatch.setattr(plan, "devices", lambda topology: jax.devices())
         monkeypatch.setattr(plan, "build", lambda e, devices: tiny._replace(experiment=e))
         monkeypatch.setattr(plan, "plan", planned)
-        go.said = []
-        return search.suggest(e, SLICE, budget, go.said.append)
+        go.lines = []
+        return search.suggest(e, SLICE, budget, go.lines.append)
 
     return go
 
 
 def test_the_fastest_that_fits_is_suggested(suggest):
     one = "--config.optim.micro_batches=1"
-    found = suggest({"": (4.0, 800), one: (3.0, 900), f"{one}|.*replicated.*": (None, 5_000)})
-    values = json.loads(json.dumps(found.json()))
+    suggestion = suggest({"": (4.0, 800), one: (3.0, 900), f"{one}|.*replicated.*": (None, 5_000)})
+    values = json.loads(json.dumps(suggestion.json()))
     assert values["overrides"] == [one]
     assert (values["fits"], values["estimate"]["step_s"]) == (True, 3.0)
     first, second, *_, last = [{k: v for k, v in c.items() if k != "compile_s"} for c in values["candidates"]]
     assert first == {"overrides": [one], "fits": True, "step_s": 3.0, "peak_bytes": 900}
     assert second == {"overrides": [], "fits": True, "step_s": 4.0, "peak_bytes": 800}
     assert (last["fits"], last["step_s"], last["peak_bytes"]) == (False, None, 5_000)
-    assert found.lines()[-1] == f"add       {one}"
-    assert any(line.startswith(f"{one}: 3 s") for line in suggest.said)
-
-
-def test_one_setting_changes_at_a_time_and_the_recipe_may_be_the_best(suggest):
-    found = suggest({"": (1.0, 900)})
-    assert found.json()["overrides"] == []
-    tried = [c["overrides"] for c in found.json()["candidates"]]
+    assert suggestion.lines()[-1] == f"add       {one}"
+    assert any(line.startswith(f"{one}: 3 s") for line in suggest.lines)
+    # One setting changes at a time, and the recipe may be the best.
+    suggestion = suggest({"": (1.0, 900)})
+    assert suggestion.json()["overrides"] == []
+    tried = [c["overrides"] for c in suggestion.json()["candidates"]]
     changed = ["optim.micro_batches=1", "run.mesh.model=2", "run.mesh.teacher=2", "teacher.sharding=replicated"]
     assert sorted(tried) == [[], *([f"--config.{key}"] for key in changed)]
-
-
-def test_what_does_not_fit_takes_more_micro_batches_until_it_does(suggest):
-    found = suggest({"": (None, 5_000), ".*micro_batches=4": (None, 3_000), ".*micro_batches=8": (9.0, 1_000)})
-    assert found.tried[0].rank == (False, 9.0)
-    assert found.json()["overrides"] == ["--config.optim.micro_batches=8"]
-
-
-def test_where_nothing_fits_the_smallest_is_shown_and_no_arguments(suggest):
-    found = suggest({".*remat=layer.*": (None, 3_000), ".*": (None, 4_000)})
-    assert (found.plan.fits, found.plan.memory.peak) == (False, 3_000)
-    assert found.json()["overrides"] is None
-    assert "larger slice" in found.lines()[-1]
-
-
-def test_no_compilation_is_begun_beyond_the_budget(suggest):
+    # What does not fit takes more micro-batches until it does.
+    suggestion = suggest({"": (None, 5_000), ".*micro_batches=4": (None, 3_000), ".*micro_batches=8": (9.0, 1_000)})
+    assert suggestion.tried[0].rank == (False, 9.0)
+    assert suggestion.json()["overrides"] == ["--config.optim.micro_batches=8"]
+    # Where nothing fits the smallest is shown, and no arguments.
+    suggestion = suggest({".*remat=layer.*": (None, 3_000), ".*": (None, 4_000)})
+    assert (suggestion.plan.fits, suggestion.plan.memory.peak) == (False, 3_000)
+    assert suggestion.json()["overrides"] is None
+    assert "larger slice" in suggestion.lines()[-1]
+    # No compilation is begun beyond the budget.
     assert len(suggest({}, budget=0).tried) == 1
 
 
 def test_a_kernel_out_of_vmem_is_one_candidate_less(suggest):
     error = OnChipOom("vmem")
-    found = suggest({"": error, ".*micro_batches=4": (3.0, 900)})
-    assert found.plan.estimate.step_s == 3.0
-    assert found.json()["candidates"][-1]["fits"] is False
-    assert "vmem" in suggest.said[0]
+    suggestion = suggest({"": error, ".*micro_batches=4": (3.0, 900)})
+    assert suggestion.plan.estimate.step_s == 3.0
+    assert suggestion.json()["candidates"][-1]["fits"] is False
+    assert "vmem" in suggest.lines[0]
     with pytest.raises(OnChipOom, match="vmem"):
         suggest({".*": error})
 
 
 def test_candidates_fill_the_slice_and_divide_its_rows():
     """What the compiler is asked is what `job.build` accepts: batch, micro-batches and evaluation rows divide."""
-    e = search._fitted(asked(recipe=POD), SLICE)
+    e = search._fitted(recipe(POD), SLICE)
     for fits in (True, False):
         estimate = plan.Estimate(1, 1, 1) if fits else None
         result = plan.Plan(SLICE, plan.build(e, jax.devices()), None, None, (), estimate)
@@ -116,7 +101,7 @@ def test_candidates_fill_the_slice_and_divide_its_rows():
             over = 8 // v.run.mesh.model // v.run.mesh.context
             assert v.data.batch % (v.optim.micro_batches * over) == 0
             assert v.run.eval_batch % over == 0
-    two = search._fitted(asked("--config.run.mesh.replica=2", recipe=POD), topologys.topology("v5e:2x2", 2))
+    two = search._fitted(recipe(POD, "--config.run.mesh.replica=2"), topologys.topology("v5e:2x2", 2))
     assert (two.run.mesh.replica, search._sizes(two, topologys.topology("v5e:2x2", 2))["data"]) == (2, 4)
     with pytest.raises(ValueError, match=r"data\.batch"):
-        search.suggest(asked("--config.data.batch=3"), topologys.topology("v5e:4x8"), 1.0, print)
+        search.suggest(recipe("tiny.py", "--config.data.batch=3"), topologys.topology("v5e:4x8"), 1.0, print)

@@ -4,22 +4,16 @@ import json
 
 import jax
 import pytest
-from harness import REPOSITORY
+from harness import recipe
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.models import families, transformer
 from jaxkd.planning import plan, published, topology
 
-TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
-POD = f"--config={REPOSITORY / 'configs' / 'llama_8b_to_1b.py'}"
+POD = "llama_8b_to_1b.py"
 
 
-def built(*overrides: str, recipe: str = TINY):
-    return plan.build(experiment(read_config([recipe, *overrides])), jax.devices())
-
-
-# ------------------------------------------------------------------------------------------ slices
+def built(*overrides: str, name: str = "tiny.py"):
+    return plan.build(recipe(name, *overrides), jax.devices())
 
 
 @pytest.mark.parametrize(
@@ -37,16 +31,26 @@ def built(*overrides: str, recipe: str = TINY):
     ],
 )
 def test_names_of_slices(name, grid, chip_count, hosts, devices):
-    found = topology.topology(name)
-    assert (found.name, found.chips, found.hosts, found.devices) == (grid, chip_count, hosts, devices)
+    slices = topology.topology(name)
+    assert (slices.name, slices.chips, slices.hosts, slices.devices) == (grid, chip_count, hosts, devices)
 
 
-def test_a_number_that_counts_cores_is_explained():
-    said = topology.topology("v5p-128").sentence()
-    assert "64 chips, 16 hosts, 64 JAX devices" in said
-    assert "the number in v5p-128 counts TensorCores, 2 a chip, not chips" in said
+def test_cores_rings_and_several_slices():
+    sentence = topology.topology("v5p-128").sentence()
+    assert "64 chips, 16 hosts, 64 JAX devices" in sentence
+    assert "the number in v5p-128 counts TensorCores, 2 a chip, not chips" in sentence
     assert "counts" not in topology.topology("v5p:4x4x4").sentence()
     assert "counts" not in topology.topology("v6e-64").sentence()
+    assert topology.topology("v5e-256").wraps == (True, True)
+    assert topology.topology("v5e-128").wraps == (False, True)
+    assert topology.topology("v5p-128").wraps == (True, True, True)
+    assert topology.topology("v5p-32").wraps == (False, False, False)
+    slices = topology.topology("v5p-128", 2)
+    assert (slices.name, slices.chips, slices.hosts, slices.devices) == ("v5p:4x4x4", 128, 32, 128)
+    assert slices.options == {"num_slices": 2}
+    assert topology.topology("v6e-8", 3).hosts == 3
+    assert slices.wraps == topology.topology("v5p-128").wraps
+    assert topology.topology("v5p:28x16x20").devices == 28 * 16 * 20  # a whole pod, in any order
 
 
 @pytest.mark.parametrize(
@@ -64,25 +68,6 @@ def test_a_number_that_counts_cores_is_explained():
 def test_unknown_slices_are_refused_with_those_that_are_known(name, message):
     with pytest.raises(ValueError, match=message):
         topology.topology(name)
-
-
-def test_links_close_rings_in_whole_pods_only():
-    assert topology.topology("v5e-256").wraps == (True, True)
-    assert topology.topology("v5e-128").wraps == (False, True)
-    assert topology.topology("v5p-128").wraps == (True, True, True)
-    assert topology.topology("v5p-32").wraps == (False, False, False)
-
-
-def test_several_slices_are_as_many_times_one():
-    found = topology.topology("v5p-128", 2)
-    assert (found.name, found.chips, found.hosts, found.devices) == ("v5p:4x4x4", 128, 32, 128)
-    assert found.options == {"num_slices": 2}
-    assert topology.topology("v6e-8", 3).hosts == 3
-    assert found.wraps == topology.topology("v5p-128").wraps
-    assert topology.topology("v5p:28x16x20").devices == 28 * 16 * 20  # a whole pod, in any order
-
-
-# ------------------------------------------------------------------------------------------ models
 
 
 @pytest.mark.parametrize(
@@ -108,23 +93,21 @@ def test_published_shapes_have_the_published_number_of_parameters(name, paramete
 
 
 def test_models_are_known_by_name_directory_or_config(tmp_path):
-    known = published.MODELS["meta-llama/Llama-3.2-1B"]
+    config = published.MODELS["meta-llama/Llama-3.2-1B"]
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text(json.dumps(families.to_hf(known)))
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(families.to_hf(config)))
     for path in ("models/Llama-3.2-1B", "meta-llama/Llama-3.2-1B-Instruct", str(tmp_path / "mine")):
-        e = experiment(read_config([POD, f"--config.student.path={path}"]))
-        assert plan.shapes(e)[path] == known
-    e = experiment(read_config([POD, "--config.student.path=models/unknown"]))
+        e = recipe(POD, f"--config.student.path={path}")
+        assert plan.shapes(e)[path] == config
+    e = recipe(POD, "--config.student.path=models/unknown")
     with pytest.raises(ValueError, match=r"student.path 'models/unknown'.*Qwen/Qwen3-32B"):
         plan.shapes(e)
     sizes = {"vocab": 128_256, "embed": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "mlp": 128}
     given = [f"--config.student.shape.{key}={value}" for key, value in sizes.items()]
-    e = experiment(read_config([POD, "--config.student.path=models/unknown", *given]))
+    e = recipe(POD, "--config.student.path=models/unknown", *given)
     assert plan.shapes(e)["models/unknown"].mlp == 128
-
-
-def test_a_pod_is_planned_from_names_alone():
-    job = built("--config.data.tokenizer=not/here", recipe=POD)
+    # A pod from names alone.
+    job = built("--config.data.tokenizer=not/here", name=POD)
     assert job.mesh.size == 8
     assert job.models.vocab == 128_256
     assert plan.device_bytes(job.state.params["student"]) == pytest.approx(4 * 1_235_814_400 / 8, rel=1e-3)

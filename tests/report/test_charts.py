@@ -24,12 +24,6 @@ def test_ticks(low, high, expected):
     assert charts.ticks(0, 3, 6, whole=True) == [0, 1, 2, 3]
 
 
-def test_tick_labels_agree_in_decimals():
-    assert charts.tick_labels([0, 0.25, 0.5]) == ["0.00", "0.25", "0.50"]
-    assert charts.tick_labels([0, 1e-4, 2e-4]) == ["0", "1e-4", "2e-4"]
-    assert charts.tick_labels([0, 25_000, 50_000]) == ["0", "25k", "50k"]
-
-
 @pytest.mark.parametrize(("low", "high"), [(0.7, 45.0), (1.0, 10.0), (1e-3, 1e6), (2.0, 3.0)])
 def test_log_ticks_hold_the_range(low, high):
     values = charts.log_ticks(low, high)
@@ -51,16 +45,16 @@ def test_number(value, expected):
     assert text.number(value) == expected
 
 
-def test_aligned_text():
+def test_alignment_smoothing_and_tick_labels():
     assert text.aligned([["name", "n"], ["a", "1,000"]]) == "name      n\n-----------\na     1,000"
-
-
-def test_smooth_keeps_the_mean_and_the_gaps():
     assert charts.smooth([2.0] * 9, 5) == pytest.approx([2.0] * 9)
     smoothed = charts.smooth([1.0, math.nan, 3.0], 3)
     assert smoothed[0] == 1.0
     assert math.isnan(smoothed[1])
     assert len(charts.smooth([1.0, 2.0], 10)) == 2
+    assert charts.tick_labels([0, 0.25, 0.5]) == ["0.00", "0.25", "0.50"]
+    assert charts.tick_labels([0, 1e-4, 2e-4]) == ["0", "1e-4", "2e-4"]
+    assert charts.tick_labels([0, 25_000, 50_000]) == ["0", "25k", "50k"]
 
 
 def test_hover_columns_cover_the_plot_without_overlap():

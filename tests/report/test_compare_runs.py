@@ -44,33 +44,38 @@ def swept(tmp_path):
     return tmp_path
 
 
-def test_mean_spread_and_welch(swept):
+def test_mean_spread_welch_and_bands(swept):
     """Against numbers worked out by hand: variances 0.01 and 0.0004, three runs each."""
-    found = compare.gather([swept], "kd")
-    assert [(v.name, [run.seed for run in v.runs]) for v in found.variants] == [
+    comparison = compare.gather([swept], "kd")
+    assert [(v.name, [run.seed for run in v.runs]) for v in comparison.variants] == [
         ("far", [0, 1, 2]),
         ("kd", [0, 1, 2]),
         ("near", [0, 1, 2]),
     ]
-    assert found.domains == ("code", "math", "mean")
-    far, kd, near = found.variants
+    assert comparison.domains == ("code", "math", "mean")
+    far, kd, near = comparison.variants
     s = compare.spread(kd.values("mean", "student_nats"))
     assert s == pytest.approx((4.6, 0.1, 3))
     assert compare.spread(far.values("math", "kl")).mean == pytest.approx(3.52 + 1 - 3.25)
-    d = found.difference(far, "mean", "student_nats")
+    d = comparison.difference(far, "mean", "student_nats")
     # s^2/n: 0.003333 and 0.000133; 2.16 degrees of freedom, t(0.975) = 4.01
     assert d.value == pytest.approx(-0.58)
     assert (d.high - d.low) / 2 == pytest.approx(4.01 * (0.01 / 3 + 0.0004 / 3) ** 0.5, rel=5e-3)
     assert d.beyond_noise
-    assert not found.difference(near, "mean", "student_nats").beyond_noise
-    assert found.difference(kd, "mean", "student_nats") is None
-
-
-def test_one_run_has_no_noise_to_compare_with():
+    assert not comparison.difference(near, "mean", "student_nats").beyond_noise
+    assert comparison.difference(kd, "mean", "student_nats") is None
+    # One run has no noise to compare with.
     d = compare.difference([3.0], [4.0, 4.1])
     assert (d.value, d.low, d.high, d.beyond_noise) == (pytest.approx(-1.05), None, None, False)
     assert compare.interval(d, "kl") == "-1.050"
     assert compare.spread([3.0]) == (3.0, None, 1)
+    # A band is one deviation around the mean.
+    kd = next(v for v in compare.gather([swept]).variants if v.name == "kd")
+    line = compare_page.band(kd, 0, compare_page.evaluated("code", "student_nats"), 1)
+    assert line.x == [0, 10]
+    assert line.y == pytest.approx([6.0, 4.1])
+    assert line.band[0] == pytest.approx([6.0, 4.0])
+    assert line.band[1] == pytest.approx([6.0, 4.2])
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
@@ -80,53 +85,24 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert 0.02 < statistics.fmean(d.beyond_noise for d in draws) < 0.075
 
 
-def test_console_tables_begin_with_what_differs_and_show_the_starred_differences(swept):
+def test_console_tables_json_and_page(swept, capsys):
     text = compare.text(compare.gather([swept], "kd"))
     differing, means, _, domains, note = (" ".join(part.split()) for part in text.split("\n\n"))
     assert differing.endswith("data.mixture ddk(alpha=0.5) natural uniform")
     assert re.search(r"far 3 4\.020 ± 0\.020 -0\.580 \[\S+, \S+\] \* 0\.770 ± 0\.020 -0\.580 .* \* 25\.0 ± 0\.0", means)
     assert "far 3.520 ± 0.020 (-0.580 *) 4.520 ± 0.020 (-0.580 *)" in domains
     assert "6 differences" in note
-
-
-def test_a_single_variant_is_compared_with_nothing(swept):
     one = compare.gather([swept / "kd"])
     assert "differences" not in compare.text(one)
     assert "nothing to compare" in compare_page.page(one)
-
-
-def test_what_cannot_be_compared_is_named(swept):
-    write_run(swept / "cut" / "seed-0", 0, 5.0, reached=7)
-    write_run(swept / "other" / "seed-0", 0, 5.0, fingerprint="g")
-    write_run(swept / "copy" / "seed-0", 0, 4.0)
-    (write_run(swept / "torn" / "seed-0", 0, 4.0) / "run.json").write_text("")
-    found = compare.gather([swept])
-    assert [v.name for v in found.variants] == ["copy", "far", "near"]
-    left_out = "\n".join(found.left_out)
-    assert re.search(r"cut/seed-0 .* 7 of 10 steps", left_out)
-    assert re.search(r"other/seed-0 .*: code, math", left_out)
-    assert re.search(r"kd/seed-0 .* \S*copy/seed-0", left_out)
-    assert "torn/seed-0/run.json" in left_out
-
-
-def test_errors(swept, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json in .*empty"):
-        compare.gather([tmp_path / "empty"])
-    with pytest.raises(ValueError, match=r"'x'.* far, kd, near"):
-        compare.gather([swept], "x")
-    alone = write_run(tmp_path / "half", 0, 5.0, reached=2)
-    with pytest.raises(ValueError, match=r"half.* 2 of 10 steps"):
-        compare.gather([alone])
-
-
-def test_json_and_page(swept, capsys):
+    # JSON and page.
     (swept / "far" / "seed-0" / "report.html").write_text("")
     main(["compare", str(swept), "--baseline", "kd", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    [far] = [v for v in found["variants"] if v["name"] == "far"]
+    values = json.loads(capsys.readouterr().out)
+    [far] = [v for v in values["variants"] if v["name"] == "far"]
     assert far["domains"]["mean"]["student_nats"]["mean"] == pytest.approx(4.02)
     assert far["domains"]["mean"]["student_nats"]["difference"]["beyond_noise"]
-    assert found["differs"] == {"data.mixture": {"far": "ddk(alpha=0.5)", "kd": "natural", "near": "uniform"}}
+    assert values["differs"] == {"data.mixture": {"far": "ddk(alpha=0.5)", "kd": "natural", "near": "uniform"}}
     page = (swept / "compare.html").read_text()
     assert "http" not in page.replace("http://www.w3.org", "")
     drawn = re.findall(r"<svg viewBox.*?</svg>", page, re.S)
@@ -142,6 +118,27 @@ def test_json_and_page(swept, capsys):
     assert len(links) == 9
 
 
+def test_what_cannot_be_compared_is_named(swept, tmp_path):
+    write_run(swept / "cut" / "seed-0", 0, 5.0, reached=7)
+    write_run(swept / "other" / "seed-0", 0, 5.0, fingerprint="g")
+    write_run(swept / "copy" / "seed-0", 0, 4.0)
+    (write_run(swept / "torn" / "seed-0", 0, 4.0) / "run.json").write_text("")
+    comparison = compare.gather([swept])
+    assert [v.name for v in comparison.variants] == ["copy", "far", "near"]
+    left_out = "\n".join(comparison.left_out)
+    assert re.search(r"cut/seed-0 .* 7 of 10 steps", left_out)
+    assert re.search(r"other/seed-0 .*: code, math", left_out)
+    assert re.search(r"kd/seed-0 .* \S*copy/seed-0", left_out)
+    assert "torn/seed-0/run.json" in left_out
+    with pytest.raises(FileNotFoundError, match=r"config\.json in .*empty"):
+        compare.gather([tmp_path / "empty"])
+    with pytest.raises(ValueError, match=r"'x'.* copy, far, near"):
+        compare.gather([swept], "x")
+    alone = write_run(tmp_path / "half", 0, 5.0, reached=2)
+    with pytest.raises(ValueError, match=r"half.* 2 of 10 steps"):
+        compare.gather([alone])
+
+
 def test_a_term_that_is_another_loss_has_its_own_axis(tmp_path):
     for name, kl in (("a", "forward_kl"), ("b", "reverse_kl"), ("c", "forward_kl")):
         write_run(tmp_path / name, 0, 4.0, kl=kl, mixture=name)
@@ -151,12 +148,3 @@ def test_a_term_that_is_another_loss_has_its_own_axis(tmp_path):
         ("kd: forward_kl", ["a", "c"]),
         ("kd: reverse_kl", ["b"]),
     ]
-
-
-def test_band_is_one_deviation_around_the_mean(swept):
-    kd = next(v for v in compare.gather([swept]).variants if v.name == "kd")
-    line = compare_page.band(kd, 0, compare_page.evaluated("code", "student_nats"), 1)
-    assert line.x == [0, 10]
-    assert line.y == pytest.approx([6.0, 4.1])
-    assert line.band[0] == pytest.approx([6.0, 4.0])
-    assert line.band[1] == pytest.approx([6.0, 4.2])

@@ -18,6 +18,10 @@ class Clock:
         step = first if step is None else step
         self.rows.append({"time": self.now, "seconds": seconds, "phase": phase, "first": first, "step": step, **more})
 
+    def begin(self, step=0, seconds=1):
+        self.add("start", 1)
+        self.add("load", seconds, step)
+
 
 def test_steps_that_are_made_again_count_once():
     clock = Clock()
@@ -33,86 +37,63 @@ def test_steps_that_are_made_again_count_once():
     clock.add("compile", 4, 50, programs=3, cached=2, compile_s=1.0)
     clock.add("steps", 40, 50, 70)
     clock.add("end", 0, 70)
-    found = goodput.account(clock.rows)
-    assert found.seconds["again"] == pytest.approx(60)  # all of the steps 51 to 80
-    assert found.seconds["steps"] == pytest.approx(100 + 40)
-    assert found.seconds["down"] == pytest.approx(37)
-    assert found.wall == pytest.approx(clock.now - 1000)
-    assert found.share("steps") == pytest.approx(140 / found.wall)
-    assert (found.starts, found.programs, found.cached, found.compile_s) == (2, 6, 2, 19.0)
+    account = goodput.account(clock.rows)
+    assert account.seconds["again"] == pytest.approx(60)  # all of the steps 51 to 80
+    assert account.seconds["steps"] == pytest.approx(100 + 40)
+    assert account.seconds["down"] == pytest.approx(37)
+    assert account.wall == pytest.approx(clock.now - 1000)
+    assert account.share("steps") == pytest.approx(140 / account.wall)
+    assert (account.starts, account.programs, account.cached, account.compile_s) == (2, 6, 2, 19.0)
     assert " in 2 starts;" in goodput.sentence(clock.rows)
-
-
-def test_a_second_restart_takes_nothing_twice():
     clock = Clock()
     for reached, back in ((30, 0), (25, 20), (40, 10)):  # restored at 0, at 20, and at 10
-        clock.add("start", 1)
-        clock.add("load", 1, back)
+        clock.begin(back)
         clock.add("steps", reached - back, back, reached)  # a second each
-    found = goodput.account(clock.rows)
-    assert found.seconds["steps"] == pytest.approx(40)
-    assert found.seconds["again"] == pytest.approx(30 + 5 + 30 - 40)
-
-
-def test_a_process_that_ended_while_it_loaded_made_no_step_again():
+    account = goodput.account(clock.rows)
+    assert account.seconds["steps"] == pytest.approx(40)
+    assert account.seconds["again"] == pytest.approx(30 + 5 + 30 - 40)
     clock = Clock()
-    clock.add("start", 1)
-    clock.add("load", 1)
+    clock.begin()
     clock.add("steps", 100, 0, 100)
-    clock.add("start", 1)
-    clock.add("load", 3)  # a weight's file was missing: it never knew from which step to go on
+    clock.begin(seconds=3)  # a weight's file was missing: it never knew from which step to go on
     clock.add("end", 0, finished=False)
-    clock.add("start", 1)
-    clock.add("load", 1, 100)
+    clock.begin(100)
     clock.add("steps", 50, 100, 150)
-    found = goodput.account(clock.rows)
-    assert found.seconds["steps"] == pytest.approx(150)
-    assert "again" not in found.seconds
-    assert found.seconds["load"] == pytest.approx(5)
-
-
-def test_steps_that_were_left_out_are_not_productive():
+    account = goodput.account(clock.rows)
+    assert account.seconds["steps"] == pytest.approx(150)
+    assert "again" not in account.seconds
+    assert account.seconds["load"] == pytest.approx(5)
     clock = Clock()
-    clock.add("start", 1)
-    clock.add("load", 1)
+    clock.begin()
     clock.add("steps", 20, 0, 10, skipped=3)
-    found = goodput.account(clock.rows)
-    assert found.seconds["skipped"] == pytest.approx(6)
-    assert found.seconds["steps"] == pytest.approx(14)
+    account = goodput.account(clock.rows)
+    assert account.seconds["skipped"] == pytest.approx(6)
+    assert account.seconds["steps"] == pytest.approx(14)
 
 
 def test_what_a_finished_run_is_asked_later_costs_it_nothing():
     clock = Clock()
-    clock.add("start", 1)
-    clock.add("load", 1)
+    clock.begin()
     clock.add("steps", 8, 0, 4)
     clock.add("end", 0, 4, finished=True)
     before = goodput.account(clock.rows)
     clock.now += 86400
-    clock.add("start", 1, 0)
-    clock.add("load", 1, 4)
+    clock.begin(4)
     clock.add("end", 0, 4, finished=True)
     assert goodput.account(clock.rows) == before
     clock.now += 86400  # then it is made longer
-    clock.add("start", 1, 0)
-    clock.add("load", 1, 4)
+    clock.begin(4)
     clock.add("steps", 2, 4, 5)
     after = goodput.account(clock.rows)
     assert after.wall == pytest.approx(before.wall + 4)
 
 
-def test_nothing_is_said_of_runs_that_left_no_lines():
+def test_no_lines_rates_and_kept_programs(tmp_path, monkeypatch):
+    """Eight v5e chips of 197 TFLOP/s that share 788 TFLOPs for a second are half busy."""
     assert goodput.account([]) is None
     assert goodput.sentence([]) == goodput.page([]) == ""
-
-
-def test_rates_are_of_a_device_and_of_its_peak():
-    """Eight v5e chips of 197 TFLOP/s that share 788 TFLOPs for a second are half busy."""
     assert flops.rates(788e12, 1.0, 8, "TPU v5 lite") == pytest.approx({"tflops": 98.5, "mfu": 0.5})
     assert flops.rates(8e12, 2.0, 4, "cpu") == {"tflops": 1.0}
-
-
-def test_programs_are_kept_in_the_workdir_of_a_run_on_an_accelerator(tmp_path, monkeypatch):
     import jax
 
     before = jax.config.jax_compilation_cache_dir

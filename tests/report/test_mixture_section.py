@@ -12,14 +12,14 @@ NAMES = ("code", "math")
 
 
 def lines(count=3, measured=True):
-    found = []
+    rows = []
     for i in range(count):
         row = {"step": 20 * i, "interval": i, "tokens": 20480 * i}
         for name, share, ratio in zip(NAMES, (0.75 - 0.1 * i, 0.25 + 0.1 * i), (1.5, 1.25), strict=True):
             row |= {f"share/{name}": share, f"rows/{name}": 100, f"drawn/{name}": 100 * i, f"epochs/{name}": 0.5 * i}
             row |= {f"ratio/{name}": ratio} if measured else {}
-        found.append(row | ({"rule_s": 0.25, "rule_share": 0.0123 * i} if measured and i else {}))
-    return found
+        rows.append(row | ({"rule_s": 0.25, "rule_share": 0.0123 * i} if measured and i else {}))
+    return rows
 
 
 def write(directory, rows):
@@ -31,9 +31,9 @@ def test_the_bands_are_the_shares(tmp_path):
     """Every interval is as wide as its steps, and its bands fill the height in proportion to the shares."""
     page = page_of(write(workdir(tmp_path), lines()))
     chart = page[page.index("Shares that rows are drawn with") :].partition("</svg>")[0]
-    found = re.findall(r'<rect class="area s(\d)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', chart)
-    assert len(found) == 6
-    columns = [found[i : i + 2] for i in (0, 2, 4)]
+    bands = re.findall(r'<rect class="area s(\d)" x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', chart)
+    assert len(bands) == 6
+    columns = [bands[i : i + 2] for i in (0, 2, 4)]
     height = sum(float(band[4]) for band in columns[0])
     for i, (code, math) in enumerate(columns):
         assert float(code[4]) / height == pytest.approx(0.75 - 0.1 * i, abs=0.002)
@@ -45,27 +45,19 @@ def test_the_bands_are_the_shares(tmp_path):
         assert float(column[0][1]) + float(column[0][3]) == pytest.approx(float(following[0][1]), abs=0.01)
     column = page[page.index("step 20<") :].partition("</g></g>")[0]
     assert " code: 65%<" in column.replace(" %", "%").replace("65.00", "65")
-
-
-def test_ratios_epochs_and_cost_are_shown(tmp_path):
-    page = page_of(write(workdir(tmp_path), lines()))
     ratio = page[page.index("Perplexity of the student over") :].partition("</figure>")[0]
     assert " code: 1.500<" in ratio[ratio.index("step 40<") :]
     epochs = page[page.index("Epochs before each interval") :].partition("</figure>")[0]
     assert " math: 1<" in epochs[epochs.index("step 40<") :]
     assert "measured 2 times, in 0.250 s (median), 1.8 %" in page
     assert "Weights in the loss" not in page
-
-
-def test_a_rule_that_measures_nothing_has_the_ratios_of_its_evaluations(tmp_path):
+    # A rule that measures nothing has the ratios of its evaluations.
     page = page_of(write(workdir(tmp_path), lines(measured=False)))
     first = 6.071 - 3.125
     assert f" code: {2.718281828**first:.2f}<" in page
     assert "rule measured" not in page
     assert mixture.cost(lines(measured=False)) == ""
-
-
-def test_weights_in_the_loss_are_drawn_with_their_average(tmp_path):
+    # Weights in the loss are drawn with their average.
     rows = [row | {f"{key}/{n}": 0.5 for key in ("weight", "average") for n in NAMES} for row in lines(measured=False)]
     page = page_of(write(workdir(tmp_path), rows))
     assert "Weights in the loss" in page

@@ -39,23 +39,12 @@ RUN = RunInfo(
 
 def step(index: int, **changes) -> dict:
     row = {"step": index, "loss": 5.0 - index / 100, "kd": 2.0 - index / 100, "ce": 4.5 - index / 100}
-    row |= {
-        "kd/code": 1.5,
-        "kd/math": 2.5,
-        "grad_norm": 1.25,
-        "lr": 3e-4 * index / 60,
-        "tokens": 1024 * index,
-    }
+    row |= {"kd/code": 1.5, "kd/math": 2.5, "grad_norm": 1.25, "lr": 3e-4 * index / 60, "tokens": 1024 * index}
     return row | {"tokens_per_s": 512.0, "step_s": 2.0} | changes
 
 
 def evaluation(index: int, student: float, gap: float | None) -> list[dict]:
-    numbers = {
-        "step": index,
-        "student_nats": student,
-        "teacher_nats": 3.125,
-        "student_bits_per_byte": student / 3,
-    }
+    numbers = {"step": index, "student_nats": student, "teacher_nats": 3.125, "student_bits_per_byte": student / 3}
     numbers |= {"teacher_bits_per_byte": 1.04, "kl": student - 3.5, "agreement": 0.4, "gap_closed": gap}
     return [numbers | {"domain": name, "tokens": 2048} for name in ("code", "math", "mean")]
 
@@ -103,21 +92,20 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_page_is_whole_and_needs_nothing_else(tmp_path):
+def test_page_is_whole_and_tells_the_numbers(tmp_path):
     directory = workdir(tmp_path)
     text = page_of(directory)
     tags = Reader(text).tags
     assert {"html", "style", "svg", "table", "pre"} <= {tag for tag, _ in tags}
     assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in tags}
-    assert not {"src", "href", "srcset", "xlink:href", "onclick", "onload"} & {a for _, found in tags for a in found}
+    names = {name for _, attributes in tags for name in attributes}
+    assert not {"src", "href", "srcset", "xlink:href", "onclick", "onload"} & names
     assert not re.search(r"https?:|//[a-z]|url\(|@import|@font-face", text)
     assert "prefers-color-scheme: dark" in text
     assert sorted(p.name for p in directory.iterdir()) == [
         "config.json", "evals.jsonl", "metrics.jsonl", "report.html", "run.json",
     ]  # fmt: skip
-
-
-def test_numbers_appear(tmp_path):
+    # Charts show values under the pointer.
     text = page_of(workdir(tmp_path))
     lead = re.search(r'<p class="lead">(.*?)</p>', text).group(1)
     for part in (
@@ -136,38 +124,35 @@ def test_numbers_appear(tmp_path):
     ):
         assert f"<figcaption>{title}" in text
     assert "ce by domain" not in text  # the metrics have no ce/DOMAIN
-
-
-def test_charts_show_values_under_the_pointer(tmp_path):
-    text = page_of(workdir(tmp_path))
     mean = text[text.index("<figcaption>Mean over domains") :].partition("</figure>")[0]
     column = mean[mean.index("step 60") :].partition("</g></g>")[0]
     assert " student: 4.352<" in column
     assert " teacher: 3.125<" in column
-
-
-def test_settings_that_differ_from_the_defaults_come_first(tmp_path):
-    part = page_of(workdir(tmp_path)).partition("<h2>Configuration</h2>")[2]
+    part = text.partition("<h2>Configuration</h2>")[2]
+    # Settings that differ from the defaults come first.
     first, every = part.split("<details>")
     assert re.findall(r"<th>(.*?)</th><td>(.*?)</td>", first) == [("student.layers", "15"), ("optim.lr.peak", "0.0003")]
     assert "<th>kd.weight</th><td>0.2</td>" in every
 
 
-def test_several_teachers_are_all_named(tmp_path):
+def test_teachers_terms_rises_repeated_steps_and_long_runs(tmp_path):
     teachers = {"big": ModelInfo("a", 300, 3), "small": ModelInfo("b", 200, 2)}
     text = page_of(workdir(tmp_path, run=RUN._replace(teachers=teachers, student=ModelInfo("", 100, 1))))
     assert "<th>teacher big</th><td>300 parameters" in text
     assert "<th>teacher small</th>" in text
     assert "3.00 times fewer" in text
-
-
-def test_odd_charts_leave_no_hole(tmp_path):
-    """Of an odd number the first is drawn over the whole row, and once more for a single column."""
-    for metrics, wide in ((STEPS, 1), ([row | {"mfu": 0.5} for row in STEPS], 0)):
-        part = page_of(workdir(tmp_path, metrics=metrics)).partition("<h2>Training</h2>")[2].partition("</section>")[0]
-        assert part.count('<div class="row">') == part.count('<div class="alone">') == wide
-        assert (part.count("<figure") - wide) % 2 == wide
-        assert len(set(re.findall(r'<svg viewBox="0 0 (\d+)', part))) == 1 + wide
+    metrics = [{"step": s, "loss": 3.0, "rkl": 1.0, "ce": 2.0} for s in (1, 2)]
+    text = page_of(workdir(tmp_path, config={"objective": {"rkl": 1.0, "hid": 0.1}}, metrics=metrics))
+    assert 'aria-label="Loss and its terms: loss, rkl over steps"' in text
+    evals = evaluation(0, 4.0, None) + evaluation(60, 5.0, -1.1428)
+    text = page_of(workdir(tmp_path, evals=evals))
+    assert "rose from 4.000 to 5.000" in text
+    assert "−114.3 %" in text
+    text = page_of(workdir(tmp_path, evals=EVALS + evaluation(60, 4.111, 0.6)))
+    assert "to 4.111" in text
+    assert "4.352" not in text
+    target = report.write(workdir(tmp_path, metrics=[step(index) for index in range(1, 20_001)]))
+    assert target.stat().st_size < 600_000
 
 
 def test_the_record_of_a_run_is_read_as_it_was_written(tmp_path):
@@ -178,19 +163,6 @@ def test_the_record_of_a_run_is_read_as_it_was_written(tmp_path):
     (tmp_path / "run.json").write_text('{"comm')
     with pytest.raises(files.Torn, match=r"run\.json"):
         records.read_run(tmp_path)
-
-
-def test_terms_are_those_of_the_objective(tmp_path):
-    metrics = [{"step": s, "loss": 3.0, "rkl": 1.0, "ce": 2.0} for s in (1, 2)]
-    text = page_of(workdir(tmp_path, config={"objective": {"rkl": 1.0, "hid": 0.1}}, metrics=metrics))
-    assert 'aria-label="Loss and its terms: loss, rkl over steps"' in text
-
-
-def test_a_rise_is_called_a_rise(tmp_path):
-    evals = evaluation(0, 4.0, None) + evaluation(60, 5.0, -1.1428)
-    text = page_of(workdir(tmp_path, evals=evals))
-    assert "rose from 4.000 to 5.000" in text
-    assert "−114.3 %" in text
 
 
 def test_text_is_escaped(tmp_path):
@@ -224,7 +196,7 @@ def test_incomplete_runs_still_make_a_page(tmp_path, metrics, evals):
         assert "At step 0" in text
 
 
-def test_values_that_are_not_finite_are_reported_and_break_the_curve(tmp_path):
+def test_values_that_are_not_finite_and_odd_charts(tmp_path):
     metrics = [*STEPS[:30], *(step(i, loss=math.nan, grad_norm=math.inf) for i in range(31, 41)), *STEPS[40:]]
     text = page_of(workdir(tmp_path, metrics=metrics))
     assert "10 of 60 logged steps" in text
@@ -232,12 +204,11 @@ def test_values_that_are_not_finite_are_reported_and_break_the_curve(tmp_path):
     assert re.search(r' d="M[^"]*M', text.split("<figcaption>Loss and its terms")[1].split("</figure>")[0])
     assert "NaN" not in text
     assert "10 of" not in page_of(workdir(tmp_path))
-
-
-def test_latest_line_of_a_step_counts(tmp_path):
-    text = page_of(workdir(tmp_path, evals=EVALS + evaluation(60, 4.111, 0.6)))
-    assert "to 4.111" in text
-    assert "4.352" not in text
+    for metrics, wide in ((STEPS, 1), ([row | {"mfu": 0.5} for row in STEPS], 0)):
+        part = page_of(workdir(tmp_path, metrics=metrics)).partition("<h2>Training</h2>")[2].partition("</section>")[0]
+        assert part.count('<div class="row">') == part.count('<div class="alone">') == wide
+        assert (part.count("<figure") - wide) % 2 == wide
+        assert len(set(re.findall(r'<svg viewBox="0 0 (\d+)', part))) == 1 + wide
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json"])
@@ -250,8 +221,3 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, name):
     (directory / name).write_text("{")
     with pytest.raises(files.Torn, match=name):
         report.write(directory)
-
-
-def test_long_runs_stay_small(tmp_path):
-    target = report.write(workdir(tmp_path, metrics=[step(index) for index in range(1, 20_001)]))
-    assert target.stat().st_size < 600_000

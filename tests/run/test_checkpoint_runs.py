@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from harness import assert_same_run, final_state, here, lines, logged
+from harness import assert_same_run, final_state, flip_a_bit, here, lines, logged, succeeds
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -14,39 +14,32 @@ def run(arguments, tmp_path_factory):
     """(workdir, arguments): twelve steps, of which 6, 9 and 12 are kept."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
     more = [*arguments, "--config.run.keep_checkpoints=3"]
-    result = here("train", "--workdir", str(workdir), *more)
-    assert result.returncode == 0, result.stderr
+    succeeds("train", "--workdir", str(workdir), *more)
     return workdir, more
 
 
+@pytest.fixture
+def workdir(run, tmp_path):
+    return shutil.copytree(run[0], tmp_path / "run")
+
+
 def flip_a_bit_of_the_student(workdir, step):
-    raw = max(
-        (b for name, b in final_state(workdir, step)[0].items() if name.startswith("['params']['student']")), key=len
-    )
-    files = [f for f in (workdir / "checkpoints" / str(step) / "train").rglob("*") if f.is_file()]
-    [file] = [f for f in files if raw in f.read_bytes()]
-    content = bytearray(file.read_bytes())
-    content[content.index(raw) + len(raw) // 2] ^= 1
-    file.write_bytes(content)
+    arrays = (b for name, b in final_state(workdir, step)[0].items() if name.startswith("['params']['student']"))
+    flip_a_bit(workdir / "checkpoints" / str(step) / "train", max(arrays, key=len))
 
 
-def test_a_damaged_checkpoint_costs_its_steps_and_no_more(run, tmp_path):
+def test_a_damaged_checkpoint_costs_its_steps_and_no_more(run, workdir):
     before, arguments = run
-    workdir = shutil.copytree(before, tmp_path / "run")
     (workdir / "checkpoints" / "12" / "mixture" / "metadata").write_text("{}")
-    evaluated = here("evaluate", "--workdir", str(workdir))
-    assert evaluated.returncode == 0, evaluated.stderr  # the student's part of it is whole
+    succeeds("evaluate", "--workdir", str(workdir))
     flip_a_bit_of_the_student(workdir, 12)
     evaluated = here("evaluate", "--workdir", str(workdir))
     assert "checkpoints/12 cannot be restored" in evaluated.stderr
     assert "step 9 is used" in evaluated.stderr
 
-    resumed = here("train", "--workdir", str(workdir), *arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "its mixture differs from what was saved (checksum); it is kept as 12.aside, and step 9 is used" in (
-        resumed.stdout
-    )
-    assert "resuming at step 9 of 12" in resumed.stdout
+    output = succeeds("train", "--workdir", str(workdir), *arguments)
+    assert "its mixture differs from what was saved (checksum); it is kept as 12.aside, and step 9 is used" in output
+    assert "resuming at step 9 of 12" in output
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "12.aside", "6", "9"]
     (workdir / "evals.jsonl").write_text(
         "".join(line for line in (workdir / "evals.jsonl").read_text().splitlines(True) if '"step": 9' not in line)
@@ -54,17 +47,15 @@ def test_a_damaged_checkpoint_costs_its_steps_and_no_more(run, tmp_path):
     assert_same_run(workdir, before)
 
 
-def test_after_a_rollback_the_learning_rate_may_be_lower(run, tmp_path):
+def test_after_a_rollback_the_learning_rate_may_be_lower(run, workdir):
     """The usual way out of a loss that does not come down again."""
     before, arguments = run
-    workdir = shutil.copytree(before, tmp_path / "run")
     assert here("rollback", "--workdir", str(workdir), "--step", "6").returncode == 0
     lower = [*arguments, "--config.optim.lr.peak=1e-3", "--config.optim.lr.end=1e-4"]
     refused = here("train", "--workdir", str(workdir), *lower)
     assert "optim.lr.peak: 0.01 -> 0.001. Use a new --workdir, or add --accept-changes" in refused.stderr
-    again = here("train", "--workdir", str(workdir), *lower, "--accept-changes")
-    assert again.returncode == 0, again.stderr
-    assert "resuming at step 6 of 12" in again.stdout
+    output = succeeds("train", "--workdir", str(workdir), *lower, "--accept-changes")
+    assert "resuming at step 6 of 12" in output
     rows, as_it_was = logged(workdir), logged(before)
     assert rows[:6] == as_it_was[:6]
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -74,37 +65,31 @@ def test_after_a_rollback_the_learning_rate_may_be_lower(run, tmp_path):
     assert rows[8]["loss"] != as_it_was[8]["loss"]
 
 
-def test_spikes_may_be_watched_for_a_part_of_a_run(run, tmp_path):
+def test_spikes_may_be_watched_for_a_part_of_a_run(run, workdir):
     """Twelve steps are too few for any to count as one: watching them changes what is remembered, and last bits."""
     before, arguments = run
-    workdir = shutil.copytree(before, tmp_path / "run")
     assert here("rollback", "--workdir", str(workdir), "--step", "6").returncode == 0
-    watched = here("train", "--workdir", str(workdir), *arguments, "--config.optim.spike=6.0", "--accept-changes")
-    assert watched.returncode == 0, watched.stderr
-    assert "resuming at step 6 of 12" in watched.stdout
+    output = succeeds("train", "--workdir", str(workdir), *arguments, "--config.optim.spike=6.0", "--accept-changes")
+    assert "resuming at step 6 of 12" in output
     assert logged(workdir)[:6] == logged(before)[:6]
     more = final_state(workdir)[0].keys() - final_state(before)[0].keys()
     assert more
     assert all("recent" in name for name in more)
 
     assert here("rollback", "--workdir", str(workdir), "--step", "9").returncode == 0
-    again = here("train", "--workdir", str(workdir), *arguments, "--accept-changes")
-    assert again.returncode == 0, again.stderr
-    assert "resuming at step 9 of 12" in again.stdout
+    output = succeeds("train", "--workdir", str(workdir), *arguments, "--accept-changes")
+    assert "resuming at step 9 of 12" in output
     assert final_state(workdir)[0].keys() == final_state(before)[0].keys()
     assert [row["step"] for row in logged(workdir)] == list(range(1, 13))
-    for row, other in zip(logged(workdir), logged(before), strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    losses = [[row["loss"] for row in logged(directory)] for directory in (workdir, before)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_best_student_is_exported(run, tmp_path):
-    before, _ = run
-    workdir = shutil.copytree(before, tmp_path / "run")
+def test_the_best_student_is_exported(workdir, tmp_path):
     losses = {row["step"]: row["student_nats"] for row in lines(workdir / "evals.jsonl") if row["domain"] == "mean"}
     assert losses[12] < losses[6]
     shutil.rmtree(workdir / "checkpoints" / "12")  # so that the newest, 9, was not evaluated, and 6 is the best
-    result = here("export", "--workdir", str(workdir), "--step", "best", "--output", str(tmp_path / "best"))
-    assert result.returncode == 0, result.stderr
+    succeeds("export", "--workdir", str(workdir), "--step", "best", "--output", str(tmp_path / "best"))
     state, _ = final_state(workdir, 6)
     norm = load_file(tmp_path / "best" / "model.safetensors")["model.norm.weight"]
     assert norm.tobytes() in state.values()
@@ -119,8 +104,7 @@ def test_the_best_student_is_exported(run, tmp_path):
 def test_checkpoints_in_another_place(arguments, tmp_path):
     elsewhere, workdir = tmp_path / "elsewhere", tmp_path / "run"
     short = [*arguments, "--config.run.steps=2", f"--config.run.checkpoints={elsewhere}"]
-    first = here("train", "--workdir", str(workdir), *short)
-    assert first.returncode == 0, first.stderr
+    succeeds("train", "--workdir", str(workdir), *short)
     assert [p.name for p in elsewhere.iterdir()] == ["2"]
     assert (workdir / "checkpoints" / "2" / "commit_success.txt").read_text() == f"{elsewhere / '2'}\n"
 

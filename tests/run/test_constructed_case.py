@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from harness import tiny_arguments
+from harness import recipe, tiny_arguments
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Head, Output
 from jaxkd.data import loader
@@ -57,12 +55,12 @@ def case(tmp_path_factory):
     arguments = tiny_arguments(texts, root / "rows", *(f"--config.{each}" for each in rows))
 
     def make(rule):
-        built = job.build(experiment(read_config([*arguments, f"--config.data.mixture={rule}"])))
+        built = job.build(recipe(*arguments, f"--config.data.mixture={rule}"))
         return built._replace(models=built.models._replace(student=built.models.student._replace(forward=forward)))
 
-    made = make("uniform")
-    with jax.set_mesh(made.mesh):
-        rows = load.domains(made.experiment.data, made.models.tokenizer, progress=False)
+    built = make("uniform")
+    with jax.set_mesh(built.mesh):
+        rows = load.domains(built.experiment.data, built.models.tokenizer, progress=False)
     counts = np.full((VOCAB, VOCAB), 0.01)
     for domain in rows.train:
         read = domain.read(range(len(domain)))
@@ -83,19 +81,21 @@ def programs(case):
 def gaps(case, programs, rule, seed):
     """Student's less teacher's nats by domain after a training under a rule."""
     (make, rows, teacher), (tx, step, comparison) = case, programs
-    made = make(rule)
-    with jax.set_mesh(made.mesh):
+    built = make(rule)
+    with jax.set_mesh(built.mesh):
         table = 0.1 * jax.random.normal(jax.random.key(seed), (VOCAB, VOCAB))
         state = init_state({"student": table, "objective": {}}, tx)
 
         def look(state):
             judged = lambda batch: comparison(state.params["student"], teacher.state, batch)
             return compare.evaluate(
-                judged, load.held_out(rows, made.experiment.run.eval_batch, batch_sharding(made.mesh)), int(state.step)
+                judged,
+                load.held_out(rows, built.experiment.run.eval_batch, batch_sharding(built.mesh)),
+                int(state.step),
             )
 
-        measure = make_losses(made.models.student, VOCAB, rows, made.experiment.run, made.mesh)
-        mixing = Mixing(made.rule, rows, made.experiment.data, made.lr, measure)
+        measure = make_losses(built.models.student, VOCAB, rows, built.experiment.run, built.mesh)
+        mixing = Mixing(built.rule, rows, built.experiment.data, built.lr, measure)
         mixing.first()
         mixing.begin(look(state))
         while mixing.start < STEPS:
@@ -104,8 +104,8 @@ def gaps(case, programs, rule, seed):
             ):
                 state, _ = step(state, {}, teacher.state, batch)
             mixing.advance(state.params["student"])
-        found = {row["domain"]: row["student_nats"] - row["teacher_nats"] for row in look(state)}
-    return {name: gap for name, gap in found.items() if name != "mean"}
+        last = {row["domain"]: row["student_nats"] - row["teacher_nats"] for row in look(state)}
+    return {name: gap for name, gap in last.items() if name != "mean"}
 
 
 @pytest.mark.slow

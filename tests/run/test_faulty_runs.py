@@ -20,9 +20,9 @@ def poisoned(read, chosen):
 
     def rows(domains, domain, row):
         values = read(domains, domain, row)
-        for place, (d, r) in enumerate(zip(domain.tolist(), row.tolist(), strict=True)):
+        for index, (d, r) in enumerate(zip(domain.tolist(), row.tolist(), strict=True)):
             if len(domains) > 1 and chosen(d, r):
-                values["weights"][place, :2] = 1e38, -1e38
+                values["weights"][index, :2] = 1e38, -1e38
         return values
 
     return rows
@@ -40,16 +40,17 @@ def strict(path) -> list[dict]:
 @pytest.fixture(scope="module")
 def survived(two_domains, tmp_path_factory):
     """A run in which one row breaks every step that it is in; two of its steps are traced."""
-    place = tmp_path_factory.mktemp("survived")
+    root = tmp_path_factory.mktemp("survived")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "read_rows", poisoned(loader.read_rows, lambda d, r: (d, r) == (0, 5)))
-        arguments = tiny_arguments(two_domains, place / "rows", *STEPS)
-        result = here("train", "--workdir", str(place / "run"), *arguments, "--profile", "3:2")
+        arguments = tiny_arguments(two_domains, root / "rows", *STEPS)
+        result = here("train", "--workdir", str(root / "run"), *arguments, "--profile", "3:2")
     assert result.returncode == 0, result.stderr
-    return place / "run", result
+    return root / "run", result
 
 
-def test_a_row_that_breaks_a_step_does_not_end_the_run_and_is_named(survived):
+def test_a_row_that_breaks_a_step_is_named_and_the_run_goes_on_and_accounts_for_its_time(survived):
+    """An update that was not updates is none to the optimiser: the next one has its learning rate."""
     workdir, _ = survived
     rows = strict(workdir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 13))
@@ -63,51 +64,17 @@ def test_a_row_that_breaks_a_step_does_not_end_the_run_and_is_named(survived):
     assert all(row["loss"] is not None for row in rows if "skipped" not in row)
     state, _ = final_state(workdir)
     assert all(np.isfinite(np.frombuffer(b, np.float32)).all() for key, b in state.items() if "student" in key)
-    assert f"{len(broken)} updates were skipped, first at step {broken[0]['step']}" in (
-        workdir / "report.html"
-    ).read_text(encoding="utf-8")
-
-
-def test_the_schedule_waits_for_a_step_that_was_left_out(survived):
-    """An update that was not made is none to the optimiser: the next one has its learning rate."""
-    rows = lines(survived[0] / "metrics.jsonl")
-    schedule, made = schedules.cosine(1e-2, steps=12, warmup=2, end=1e-3), 0
+    page = (workdir / "report.html").read_text(encoding="utf-8")
+    assert f"{len(broken)} updates were skipped, first at step {broken[0]['step']}" in page
+    schedule, updates = schedules.cosine(1e-2, steps=12, warmup=2, end=1e-3), 0
     for row in rows:
-        assert row["lr"] == pytest.approx(float(schedule(made)), rel=1e-5)
-        made += "skipped" not in row
-    assert made < len(rows)
-
-
-def test_a_trace_of_the_steps_that_were_asked_for(survived):
+        assert row["lr"] == pytest.approx(float(schedule(updates)), rel=1e-5)
+        updates += "skipped" not in row
+    assert updates < len(rows)
+    # The wall clock is accounted for.
     workdir, result = survived
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     assert f"profile: steps up to 4 are traced in {workdir / 'profile'}" in result.stdout
-
-
-@pytest.fixture(scope="module")
-def stopped(survived, two_domains, tmp_path_factory):
-    """The same run, of which every step is broken."""
-    place = tmp_path_factory.mktemp("stopped")
-    more = ("--config.optim.skip_limit=2", "--config.data.mixture=uniform", "--config.run.log_every=5")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader, "read_rows", poisoned(loader.read_rows, lambda d, r: d == 1))
-        arguments = tiny_arguments(two_domains, survived[0].parent / "rows", *STEPS, *more)
-        result = here("train", "--workdir", str(place / "run"), *arguments)
-    return place / "run", result
-
-
-def test_numbers_that_stay_broken_stop_the_run_early_and_save_nothing_more(stopped):
-    workdir, result = stopped
-    assert result.returncode == 1
-    assert "loss is nan at step 3" in result.stderr
-    assert "The last checkpoint is none yet" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert [row["step"] for row in strict(workdir / "metrics.jsonl")] == [1, 2, 3]
-    assert not list((workdir / "checkpoints").glob("[0-9]*"))
-
-
-def test_the_wall_clock_is_accounted_for(survived):
-    workdir, result = survived
     rows = files.read_jsonl(workdir / "goodput.jsonl")
     phases = [row["phase"] for row in rows]
     assert phases[:2] == ["start", "load"]
@@ -121,15 +88,31 @@ def test_the_wall_clock_is_accounted_for(survived):
     assert "goodput: " in result.stdout
     assert "<h2>Wall clock</h2>" in (workdir / "report.html").read_text(encoding="utf-8")
     assert json.loads((workdir / "heartbeat.json").read_text())["phase"] == "end"
-
-
-def test_programs_are_found_in_the_cache_the_second_time(stopped):
-    workdir, result = stopped
-    assert sum(row.get("cached", 0) for row in files.read_jsonl(workdir / "goodput.jsonl")) > 0
-    assert "compiled programs: " in result.stdout
-
-
-def test_speed_is_told_of_devices_whose_peak_nobody_knows(survived):
+    # Speed, of devices whose peak is unknown.
     rows = lines(survived[0] / "metrics.jsonl")
     assert all(row["tflops"] > 0 for row in rows)
     assert not any("mfu" in row for row in rows)  # a CPU
+
+
+@pytest.fixture(scope="module")
+def stopped(survived, two_domains, tmp_path_factory):
+    """The same run, of which every step is broken."""
+    root = tmp_path_factory.mktemp("stopped")
+    more = ("--config.optim.skip_limit=2", "--config.data.mixture=uniform", "--config.run.log_every=5")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "read_rows", poisoned(loader.read_rows, lambda d, r: d == 1))
+        arguments = tiny_arguments(two_domains, survived[0].parent / "rows", *STEPS, *more)
+        result = here("train", "--workdir", str(root / "run"), *arguments)
+    return root / "run", result
+
+
+def test_numbers_that_stay_broken_stop_the_run_early_and_save_nothing_more(stopped):
+    workdir, result = stopped
+    assert result.returncode == 1
+    assert "loss is nan at step 3" in result.stderr
+    assert "The last checkpoint is none yet" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [row["step"] for row in strict(workdir / "metrics.jsonl")] == [1, 2, 3]
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+    assert sum(row.get("cached", 0) for row in files.read_jsonl(workdir / "goodput.jsonl")) > 0
+    assert "compiled programs: " in result.stdout

@@ -7,15 +7,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from harness import REPOSITORY, tiny_arguments
+from harness import recipe, tiny_arguments
 
-from jaxkd.config import recipe as config
-from jaxkd.config.schema import experiment
 from jaxkd.run import job, load, loop, restore
-
-
-def recipe(path: str, *overrides: str):
-    return experiment(config.read_config([f"--config={REPOSITORY / 'configs' / path}", *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -121,11 +115,7 @@ def test_ted_from_filters_to_the_student(two_domains, tmp_path):
     wide, moved = "--config.teacher.shape.embed=48", "--config.objective.ted.feature=ted_match(layers={1: 3})"
     for more, error, message in (
         (["--config.student.objective_from=gone"], FileNotFoundError, "gone is no run's workdir"),
-        (
-            [one, wide],
-            ValueError,
-            r"one/checkpoints/3 .*ted.student_layer_1",
-        ),
+        ([one, wide], ValueError, r"one/checkpoints/3 .*ted.student_layer_1"),
         ([one, moved], ValueError, "ted.teacher_layer_3"),
     ):
         with pytest.raises(error, match=message):

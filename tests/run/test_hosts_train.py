@@ -4,24 +4,12 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import (
-    REPOSITORY,
-    assert_same_run,
-    final_state,
-    free_address,
-    jaxkd,
-    lines,
-    logged,
-    process_environment,
-    write_domain,
-)
+from harness import assert_same_run, final_state, jaxkd, lines, logged, start, write_domain
 
 from jaxkd.runtime import cluster
 from jaxkd.teachers import codec
@@ -34,22 +22,9 @@ SILENCE = 12  # seconds after which a process that says nothing is given up
 class Job:
     """A command in several processes that find each other."""
 
-    def __init__(
-        self, count: int, *arguments: str, devices: int = 1, last: tuple[str, ...] = (), silence: int = SILENCE
-    ):
-        """`last` are more arguments for the last process alone."""
-        common = {
-            **process_environment(devices), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(),
-            "JAXKD_NUM_PROCESSES": str(count), "JAXKD_HEARTBEAT_SECONDS": str(silence),
-        }  # fmt: skip
-        self.started = [
-            subprocess.Popen(
-                [sys.executable, "-m", "jaxkd", *arguments, *(last if index == count - 1 else ())],
-                cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env=common | {"JAXKD_PROCESS_ID": str(index)},
-            )
-            for index in range(count)
-        ]  # fmt: skip
+    def __init__(self, count: int, *arguments: str, last: tuple[str, ...] = (), silence: int = SILENCE):
+        seconds = {"JAXKD_HEARTBEAT_SECONDS": str(silence)}
+        self.started = start("-m", "jaxkd", *arguments, count=count, last=last, **seconds)
 
     def wait_for(self, path: Path, count: int) -> None:
         """Until a file has so many lines."""
@@ -62,19 +37,25 @@ class Job:
     def end(self, seconds: float = 300) -> list[tuple[int, str, str]]:
         """Code, output and errors of each."""
         try:
-            found = [process.communicate(timeout=seconds) for process in self.started]
+            outputs = [process.communicate(timeout=seconds) for process in self.started]
         finally:
             for process in self.started:
                 process.kill()
-        return [(process.returncode, *said) for process, said in zip(self.started, found, strict=True)]
+        return [(process.returncode, *output) for process, output in zip(self.started, outputs, strict=True)]
+
+    def ends(self, code: int, seconds: float = 300) -> list[tuple[str, str]]:
+        """Output and errors of each; all must end with this code."""
+        results = self.end(seconds)
+        assert [result[0] for result in results] == [code] * len(results), results
+        return [result[1:] for result in results]
 
 
 def assert_close_run(workdir: Path, reference: Path) -> None:
     """The same rows, and the same numbers but for the order of sums."""
     for name in ("metrics.jsonl", "mixture.jsonl", "evals.jsonl"):
-        found, expected = logged(workdir, name), logged(reference, name)
-        assert len(found) == len(expected), name
-        for a, b in zip(found, expected, strict=True):
+        results, expected = logged(workdir, name), logged(reference, name)
+        assert len(results) == len(expected), name
+        for a, b in zip(results, expected, strict=True):
             assert a.keys() == b.keys()
             for key, value in b.items():
                 exact = isinstance(value, str | int) or value is None
@@ -102,24 +83,19 @@ def single(spread, tmp_path_factory) -> Path:
 def pair(spread, tmp_path_factory) -> Path:
     """The workdir of the run `undisturbed`, trained by two processes."""
     workdir = tmp_path_factory.mktemp("runs") / "pair"
-    (code, output, errors), (other, silent, said) = Job(2, "train", "--workdir", str(workdir), *spread).end()
-    assert (code, other) == (0, 0), errors + said
+    (output, _), (silent, other_errors) = Job(2, "train", "--workdir", str(workdir), *spread).ends(0)
     assert "report.html" in output
     assert "student" not in silent  # the second has nothing to print
-    assert "step" not in said  # and no bar
+    assert "step" not in other_errors  # and no bar
     return workdir
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(pair, single):
+def test_two_processes_train_as_one_does(pair, single, spread, tmp_path):
+    """And bit for bit as one with both devices: a sum of two does not depend on who adds them."""
     assert_close_run(pair, single)
     assert json.loads((pair / "run.json").read_text())["processes"] == 2
     assert len(list((pair / "tensorboard").iterdir())) == 1
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_both_devices(pair, spread, tmp_path):
-    """Bit for bit: a sum of two does not depend on who adds them."""
     alone = jaxkd("train", "--workdir", str(tmp_path / "alone"), *spread, devices=2)
     assert alone.returncode == 0, alone.stderr
     assert_same_run(pair, tmp_path / "alone")
@@ -129,37 +105,30 @@ def test_two_processes_equal_one_with_both_devices(pair, spread, tmp_path):
 def test_evaluation_in_two_processes_is_that_of_the_run_and_export_wants_one(pair, tmp_path):
     workdir = shutil.copytree(pair, tmp_path / "pair")
     before = lines(workdir / "evals.jsonl")
-    (code, output, errors), (other, silent, _) = Job(2, "evaluate", "--workdir", str(workdir)).end()
-    assert (code, other) == (0, 0), errors
+    (output, _), (silent, _) = Job(2, "evaluate", "--workdir", str(workdir)).ends(0)
     last = [row for row in before if row["step"] == STEPS]
     assert all(f"{row['student_nats']:.3f}" in output for row in last)
     assert "alpha" not in silent
     assert lines(workdir / "evals.jsonl") == before
-    for code, _, errors in Job(2, "export", "--workdir", str(workdir), "--output", str(tmp_path / "student")).end():
-        assert code == 1
+    for _, errors in Job(2, "export", "--workdir", str(workdir), "--output", str(tmp_path / "student")).ends(1):
         assert "`jaxkd export`" in errors
     assert not (tmp_path / "student").exists()
-
-
-# ------------------------------------------------------------------------------- one fails, all end
 
 
 @pytest.mark.slow
 def test_rows_that_differ_between_hosts_are_found_by_the_other_and_end_both(spread, tmp_path):
     other = write_domain(tmp_path / "other.jsonl", 7)
     job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, last=(f"--config.data.domains.beta={other}",))
-    (code, _, errors), (other_code, _, said) = job.end(120)
-    assert (code, other_code) == (1, 1), errors + said
-    assert "jaxkd: error: the rows of the domains differ between hosts: 'beta' is " in said
+    (_, errors), (_, other_errors) = job.ends(1, 120)
+    assert "jaxkd: error: the rows of the domains differ between hosts: 'beta' is " in other_errors
     assert "jaxkd: process 1 failed: error: the rows of the domains differ between hosts: 'beta'" in errors
 
 
 @pytest.mark.slow
 def test_a_workdir_that_one_host_does_not_see(spread, tmp_path, monkeypatch):
     job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, last=("--workdir", str(tmp_path / "own")))
-    (code, _, errors), (other, _, said) = job.end(150)
-    assert (code, other) == (1, 1), errors + said
-    assert f"process 0 made {tmp_path / 'own'}" in said
+    _, (_, other_errors) = job.ends(1, 150)
+    assert f"process 0 made {tmp_path / 'own'}" in other_errors
 
 
 @pytest.mark.slow
@@ -169,27 +138,22 @@ def test_a_failure_of_one_while_the_others_are_in_a_collective(pair, spread, tmp
     (workdir / "metrics.jsonl").unlink()
     (workdir / "metrics.jsonl").mkdir()
     more = ["--config.run.steps=15", "--accept-changes"]
-    start = time.monotonic()
-    (code, _, errors), (other, _, said) = Job(2, "train", "--workdir", str(workdir), *spread, *more).end(120)
-    assert (code, other) == (1, 1), errors + said
+    began = time.monotonic()
+    (_, errors), (_, other_errors) = Job(2, "train", "--workdir", str(workdir), *spread, *more).ends(1, 120)
     assert errors.splitlines()[-1].startswith("jaxkd: error: Is a directory")
-    assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: Is a directory")
-    assert time.monotonic() - start < 110  # and not the five minutes of a barrier
+    assert other_errors.splitlines()[-1].startswith("jaxkd: process 0 failed: error: Is a directory")
+    assert time.monotonic() - began < 110  # and not the five minutes of a barrier
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_the_rows_of_all_hosts(spread, tmp_path):
     wild = ["--config.optim.lr.peak=1e30", "--config.optim.clip=1e30"]
-    results = Job(2, "train", "--workdir", str(tmp_path / "wild"), *spread, *wild).end()
-    sentences = [re.search(r"(loss|grad_norm|param_norm) is .*", errors)[0] for _, _, errors in results]
-    assert [code for code, _, _ in results] == [1, 1]
+    results = Job(2, "train", "--workdir", str(tmp_path / "wild"), *spread, *wild).ends(1)
+    sentences = [re.search(r"(loss|grad_norm|param_norm) is .*", errors)[0] for _, errors in results]
     assert sentences[0] == sentences[1]
     assert "metrics.jsonl): step 1: " in sentences[0]
     left = [row["rows"] for row in lines(tmp_path / "wild" / "metrics.jsonl") if "rows" in row]
     assert [sum(map(len, rows.values())) for rows in left] == [8] * len(left)  # of both hosts
-
-
-# --------------------------------------------------------------------- killed, told to stop, resumed
 
 
 @pytest.mark.slow
@@ -203,9 +167,8 @@ def test_a_run_that_loses_processes_goes_on_with_any_number(single, spread, tmp_
     job = Job(4, *train)
     job.wait_for(evals, 1)  # while the step compiles: JAX looks for SIGTERM about once a second
     job.started[2].send_signal(signal.SIGTERM)
-    found = job.end()
-    assert [code for code, *_ in found] == [cluster.EXIT_STOPPED] * 4, found
-    assert "the same command resumes" in found[0][1]
+    results = job.ends(cluster.EXIT_STOPPED)
+    assert "the same command resumes" in results[0][0]
     reached = len(lines(metrics))
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [reached]
 
@@ -214,8 +177,8 @@ def test_a_run_that_loses_processes_goes_on_with_any_number(single, spread, tmp_
         job.wait_for(metrics, min(reached + 1, STEPS))
         job.started[victim].kill()
         killed = time.monotonic()
-        found = job.end()
-        survivor = found[1 - victim]
+        results = job.end()
+        survivor = results[1 - victim]
         assert survivor[0] not in (0, 1, 2, cluster.EXIT_STOPPED), survivor  # a launcher starts it again
         assert time.monotonic() - killed < 2 * SILENCE + 10
         reached = len(lines(metrics))
@@ -248,18 +211,15 @@ def test_cached_teachers_and_a_measuring_rule_in_two_processes(mesh, spread, tmp
         "--config.run.eval_batch=6",
     ]  # fmt: skip
     cache = lambda name: f"--config.teacher.cache={tmp_path / name}"
-    made = jaxkd("cache", *common, cache("alone"), devices=2)
-    assert made.returncode == 0, made.stderr
-    for code, _, errors in Job(2, "cache", *common, cache("together")).end():
-        assert code == 0, errors
+    done = jaxkd("cache", *common, cache("alone"), devices=2)
+    assert done.returncode == 0, done.stderr
+    Job(2, "cache", *common, cache("together")).ends(0)
     assert_same_cache(Store(tmp_path / "alone"), Store(tmp_path / "together"))
 
     alone = jaxkd("train", "--workdir", str(tmp_path / "one"), *common, cache("together"), devices=2)
     assert alone.returncode == 0, alone.stderr
-    (code, output, errors), (other, *_) = Job(
-        2, "train", "--workdir", str(tmp_path / "pair"), *common, cache("together")
-    ).end()
-    assert (code, other) == (0, 0), errors
+    job = Job(2, "train", "--workdir", str(tmp_path / "pair"), *common, cache("together"))
+    output = job.ends(0)[0][0]
     assert "from its teacher" in output  # the cache was checked by both
     assert_close_run(tmp_path / "pair", tmp_path / "one")
 
@@ -269,9 +229,8 @@ def test_interrupt_of_one_stops_all(spread, tmp_path):
     job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, "--config.run.steps=400")
     job.wait_for(tmp_path / "w" / "evals.jsonl", 1)
     job.started[1].send_signal(signal.SIGINT)
-    found = job.end()
-    assert [code for code, *_ in found] == [cluster.EXIT_STOPPED] * 2, found
-    assert "Traceback" not in found[0][2] + found[1][2]
+    results = job.ends(cluster.EXIT_STOPPED)
+    assert "Traceback" not in results[0][1] + results[1][1]
 
 
 @pytest.mark.slow
@@ -287,9 +246,8 @@ def test_a_process_that_stands_still_ends_all_with_the_sentence_of_the_first_to_
         assert time.monotonic() - stopped < 60
         time.sleep(0.05)
     job.started[1].send_signal(signal.SIGCONT)
-    (code, _, errors), (other, _, said) = job.end(60)
-    assert (code, other) == (cluster.EXIT_INTERNAL, cluster.EXIT_INTERNAL), errors + said
+    (_, errors), (_, other_errors) = job.ends(cluster.EXIT_INTERNAL, 60)
     assert time.monotonic() - stopped < 60  # and not when JAX takes a silent process for dead
     assert "run.stall_s=10" in errors
-    assert said.splitlines()[-1].startswith("jaxkd: process 0 failed: error: step ")
+    assert other_errors.splitlines()[-1].startswith("jaxkd: process 0 failed: error: step ")
     assert not (workdir / "stalled-1.txt").exists()  # it stood still because it could not run

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import Background, assert_same_run, final_state, here, lines
+from harness import Background, assert_same_run, final_state, here, lines, succeeds
 
 from jaxkd.data import rules
 
@@ -14,8 +14,7 @@ DDK = "--config.data.mixture=ddk(alpha=0.5)"
 @pytest.fixture(scope="module")
 def weighed(arguments, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("weighed") / "run"
-    done = here("train", "--workdir", str(workdir), *arguments, DDK)
-    assert done.returncode == 0, done.stderr
+    succeeds("train", "--workdir", str(workdir), *arguments, DDK)
     return workdir
 
 
@@ -24,40 +23,25 @@ def shares(workdir) -> np.ndarray:
 
 
 def test_the_first_interval_is_the_pool_and_the_next_follow_the_rule(weighed, undisturbed):
-    """Intervals of five steps: natural shares, then those that the held-out losses at the boundary ask for."""
-    found = shares(weighed)
-    assert (found[:5] == found[0]).all()
-    assert (found[5:10] == found[5]).all()
-    assert not (found[5] == found[0]).any()
-    np.testing.assert_allclose(found.sum(1), 1.0)
+    drawn = shares(weighed)
+    assert (drawn[:5] == drawn[0]).all()
+    assert (drawn[5:10] == drawn[5]).all()
+    assert not (drawn[5] == drawn[0]).any()
+    np.testing.assert_allclose(drawn.sum(1), 1.0)
     rows = {row["domain"]: row for row in lines(weighed / "evals.jsonl") if row["step"] == 0}
     column = lambda key: np.asarray([rows[name][key] for name in ("alpha", "beta")])
     start = rules.Gaps(*map(column, rules.Gaps._fields))
     rho = np.exp(start.student_nats - start.teacher_nats)
-    assert abs(np.log(found[5][0] / found[5][1])) < 3 * abs(rho[0] - rho[1]) + 0.5  # a share, not a jump to one domain
+    assert abs(np.log(drawn[5][0] / drawn[5][1])) < 3 * abs(rho[0] - rho[1]) + 0.5  # a share, not a jump to one domain
     # What is trained on in the first interval is what a run with natural shares sees.
     assert [r["loss"] for r in lines(weighed / "metrics.jsonl")[:5]] == [
         r["loss"] for r in lines(undisturbed / "metrics.jsonl")[:5]
     ]
-
-
-@pytest.mark.slow
-def test_killed_in_an_interval_equals_undisturbed(weighed, arguments, tmp_path):
-    workdir = tmp_path / "killed"
-    run = Background(workdir, [*arguments, DDK])
-    run.wait_for_step(7)
-    run.process.kill()
-    run.finish()
-    done = here("train", "--workdir", str(workdir), *arguments, DDK)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(workdir, weighed)
-
-
-def test_intervals_and_their_cost_are_written_down(weighed):
+    # Intervals and their cost are written down.
     rows = lines(weighed / "mixture.jsonl")
     assert [(row["step"], row["interval"]) for row in rows] == [(0, 0), (5, 1), (10, 2)]
-    for row, found in zip(rows, shares(weighed)[::5], strict=True):
-        assert [row["share/alpha"], row["share/beta"]] == found.tolist()
+    for row, pair in zip(rows, drawn[::5], strict=True):
+        assert [row["share/alpha"], row["share/beta"]] == pair.tolist()
     metrics = lines(weighed / "metrics.jsonl")
     assert [row["step"] for row in metrics if "rule_s" in row] == [6, 11]
     assert [row["tokens"] for row in rows] == [0, metrics[4]["tokens"], metrics[9]["tokens"]]
@@ -71,32 +55,31 @@ def test_intervals_and_their_cost_are_written_down(weighed):
     assert "rule measured 2 times" in page
 
 
+@pytest.mark.slow
+def test_killed_in_an_interval_equals_undisturbed(weighed, arguments, tmp_path):
+    workdir = tmp_path / "killed"
+    Background(workdir, [*arguments, DDK]).kill_at(7)
+    succeeds("train", "--workdir", str(workdir), *arguments, DDK)
+    assert_same_run(workdir, weighed)
+
+
 PROXY = "--config.data.mixture=doremi_proxy(eta=5.0)"
 
 
 @pytest.fixture(scope="module")
 def proxy(arguments, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("proxies") / "whole"
-    done = here("train", "--workdir", str(workdir), *arguments, PROXY)
-    assert done.returncode == 0, done.stderr
-    assert "weights of the domains, averaged: alpha=" in done.stdout
+    output = succeeds("train", "--workdir", str(workdir), *arguments, PROXY)
+    assert "weights of the domains, averaged: alpha=" in output
     return workdir
 
 
 @pytest.mark.slow
-def test_a_proxy_that_was_killed_equals_an_undisturbed_one(proxy, arguments, tmp_path):
-    run = Background(tmp_path / "killed", [*arguments, PROXY])
-    run.wait_for_step(7)
-    run.process.kill()
-    run.finish()
-    done = here("train", "--workdir", str(tmp_path / "killed"), *arguments, PROXY)
-    assert done.returncode == 0, done.stderr
+def test_a_killed_proxy_equals_an_undisturbed_one_and_stores_the_average_of_its_weights(proxy, arguments, tmp_path):
+    Background(tmp_path / "killed", [*arguments, PROXY]).kill_at(7)
+    succeeds("train", "--workdir", str(tmp_path / "killed"), *arguments, PROXY)
     assert_same_run(tmp_path / "killed", proxy)
     assert (tmp_path / "killed" / "domain_weights.json").read_text() == (proxy / "domain_weights.json").read_text()
-
-
-@pytest.mark.slow
-def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
     state, _ = final_state(proxy)
     average = np.frombuffer(state["['group_dro']['average']"], np.float32)
     stored = json.loads((proxy / "domain_weights.json").read_text())
@@ -113,8 +96,7 @@ def test_a_proxy_stores_the_average_of_the_weights_of_all_its_steps(proxy):
 def test_the_second_run_draws_by_them_and_says_early_what_is_missing(proxy, arguments, tmp_path):
     alone = [*arguments, "--config.run.eval_every=0"]
     second = [*alone, f"--config.data.mixture=doremi('{proxy}')"]
-    done = here("train", "--workdir", str(tmp_path / "second"), *second)
-    assert done.returncode == 0, done.stderr
+    succeeds("train", "--workdir", str(tmp_path / "second"), *second)
     stored = json.loads((proxy / "domain_weights.json").read_text())["weights"]
     for row in lines(tmp_path / "second" / "mixture.jsonl"):
         assert {name: row[f"share/{name}"] for name in stored} == pytest.approx(stored)

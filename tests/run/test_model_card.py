@@ -3,17 +3,14 @@
 import json
 
 import pytest
-from harness import REPOSITORY
+from harness import recipe
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.report.records import ModelInfo, RunInfo, write_run
 from jaxkd.run import model_card
 
 
 def facts(workdir, *overrides):
-    tiny = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
-    return model_card.facts(experiment(read_config([tiny, *overrides])), workdir, 5)
+    return model_card.facts(recipe("tiny.py", *overrides), workdir, 5)
 
 
 def test_facts(tmp_path):

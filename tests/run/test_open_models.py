@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from harness import REPOSITORY, random_params
+from harness import random_params, recipe
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.models.export import export
 from jaxkd.models.generation import Generation
 from jaxkd.models.transformer import Config
@@ -26,17 +24,13 @@ def directory(tmp_path):
     return tmp_path / "m"
 
 
-def recipe(directory, *more):
-    tiny = "--config=" + str(REPOSITORY / "configs" / "tiny.py")
-    return experiment(read_config([tiny, f"--config.teacher.path={directory}", *more]))
+def tiny(directory, *more):
+    return recipe("tiny.py", f"--config.teacher.path={directory}", *more)
 
 
-def test_a_window_as_long_as_the_rows_is_one_line(directory, capsys):
-    checkpoint, config = open_models.teacher_sources(recipe(directory), {})["teacher"]
+def test_a_window_as_long_as_the_rows_is_one_line_and_a_shorter_one_is_refused(directory, capsys):
+    checkpoint, config = open_models.teacher_sources(tiny(directory), {})["teacher"]
     assert (config.max_length, len(checkpoint.notes)) == (64, 1)
     assert capsys.readouterr().err.splitlines() == [f"jaxkd: teacher {directory}: {checkpoint.notes[0]}"]
-
-
-def test_a_shorter_one_is_refused(directory):
     with pytest.raises(ValueError, match=r"sliding_window 64 .*data\.length"):
-        open_models.teacher_sources(recipe(directory, "--config.data.length=65"), {})
+        open_models.teacher_sources(tiny(directory, "--config.data.length=65"), {})

@@ -4,7 +4,7 @@ import contextlib
 
 import jax
 import pytest
-from harness import here, tiny_arguments
+from harness import succeeds, tiny_arguments
 
 from jaxkd.core import metrics
 from jaxkd.data import loader
@@ -18,32 +18,11 @@ MORE += ("--config.run.mesh.data=1",)
 @pytest.fixture(scope="module")
 def events(two_domains, tmp_path_factory):
     """What a run's training thread did, in order, with every transfer that is not asked for forbidden."""
-    place, found = tmp_path_factory.mktemp("overlap"), []
-    steps, compiled, read, put, save = (
-        loop.Run._steps,
-        program.jitted_step,
-        metrics.read,
-        loader.to_devices,
-        Checkpoints.save,
-    )
-
-    def guarded(self, *arguments):
-        found.append("loop")
-        with jax.transfer_guard("disallow"):
-            return steps(self, *arguments)
-
-    def observed(*arguments):
-        step = compiled(*arguments)
-
-        def call(*more):
-            found.append("dispatch")
-            return step(*more)
-
-        return call
+    root, events, compiled = tmp_path_factory.mktemp("overlap"), [], program.jitted_step
 
     def noting(name, function, guard=contextlib.nullcontext):
         def call(*arguments):
-            found.append(name)
+            events.append(name)
             with guard():
                 return function(*arguments)
 
@@ -51,30 +30,24 @@ def events(two_domains, tmp_path_factory):
 
     # A number that is asked for in passing, as by float(x) or `if x:`; on a CPU no transfer guard sees it.
     kind = type(jax.numpy.zeros(()))
+    # A batch is asked for; Orbax copies as it likes, while nothing trains.
+    allowed, disallowed = (lambda: jax.transfer_guard("allow")), (lambda: jax.transfer_guard("disallow"))
     with pytest.MonkeyPatch.context() as patch:
         for name in ("__float__", "__int__", "__bool__", "__index__", "block_until_ready"):
             patch.setattr(kind, name, noting("wait", getattr(kind, name)))
-        patch.setattr(loop.Run, "_steps", guarded)
-        patch.setattr(program, "jitted_step", observed)
-        patch.setattr(metrics, "read", noting("read", read))
-        # A batch is asked for; Orbax copies as it likes, while nothing trains.
-        allowed = lambda: jax.transfer_guard("allow")
-        patch.setattr(loader, "to_devices", noting("place", put, allowed))
-        patch.setattr(Checkpoints, "save", noting("save", save, allowed))
-        result = here("train", "--workdir", str(place / "run"), *tiny_arguments(two_domains, place / "rows", *MORE))
-    assert result.returncode == 0, result.stderr
-    return found[found.index("loop") + 1 :]
+        patch.setattr(loop.Run, "_steps", noting("loop", loop.Run._steps, disallowed))
+        patch.setattr(program, "jitted_step", lambda *arguments: noting("dispatch", compiled(*arguments)))
+        patch.setattr(metrics, "read", noting("read", metrics.read))
+        patch.setattr(loader, "to_devices", noting("place", loader.to_devices, allowed))
+        patch.setattr(Checkpoints, "save", noting("save", Checkpoints.save, allowed))
+        succeeds("train", "--workdir", str(root / "run"), *tiny_arguments(two_domains, root / "rows", *MORE))
+    return events[events.index("loop") + 1 :]
 
 
-def test_a_step_is_read_when_the_next_one_is_under_way(events):
-    """Batch, step, then the numbers of the step before: the device always has a step to do, and its batch beside it."""
+def test_a_step_is_read_when_the_next_one_is_under_way_and_nothing_else_is(events):
     first = events[: events.index("save")]
     assert first[:2] == ["place", "dispatch"]
     assert first[2:23] == ["place", "dispatch", "read"] * 7
     assert first[23] == "read"  # the last one is waited for
-
-
-def test_nothing_is_moved_that_was_not_asked_for(events):
-    """The run ended well with `jax.transfer_guard("disallow")` around its loop; nothing asked for one number."""
     assert events.count("dispatch") == 8
     assert "wait" not in events[: events.index("save")]

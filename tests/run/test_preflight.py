@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import fails, here, lines_so_far, random_params
+from harness import batch_of, fails, here, lines_so_far, random_params, succeeds
 from safetensors.numpy import load_file, save_file
 
 from jaxkd.core.types import Batch
@@ -37,9 +37,9 @@ def changed(source: Path, target: Path, norm: float) -> Path:
 @pytest.fixture(scope="module")
 def exports(undisturbed, tmp_path_factory) -> dict[str, Path]:
     """A trained student and one that is less sure of what it knows, as directories of their own."""
-    place = tmp_path_factory.mktemp("exports")
-    assert here("export", "--workdir", str(undisturbed), "--output", str(place / "late")).returncode == 0
-    return {"late": place / "late", "early": changed(place / "late", place / "early", 0.3)}
+    directory = tmp_path_factory.mktemp("exports")
+    assert here("export", "--workdir", str(undisturbed), "--output", str(directory / "late")).returncode == 0
+    return {"late": directory / "late", "early": changed(directory / "late", directory / "early", 0.3)}
 
 
 def models(teacher: Path, student: Path) -> list[str]:
@@ -51,11 +51,12 @@ def models(teacher: Path, student: Path) -> list[str]:
     ]
 
 
-def test_models_that_fit_are_told_so(arguments, exports):
-    done = here("check", *arguments, *models(exports["late"], exports["early"]))
-    assert done.returncode == 0, done.stderr
+def test_models_that_fit_are_told_so(arguments, exports, tmp_path):
+    output = succeeds("check", *arguments, *models(exports["late"], exports["early"]))
     for expected in ("tokenizers", "two passes", "held-out rows: teacher", "teacher: loss changed", "MFLOP"):
-        assert expected in done.stdout
+        assert expected in output
+    teacher = changed(exports["late"], tmp_path / "loud", -40)
+    assert "no better than guessing" in fails("check", *arguments, *models(teacher, exports["early"]))
 
 
 @pytest.mark.slow
@@ -64,13 +65,7 @@ def test_a_student_ahead_of_its_teacher_is_stopped_before_the_first_step(argumen
     command = ["train", "--workdir", str(tmp_path / "run"), *arguments, *swapped, "--config.run.steps=2"]
     assert "worse than the student's" in fails(*command)
     assert not lines_so_far(tmp_path / "run")
-    done = here(*command, "--no-check")
-    assert done.returncode == 0, done.stderr
-
-
-def test_weights_that_only_look_like_a_model_are_found(arguments, exports, tmp_path):
-    teacher = changed(exports["late"], tmp_path / "loud", -40)
-    assert "no better than guessing" in fails("check", *arguments, *models(teacher, exports["early"]))
+    succeeds(*command, "--no-check")
 
 
 def test_chat_templates_are_compared_by_what_they_write():
@@ -87,29 +82,25 @@ def test_chat_templates_are_compared_by_what_they_write():
         check(teacher=CHATML, student=CHATML.replace("<|{{ m.role }}|>", "{{ m.role }}: "))
 
 
-# ------------------------------------------------------------------------------- one forward pass
-
 CONFIG = Config(vocab=50, embed=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=16, vocab_multiple=64)
 MODEL = Model(CONFIG, *[None] * 4)
 
 
 def batch() -> Batch:
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (2, 8)), jnp.int32)
-    ones = jnp.ones((2, 8), jnp.int32)
-    weights = jnp.ones((2, 8)).at[:, -1].set(0)
-    place = jnp.broadcast_to(jnp.arange(8), (2, 8))
-    return Batch(tokens, jnp.roll(tokens, -1, 1), weights, ones, place, jnp.arange(2), jnp.zeros(2, jnp.int32))
+    weights = np.ones((2, 8), np.float32)
+    weights[:, -1] = 0
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 8))
+    return batch_of(tokens, weights=weights, row=np.arange(2, dtype=np.int32))
 
 
 def looked_at(forward) -> str:
     return preflight._forward("teacher", MODEL._replace(forward=forward), random_params(CONFIG, 0, 0.5), batch(), 50)
 
 
-def test_a_sound_forward_pass_is_untouched_by_padding():
+def test_padding_dtypes_and_two_passes():
     assert float(looked_at(partial(transformer.forward, CONFIG)).split("by ")[1].split(" nats")[0]) < 1e-5
 
-
-def test_padding_that_reaches_the_tokens_is_found():
+    # Padding that reaches the tokens.
     def leaks(params, batch, dtype=jnp.float32):
         output = transformer.forward(CONFIG, params, batch, dtype=dtype)
         return output._replace(head=output.head._replace(hidden=output.head.hidden * (1 + 0.1 * batch.tokens.shape[1])))
@@ -117,8 +108,7 @@ def test_padding_that_reaches_the_tokens_is_found():
     with pytest.raises(ValueError, match="attends to padding"):
         looked_at(leaks)
 
-
-def test_a_dtype_that_is_too_narrow_is_found():
+    # A dtype that is too narrow.
     def coarse(params, batch, dtype=jnp.bfloat16):
         output = transformer.forward(CONFIG, params, batch)
         hidden = output.head.hidden
@@ -126,9 +116,7 @@ def test_a_dtype_that_is_too_narrow_is_found():
 
     with pytest.raises(ValueError, match=r"teacher\.dtype=float32"):
         looked_at(coarse)
-
-
-def test_two_passes_that_differ_are_found():
+    # Two passes that differ.
     calls = iter([1.0, 1.5])
     sums = lambda *_: preflight.compare.Sums(
         *[jnp.asarray(x) for x in (next(calls), *[1.0] * (len(preflight.compare.Sums._fields) - 1))]

@@ -2,21 +2,17 @@
 
 import jax
 import pytest
-from harness import REPOSITORY
+from harness import recipe
 
-from jaxkd.config.recipe import read_config
-from jaxkd.config.schema import experiment
 from jaxkd.planning import plan
 from jaxkd.run import program
 from jaxkd.run import teacher as teaching
-
-TINY = f"--config={REPOSITORY / 'configs' / 'tiny.py'}"
 
 
 @pytest.mark.parametrize("platform", ["cuda", "rocm"])
 def test_the_step_lowers_for_gpus_on_a_mesh(platform):
     overrides = ("--config.run.mesh.data=4", "--config.run.mesh.model=2", "--config.run.dtype=bfloat16")
-    job = plan.build(experiment(read_config([TINY, *overrides])), jax.devices())
+    job = plan.build(recipe("tiny.py", *overrides), jax.devices())
     teacher = teaching.build_teacher(job.experiment, job.models, plan.teacher_weights(job.models), {}).train
     with jax.set_mesh(job.mesh):
         step = program.jitted_step(job, teacher)

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from harness import Background, assert_same_run, here, lines, lines_so_far, process_environment
+from harness import Background, assert_same_run, lines, lines_so_far, process_environment, succeeds
 
 from jaxkd.runtime import cluster
 
@@ -23,8 +23,7 @@ def test_killed_ten_times_equals_undisturbed(undisturbed, arguments, tmp_path):
         time.sleep(rng.random() * 0.05)
         run.process.kill()
         run.finish()
-    result = here("train", "--workdir", str(workdir), *arguments)
-    assert result.returncode == 0, result.stderr
+    succeeds("train", "--workdir", str(workdir), *arguments)
     assert_same_run(workdir, undisturbed)
 
 
@@ -40,9 +39,8 @@ def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_pat
     assert run.process.returncode == cluster.EXIT_STOPPED, output  # saved, and to be started again
     assert "Traceback" not in output
     assert "the same command resumes" in output, "the run ended before the signal was noticed"
-    result = here("train", "--workdir", str(workdir), *arguments)
-    assert result.returncode == 0, result.stderr
-    assert "resuming at step" in result.stdout
+    printed = succeeds("train", "--workdir", str(workdir), *arguments)
+    assert "resuming at step" in printed
     assert_same_run(workdir, undisturbed)
 
 
@@ -50,10 +48,7 @@ def test_stopped_once_equals_undisturbed(number, undisturbed, arguments, tmp_pat
 def test_a_resumed_run_hears_of_sigterm_before_its_first_step(undisturbed, arguments, tmp_path):
     """JAX has it stop one after the last number that it was asked with, which a new process has not asked with yet."""
     workdir = tmp_path / "stopped"
-    first = Background(workdir, arguments)
-    first.wait_for_step(7)
-    first.process.kill()
-    first.finish()
+    Background(workdir, arguments).kill_at(7)
     phases = (workdir / "goodput.jsonl").read_text().count("\n")
     second = Background(workdir, arguments, cache=False)
     second.wait_for_step(phases + 2, "goodput.jsonl")  # it has started and loaded, and is about to compile its step
@@ -62,8 +57,7 @@ def test_a_resumed_run_hears_of_sigterm_before_its_first_step(undisturbed, argum
     assert second.process.returncode == cluster.EXIT_STOPPED, output
     [resumed] = re.findall(r"resuming at step (\d+) of 12", output)
     assert f"stopped by a signal: step {int(resumed) + 1} of 12 is saved" in output
-    result = here("train", "--workdir", str(workdir), *arguments)
-    assert result.returncode == 0, result.stderr
+    succeeds("train", "--workdir", str(workdir), *arguments)
     assert_same_run(workdir, undisturbed)
 
 
@@ -113,7 +107,6 @@ def test_sigterm_does_not_wait_for_an_evaluation(arguments, tmp_path, evaluation
     else:
         assert "stopped by a signal before the first step" in output
         assert not judged
-    result = here("train", "--workdir", str(workdir), *more)
-    assert result.returncode == 0, result.stderr
-    assert ("resuming at step 6" in result.stdout) == bool(saved)
+    printed = succeeds("train", "--workdir", str(workdir), *more)
+    assert ("resuming at step 6" in printed) == bool(saved)
     assert {row["step"] for row in lines(evaluations)} == {0, 6, 12}

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import here
+from harness import flip_a_bit, here, recipe
 
-from jaxkd.config import recipe
-from jaxkd.config.schema import experiment
 from jaxkd.run import workdir as workdirs
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.retention import Keep
@@ -30,7 +28,7 @@ def state_of(step: int) -> TrainState:
 def saved(arguments, tmp_path_factory) -> Path:
     """A run's workdir without the run: its config, and three checkpoints of which the second is the best."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    workdirs.write_config(workdir, experiment(recipe.read_config(arguments)))
+    workdirs.write_config(workdir, recipe(*arguments))
     writer = Checkpoints(workdir / "checkpoints", Keep(9))
     for step, loss in ((3, 2.0), (6, 1.0), (9, 3.0)):
         writer.save(step, state_of(step), {"tokens": step}, loss)
@@ -49,8 +47,8 @@ def rollback(workdir: Path, step: str):
 
 def files(workdir: Path) -> dict[str, bytes]:
     """All that is there, but for the lock, which says who had it last."""
-    found = {str(f.relative_to(workdir)): f for f in workdir.rglob("*") if f.is_file()}
-    return {name: f.read_bytes() for name, f in found.items() if name != ".lock"}
+    paths = {str(f.relative_to(workdir)): f for f in workdir.rglob("*") if f.is_file()}
+    return {name: f.read_bytes() for name, f in paths.items() if name != ".lock"}
 
 
 def assert_refused(workdir: Path, step: str, sentence: str) -> None:
@@ -63,23 +61,20 @@ def assert_refused(workdir: Path, step: str, sentence: str) -> None:
 
 
 def test_later_steps_are_set_aside_whole_and_named_and_can_be_put_back(workdir):
-    place, before = workdir / "checkpoints", files(workdir)
+    checkpoints, before = workdir / "checkpoints", files(workdir)
     done = rollback(workdir, "3")
     assert done.returncode == 0, done.stderr
     first, on, undo = done.stdout.splitlines()
     assert "step 3 " in first
-    assert f"{place}: 6 as 6.aside, 9 as 9.aside" in first
+    assert f"{checkpoints}: 6 as 6.aside, 9 as 9.aside" in first
     assert "resumes from step 3" in on
     assert "--accept-changes" in on
     assert undo.endswith("rename 6.aside to 6, 9.aside to 9")
-    assert Checkpoints(place, read_only=True).steps() == [3]
+    assert Checkpoints(checkpoints, read_only=True).steps() == [3]
     for step in ("6", "9"):
-        (place / f"{step}.aside").rename(place / step)
+        (checkpoints / f"{step}.aside").rename(checkpoints / step)
     assert files(workdir) == before
-    assert Checkpoints(place, read_only=True).latest() == 9
-
-
-def test_to_the_best(workdir):
+    assert Checkpoints(checkpoints, read_only=True).latest() == 9
     assert "step 6 is the newest" in rollback(workdir, "best").stdout
     assert Checkpoints(workdir / "checkpoints", read_only=True).steps() == [3, 6]
     assert "step 6 is already the newest" in rollback(workdir, "6").stdout
@@ -92,18 +87,15 @@ def test_a_step_that_is_not_there_or_not_whole_is_refused(workdir, tmp_path, mon
     assert not (tmp_path / "nothing").exists()
 
     monkeypatch.setattr("jaxkd.train.orbax_io._PORTION", 5000)  # so that the arrays take several portions
-    raw, step = np.asarray(state_of(6).opt_state[1][0]).tobytes(), workdir / "checkpoints" / "6"
-    [file] = [f for f in (step / "train").rglob("*") if f.is_file() and raw in f.read_bytes()]
-    content = bytearray(file.read_bytes())
-    content[content.index(raw) + len(raw) // 2] ^= 1
-    file.write_bytes(content)
+    step = workdir / "checkpoints" / "6"
+    flip_a_bit(step / "train", np.asarray(state_of(6).opt_state[1][0]).tobytes())
     assert_refused(workdir, "6", f"{step} cannot be restored: opt_state.1.0 ")
     (workdir / "checkpoints" / "9" / "mixture" / "metadata").write_text("{}")
     assert_refused(workdir, "9", "9 cannot be restored: its mixture ")
     assert rollback(workdir, "3").returncode == 0
 
 
-def test_a_run_in_progress_is_left_alone(workdir):
+def test_a_run_in_progress_is_left_alone(workdir, monkeypatch):
     """On this host the lock tells; between hosts the heartbeat does, a file that all of them see."""
     with workdirs.lock(workdir):
         assert_refused(workdir, "3", f"a run is in progress in {workdir}, on this host")
@@ -117,9 +109,6 @@ def test_a_run_in_progress_is_left_alone(workdir):
     (workdir / "heartbeat.json").write_text(json.dumps(beat))
     (workdir / ".lock").write_text(f"{platform.node()} 4711 abc")  # of a process that was killed here
     assert rollback(workdir, "3").returncode == 0
-
-
-def test_one_of_several_processes_is_refused(workdir, monkeypatch):
     monkeypatch.setenv("JAXKD_COORDINATOR", "10.0.0.2:8476")
     monkeypatch.setenv("JAXKD_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAXKD_PROCESS_ID", "1")
@@ -128,9 +117,7 @@ def test_one_of_several_processes_is_refused(workdir, monkeypatch):
 
 def test_marks_follow_checkpoints_that_are_elsewhere(saved, arguments, tmp_path):
     elsewhere, workdir = shutil.copytree(saved / "checkpoints", tmp_path / "elsewhere"), tmp_path / "run"
-    workdirs.write_config(
-        workdir, experiment(recipe.read_config([*arguments, f"--config.run.checkpoints={elsewhere}"]))
-    )
+    workdirs.write_config(workdir, recipe(*arguments, f"--config.run.checkpoints={elsewhere}"))
     for step in (3, 6, 9):
         (workdir / "checkpoints" / str(step)).mkdir(parents=True)
         (workdir / "checkpoints" / str(step) / "commit_success.txt").touch()

@@ -4,17 +4,11 @@ import contextlib
 import shutil
 
 import pytest
-from harness import fails, here, lines, random_params, tiny_arguments, write_domain
+from harness import fails, here, lines, random_params, succeeds, tiny_arguments, write_domain
 
 from jaxkd.data import tokenize
 from jaxkd.models.export import export
 from jaxkd.models.transformer import Config
-
-
-def good(*arguments: str) -> str:
-    result = here(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +25,8 @@ def trained(tmp_path_factory):
         "--config.data.tokenizer=teacher",
     )  # fmt: skip
     with contextlib.chdir(root):
-        good("cache", *arguments)
-        good("train", "--workdir", "run", "--no-check", *arguments)
+        succeeds("cache", *arguments)
+        succeeds("train", "--workdir", "run", "--no-check", *arguments)
     return root, arguments
 
 
@@ -40,8 +34,8 @@ def test_a_finished_run_stands_alone(trained, tmp_path, monkeypatch):
     root, arguments = trained
     run = str(root / "run")
     monkeypatch.chdir(tmp_path)
-    whole = good("evaluate", "--workdir", run)
-    good("export", "--workdir", run, "--output", "before")
+    whole = succeeds("evaluate", "--workdir", run)
+    succeeds("export", "--workdir", run, "--output", "before")
 
     record = root / "run" / "student" / "jaxkd.json"
     text = record.read_text()
@@ -50,11 +44,11 @@ def test_a_finished_run_stands_alone(trained, tmp_path, monkeypatch):
     record.write_text(text)
 
     shutil.rmtree(root / "cache")  # the teacher runs instead
-    assert good("evaluate", "--workdir", run) == whole
+    assert succeeds("evaluate", "--workdir", run) == whole
 
     logged = (root / "run" / "evals.jsonl").read_bytes()
     shutil.rmtree(root / "teacher")
-    title, *_, mean = good("evaluate", "--workdir", run).splitlines()
+    title, *_, mean = succeeds("evaluate", "--workdir", run).splitlines()
     assert "teacher" in title
     row = lines(root / "run" / "evals.jsonl")[-1]
     assert f"{row['student_nats']:.3f}" in mean
@@ -62,11 +56,11 @@ def test_a_finished_run_stands_alone(trained, tmp_path, monkeypatch):
     assert f"{row['teacher_nats']:.3f}" not in mean
     assert (root / "run" / "evals.jsonl").read_bytes() == logged
 
-    good("export", "--workdir", run, "--output", "after")
+    succeeds("export", "--workdir", run, "--output", "after")
     for file in (tmp_path / "before").iterdir():
         if file.name not in ("jaxkd.json", "README.md"):  # which name the directory
             assert file.read_bytes() == (tmp_path / "after" / file.name).read_bytes(), file.name
-    good("report", "--workdir", run)
+    succeeds("report", "--workdir", run)
     monkeypatch.chdir(root)
     assert "teacher" in fails("train", "--workdir", "run", *arguments)
 

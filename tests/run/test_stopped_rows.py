@@ -1,11 +1,9 @@
 """SIGTERM and Ctrl-C before there is anything to save: the process ends at once, and the next one goes on."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
-from harness import REPOSITORY, free_address, here, process_environment, tiny_arguments
+from harness import start, succeeds, tiny_arguments
 
 from jaxkd.runtime import cluster
 
@@ -47,15 +45,7 @@ class Building:
     """A verb in so many processes, the first of which is in the middle of the second domain."""
 
     def __init__(self, arguments: list[str], count: int = 1, program: str = PROGRAM):
-        several = {"JAXKD_COORDINATOR": free_address(), "JAXKD_NUM_PROCESSES": str(count)} if count > 1 else {}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", program, *arguments], cwd=REPOSITORY, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env=process_environment() | several | ({"JAXKD_PROCESS_ID": str(index)} if several else {}),
-            )
-            for index in range(count)
-        ]  # fmt: skip
+        self.processes = start("-c", program, *arguments, count=count)
         for line in self.processes[0].stdout:
             if line == "building\n":
                 break
@@ -70,42 +60,29 @@ class Building:
             for process in self.processes:
                 process.kill()
                 process.communicate()
-        last = [said.splitlines()[-1] for said in errors]
+        last = [text.splitlines()[-1] for text in errors]
         assert all(line.startswith("jaxkd: ") and "stopped by a signal" in line for line in last), last
         return [process.returncode for process in self.processes]
 
 
-def assert_goes_on(arguments, rows) -> None:
-    assert not list(rows.rglob("incomplete.*"))
-    result = here("prepare", *arguments)
-    assert result.returncode == 0, result.stderr
-    alpha, beta = result.stdout.splitlines()
+@pytest.mark.parametrize(
+    ("verb", "count", "index", "number", "code"),
+    [
+        ("train", 1, 0, signal.SIGTERM, cluster.EXIT_STOPPED),
+        # A verb that has not joined JAX's processes, and a process that waits for another's rows.
+        pytest.param("prepare", 1, 0, signal.SIGINT, cluster.EXIT_INTERRUPTED, marks=pytest.mark.slow),
+        pytest.param("train", 2, 1, signal.SIGTERM, cluster.EXIT_STOPPED, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_the_building_of_rows(two_domains, tmp_path, verb, count, index, number, code):
+    arguments = tiny_arguments(two_domains, tmp_path / "rows")
+    workdir = ["--workdir", str(tmp_path / "run")] if verb == "train" else []
+    run = Building([verb, *workdir, *arguments], count)
+    assert run.stop(index, number) == [code] * count
+    assert not list((tmp_path / "rows").rglob("incomplete.*"))
+    alpha, beta = succeeds("prepare", *arguments).splitlines()
     assert " already in " in alpha
     assert " built in " in beta
-
-
-def test_sigterm_ends_the_building_of_rows(two_domains, tmp_path):
-    arguments = tiny_arguments(two_domains, tmp_path / "rows")
-    run = Building(["train", "--workdir", str(tmp_path / "run"), *arguments])
-    assert run.stop(0) == [cluster.EXIT_STOPPED]
-    assert_goes_on(arguments, tmp_path / "rows")
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_building_of_rows(two_domains, tmp_path):
-    """By a verb that has not joined JAX's processes."""
-    arguments = tiny_arguments(two_domains, tmp_path / "rows")
-    run = Building(["prepare", *arguments])
-    assert run.stop(0, signal.SIGINT) == [cluster.EXIT_INTERRUPTED]
-    assert_goes_on(arguments, tmp_path / "rows")
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_that_waits_for_rows_ends_all(two_domains, tmp_path):
-    arguments = tiny_arguments(two_domains, tmp_path / "rows")
-    run = Building(["train", "--workdir", str(tmp_path / "run"), *arguments], count=2)
-    assert run.stop(1) == [cluster.EXIT_STOPPED] * 2
-    assert_goes_on(arguments, tmp_path / "rows")
 
 
 @pytest.mark.slow
@@ -113,7 +90,6 @@ def test_sigterm_to_one_that_waits_for_rows_ends_all(two_domains, tmp_path):
     ("number", "code"), [(signal.SIGTERM, cluster.EXIT_STOPPED), (signal.SIGINT, cluster.EXIT_INTERRUPTED)]
 )
 def test_a_signal_while_weights_are_loaded_ends_the_process(two_domains, tmp_path, number, code):
-    """Which of a pod takes minutes, when thirty seconds are all that it has."""
     arguments = tiny_arguments(two_domains, tmp_path / "rows")
     run = Building(["train", "--workdir", str(tmp_path / "run"), *arguments], program=LOADING)
     assert run.stop(0, number) == [code]

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from harness import REPOSITORY, free_address, process_environment
+from harness import REPOSITORY, free_address, process_environment, start
 
 from jaxkd.runtime import cluster
 from jaxkd.runtime.cluster import ProcessInfo, detect, roll_call
@@ -73,8 +73,7 @@ def test_contradictory_environments(environ, named):
 
 
 def test_a_slurm_batch_script_may_run_a_single_process_verb_without_srun():
-    assert detect(BATCH, "", single_ok=True) == ONE
-    assert detect(TASK, "", single_ok=True) == RANK_9
+    assert [detect(environ, "", single_ok=True) for environ in (BATCH, TASK)] == [ONE, RANK_9]
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3"])
@@ -108,9 +107,6 @@ def test_libtpu_is_not_loaded_on_a_machine_without_a_tpu(modules, devices, varia
     assert os.environ.get("JAX_PLATFORMS") == expected
 
 
-# --------------------------------------------------------------------------------------- roll call
-
-
 @pytest.fixture
 def address() -> str:
     return free_address()
@@ -140,17 +136,19 @@ def test_all_processes_join(address, order):
     assert call(address, *order) == [None, None, None]
 
 
-def test_missing_processes_are_named_on_all(address):
+def test_missing_processes_and_a_port_in_use_are_named(address):
+    other = free_address()
     first, second = call(address, 0, 2, count=5, seconds=0.5)
     assert isinstance(first, cluster.Unavailable)
     assert str(first) == str(second)
     assert "1, 3, 4" in str(first)
-
-
-def test_no_coordinator(address):
-    [error] = call(address, 1, seconds=0.3)
+    [error] = call(other, 1, seconds=0.3)
     assert isinstance(error, cluster.Unavailable)
-    assert f"JAXKD_COORDINATOR={address}" in str(error)
+    assert f"JAXKD_COORDINATOR={other}" in str(error)
+    with socket.create_server(("", int(other.split(":")[1]))):
+        [error] = call(other, 0)
+    assert isinstance(error, OSError)
+    assert f"JAXKD_COORDINATOR={other}" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -177,15 +175,6 @@ def test_a_process_that_died_may_connect_again_and_unrelated_clients_are_ignored
     assert results == [None]
 
 
-def test_a_port_in_use_is_named(address):
-    with socket.create_server(("", int(address.split(":")[1]))):
-        [error] = call(address, 0)
-    assert isinstance(error, OSError)
-    assert f"JAXKD_COORDINATOR={address}" in str(error)
-
-
-# ---------------------------------------------------------------------------------- real processes
-
 PROGRAM = """
 import os, sys
 from jaxkd.cli import main
@@ -198,22 +187,13 @@ main.console()  # calls join again, which does nothing
 """
 
 
-def test_two_processes_join_despite_proxy_variables_and_end_together(address, tmp_path):
+def test_two_processes_join_despite_proxy_variables_and_end_together(tmp_path):
     """gRPC would wait for the proxy. Process 0 alone refuses the workdir; both exit with its message and code."""
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "notes.txt").write_text("mine")
     dead = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "x"}
     train = ["train", "--config", "configs/tiny.py", "--workdir", str(tmp_path / "w")]
-    common = process_environment() | dead | {"JAX_PLATFORMS": "cpu"}
-    common |= {"JAXKD_COORDINATOR": address, "JAXKD_NUM_PROCESSES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *train], cwd=REPOSITORY, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=common | {"JAXKD_PROCESS_ID": str(index)},
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    for index, process in enumerate(processes):
+    for index, process in enumerate(start("-c", PROGRAM, *train, count=2, **dead)):
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 1, errors
         assert output.splitlines()[-1] == f"{index} 2 2.0 http://127.0.0.1:9"  # Gloo prints a line before it

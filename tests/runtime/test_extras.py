@@ -56,16 +56,13 @@ def test_the_command_line_names_the_extra_that_is_missing(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_missing_module_within_a_verb_is_one_sentence():
+def test_extras_of_missing_modules():
     code, text = multihost._describe(ModuleNotFoundError("No module named 'sympy.core'", name="sympy.core"))
     assert (code, text.count("\n")) == (1, 0)
     assert text.endswith('pip install "jaxkd[math]"')
     code, text = multihost._describe(ModuleNotFoundError("No module named 'mine'", name="mine"))
     assert code == cluster.EXIT_INTERNAL
     assert "mine" in text
-
-
-def test_every_requirement_of_the_train_extra_is_known():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     modules = {"orbax-checkpoint": "orbax", "absl-py": "absl"}
     for requirement in project["optional-dependencies"]["train"]:

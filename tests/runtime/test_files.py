@@ -2,17 +2,11 @@
 
 import errno
 import os
+from unittest.mock import Mock
 
 import pytest
 
 from jaxkd.runtime import files
-
-
-def fail(error):
-    def raises(*_):
-        raise error
-
-    return raises
 
 
 def test_a_file_is_replaced_with_the_umasks_mode_and_synced_with_its_directory(tmp_path, monkeypatch):
@@ -43,7 +37,7 @@ def test_a_file_is_replaced_with_the_umasks_mode_and_synced_with_its_directory(t
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch, error):
     path = tmp_path / "state.json"
     files.write_json(path, {"old": True})
-    monkeypatch.setattr(os, "fsync", fail(error))
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=error))
     with (
         pytest.raises(OSError, match="No space left on device while testing") as caught,
         files.errors_name(path, "testing"),

@@ -35,7 +35,6 @@ class Disk:
         monkeypatch.setattr(os, "fsync", answer)
 
     def blocks(self, call) -> None:
-        """The call does not return until the disk answers."""
         self.answers.clear()
         thread = threading.Thread(target=call)
         thread.start()
@@ -70,15 +69,14 @@ def steps(workdir) -> list[int]:
 
 
 def events(workdir) -> list[Event]:
-    """TensorBoard's events, oldest first."""
-    found = []
+    read = []
     for path in sorted((workdir / "tensorboard").iterdir()):
         data = path.read_bytes()
         while data:
             (size,) = struct.unpack("<Q", data[:8])  # a length and its checksum, the event and its checksum
-            found.append(Event.FromString(data[12 : 12 + size]))
+            read.append(Event.FromString(data[12 : 12 + size]))
             data = data[16 + size :]
-    return found
+    return read
 
 
 def test_the_loop_waits_for_a_hanging_disk_only_when_the_queue_is_full(disk, output, tmp_path):
@@ -207,9 +205,6 @@ def test_a_full_disk_ends_a_run_before_a_checkpoint_of_unwritten_steps(two_domai
     assert last.startswith("jaxkd: error: No space left on device")
     assert last.endswith(str(written))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")] == ["3"]
-
-
-# ------------------------------------------------------------------------------------------ progress
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):

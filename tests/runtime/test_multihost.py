@@ -2,12 +2,10 @@
 
 import errno
 import json
-import subprocess
-import sys
 import time
 
 import pytest
-from harness import REPOSITORY, free_address, process_environment
+from harness import start
 
 from jaxkd.runtime import cluster, multihost
 
@@ -52,16 +50,7 @@ finally:
 
 def test_three_processes_agree_and_end_together(tmp_path):
     (tmp_path / "files").mkdir()
-    common = {
-        **process_environment(), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(), "JAXKD_NUM_PROCESSES": "3"
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "files")], cwd=REPOSITORY, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=common | {"JAXKD_PROCESS_ID": str(index)},
-        )
-        for index in range(3)
-    ]  # fmt: skip
+    processes = start("-c", PROGRAM, str(tmp_path / "files"), count=3)
     results = [process.communicate(timeout=90) for process in processes]
     assert [process.returncode for process in processes] == [1, 1, 1], results
     for index, (output, errors) in enumerate(results):
@@ -104,11 +93,7 @@ def device_error(text: str) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device", "disk"), 1, "jaxkd: error: No space left on device: disk"),
         (cluster.Unavailable("the bucket did not answer"), 69, "jaxkd: error: the bucket did not answer"),
         # A restart would run out of memory at the same step.
-        (
-            device_error("RESOURCE_EXHAUSTED: Error allocating 17.1G\nmore"),
-            1,
-            "jaxkd: error: a device is out of",
-        ),
+        (device_error("RESOURCE_EXHAUSTED: Error allocating 17.1G\nmore"), 1, "jaxkd: error: a device is out of"),
         (multihost.Stopped("stopped", 75), 75, "jaxkd: stopped"),
         (KeyboardInterrupt(), 130, "jaxkd: interrupted"),
         (device_error("INTERNAL: a core halted"), cluster.EXIT_INTERNAL, ""),

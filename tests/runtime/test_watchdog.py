@@ -1,14 +1,12 @@
 """The watchdog, in processes of its own whose main thread really hangs."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from harness import REPOSITORY, free_address, process_environment, tiny_arguments
+from harness import start
 
 from jaxkd.runtime import cluster, watchdog
 
@@ -29,20 +27,15 @@ watch.close()
 """
 
 
-def start(workdir, process: int, stall_s: float, naps: int) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", HANG, str(workdir), str(process), str(stall_s), str(naps)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def hang(workdir, process: int, stall_s: float, naps: int) -> subprocess.Popen:
+    [started] = start("-c", HANG, str(workdir), str(process), str(stall_s), str(naps))
+    return started
 
 
 def test_a_step_that_hangs_ends_the_process_with_its_stacks_and_a_last_heartbeat(tmp_path):
     """The heartbeat names the phase that hung, although heartbeats are five seconds apart."""
     for rank in (3, 0):
-        process = start(tmp_path, rank, 0.3, 1200)
+        process = hang(tmp_path, rank, 0.3, 1200)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == cluster.EXIT_INTERNAL  # on which launchers restart
         assert "step 8" in errors
@@ -55,7 +48,7 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks_and_a_last_heartbeat
 
 
 def test_a_suspended_process_is_not_late(tmp_path):
-    process = start(tmp_path, 0, 1.0, 6)
+    process = hang(tmp_path, 0, 1.0, 6)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGSTOP)
     time.sleep(2.0)
@@ -92,74 +85,18 @@ time.sleep(600)  # as in a collective that never completes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("coordinator_hangs", [False, True])
-def test_all_processes_end_when_one_hangs(tmp_path, coordinator_hangs):
-    """Process 1 ends itself, also when process 0, which hosts the store for the message, is stopped."""
-    common = {
-        **process_environment(), "JAX_PLATFORMS": "cpu", "JAXKD_COORDINATOR": free_address(), "JAXKD_NUM_PROCESSES": "2"
-    }  # fmt: skip
-    other, one = [
-        subprocess.Popen(
-            [sys.executable, "-c", PAIR, str(tmp_path)], env=common | {"JAXKD_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
+def test_a_process_that_hangs_ends_itself_although_the_coordinator_is_stopped(tmp_path):
+    """It cannot be told of it: a launcher that sees one process end ends the rest."""
+    coordinator, other = start("-c", PAIR, str(tmp_path), count=2)
     try:
-        assert (one.stdout.readline(), other.stdout.readline()) == ("ready\n", "ready\n")
-        if coordinator_hangs:
-            other.send_signal(signal.SIGSTOP)
+        assert (other.stdout.readline(), coordinator.stdout.readline()) == ("ready\n", "ready\n")
+        coordinator.send_signal(signal.SIGSTOP)
         begin = time.monotonic()
-        _, errors = one.communicate(timeout=60)
-        assert one.returncode == cluster.EXIT_INTERNAL, errors
+        _, errors = other.communicate(timeout=60)
+        assert other.returncode == cluster.EXIT_INTERNAL, errors
         assert time.monotonic() - begin < 40  # not the 100 seconds of JAX's heartbeat timeout
         assert "run.stall_s=1)" in errors
-        if coordinator_hangs:
-            return  # it cannot be told: a launcher that sees one process end ends the rest
-        _, errors = other.communicate(timeout=20)
-        assert other.returncode == cluster.EXIT_INTERNAL, errors
-        last = errors.splitlines()[-1]
-        assert last.startswith("jaxkd: process 1 failed: error: step 7")
-        assert last.endswith(f"{tmp_path / 'stalled-1.txt'}")
     finally:
-        one.kill()
-        other.kill()
-        other.communicate()
-
-
-RUN = """
-import sys, threading
-from jaxkd.cli import main
-from jaxkd.data import loader
-read, calls = loader.read_rows, []
-def storage_that_hangs(*arguments):
-    calls.append(1)
-    if len(calls) > int(sys.argv[1]):
-        threading.Event().wait()
-    return read(*arguments)
-loader.read_rows = storage_that_hangs
-main.console(sys.argv[2:])
-"""
-
-
-@pytest.mark.slow
-def test_a_run_whose_storage_hangs_is_ended_and_resumes(two_domains, tmp_path):
-    workdir = tmp_path / "run"
-    more = ["--config.run.steps=12", "--config.run.checkpoint_every=2", "--config.run.stall_s=8.0"]
-    arguments = ["train", "--workdir", str(workdir), *tiny_arguments(two_domains, tmp_path / "rows", *more)]
-    # The held-out rows of two domains, a check, then one batch per step, of which some are prefetched.
-    command = lambda reads: [sys.executable, "-c", RUN, str(reads), *arguments]
-    run = lambda reads: subprocess.run(
-        command(reads), env=process_environment(), capture_output=True, text=True, timeout=400, check=False
-    )
-    stalled = run(9)
-    assert stalled.returncode == cluster.EXIT_INTERNAL, stalled.stderr
-    assert "run.stall_s=8" in stalled.stderr
-    assert "storage_that_hangs" in (workdir / "stalled-0.txt").read_text()
-    beat = json.loads((workdir / "heartbeat.json").read_text())
-    assert beat["phase"] == "steps"
-    reached = beat["step"]
-    assert 0 < reached < 12
-    again = run(1000)
-    assert again.returncode == 0, again.stderr
-    assert f"step {reached - reached % 2}" in again.stdout
+        for process in (other, coordinator):
+            process.kill()
+            process.communicate()

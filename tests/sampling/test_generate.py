@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from harness import collectives, random_params
 
+import jaxkd as kd
 from jaxkd.core.sharding import make_mesh, shardings
 from jaxkd.core.types import Batch, Head
 from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
-from jaxkd.models.transformer import Config, RopeScaling
+from jaxkd.models.transformer import CausalLM, Config, RopeScaling
 from jaxkd.sampling import generate
 
 CONFIG = Config(vocab=100, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_length=64)
@@ -107,7 +108,7 @@ def assert_same(one, other):
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-def test_a_completion_does_not_depend_on_other_rows(params, text):
+def test_a_completion_depends_on_its_prompt_key_and_position_alone(params, text):
     order = np.array([2, 0, 3, 1])
     moved = run(CONFIG, params, some_prompts()[order], PROMPT_LENGTHS[order], row_keys(order))
     assert_same(moved, jax.tree.map(lambda x: x[order], text))
@@ -115,27 +116,18 @@ def test_a_completion_does_not_depend_on_other_rows(params, text):
         here = slice(row, row + 1)
         alone = run(CONFIG, params, some_prompts()[here], PROMPT_LENGTHS[here], row_keys([row]))
         assert_same(alone, jax.tree.map(lambda x, here=here: x[here], text))
-
-
-def test_prompt_padding_is_ignored(params, text):
     wider = run(CONFIG, params, some_prompts(width=12, filling=5), PROMPT_LENGTHS, row_keys(range(4)))
     assert_same(wider, text)
     ended = run(CONFIG, params, some_prompts(12, 5), PROMPT_LENGTHS, row_keys(range(4)), end=tuple(range(VOCAB)))
     assert (ended.tokens[np.arange(LENGTH) > PROMPT_LENGTHS[:, None]] == 0).all()
-
-
-def test_lengths_are_clipped_under_jit(params, text):
+    # Lengths are clipped under jit.
     lengths = np.array([3, 99, 0, 5], np.int32)
     jitted = jax.jit(lambda lengths: run_traced(params, lengths))
     assert_same(jax.tree.map(np.asarray, jitted(lengths)), text)
-
-
-def test_a_longer_limit_extends_the_same_text(params, text):
+    # A longer limit extends the same text.
     longer = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), length=LENGTH + 5)
     np.testing.assert_array_equal(longer.tokens[:, :LENGTH], text.tokens)
-
-
-def test_rows_seeds_and_positions_draw_independently(params, text):
+    # Rows, seeds and positions draw independently.
     same = [np.repeat(x[1:2], 4, 0) for x in (some_prompts(), PROMPT_LENGTHS)]
     drawn = run(CONFIG, params, *same, row_keys(range(4)))
     assert len({tuple(row) for row in drawn.tokens}) == 4
@@ -172,7 +164,7 @@ def test_ids_beyond_the_true_vocabulary_are_never_sampled(temperature):
     assert np.isfinite(text.logprobs).all()
 
 
-def test_end_tokens(params, text):
+def test_end_tokens_stop_rows_and_decoding(params, text, monkeypatch):
     first, second = text.tokens[0, 6], text.tokens[3, 10]
     ended = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), end=(int(first), int(second)))
     for row, prompt in enumerate(PROMPT_LENGTHS):  # an end token within a prompt does not count
@@ -185,9 +177,7 @@ def test_end_tokens(params, text):
     assert (ended.lengths < LENGTH).sum() >= 2
     only = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), end=int(first))
     assert only.tokens[0, only.lengths[0] - 1] == first
-
-
-def test_decoding_stops_when_all_rows_have_ended(params, monkeypatch):
+    # Decoding stops when all rows have ended.
     steps = []
 
     def counted(*arguments, **options):
@@ -202,13 +192,26 @@ def test_decoding_stops_when_all_rows_have_ended(params, monkeypatch):
     assert len(steps) == 1 + 7  # the prompts, then from the shortest prompt to one past the longest
 
 
-def test_prompts_of_full_length_are_returned(params):
+def test_prompts_of_full_length_and_bad_arguments(params):
     prompts = some_prompts()
     text = run(CONFIG, params, prompts, PROMPT_LENGTHS, row_keys(range(4)), length=7)
     np.testing.assert_array_equal(text.tokens[1], prompts[1])
     assert text.lengths[1] == 7
     assert (text.logprobs[1] == 0).all()
     assert (text.logprobs[0, 3:] < 0).all()
+    prompts, keys = some_prompts(), row_keys(range(4))
+
+    def refused(message, prompts=prompts, lengths=PROMPT_LENGTHS, **options):
+        with pytest.raises(ValueError, match=message):
+            run(CONFIG, params, prompts, lengths, keys, **options)
+
+    refused("empty prompt", lengths=np.array([3, 0, 1, 5], np.int32))
+    refused("empty prompt", prompts=prompts[:, :0], lengths=np.zeros(4, np.int32))
+    refused("lengths", prompts=prompts[:, :6])
+    refused("length=6", length=6)
+    refused("context of 64", length=65)
+    refused("vocab", vocab=101)
+    refused("temperature", temperature=-1.0)
 
 
 @pytest.mark.parametrize(("data", "model", "context"), [(4, 1, 1), (2, 2, 2)])
@@ -225,22 +228,6 @@ def test_on_a_mesh(params, text, data, model, context):
     assert compiled.output_shardings.tokens.is_equivalent_to(rows, 2)
     moved = {shape for one in collectives(compiled.as_text()) for shape in one.shapes}
     assert not [shape for shape in moved if LENGTH in shape]  # neither the cache nor the text is exchanged
-
-
-def test_bad_arguments(params):
-    prompts, keys = some_prompts(), row_keys(range(4))
-
-    def refused(message, prompts=prompts, lengths=PROMPT_LENGTHS, **options):
-        with pytest.raises(ValueError, match=message):
-            run(CONFIG, params, prompts, lengths, keys, **options)
-
-    refused("empty prompt", lengths=np.array([3, 0, 1, 5], np.int32))
-    refused("empty prompt", prompts=prompts[:, :0], lengths=np.zeros(4, np.int32))
-    refused("lengths", prompts=prompts[:, :6])
-    refused("length=6", length=6)
-    refused("context of 64", length=65)
-    refused("vocab", vocab=101)
-    refused("temperature", temperature=-1.0)
 
 
 @pytest.mark.slow
@@ -267,3 +254,17 @@ def test_large_logits_cost_the_log_probabilities_no_digits():
     ids, lp = generate._draw(Head(jnp.ones((1, 1, 1)), jnp.asarray(z)), row_keys([0]), jnp.int32(1), 0.0, 3)
     assert int(ids[0]) == 1
     np.testing.assert_allclose(lp, [-np.log(np.exp(-0.5) + 1 + np.exp(-1.5))], rtol=1e-6)
+
+
+def test_completions_depend_on_their_own_prompt():
+    config = dataclasses.replace(CONFIG, vocab=90)
+    model, params = CausalLM(config), random_params(config, 0)
+    both = kd.generate(model, params, [[5, 6, 7], [9]], max_new_tokens=6, vocab=80)
+    assert [len(ids) for ids in both] == [6, 6]
+    assert max(ids.max() for ids in both) < 80
+    np.testing.assert_array_equal(kd.generate(model, params, [[9]], max_new_tokens=6, vocab=80)[0], both[1])
+    ended = kd.generate(model, params, [[9]], max_new_tokens=6, vocab=80, end=int(both[1][2]))[0]
+    first = int(np.flatnonzero(both[1] == both[1][2])[0])
+    np.testing.assert_array_equal(ended, both[1][: first + 1])
+    with pytest.raises(ValueError, match="prompt"):
+        kd.generate(model, params, [[]])

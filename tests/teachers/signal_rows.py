@@ -29,8 +29,8 @@ def sampled_row(rng, length: int, vocab: int, draws: int, likely: int = 30) -> S
     share = 1 / np.arange(1, min(likely, vocab) + 1)
     for t in range(length):
         some = rng.choice(vocab, size=len(share), replace=False)
-        found, often = np.unique(rng.choice(some, size=draws, p=share / share.sum()), return_counts=True)
-        ids[t, : len(found)], counts[t, : len(found)] = found, often
+        drawn, often = np.unique(rng.choice(some, size=draws, p=share / share.sum()), return_counts=True)
+        ids[t, : len(drawn)], counts[t, : len(drawn)] = drawn, often
     return Sampled(ids, counts)
 
 
@@ -55,6 +55,5 @@ def text_row(rng, length: int, vocab: int) -> tuple[Text, np.ndarray]:
 
 
 def rising(row: TopK) -> TopK:
-    """The same entries in the order of their ids."""
     order = np.argsort(row.ids, -1)
     return TopK(np.take_along_axis(row.ids, order, -1), np.take_along_axis(row.logprobs, order, -1), row.tail)

@@ -29,8 +29,8 @@ def of(seed: int, length: int, share: float) -> tuple[np.random.Generator, np.nd
     return rng, rng.random(length) < share
 
 
-def same(found, wanted, live):
-    for got, want in zip(found, wanted, strict=True):
+def same(decoded, wanted, live):
+    for got, want in zip(decoded, wanted, strict=True):
         assert got.dtype == want.dtype
         np.testing.assert_array_equal(got[live], want[live])
 
@@ -42,11 +42,11 @@ def test_top_k_exact(seed, length, share, vocab, entries, temperatures):
     entries = min(entries, vocab)
     row = top_k_row(rng, length, vocab, entries, temperatures)
     layout = Layout("top_k", length, vocab, entries, temperatures, dtype="float32")
-    found = decode(layout, encode(layout, row, live))
-    same(found, rising(row), live)
-    assert (found.ids[~live] == -1).all()
-    assert (found.logprobs[~live] == -np.inf).all()
-    assert (found.tail[~live] == 0).all()
+    decoded = decode(layout, encode(layout, row, live))
+    same(decoded, rising(row), live)
+    assert (decoded.ids[~live] == -1).all()
+    assert (decoded.logprobs[~live] == -np.inf).all()
+    assert (decoded.tail[~live] == 0).all()
 
 
 @settings(max_examples=60)
@@ -57,16 +57,16 @@ def test_top_k_within_bound(seed, length, share, vocab, entries, sharpness):
     entries = min(entries, vocab)
     row = rising(top_k_row(rng, length, vocab, entries, sharpness=sharpness))
     layout = Layout("top_k", length, vocab, entries, (1.0,), dtype="uint8")
-    found = decode(layout, encode(layout, row, live))
-    np.testing.assert_array_equal(found.ids[live], row.ids[live])
+    decoded = decode(layout, encode(layout, row, live))
+    np.testing.assert_array_equal(decoded.ids[live], row.ids[live])
     true = np.maximum(row.logprobs[live], LOG_FLOOR)
     top = true.max(-1, keepdims=True, initial=LOG_FLOOR)
     room = 2.0**-10 * np.abs(top) + 1e-7  # top and spread are rounded up to float16
     spread = (top - true.min(-1, keepdims=True, initial=0) + room) * (1 + 2.0**-10) + 1e-7
     code = 255 * np.sqrt((top + room - true) / spread) + 1
-    assert (np.abs(found.logprobs[live] - true) <= spread * (code + 0.25) / 255**2 + 1e-5).all()
-    assert (found.tail <= 0).all()
-    np.testing.assert_allclose(found.tail[live], np.maximum(row.tail[live], LOG_FLOOR), rtol=2.0**-11, atol=2.0**-25)
+    assert (np.abs(decoded.logprobs[live] - true) <= spread * (code + 0.25) / 255**2 + 1e-5).all()
+    assert (decoded.tail <= 0).all()
+    np.testing.assert_allclose(decoded.tail[live], np.maximum(row.tail[live], LOG_FLOOR), rtol=2.0**-11, atol=2.0**-25)
 
 
 @settings(max_examples=60)
@@ -75,10 +75,10 @@ def test_sampled(seed, length, share, vocab, draws):
     rng, live = of(seed, length, share)
     row = sampled_row(rng, length, vocab, draws)
     layout = Layout("sampled", length, vocab, draws)
-    found = decode(layout, encode(layout, row, live))
-    same(found, row, live)
-    assert (found.ids[~live] == -1).all()
-    assert (found.counts[~live] == 0).all()
+    decoded = decode(layout, encode(layout, row, live))
+    same(decoded, row, live)
+    assert (decoded.ids[~live] == -1).all()
+    assert (decoded.counts[~live] == 0).all()
 
 
 @settings(max_examples=30)
@@ -88,15 +88,15 @@ def test_hidden(seed, length, share, width, dtype):
     row = hidden_row(rng, length, width, scale=10.0 ** rng.integers(-6, 7))  # 10^6 is beyond float16
     row.hidden[:1] = 0.0  # a token of zeros has no scale
     layout = Layout("hidden", length, width=width, dtype=dtype)
-    [found] = decode(layout, encode(layout, row, live))
+    [decoded] = decode(layout, encode(layout, row, live))
     kept = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-    assert found.dtype == kept
-    assert (found[~live] == 0).all()
+    assert decoded.dtype == kept
+    assert (decoded[~live] == 0).all()
     if dtype == "int8":
         largest = np.abs(row.hidden[live]).max(-1, keepdims=True, initial=0)
-        assert (np.abs(found[live] - row.hidden[live]) <= largest / 254 * (1 + 1e-4)).all()
+        assert (np.abs(decoded[live] - row.hidden[live]) <= largest / 254 * (1 + 1e-4)).all()
     else:
-        np.testing.assert_array_equal(found[live], row.hidden[live].astype(kept))
+        np.testing.assert_array_equal(decoded[live], row.hidden[live].astype(kept))
 
 
 @settings(max_examples=60)
@@ -108,16 +108,7 @@ def test_token(seed, length, vocab):
     same(decode(layout, encode(layout, row, live)), row, np.ones(length, bool))
 
 
-@pytest.mark.parametrize(("vocab", "bound"), [(49_152, 163), (151_936, 176)])
-def test_size_of_top_k(vocab, bound):
-    apart = vocab // 64
-    ids = np.arange(64) * apart + np.random.default_rng(0).integers(0, apart, (128, 64))
-    row = TopK(ids.astype(np.int32), np.full((128, 64), -5.0, np.float32), np.full((128, 1), -3.0, np.float32))
-    layout = Layout("top_k", 128, vocab, 64, (1.0,), dtype="uint8")
-    assert len(encode(layout, row, np.ones(128, bool))) <= bound * 128
-
-
-def test_sizes():
+def test_sizes_stacks_and_the_floor():
     rng, live = np.random.default_rng(0), np.arange(256) % 2 == 0
     row = sampled_row(rng, 256, 49_152, 50)
     assert (row.counts > 0).sum() > 14 * 256
@@ -128,9 +119,13 @@ def test_sizes():
         name: size(Layout("hidden", 256, width=48, dtype=name), states) for name in ("float32", "bfloat16", "int8")
     }
     assert sizes == {"float32": 128 * 192, "bfloat16": 128 * 96, "int8": 128 * 52}
-
-
-def test_rows_are_stacked():
+    for vocab, bound in ((49_152, 163), (151_936, 176)):
+        apart = vocab // 64
+        ids = np.arange(64) * apart + np.random.default_rng(0).integers(0, apart, (128, 64))
+        row = TopK(ids.astype(np.int32), np.full((128, 64), -5.0, np.float32), np.full((128, 1), -3.0, np.float32))
+        layout = Layout("top_k", 128, vocab, 64, (1.0,), dtype="uint8")
+        assert len(encode(layout, row, np.ones(128, bool))) <= bound * 128
+    # Rows are stacked.
     rng = np.random.default_rng(0)
     layout = Layout("top_k", 9, 50, 4, (1.0, 2.0), dtype="uint8")
     rows = [encode(layout, top_k_row(rng, 9, 50, 4, (1.0, 2.0)), rng.random(9) < 0.5) for _ in range(3)]
@@ -139,6 +134,13 @@ def test_rows_are_stacked():
     for b, payload in enumerate(rows):
         for got, want in zip(stacked, decode(layout, payload), strict=True):
             np.testing.assert_array_equal(got[b], want)
+    # What `LOG_FLOOR` calls nothing does not widen the grid for the others.
+    lp = np.array([[-0.5, -1.0, -np.inf, -1e30]], np.float32)
+    row = TopK(np.arange(4, dtype=np.int32)[None], lp, np.full((1, 1), -1e30, np.float32))
+    layout = Layout("top_k", 1, 9, 4, (1.0,), dtype="uint8")
+    decoded = decode(layout, encode(layout, row, np.ones(1, bool)))
+    np.testing.assert_allclose(decoded.logprobs[0], [-0.5, -1.0, LOG_FLOOR, LOG_FLOOR], atol=0.02)
+    assert decoded.tail[0, 0] == LOG_FLOOR
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("uint8", 2e-3)])
@@ -167,19 +169,8 @@ def test_whole_vocabulary_is_the_teacher(divergence, dtype, tolerance):
     np.testing.assert_allclose(slope, want_slope, atol=tolerance)
 
 
-def test_below_the_floor():
-    """What `LOG_FLOOR` calls nothing does not widen the grid for the others."""
-    lp = np.array([[-0.5, -1.0, -np.inf, -1e30]], np.float32)
-    row = TopK(np.arange(4, dtype=np.int32)[None], lp, np.full((1, 1), -1e30, np.float32))
-    layout = Layout("top_k", 1, 9, 4, (1.0,), dtype="uint8")
-    found = decode(layout, encode(layout, row, np.ones(1, bool)))
-    np.testing.assert_allclose(found.logprobs[0], [-0.5, -1.0, LOG_FLOOR, LOG_FLOOR], atol=0.02)
-    assert found.tail[0, 0] == LOG_FLOOR
-
-
 @pytest.mark.parametrize("signal", ["hidden", "top_k", "sampled", "token"])
 def test_wrong_payload(signal):
-    """A byte too few, a byte too many, or a layout of another size."""
     rng, live = np.random.default_rng(0), np.arange(10) < 7
     layout, row = {
         "hidden": lambda: (Layout("hidden", 10, width=4, dtype="int8"), hidden_row(rng, 10, 4)),
@@ -195,22 +186,21 @@ def test_wrong_payload(signal):
             decode(layout, wrong)
 
 
-def test_damaged_ids():
+def test_damaged_ids_counts_and_masks():
     layout = Layout("sampled", 10, 90, 7)
     payload = bytearray(encode(layout, sampled_row(np.random.default_rng(0), 10, 90, 7), np.ones(10, bool)))
-    for place in (2, 5, len(payload) - 12, len(payload) - 2):
+    for offset in (2, 5, len(payload) - 12, len(payload) - 2):
         wrong = payload.copy()
-        wrong[place] ^= 64
+        wrong[offset] ^= 64
         with pytest.raises(ValueError, match=r"damaged|too short"):
             decode(layout, bytes(wrong))
-
-
-def test_draws_of_one_token_counted_for_another():
     layout, ids = Layout("sampled", 2, 9, 3), np.array([[4, -1, -1]] * 2)
     payload = encode(layout, Sampled(ids, np.array([[3, 0, 0]] * 2)), np.ones(2, bool))
     assert payload[-1] == 0b100100
     with pytest.raises(ValueError, match="draws"):
         decode(layout, payload[:-1] + bytes([0b100001]))
+    with pytest.raises(ValueError, match="live"):
+        encode(TOP_K, _top_k(), np.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -270,8 +260,3 @@ def test_refused_rows(layout, row, message):
     live = np.array([True, layout.signal != "token"])
     with pytest.raises(ValueError, match=message):
         encode(layout, row, live)
-
-
-def test_live_is_checked():
-    with pytest.raises(ValueError, match="live"):
-        encode(TOP_K, _top_k(), np.ones(2))

@@ -41,13 +41,13 @@ def fields(message: bytes):
 
 def example(message: bytes) -> dict:
     [(_, features)] = fields(message)
-    found = {}
+    record = {}
     for _, entry in fields(features):
         named = dict(fields(entry))
         [(kind, values)] = fields(named[2])
         [(_, value)] = fields(values)
-        found[named[1].decode()] = varint(value, 0)[0] if kind == 3 and isinstance(value, bytes) else value
-    return found
+        record[named[1].decode()] = varint(value, 0)[0] if kind == 3 and isinstance(value, bytes) else value
+    return record
 
 
 def read_row(root: Path, domain: str, split: str, row: int) -> tuple[dict, bytes]:
@@ -82,8 +82,8 @@ class Payload:
             return []
         low = int(math.log2(u // k))
         planes = [self.bits(k) for _ in range(low)]
-        places = [p for p, bit in enumerate(self.bits((u - 1) // 2**low + k)) if bit]
-        return [(p - i) * 2**low + sum(planes[j][i] << j for j in range(low)) for i, p in enumerate(places)]
+        ones = [p for p, bit in enumerate(self.bits((u - 1) // 2**low + k)) if bit]
+        return [(p - i) * 2**low + sum(planes[j][i] << j for j in range(low)) for i, p in enumerate(ones)]
 
 
 def hidden(layout: dict, payload: Payload, live: list[int]):
@@ -155,7 +155,7 @@ LAYOUTS = {
 }
 
 
-def made(split: str, row: int):
+def signal_of(split: str, row: int):
     layout, rng = LAYOUTS[split], np.random.default_rng([len(split), row])
     live = rng.random(LENGTH) < (0.6 if row else 0.0)  # the first row has no token with weight
     if layout.signal == "token":
@@ -172,7 +172,7 @@ def cache(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cache")
     with Writer(root, {"layouts": LAYOUTS}, {"alpha": dict.fromkeys(LAYOUTS, ROWS)}, block=2) as writer:
         for block in writer.missing():
-            rows = [made(block.split, row) for row in range(block.start, block.stop)]
+            rows = [signal_of(block.split, row) for row in range(block.start, block.stop)]
             writer.write(block, [encode(LAYOUTS[block.split], *row) for row in rows])
         writer.finish()
     return root
@@ -180,12 +180,11 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("split", LAYOUTS)
 def test_read_by_the_page(cache, split):
-    """The page's reader finds what was stored, and exactly what the code finds."""
     tolerance = {"half": (2.0**-8, 0.0), "eighth": (0.0, 0.02), "coarse": (2.0**-11, 0.05)}.get(split, (0.0, 0.0))
     for row in range(ROWS):
         layout, content = read_row(cache, "alpha", split, row)
         live, arrays = decoded(layout, content)
-        wanted, wanted_live = made(split, row)
+        wanted, wanted_live = signal_of(split, row)
         np.testing.assert_array_equal(live, wanted_live)
         kept = np.ones(LENGTH, bool) if layout["signal"] == "token" else live
         rows = decode_rows(LAYOUTS[split], [content])
@@ -196,7 +195,6 @@ def test_read_by_the_page(cache, split):
 
 
 def test_worked_example():
-    """The page's example, by the code and by hand."""
     text = re.sub(r"\s+", " ", PAGE.read_text(encoding="utf-8"))
     [mask] = re.findall(r"The mask is `([0-9A-F ]+)`", text)
     [code] = re.findall(r"So the ids are `([0-9A-F ]+)`", text)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tensorflow_datasets as tfds
@@ -63,31 +64,27 @@ def holds_all(root: Path, sizes=SIZES) -> bool:
     )
 
 
-def test_written_rows_are_read(tmp_path):
+def test_written_rows_are_read_by_threads_copies_and_tfds(tmp_path):
     assert holds_all(fill(tmp_path / "cache"))
     store = Store(tmp_path / "cache")
     assert store.read("alpha", "train", [22, 0, 9, 0]) == [payload("alpha", "train", row) for row in (22, 0, 9, 0)]
     assert store.read("alpha", "train", []) == []
     assert store.layout("train") == LAYOUTS["train"]
     assert store.layout("valid") == LAYOUTS["valid"]
-
-
-def test_tfds_reads_it(tmp_path):
-    fill(tmp_path)
-    builder = tfds.builder_from_directory(tmp_path / "alpha" / "1.0.0")
+    # Threads and copies.
+    store = pickle.loads(pickle.dumps(Store(fill(tmp_path / "cache"))))
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda row: store.read("alpha", "train", [row, 22 - row]), list(range(23)) * 4))
+    assert rows == [[payload("alpha", "train", r) for r in (row, 22 - row)] for row in list(range(23)) * 4]
+    fill(tmp_path / "cache")
+    # TFDS.
+    builder = tfds.builder_from_directory(tmp_path / "cache" / "alpha" / "1.0.0")
     assert builder.info.disable_shuffling, "the order is the rows'"
     source = builder.as_data_source("train")
     assert len(source) == 23
     records = source.__getitems__(list(range(23)))
     assert [record["row"] for record in records] == list(range(23))
     assert [record["payload"].tobytes() for record in records] == [payload("alpha", "train", row) for row in range(23)]
-
-
-def test_threads_and_copies_read_it(tmp_path):
-    store = pickle.loads(pickle.dumps(Store(fill(tmp_path))))
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda row: store.read("alpha", "train", [row, 22 - row]), list(range(23)) * 4))
-    assert found == [[payload("alpha", "train", r) for r in (row, 22 - row)] for row in list(range(23)) * 4]
 
 
 def test_more_shards_than_open_files(tmp_path):
@@ -135,7 +132,6 @@ def in_place(root: Path) -> tuple[int, int]:
 
 
 def test_killed_writer_goes_on(tmp_path):
-    """SIGKILL at random moments: what is in place is whole, and the next writer makes the rest and nothing else."""
     root = tmp_path / "cache"
     result = subprocess.run([sys.executable, "-c", KILLED, str(root)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -151,22 +147,21 @@ def test_killed_writer_goes_on(tmp_path):
 
 
 def test_named_when_on_the_disk(tmp_path, monkeypatch):
-    """A shard has its name only when all of it has been flushed."""
     steps = []
 
-    def watch(place, name):
-        original = getattr(place, name)
+    def watch(module, name):
+        original = getattr(module, name)
 
         def run(*arguments):
             steps.append((name, any(tmp_path.glob("*/*/signals-*"))))
             return original(*arguments)
 
-        monkeypatch.setattr(place, name, run)
+        monkeypatch.setattr(module, name, run)
 
     with Writer(tmp_path, MANIFEST, SIZES, 8) as writer:
         block = writer.missing()[0]
-        for place, name in ((shards, "write"), (os, "fsync"), (os, "replace")):
-            watch(place, name)
+        for module, name in ((shards, "write"), (os, "fsync"), (os, "replace")):
+            watch(module, name)
         writer.write(block, payloads(block))
     assert steps == [("write", False), ("fsync", False), ("replace", False), ("fsync", True)]
 
@@ -180,7 +175,6 @@ def test_two_writers(tmp_path):
 
 
 def test_several_processes(tmp_path):
-    """Those that do not lead write blocks beside the one that does."""
     alone = pytest.raises(ValueError, match=f"{tmp_path} holds no cache")
     with alone, Writer(tmp_path, MANIFEST, SIZES, 8, leader=False) as other:
         other.missing()
@@ -216,7 +210,7 @@ def test_nothing_and_too_little(tmp_path):
     assert holds_all(fill(tmp_path))
 
 
-def test_another_cache_in_the_place(tmp_path):
+def test_another_cache_or_other_files_in_the_place(tmp_path):
     fill(tmp_path)
     other = {**MANIFEST, "entries": 8, "teacher": {"fingerprint": "xyz", "dtype": "float32"}, "seed": 1}
     del other["temperatures"]
@@ -234,13 +228,13 @@ def test_another_cache_in_the_place(tmp_path):
         assert part in str(caught.value)
     assert "dtype" not in str(caught.value)
     assert holds_all(tmp_path)
-
-
-def test_other_files_in_the_place(tmp_path):
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"thesis.tex"), Writer(tmp_path, MANIFEST, SIZES):
+    # Other files.
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"thesis.tex"), Writer(foreign, MANIFEST, SIZES):
         pass
-    assert os.listdir(tmp_path) == ["thesis.tex"]
+    assert os.listdir(foreign) == ["thesis.tex"]
 
 
 def test_expectations(tmp_path):
@@ -251,10 +245,6 @@ def test_expectations(tmp_path):
     for part in (str(tmp_path), "entries=64", 'rows.beta="b1"', '"b2"', "no rows.gamma", '"c1"'):
         assert part in str(caught.value)
     assert "fingerprint" not in str(caught.value)
-
-
-def test_bad_requests(tmp_path):
-    store = Store(fill(tmp_path))
     with pytest.raises(ValueError, match="gamma/train"):
         store.read("gamma", "train", [0])
     with pytest.raises(ValueError, match="'dev'"):
@@ -270,10 +260,7 @@ def test_bad_requests(tmp_path):
         ({"sizes": {"../alpha": {"train": 1}}}, "'../alpha'"),
         ({"sizes": {"alpha": {"test": 1}}}, "'test'"),
         ({"manifest": {**MANIFEST, "complete": True}}, "complete"),
-        (
-            {"manifest": {"layouts": {**LAYOUTS, "train": {"signal": "logits", "length": 1}}}},
-            "'logits'",
-        ),
+        ({"manifest": {"layouts": {**LAYOUTS, "train": {"signal": "logits", "length": 1}}}}, "'logits'"),
         ({"block": 0}, "block"),
         ({"root": "gs://bucket/cache"}, "gs://bucket/cache"),
     ],
@@ -284,11 +271,23 @@ def test_bad_arguments(change, message, tmp_path):
         Writer(**arguments)
 
 
-def test_shard_of_another_size(tmp_path):
+def test_shards_of_another_size_or_with_records_of_another(tmp_path):
     first, last = (file_of(fill(tmp_path), "alpha", "train", number) for number in (0, 2))
     first.write_bytes(last.read_bytes())
     with pytest.raises(ValueError, match=rf"1 of 5 .*{first}"):
         Store(tmp_path)
+    store, file = Store(fill(tmp_path)), file_of(tmp_path, "alpha", "train", 1)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"row 9 of alpha/train in {file}"):
+        store.read("alpha", "train", [0, 9])
+    fill(tmp_path)
+    first, second = (file_of(tmp_path, "alpha", "train", number) for number in (0, 1))
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match=r"row 10 of alpha/train.*checksum"):
+        Store(tmp_path).read("alpha", "train", [0, 10])
+    first.write_bytes(file_of(tmp_path, "beta", "train", 0).read_bytes())
+    with pytest.raises(ValueError, match=r"row 3 of alpha/train.*checksum"):
+        Store(tmp_path).read("alpha", "train", [3])
 
 
 @pytest.mark.parametrize("cut", [1, 200, 10**6])
@@ -306,47 +305,38 @@ def test_truncated_shard(tmp_path, cut):
 def test_flipped_byte(tmp_path):
     file = file_of(fill(tmp_path), "alpha", "train", 1)
     content = file.read_bytes()
-    place = content.index(payload("alpha", "train", 13))
-    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    offset = content.index(payload("alpha", "train", 13))
+    file.write_bytes(content[:offset] + bytes([content[offset] ^ 1]) + content[offset + 1 :])
     store = Store(tmp_path)
     with pytest.raises(ValueError, match=rf"row 13 of alpha/train in {file}"):
         store.read("alpha", "train", [2, 13, 20])
     assert store.read("alpha", "train", [12, 14]) == [payload("alpha", "train", row) for row in (12, 14)]
     file.unlink()
     assert holds_all(fill(tmp_path))
-
-
-def test_lost_tail_of_a_shard_while_reading(tmp_path):
-    store, file = Store(fill(tmp_path)), file_of(tmp_path, "alpha", "train", 1)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"row 9 of alpha/train in {file}"):
-        store.read("alpha", "train", [0, 9])
-
-
-def test_whole_records_in_the_wrong_place(tmp_path):
-    """Of another row, and of the same row of another domain."""
-    fill(tmp_path)
-    first, second = (file_of(tmp_path, "alpha", "train", number) for number in (0, 1))
-    second.write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match=r"row 10 of alpha/train.*checksum"):
-        Store(tmp_path).read("alpha", "train", [0, 10])
-    first.write_bytes(file_of(tmp_path, "beta", "train", 0).read_bytes())
-    with pytest.raises(ValueError, match=r"row 3 of alpha/train.*checksum"):
-        Store(tmp_path).read("alpha", "train", [3])
+    # Every record is verified.
+    store = Store(fill(tmp_path))
+    assert store.verify() == sum(rows for splits in SIZES.values() for rows in splits.values())
+    file = file_of(tmp_path, "alpha", "train", 1)
+    content = bytearray(file.read_bytes())
+    content[content.index(payload("alpha", "train", 13))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=str(file)):
+        Store(tmp_path).verify()
+    file.unlink()
+    assert fill(tmp_path)
+    assert Store(tmp_path).verify() > 0
 
 
 @pytest.mark.parametrize(
-    "error",
-    [OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("write() failed: No space left on device;")],
+    "error", [OSError(errno.EDQUOT, "Disk quota exceeded"), RuntimeError("write() failed: No space left on device;")]
 )
 def test_full_disk(tmp_path, monkeypatch, error):
-    def full(*_):
-        raise error
-
     with Writer(tmp_path, MANIFEST, SIZES, 8) as writer:
         blocks = writer.missing()
         writer.write(blocks[0], payloads(blocks[0]))
-        monkeypatch.setattr(*((os, "fsync", full) if isinstance(error, OSError) else (shards, "write", full)))
+        monkeypatch.setattr(
+            *((os, "fsync") if isinstance(error, OSError) else (shards, "write")), Mock(side_effect=error)
+        )
         with pytest.raises(OSError, match="No space left on device") as caught:
             writer.write(blocks[1], payloads(blocks[1]))
         monkeypatch.undo()
@@ -373,17 +363,3 @@ def test_damaged_metadata(tmp_path):
                 open_cache(tmp_path)
     with pytest.raises(FileNotFoundError, match="jaxkd cache"):
         Store(tmp_path / "elsewhere")
-
-
-def test_every_record_is_verified(tmp_path):
-    store = Store(fill(tmp_path))
-    assert store.verify() == sum(rows for splits in SIZES.values() for rows in splits.values())
-    file = file_of(tmp_path, "alpha", "train", 1)
-    content = bytearray(file.read_bytes())
-    content[content.index(payload("alpha", "train", 13))] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match=str(file)):
-        Store(tmp_path).verify()
-    file.unlink()
-    assert fill(tmp_path)
-    assert Store(tmp_path).verify() > 0

@@ -1,16 +1,13 @@
 """Checkpoints on gs://, through gcsfs and TensorStore's own driver, against a server that speaks the same protocol."""
 
 import contextlib
-import socket
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import here
+from harness import abstract, free_address, recipe, succeeds
 
-from jaxkd.config import recipe
-from jaxkd.config.schema import experiment
 from jaxkd.run import workdir as workdirs
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.retention import Keep
@@ -22,16 +19,15 @@ emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-
 
 @pytest.fixture
 def bucket(monkeypatch):
-    """gs://bucket, in memory."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    address = f"http://localhost:{port}"
+    host, port = free_address().split(":")
+    address = f"http://{host}:{port}"
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)  # gcsfs and Google's client
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # TensorStore would look for one
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server = emulator.create_server(
+        "localhost", int(address.rpartition(":")[2]), in_memory=True, default_bucket="bucket"
+    )
     server.start()
     yield "gs://bucket"
     server.stop()
@@ -60,7 +56,7 @@ def test_checkpoints_in_a_bucket(bucket):
 
 def saves_and_restores(directory: str) -> None:
     checkpoints = Checkpoints(directory, Keep(2, best=1))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0))
+    target = abstract(state_of(0))
     assert checkpoints.recover(target) is None
     for step, loss in ((1, 0.5), (2, 2.0), (3, 1.0), (4, 3.0)):
         checkpoints.save(step, state_of(step), {"tokens": step}, loss)
@@ -70,10 +66,10 @@ def saves_and_restores(directory: str) -> None:
     checkpoints.close()
 
     again = Checkpoints(directory, Keep(2, best=1))
-    found = again.recover(target)
-    assert (found.step, found.progress) == (3, {"tokens": 3})
-    assert f"{directory}/4" in found.warnings[0]
-    jax.tree.map(np.testing.assert_array_equal, found.state, state_of(3))
+    recovered = again.recover(target)
+    assert (recovered.step, recovered.progress) == (3, {"tokens": 3})
+    assert f"{directory}/4" in recovered.warnings[0]
+    jax.tree.map(np.testing.assert_array_equal, recovered.state, state_of(3))
     again.save(4, state_of(4), {"tokens": 4})
     again.wait()
     assert again.steps() == [1, 3, 4]
@@ -88,20 +84,17 @@ def test_rollback_in_a_bucket(bucket, arguments, tmp_path):
 
     def attempt(directory: str) -> None:
         workdir = tmp_path / directory.rsplit("/", 1)[1]
-        workdirs.write_config(
-            workdir, experiment(recipe.read_config([*arguments, f"--config.run.checkpoints={directory}"]))
-        )
+        workdirs.write_config(workdir, recipe(*arguments, f"--config.run.checkpoints={directory}"))
         with contextlib.closing(Checkpoints(directory, Keep(9))) as writer:
             for step, loss in ((3, 2.0), (6, 1.0), (9, 3.0)):
                 writer.save(step, state_of(step), {"tokens": step}, loss)
             writer.wait()
-        done = here("rollback", "--workdir", str(workdir), "--step", "best")
-        assert done.returncode == 0, done.stderr
-        assert "9.aside" in done.stdout
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0))
+        output = succeeds("rollback", "--workdir", str(workdir), "--step", "best")
+        assert "9.aside" in output
+        target = abstract(state_of(0))
         with contextlib.closing(Checkpoints(directory, Keep(9))) as again:
-            found = again.recover(target)
-            jax.tree.map(np.testing.assert_array_equal, found.state, state_of(6))
+            recovered = again.recover(target)
+            jax.tree.map(np.testing.assert_array_equal, recovered.state, state_of(6))
             again.save(9, state_of(1), {"tokens": 1})
             again.wait()
             assert again.steps() == [3, 6, 9]

@@ -28,8 +28,8 @@ def state_of(seed: int = 0):
 def abstract(state, mesh=None):
     def leaf(x):
         spec = jax.sharding.PartitionSpec("data") if x.ndim == 2 else jax.sharding.PartitionSpec()
-        place = x.sharding if mesh is None else jax.sharding.NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        target = x.sharding if mesh is None else jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=target)
 
     return jax.tree.map(leaf, state)
 
@@ -58,16 +58,17 @@ def test_state_and_progress_come_back(tmp_path):
     assert writer.latest() == 3
     writer.close()
     reader = Checkpoints(tmp_path, read_only=True)
-    read, found = reader.restore(3, abstract(state))
+    read, read_progress = reader.restore(3, abstract(state))
     assert_equal(read, state)
     assert jax.tree.structure(read) == jax.tree.structure(state)
-    assert found == progress  # floats with every bit
+    assert read_progress == progress  # floats with every bit
     assert_equal(reader.restore_student(3, abstract(state).params["student"]), state.params["student"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "3"]
     reader.close()
 
 
-def test_restores_to_another_mesh(tmp_path):
+def test_restores_to_another_mesh_and_what_is_donated_later(tmp_path):
+    # Donated later: saved as it was.
     state = state_of()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {})
@@ -80,6 +81,13 @@ def test_restores_to_another_mesh(tmp_path):
     checkpoints.wait()
     assert_equal(checkpoints.restore(2, abstract(state))[0], state)
     checkpoints.close()
+    expected = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path / "donated")
+    checkpoints.save(1, state, {})
+    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state))
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(1, abstract(state_of()))[0], expected)
+    checkpoints.close()
 
 
 def test_every_replica_reads_for_itself(tmp_path, monkeypatch):
@@ -90,19 +98,21 @@ def test_every_replica_reads_for_itself(tmp_path, monkeypatch):
     assert options.single_host_load_and_broadcast is False
     assert not isinstance(arrays._type_handler_registry.get(jax.Array), type_handlers.SingleReplicaArrayHandler)
     restore = arrays.restore
-    monkeypatch.setattr(arrays, "restore", lambda place, args: asked.append(args) or restore(place, args=args))
+    monkeypatch.setattr(arrays, "restore", lambda path, args: asked.append(args) or restore(path, args=args))
     monkeypatch.setattr(multislice, "broadcast_one_replica_to_all", lambda *_, **__: pytest.fail("one replica read"))
 
     mesh = sharding.make_mesh(2, 2, replica=2)
-    place = lambda x: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(("data", "model")[: x.ndim])))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), abstract(state_of()))
+    sharding_of = lambda x: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*(("data", "model")[: x.ndim])))
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), abstract(state_of())
+    )
     read, _ = checkpoints.restore(1, target)
     [arguments] = asked
     assert {type(one) for one in jax.tree.leaves(arguments.restore_args)} == {type_handlers.ArrayRestoreArgs}
-    for found, expected in zip(jax.tree.leaves(read), jax.tree.leaves(state_of(1)), strict=True):
-        assert len(found.addressable_shards) == 8
-        assert {shard.replica_id for shard in found.addressable_shards} >= {0, 1}
-        for shard in found.addressable_shards:
+    for leaf, expected in zip(jax.tree.leaves(read), jax.tree.leaves(state_of(1)), strict=True):
+        assert len(leaf.addressable_shards) == 8
+        assert {shard.replica_id for shard in leaf.addressable_shards} >= {0, 1}
+        for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(expected)[shard.index])
     checkpoints.close()
 
@@ -142,8 +152,8 @@ def test_another_model_is_refused_by_name(tmp_path):
     checkpoints.close()
 
 
-def test_a_window_of_spikes_begins_with_the_step_that_has_none_and_is_left_out_where_none_is_kept(tmp_path):
-    """optim.spike, switched on and off in a run that has checkpoints."""
+def test_a_window_of_spikes_may_begin_and_end_in_the_middle_of_a_run_and_other_parts_may_not(tmp_path):
+    """optim.spike, switched on and off in a run that has checkpoints; an average and weights of domains."""
     saved(tmp_path, 1)
     checkpoints, mesh = Checkpoints(tmp_path, Keep(9)), sharding.make_mesh(8, 1)
     watched, whole = state_of()._replace(recent=guard.init()), jax.sharding.NamedSharding(mesh, jax.P())
@@ -156,19 +166,22 @@ def test_a_window_of_spikes_begins_with_the_step_that_has_none_and_is_left_out_w
     checkpoints.save(2, state_of(2)._replace(recent=seen), {"tokens": 2})
     checkpoints.wait()
     assert_equal(checkpoints.restore(2, abstract(watched))[0], state_of(2)._replace(recent=seen))
-    found = checkpoints.recover(abstract(state_of()))
-    assert (found.step, found.state.recent, found.progress, found.warnings) == (2, None, {"tokens": 2}, ())
-    assert_equal(found.state, state_of(2))
-    assert jax.tree.structure(found.state) == jax.tree.structure(state_of(2))
+    recovered = checkpoints.recover(abstract(state_of()))
+    assert (recovered.step, recovered.state.recent, recovered.progress, recovered.warnings) == (
+        2,
+        None,
+        {"tokens": 2},
+        (),
+    )
+    assert_equal(recovered.state, state_of(2))
+    assert jax.tree.structure(recovered.state) == jax.tree.structure(state_of(2))
     checkpoints.close()
-
-
-def test_an_average_and_weights_of_domains_neither_begin_nor_end_in_the_middle_of_a_run(tmp_path):
+    # An average and weights of domains neither begin nor end in the middle of a run.
     plain = state_of()
     averaged = plain._replace(ema=plain.params["student"])
     weighed = plain._replace(group_dro=group_dro.init(np.asarray([0.25, 0.75])))
     whole = averaged._replace(group_dro=weighed.group_dro)
-    checkpoints = Checkpoints(tmp_path, Keep(9))
+    checkpoints = Checkpoints(tmp_path / "parts", Keep(9))
     checkpoints.save(1, plain, {})
     checkpoints.save(2, whole, {})
     checkpoints.wait()
@@ -185,23 +198,10 @@ def test_an_average_and_weights_of_domains_neither_begin_nor_end_in_the_middle_o
     checkpoints.close()
 
 
-def test_donated_state_is_saved_as_it_was(tmp_path):
-    state = state_of()
-    expected = jax.tree.map(np.array, state)
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state, {})
-    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state))
-    checkpoints.wait()
-    assert_equal(checkpoints.restore(1, abstract(state_of()))[0], expected)
-    checkpoints.close()
-
-
-# ----------------------------------------------------------------------------------------- what stays
-
-
 def test_the_newest_the_best_and_multiples_are_kept(tmp_path):
     losses = {1: 3.0, 2: 1.0, 3: float("nan"), 4: 2.0, 5: 1.0, 6: 5.0, 7: 4.0}
     keep = Keep(1, every=3, best=1)
+    # Steps without a metric are not the best.
     saved(tmp_path, 1, 2, 3, keep=keep, metrics=losses)
     again = Checkpoints(tmp_path, keep)  # another process knows the losses of the first one
     assert again.steps() == [2, 3]
@@ -214,20 +214,11 @@ def test_the_newest_the_best_and_multiples_are_kept(tmp_path):
     again.wait()
     assert again.steps() == [3, 5, 7]
     again.close()
-
-
-def test_steps_without_a_metric_are_not_the_best(tmp_path):
-    saved(tmp_path, 1, 2, 3, 4, keep=Keep(1, best=2), metrics={1: 2.0})
-    assert Checkpoints(tmp_path, read_only=True).steps() == [1, 4]
-
-
-def test_there_is_no_best_without_a_measurement(tmp_path):
-    saved(tmp_path, 1, 2, metrics={2: float("nan")})
-    assert Checkpoints(tmp_path, read_only=True).best() is None
-    assert Checkpoints(tmp_path / "nothing", read_only=True).best() is None
-
-
-# ------------------------------------------------------------------------------------------- rollback
+    saved(tmp_path / "metric", 1, 2, 3, 4, keep=Keep(1, best=2), metrics={1: 2.0})
+    assert Checkpoints(tmp_path / "metric", read_only=True).steps() == [1, 4]
+    saved(tmp_path / "metric" / "other", 1, 2, metrics={2: float("nan")})
+    assert Checkpoints(tmp_path / "metric" / "other", read_only=True).best() is None
+    assert Checkpoints(tmp_path / "metric" / "nothing", read_only=True).best() is None
 
 
 def test_after_a_rollback_steps_are_saved_again(tmp_path):
@@ -250,27 +241,18 @@ def test_after_a_rollback_steps_are_saved_again(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "4.aside", "4.aside-2", "5"]
 
 
-# --------------------------------------------------------------------------------------------- places
-
-
-def test_places(tmp_path, monkeypatch):
+def test_places_of_checkpoints_and_workdirs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert checkpoint_directory("run/checkpoints") == checkpoint_directory(tmp_path / "run" / "checkpoints")
     for wrong in ("s3://bucket/run", "gs://", "gs:///run", "file:///run"):
         with pytest.raises(ValueError, match=wrong):
             checkpoint_directory(wrong)
-
-
-def test_a_bucket_without_gcsfs_is_said_in_one_sentence(monkeypatch):
     import importlib.util
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
     with pytest.raises(ValueError, match="gcsfs"):
         Checkpoints("gs://bucket/run", read_only=True)
-
-
-def test_a_workdir_is_not_in_a_bucket():
     done = here("evaluate", "--workdir", "gs://bucket/run")
     assert done.returncode != 0
     assert "gs://bucket/run" in done.stderr

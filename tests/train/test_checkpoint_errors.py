@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from harness import abstract, flip_a_bit, process_environment
 
 from jaxkd.runtime.cluster import Unavailable
 from jaxkd.train import checkpoint_errors
@@ -25,10 +27,6 @@ from jaxkd.train.state import TrainState
 def state_of(seed: int, size: int = 64) -> TrainState:
     w = jax.random.normal(jax.random.key(seed), (size, 16))
     return TrainState(jnp.int32(seed), {"student": {"w": w}, "objective": {}}, (w * 2, w * 3))
-
-
-def abstract(state: TrainState) -> TrainState:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 def same(left, right) -> bool:
@@ -48,17 +46,11 @@ def two_steps(tmp_path_factory):
 
 @pytest.fixture
 def damaged(two_steps, tmp_path):
-    """A copy to be damaged."""
     return shutil.copytree(two_steps, tmp_path / "checkpoints")
 
 
 def flip_in_w(step):
-    """One bit of one weight, as a disk may: nothing in Orbax or TensorStore notices."""
-    raw = np.asarray(state_of(2).params["student"]["w"]).tobytes()
-    [file] = [f for f in (step / "train").rglob("*") if f.is_file() and raw in f.read_bytes()]
-    content = bytearray(file.read_bytes())
-    content[content.index(raw) + len(raw) // 2] ^= 1
-    file.write_bytes(content)
+    flip_a_bit(step / "train", np.asarray(state_of(2).params["student"]["w"]).tobytes())
 
 
 def data(step):
@@ -75,10 +67,7 @@ DAMAGE = {
     "a truncated file": (lambda step: data(step).write_bytes(data(step).read_bytes()[:-900]), ""),
     "a file that is gone": (lambda step: data(step).unlink(), ""),
     "arrays that are gone": (lambda step: shutil.rmtree(step / "train"), ""),
-    "no manifest": (
-        lambda step: shutil.rmtree(step / "manifest"),
-        "manifest/metadata",
-    ),
+    "no manifest": (lambda step: shutil.rmtree(step / "manifest"), "manifest/metadata"),
     "an empty manifest": (lambda step: (step / "manifest/metadata").write_text(""), "manifest"),
     "binary in the manifest": (lambda step: (step / "manifest/metadata").write_bytes(b"\xff\xfe"), "utf-8"),
     "another mixture": (lambda step: (step / "mixture/metadata").write_text('{"tokens": 3}'), "mixture"),
@@ -97,10 +86,10 @@ def test_the_step_before_is_used_and_nothing_is_lost(damaged, what):
     assert (damaged / "2").exists()  # who only reads sets nothing aside
 
     checkpoints = Checkpoints(damaged, Keep(9))
-    found = checkpoints.recover(abstract(state_of(0)))
-    assert (found.step, found.progress) == (1, {"tokens": 1})
-    assert same(found.state, state_of(1))
-    [warning] = found.warnings
+    recovered = checkpoints.recover(abstract(state_of(0)))
+    assert (recovered.step, recovered.progress) == (1, {"tokens": 1})
+    assert same(recovered.state, state_of(1))
+    [warning] = recovered.warnings
     assert all(name in warning for name in (str(damaged / "2"), "2.aside", "step 1"))
     aside = damaged / "2.aside"
     assert {f.relative_to(aside): f.read_bytes() for f in aside.rglob("*") if f.is_file()} == left
@@ -114,8 +103,7 @@ def test_the_step_before_is_used_and_nothing_is_lost(damaged, what):
 
 
 def test_whatever_byte_is_flipped_wrong_values_are_never_used(damaged):
-    """A byte of every file of a step: it reads as what was saved, or not at all."""
-    reader, target, found = Checkpoints(damaged, read_only=True), abstract(state_of(0)), {True: 0, False: 0}
+    reader, target, outcomes = Checkpoints(damaged, read_only=True), abstract(state_of(0)), {True: 0, False: 0}
     for file in sorted(f for f in (damaged / "2").rglob("*") if f.is_file() and f.stat().st_size):
         content = file.read_bytes()
         changed = bytearray(content)
@@ -125,11 +113,11 @@ def test_whatever_byte_is_flipped_wrong_values_are_never_used(damaged):
             state, progress = reader.restore(2, target)
             assert same(state, state_of(2)), file
             assert progress == {"tokens": 2}, file
-            found[True] += 1
+            outcomes[True] += 1
         except DamagedCheckpoint:
-            found[False] += 1
+            outcomes[False] += 1
         file.write_bytes(content)
-    assert found[False] > 5
+    assert outcomes[False] > 5
 
 
 @pytest.mark.parametrize("name", ["_sharding", "array_metadatas", "_CHECKPOINT_METADATA"])
@@ -139,9 +127,9 @@ def test_what_orbax_can_do_without_is_not_missed(damaged, name):
     assert lost
     for path in lost:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    found = Checkpoints(damaged, Keep(9)).recover(abstract(state_of(0)))
-    assert (found.step, found.progress, found.warnings) == (2, {"tokens": 2}, ())
-    assert same(found.state, state_of(2))
+    recovered = Checkpoints(damaged, Keep(9)).recover(abstract(state_of(0)))
+    assert (recovered.step, recovered.progress, recovered.warnings) == (2, {"tokens": 2}, ())
+    assert same(recovered.state, state_of(2))
 
 
 class Answer(Exception):
@@ -171,21 +159,13 @@ def test_what_cannot_be_read_is_damaged_or_refused_or_may_be_there_the_next_time
     assert type(checkpoint_errors.classify(error)) is kind
 
 
-def test_a_bucket_that_does_not_answer_is_not_empty(damaged):
+def test_silent_buckets_and_hosts_that_see_different_steps(damaged, monkeypatch):
     checkpoints = Checkpoints(damaged, read_only=True)
 
-    class Silent:
-        def iterdir(self):
-            raise Answer(503)
-
-    checkpoints.directory = Silent()
+    checkpoints.directory = Mock(iterdir=Mock(side_effect=Answer(503)))
     with pytest.raises(Unavailable, match="answer 503"):
         checkpoints.steps()
     assert Checkpoints(damaged / "nothing", read_only=True).steps() == []
-
-
-def test_hosts_that_see_different_steps_save_nothing(damaged, monkeypatch):
-    """Where one believed that a step is there, and the other wrote it, each would wait for the other."""
     checkpoints = Checkpoints(damaged, Keep(9))
     monkeypatch.setattr("jaxkd.runtime.multihost.broadcast", lambda name, make, patience: [*make(), 3])
     with pytest.raises(Unavailable, match=r"\[1, 2, 3\] and \[1, 2\]"):
@@ -200,10 +180,7 @@ def test_a_part_that_could_not_be_written_is_told_before_the_others_have_given_u
     checkpoints.save(4, state_of(4), {})
     with monkeypatch.context() as patched:
         patched.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
-
-        def failed():
-            raise ValueError("UNAVAILABLE: the bucket did not answer")
-
+        failed = Mock(side_effect=ValueError("UNAVAILABLE: the bucket did not answer"))
         patched.setattr(checkpoints._manager, "check_for_errors", failed)
         with pytest.raises(Unavailable, match=r"UNAVAILABLE.*step 3"):
             checkpoints.check()
@@ -230,9 +207,6 @@ def test_parts_are_verified_by_themselves(damaged):
     assert (step, list(wrong)) == (1, [2])
     assert same(student, state_of(1).params["student"])
     assert reader.steps() == [1, 2]
-
-
-def test_without_a_whole_step_a_run_does_not_begin_anew(damaged):
     for step in ("1", "2"):
         shutil.rmtree(damaged / step / "mixture")
     checkpoints = Checkpoints(damaged)
@@ -255,8 +229,6 @@ def limit(what: int, number: int):
 
 def alone(what: str, directory: Path) -> None:
     """Run a function of this file in a process of its own: its limits must not meet what else pytest is doing."""
-    from harness import process_environment
-
     done = subprocess.run(
         [sys.executable, __file__, what, str(directory)], env=process_environment(), capture_output=True, text=True
     )
@@ -299,8 +271,8 @@ def test_a_write_that_fails_in_the_background_is_noticed_and_earlier_steps_stand
     alone("cannot_write", tmp_path)
     # In another process, as it would be: threads of a write that failed may go on for a while in their own.
     again = Checkpoints(tmp_path, Keep(9))
-    found = again.recover(abstract(state_of(0)))
-    assert (found.step, found.warnings) == (1, ())
+    recovered = again.recover(abstract(state_of(0)))
+    assert (recovered.step, recovered.warnings) == (1, ())
     again.save(2, state_of(2), {"tokens": 2})
     again.wait()
     assert again.steps() == [1, 2]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import together
+from harness import abstract, start
 
 from jaxkd.train.checkpoint import Checkpoints
 from jaxkd.train.retention import Keep
@@ -14,10 +14,10 @@ from jaxkd.train.state import TrainState
 
 # In each process: a state of which it holds half, and what is asked for in turn.
 PROGRAM = """
-import sys
+import os, sys
 import jax, jax.numpy as jnp
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+jax.distributed.initialize(os.environ["JAXKD_COORDINATOR"], 2, int(os.environ["JAXKD_PROCESS_ID"]))
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxkd.core import sharding
 from jaxkd.train.checkpoint import Checkpoints
@@ -32,7 +32,7 @@ def state(step):
     return TrainState(jnp.int32(step), {"student": {"w": w}, "objective": {}}, (w * 2, jnp.ones(3)))
 make = jax.jit(state, out_shardings=where)
 target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make(0))
-for argument in sys.argv[3:]:  # a directory for each of us
+for argument in sys.argv[1:]:  # a directory for each of us
     checkpoints = Checkpoints(argument.split(",")[jax.process_index()], Keep(2, best=1))
     if not checkpoints.steps():
         for step, loss in ((1, 0.5), (2, 2.0), (3, 1.0), (4, 3.0)):
@@ -40,11 +40,11 @@ for argument in sys.argv[3:]:  # a directory for each of us
             checkpoints.check()
         checkpoints.wait()
     try:
-        found = checkpoints.recover(target)
-        mine = found.state.params["student"]["w"].addressable_shards[0].data
-        expected = make(found.step).params["student"]["w"].addressable_shards[0].data
+        recovered = checkpoints.recover(target)
+        mine = recovered.state.params["student"]["w"].addressable_shards[0].data
+        expected = make(recovered.step).params["student"]["w"].addressable_shards[0].data
         assert (mine == expected).all()
-        print("said: step", found.step, found.progress, *found.warnings)
+        print("said: step", recovered.step, recovered.progress, *recovered.warnings)
     except (ValueError, OSError) as error:
         print("said:", type(error).__name__, error)
     print("said:", checkpoints.best(), checkpoints.steps())
@@ -60,19 +60,20 @@ def state_of(step: int) -> TrainState:
 
 def both(*pairs) -> list[list[str]]:
     """What each of two processes says of its directories."""
-    outputs = together(PROGRAM, *(f"{one},{two}" for one, two in pairs))
-    return [[line[6:] for line in output.splitlines() if line.startswith("said: ")] for output in outputs]
+    processes = start("-c", PROGRAM, *(f"{one},{two}" for one, two in pairs), count=2)
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    return [[line[6:] for line in output.splitlines() if line.startswith("said: ")] for output, _ in results]
 
 
 @pytest.mark.slow
 def test_two_processes_agree(tmp_path):
     shared = tmp_path / "shared"
-    for said in both((shared, shared)):
-        assert said == ["step 4 {'tokens': 4}", "1 [1, 3, 4]"]
+    for lines in both((shared, shared)):
+        assert lines == ["step 4 {'tokens': 4}", "1 [1, 3, 4]"]
 
     # One process, another mesh: what both wrote.
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_of(0))
-    state, _ = Checkpoints(shared, read_only=True).restore(4, abstract)
+    state, _ = Checkpoints(shared, read_only=True).restore(4, abstract(state_of(0)))
     jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
 
     copy = lambda name: shutil.copytree(shared, tmp_path / name)
@@ -84,16 +85,16 @@ def test_two_processes_agree(tmp_path):
     checkpoints.close()
 
     mine = [1, 3], [1, 3, 4]
-    for said, steps in zip(both(lacking, damaged, (shared, shared)), mine, strict=True):
+    for lines, steps in zip(both(lacking, damaged, (shared, shared)), mine, strict=True):
         # A disk that process 1 does not share: both say the same, and neither changes anything.
-        assert said[0].startswith("ValueError there is no checkpoint")
-        assert "1, 3; " in said[0]
-        assert said[0].endswith("(process 1)")
+        assert lines[0].startswith("ValueError there is no checkpoint")
+        assert "1, 3; " in lines[0]
+        assert lines[0].endswith("(process 1)")
         # What one process finds damaged is not used by the other; process 0 sets aside what it sees.
-        assert said[2].startswith("step 3 {'tokens': 3} checkpoint ")
-        assert "mixture" in said[2]
-        assert "(process 1)" in said[2]
-        assert said[3] == f"1 {steps}"
-        assert said[4:] == ["step 5 {'tokens': 5}", "1 [1, 3, 4, 5]"]
+        assert lines[2].startswith("step 3 {'tokens': 3} checkpoint ")
+        assert "mixture" in lines[2]
+        assert "(process 1)" in lines[2]
+        assert lines[3] == f"1 {steps}"
+        assert lines[4:] == ["step 5 {'tokens': 5}", "1 [1, 3, 4, 5]"]
     assert Checkpoints(lacking[0], read_only=True).steps() == [1, 3, 4]
     assert (damaged[0] / "4.aside").is_dir()

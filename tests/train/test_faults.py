@@ -15,7 +15,7 @@ def record(faults, step, values, rows=None):
     faults.record(step, values, values is not GOOD and math.isfinite(values["param_norm"]), rows or {}, lambda: 40)
 
 
-def test_one_more_than_the_limit_stops_and_names_steps_and_rows():
+def test_limits_of_faults():
     faults = Faults(limit=2, total=5)
     for step in (41, 42):
         record(faults, step, BAD, ROWS)
@@ -26,9 +26,6 @@ def test_one_more_than_the_limit_stops_and_names_steps_and_rows():
     for part in ("41, 42", "step 41: code 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, law 3", "step 43: law 7", "step 40"):
         assert part in message
     assert faults.total == 8
-
-
-def test_a_fault_now_and_then_is_forgiven_and_one_in_ten_is_not():
     faults = Faults(limit=2, total=0)
     for step in range(1, 2001):
         record(faults, step, BAD if step % 150 == 0 else GOOD)
@@ -37,24 +34,14 @@ def test_a_fault_now_and_then_is_forgiven_and_one_in_ten_is_not():
         often()
 
 
-def test_a_limit_of_none_stops_at_the_first():
+def test_what_stops_at_once_what_a_spike_counts_as_and_suspects():
     with pytest.raises(FloatingPointError, match="grad_norm is inf at step 1"):
         record(Faults(limit=0, total=0), 1, GOOD | {"grad_norm": math.inf})
-
-
-def test_parameters_that_are_not_finite_stop_at_once():
-    """They were updated: no later step could be better."""
     with pytest.raises(FloatingPointError, match="param_norm is inf at step 1"):
         record(Faults(limit=9, total=0), 1, GOOD | {"param_norm": math.inf})
-
-
-def test_a_spike_counts_as_left_out_and_not_as_a_fault():
     faults = Faults(limit=0, total=0)
     for step in range(1, 9):
         faults.record(step, GOOD, True, ROWS, lambda: None)
     assert faults.total == 8
-
-
-def test_suspects_are_of_the_domains_whose_numbers_are_broken():
     assert suspects({"loss": math.nan, "ce/code": 1.0, "ce/law": math.inf}, ROWS) == {"law": [3]}
     assert suspects({"loss": 1.0, "grad_norm": math.inf, "ce/code": 1.0}, ROWS) == ROWS

@@ -47,12 +47,12 @@ def test_a_rows_text_is_its_own():
     jax.tree.map(np.testing.assert_array_equal, write(batch, micro_batches=4), text)
     mesh = sharding.make_mesh(4, 2)
     with jax.set_mesh(mesh):
-        places = sharding.shardings(transformer.abstract(CONFIG)[1], transformer.abstract(CONFIG)[0], mesh)
+        spread_as = sharding.shardings(transformer.abstract(CONFIG)[1], transformer.abstract(CONFIG)[0], mesh)
         spread = functools.partial(rollout, decoder(CONFIG), prompt=PROMPT, vocab=VOCAB, end=END, micro_batches=2)
         key = jax.random.fold_in(jax.random.key(0), 3)
         placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-        found = jax.jit(spread)(jax.device_put(params(), places), placed, key)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, found), text)
+        sharded = jax.jit(spread)(jax.device_put(params(), spread_as), placed, key)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, sharded), text)
     for other in (write(batch, step=4), write(batch._replace(row=batch.row + 1))):
         assert (other.tokens != text.tokens).any(1).all()
     assert (write(batch._replace(domain=batch.domain + 1)).tokens != text.tokens).any(1).all()

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import collectives
-from test_step import DOMAINS, TEACHER, make_batch, problem
+from test_step import TEACHER, problem
+from test_teachers import CROSS, gradient
 
 from jaxkd.core import sharding
 from jaxkd.core.types import Batch, Sampled, TopK
@@ -40,44 +41,37 @@ def stored(entries: int, temperatures: tuple[float, ...]) -> Teacher:
     return Teacher(teacher.state, lambda batch: batch, signal)
 
 
+def assert_near(gradients, wanted, tolerance):
+    for a, b in zip(jax.tree.leaves(gradients[0]), jax.tree.leaves(wanted[0]), strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
 @pytest.mark.slow
 def test_all_but_one_entry_stored_trains_as_the_live_teacher():
-    student, teacher, params = problem()
     terms = {
         "kd": (0.7, objectives.match(divergences.forward_kl(), 2.0)),
         "jsd": (0.5, objectives.match(divergences.generalized_jsd(0.3))),
         "ce": (1.0, objectives.next_token()),
     }
-    batch = make_batch()
-    of = lambda teacher, **options: jax.jit(
-        make_gradient(student, teacher, objectives.objective(terms, vocab=VOCAB, domains=DOMAINS, **options))
-    )(params, teacher.state, batch, STEP)
-    cached = of(stored(VOCAB - 1, (1.0, 2.0)), tails=(1.0, 2.0))
-    exact = of(teacher)
-    for a, b in zip(jax.tree.leaves(cached[0]), jax.tree.leaves(exact[0]), strict=True):
-        assert np.linalg.norm(a - b) <= 3e-5 * np.linalg.norm(b)
+    cached, exact = gradient(stored(VOCAB - 1, (1.0, 2.0)), terms, tails=(1.0, 2.0)), gradient(problem()[1], terms)
+    assert_near(cached, exact, 3e-5)
     np.testing.assert_allclose(cached[1]["kd"], exact[1]["kd"], rtol=1e-5)
 
 
 def test_nan_in_a_sparse_signal_under_padding_changes_nothing():
-    student, _, params = problem()
-    teacher, batch = stored(4, (1.0,)), make_batch()
+    teacher = stored(4, (1.0,))
     terms = {"kd": (1.0, objectives.match(divergences.reverse_kl())), "ce": (1.0, objectives.next_token())}
-    objective = objectives.objective(terms, vocab=VOCAB, domains=DOMAINS)
 
     def junk(state, batch):
         signal, live = teacher.signal(state, batch), batch.weights[..., None] != 0
         return TopK(signal.ids, *[jnp.where(live, x, jnp.nan) for x in signal[1:]])
 
-    results = [
-        jax.jit(make_gradient(student, teacher._replace(signal=s), objective))(params, teacher.state, batch, STEP)
-        for s in (teacher.signal, junk)
-    ]
+    results = [gradient(teacher._replace(signal=signal), terms) for signal in (teacher.signal, junk)]
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_draws_serve_cross_entropy_through_the_step():
-    student, teacher, params = problem()
+    teacher = problem()[1]
 
     def signal(state, batch):
         z = logits(teacher.signal(state, batch).head)[..., :VOCAB]
@@ -85,30 +79,18 @@ def test_draws_serve_cross_entropy_through_the_step():
         return Sampled(ids, counts)
 
     drawn = Teacher(teacher.state, lambda batch: batch, signal)
-    terms = {"kd": (1.0, objectives.match(divergences.cross_entropy()))}
-    of = lambda teacher: jax.jit(
-        make_gradient(student, teacher, objectives.objective(terms, vocab=VOCAB, domains=DOMAINS))
-    )(params, teacher.state, make_batch(), STEP)
-    for a, b in zip(jax.tree.leaves(of(drawn)[0]), jax.tree.leaves(of(teacher)[0]), strict=True):
-        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)  # counts are rounded
+    assert_near(gradient(drawn, CROSS), gradient(teacher, CROSS), 0.02)  # counts are rounded
 
 
 def test_standardised_logits_know_no_scale():
-    """A teacher whose logits are three times as large teaches the same."""
-    student, teacher, params = problem()
+    teacher = problem()[1]
     terms = {"kd": (1.0, objectives.match(divergences.forward_kl(), 1.0, standardize=True))}
-    objective = objectives.objective(terms, vocab=VOCAB, domains=DOMAINS)
 
     def louder(state, batch):
         output = teacher.signal(state, batch)
         return output._replace(head=output.head._replace(scale=3.0))
 
-    results = [
-        jax.jit(make_gradient(student, teacher._replace(signal=s), objective))(
-            params, teacher.state, make_batch(), STEP
-        )
-        for s in (teacher.signal, louder)
-    ]
+    results = [gradient(teacher._replace(signal=signal), terms) for signal in (teacher.signal, louder)]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -138,8 +120,8 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, s
 
     def placed(config, rules=sharding.RULES):
         shapes, axes = transformer.abstract(config)
-        places = sharding.shardings(axes, shapes, mesh, rules)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+        spread = sharding.shardings(axes, shapes, mesh, rules)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, spread)
 
     params = {"student": placed(student), "objective": {}}
     shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype, sharding=sharding.batch_sharding(mesh))
@@ -148,27 +130,27 @@ def test_heads_travel_once_a_micro_batch_and_logits_never(micro_batches, tied, s
     rules = sharding.of_teacher(sharding.RULES)
     teacher = online(placed(big, rules), within(rules, functools.partial(transformer.forward, big)))
     gradient = make_gradient(functools.partial(transformer.forward, student), teacher, objective, micro_batches)
-    places = jax.tree.map(lambda x: x.sharding, params)
+    spread = jax.tree.map(lambda x: x.sharding, params)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(gradient, out_shardings=(places, None)).lower(params, teacher.state, batch, STEP)
+        lowered = jax.jit(gradient, out_shardings=(spread, None)).lower(params, teacher.state, batch, STEP)
     text = lowered.compile().as_text()
-    found = collectives(text)
+    exchanges = collectives(text)
 
     tokens = {rows * length // n for n in (1, 2, 4, 8)} | {rows * length // 8 // n for n in (1, 2, 4, 8)} | {16, length}
     columns = {vocab // n for n in (1, 2, 4, 8)}
-    for c in found:
+    for c in exchanges:
         for shape in c.shapes:
             assert not (columns & set(shape) and tokens & set(shape)), c
     # A head's own width beside a vocabulary axis: the unembedding, its gradient, or the student's embedding.
     width = lambda c, n: [s for s in c.shapes if columns & set(s) and {n // k for k in (1, 2, 4, 8)} & set(s)]
-    gathered = lambda n: sum(len(width(c, n)) for c in found if c.name == "all-gather")
-    reduced = lambda n: sum(len(width(c, n)) for c in found if c.name in ("all-reduce", "reduce-scatter"))
+    gathered = lambda n: sum(len(width(c, n)) for c in exchanges if c.name == "all-gather")
+    reduced = lambda n: sum(len(width(c, n)) for c in exchanges if c.name in ("all-reduce", "reduce-scatter"))
     assert gathered(104) <= 2  # the teacher's embedding, for the look-up, and its unembedding
     assert reduced(104) == 0
     assert gathered(72) <= 2  # tied or not: once for the look-up, once for the head
     assert reduced(72) <= 2
     # Of the teacher's layers q, k, v, o, gate, up and down once each: the loop over the layers stands in the text once.
-    layers = [s for c in found if c.name == "all-gather" for s in c.shapes if 104 in s and not columns & set(s)]
+    layers = [s for c in exchanges if c.name == "all-gather" for s in c.shapes if 104 in s and not columns & set(s)]
     weights = [s for s in layers if {14, 44, 22} & set(s) and not tokens & set(s)]
     assert len(weights) == 7, layers
     # Each over what its width is split over: heads and MLP stay the share that `teacher` and `model` have of them.

@@ -39,18 +39,12 @@ def make_batch(rows=8, length=24, seed=0, vocab=250) -> Batch:
     targets = np.roll(tokens, -1, axis=1)
     domain = (np.arange(rows) % 3).astype(np.int32)
     return Batch(
-        *map(
-            jnp.asarray,
-            (tokens, targets, weights, segments, positions, np.arange(rows, dtype=np.int32), domain),
-        )
+        *map(jnp.asarray, (tokens, targets, weights, segments, positions, np.arange(rows, dtype=np.int32), domain))
     )
 
 
 def make_objective(**options):
-    terms = {
-        "kd": (0.7, objectives.match(divergences.forward_kl(), 2.0)),
-        "ce": (1.0, objectives.next_token()),
-    }
+    terms = {"kd": (0.7, objectives.match(divergences.forward_kl(), 2.0)), "ce": (1.0, objectives.next_token())}
     return objectives.objective(terms, vocab=250, domains=DOMAINS, **options)
 
 
@@ -74,7 +68,6 @@ def program(micro_batches, table=None):
 
 @functools.lru_cache
 def weights(narrow):
-    """The teacher's, and their axes."""
     state, (shapes, axes) = problem()[1].state, transformer.abstract(TEACHER)
     if not narrow:
         return state, shapes, axes
@@ -108,15 +101,12 @@ def same(left, right, tolerance=1e-5):
         np.testing.assert_allclose(left[1][name], right[1][name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_micro_batches_equal_the_whole_batch(micro_batches):
-    batch = make_batch()
-    same(gradients(batch, micro_batches), gradients(batch))
-
-
 @pytest.mark.parametrize(
     ("sizes", "micro_batches", "table", "narrow"),
     [
+        (None, 2, "fsdp", False),
+        (None, 4, "fsdp", False),
+        ({"data": 4, "model": 2}, 2, "replicated student", False),
         ({"data": 4, "model": 2}, 1, "fsdp", False),
         ({"data": 8, "model": 1}, 1, "fsdp", False),
         *[
@@ -138,15 +128,10 @@ def test_micro_batches_equal_the_whole_batch(micro_batches):
         ({"data": 1, "context": 2, "teacher": 2, "model": 2}, 1, "fsdp", True),
     ],
 )
-def test_eight_devices_equal_one(sizes, micro_batches, table, narrow):
-    batch = make_batch()
-    found = gradients(batch, micro_batches, sharding.make_mesh(**sizes), table, narrow)
-    same(found, gradients(batch, narrow=narrow))
-
-
-def test_a_replicated_student_equals_one():
-    batch, mesh = make_batch(), sharding.make_mesh(4, 2)
-    same(gradients(batch, 2, mesh, student="replicated"), gradients(batch))
+def test_micro_batches_and_eight_devices_equal_one(sizes, micro_batches, table, narrow):
+    batch, mesh = make_batch(), sizes and sharding.make_mesh(**sizes)
+    student, table = ("replicated", "fsdp") if table == "replicated student" else ("fsdp", table)
+    same(gradients(batch, micro_batches, mesh, table, narrow, student), gradients(batch, narrow=narrow))
 
 
 def test_gradient_is_the_mean_over_weighted_tokens():
@@ -168,9 +153,6 @@ def test_gradient_is_the_mean_over_weighted_tokens():
     got = pad(gradients(batch)[0]["student"])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
-
-
-def test_metrics_add_up_over_domains():
     _, metrics = gradients(make_batch())
     for name in ("kd", "ce"):
         parts = [metrics[f"{name}/{d}"] for d in DOMAINS]
@@ -178,16 +160,14 @@ def test_metrics_add_up_over_domains():
         np.testing.assert_allclose(sum(p[1] for p in parts), metrics[name][1])
     total = 0.7 * 4 * metrics["kd"][0] + metrics["ce"][0]  # T^2 is in the weight, not in the term's own value
     np.testing.assert_allclose(metrics["loss"][0], total, rtol=1e-5)
-
-
-def test_nothing_in_padding_matters():
+    # Nothing in padding matters.
     batch = make_batch()
     tokens = np.asarray(batch.tokens).copy()
     tokens[np.asarray(batch.segments) == 0] = 123
     same(gradients(batch._replace(tokens=jnp.asarray(tokens))), gradients(batch), tolerance=0)
 
 
-def test_a_weight_of_zero_drops_the_teacher():
+def test_weights_of_zero_and_schedules():
     terms = {"kd": (0.0, objectives.match(divergences.forward_kl())), "ce": (1.0, objectives.next_token())}
     objective = objectives.objective(terms, vocab=250, domains=DOMAINS)
     assert not objective.uses_teacher
@@ -197,9 +177,7 @@ def test_a_weight_of_zero_drops_the_teacher():
     assert "kd" not in metrics
     with pytest.raises(ValueError, match="no term"):
         objectives.objective({"kd": (0.0, objectives.next_token())}, vocab=250, domains=DOMAINS)
-
-
-def test_scheduled_weights_and_temperatures_follow_the_step():
+    # Schedules follow the step.
     student, teacher, params = problem()
     terms = {"kd": (lambda step: 0.1 * step, objectives.match(divergences.forward_kl(), lambda step: 1.0 + step))}
     objective = objectives.objective(terms, vocab=250, domains=DOMAINS)
@@ -236,7 +214,7 @@ def test_no_buffer_of_the_step_is_near_tokens_times_vocabulary():
     assert max(sizes) < rows * length * vocab / 4
 
 
-def test_weight_decay_spares_norms_and_biases():
+def test_weight_decay_spares_norms_and_clipping_bounds_the_update():
     config = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64, qkv_bias=True, qk_norm=True)
     shapes, axes = transformer.abstract(config)
     tx = optim.adamw(1.0, axes, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.5, clip=0.0)
@@ -247,9 +225,6 @@ def test_weight_decay_spares_norms_and_biases():
     rest = {k: v for k, v in (updates | updates["layers"]).items() if k not in decayed | {"layers"}}
     assert rest
     assert not any(np.any(np.asarray(v)) for v in rest.values())
-
-
-def test_clipping_bounds_the_update():
     tx = optim.adamw(1.0, {"w": ("embed", "mlp")}, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip=1.0)
     params = {"w": jnp.zeros((2, 2))}
     small, _ = tx.update({"w": jnp.full((2, 2), 100.0)}, tx.init(params), params)
