@@ -84,12 +84,9 @@ def export(
             contains or lies inside one of `keep_out`.
         OSError: the disk is full or a file cannot be written; names `directory`, which is as it was before.
     """
-    target = Path(directory).expanduser()
-    if "://" in str(directory):
-        raise ValueError(f"{directory}: export writes to a local directory; copy it from there")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-    check_destination(target, overwrite, keep_out)
+    target = check_destination(directory, overwrite, keep_out)
     texts = _small_files(config, tokenizer_json, generation, dtype)
     texts["README.md"] = _card(target.resolve().name, card)
 
@@ -116,15 +113,18 @@ def export(
     return target
 
 
-def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[Path] = ()) -> None:
-    """Raises FileExistsError or ValueError, as `export`, if an export to `target` could lose data."""
+def check_destination(directory: str | Path, overwrite: bool = False, keep_out: Sequence[Path] = ()) -> Path:
+    """The destination's path. Raises FileExistsError or ValueError, as `export`, if an export to it could lose data."""
+    if "://" in str(directory):  # a Path has lost one of the slashes
+        raise ValueError(f"{directory}: export writes to a local directory; copy it from there")
+    target = Path(directory).expanduser()
     resolved = target.resolve()
     for path in (path.resolve() for path in keep_out):
         if resolved == path or resolved in path.parents or path in resolved.parents:
             how = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
             raise ValueError(f"cannot export to {target}: it {how} {path}, which belongs to the run. Name another")
     if not target.exists():
-        return
+        return target
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file: give a directory to export to")
     if any(next(target.glob(pattern), None) for pattern in _CHECKPOINTS):
@@ -142,6 +142,7 @@ def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[
         raise FileExistsError(
             f"{target} holds {', '.join(taken[:3])}, which no export wrote: move it away or give another directory"
         )
+    return target
 
 
 # Matches a checkpoint, a directory of checkpoints, a workdir and a directory of workdirs.

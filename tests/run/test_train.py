@@ -120,6 +120,14 @@ def test_evaluate_and_export_read_the_run(undisturbed, tmp_path):
     }
 
 
+def test_an_export_goes_to_no_bucket(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = here("export", "--workdir", str(undisturbed), "--output", "gs://bucket/student")
+    assert result.returncode == 1
+    assert "gs://bucket/student" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_exported_student_continues_as_a_checkpoint(undisturbed, arguments, tmp_path):
     student = tmp_path / "student"
