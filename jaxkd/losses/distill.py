@@ -46,6 +46,8 @@ def distill(
         ValueError: as `linear_divergence`.
     """
     divergence = forward_kl() if divergence is None else divergence
+    if vocab is None:  # what is no head is refused below
+        vocab = student.unembed.shape[1] if isinstance(student, Head) else 0
     # Before the kernel: a sum over tokens and a division of them all, so that any mesh and any padding agree.
     weights = jnp.asarray(weights, jnp.float32)
     total = weights.sum()
@@ -57,7 +59,7 @@ def distill(
         jnp.zeros(weights.shape, jnp.int32) if targets is None else targets,
         (scale * weights)[None],
         (temperature,),
-        vocab=student.unembed.shape[1] if vocab is None else vocab,
+        vocab=vocab,
         tails=tails,
         chunk=chunk,
         axes=axes,
