@@ -215,7 +215,7 @@ def export(options: argparse.Namespace) -> Lines:
         raise ValueError("`jaxkd export` is one process's work: start it on one host with JAX_PLATFORMS=cpu")
     e = job.fit_devices(saved_student.located_experiment(workdir))
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
-    exporter.check_destination(Path(options.output).expanduser(), options.overwrite, keep_out)
+    exporter.check_destination(options.output, options.overwrite, keep_out)
     mesh = job.build_mesh(e.run.mesh, jax.devices())
     with jax.set_mesh(mesh):
         models, _ = saved_student.open_run(e, workdir, mesh, with_teachers=False)
@@ -223,7 +223,7 @@ def export(options: argparse.Namespace) -> Lines:
         host = jax.device_get(student)
     tokenizer = models.student.tokenizer or models.tokenizer
     directory = exporter.export(
-        Path(options.output),
+        options.output,
         models.student.config,
         host,
         tokenizer_json=tokenizer.json,

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -141,7 +142,7 @@ class OptimBlock:
     b2: Annotated[float, "decay of the second moment"] = 0.95
     eps: Annotated[float, "added to the root of the second moment"] = 1e-8
     weight_decay: Annotated[float, "of matrices; norms, biases and the objective's parameters do not decay"] = 0.1
-    clip: Annotated[float, "limit of the gradient's global norm"] = 1.0
+    clip: Annotated[float, "limit of the gradient's global norm; 0: none"] = 1.0
     micro_batches: Annotated[int, "parts of a batch whose gradients are accumulated"] = 1
     skip_limit: Annotated[int, "steps with a non-finite loss or gradient to skip; 100 good steps cancel one"] = 3
     spike: Annotated[
@@ -216,6 +217,7 @@ def changed(block: Any, prefix: str = "") -> list[str]:
 
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+_BITS = {int: 63, float: 1000}  # of integers: what int64 and, after conversion, a float holds
 
 
 def experiment(values: Mapping[str, Any]) -> Experiment:
@@ -259,6 +261,8 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a sequence, got {value!r}")
         return tuple(typed(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if type(value) is int and value.bit_length() > (bits := _BITS.get(kind, math.inf)):
+        raise ValueError(f"{where} must be {_NAMES[kind]} of at most {bits} bits, got one of {value.bit_length():,}")
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:

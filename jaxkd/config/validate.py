@@ -23,7 +23,7 @@ AT_LEAST = {
     **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches"), 1),
     **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s"), 0),
     **dict.fromkeys(("optim.skip_limit", "optim.spike", "optim.lr.peak", "optim.lr.warmup", "optim.lr.end"), 0),
-    **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps"), 0),
+    **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps", "optim.clip"), 0),
 }
 
 
@@ -88,6 +88,9 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         value = operator.attrgetter(key)(e)
         if not (math.isfinite(value) and value >= lowest):
             raise ValueError(f"{key} must be finite and at least {lowest}, got {value}")
+    for key in ("optim.b1", "optim.b2"):
+        if not 0 <= (value := operator.attrgetter(key)(e)) < 1:
+            raise ValueError(f"{key} must be at least 0 and below 1, got {value}")
     if not 0 <= e.run.seed < seeds.LIMIT:
         raise ValueError(f"run.seed must be from 0 to 2**63 - 1, got {e.run.seed}")
     if (at := e.run.checkpoints) and not at.startswith(("gs://", "/", "~")):

@@ -175,11 +175,11 @@ def _check(name: str, length: int, valid_share: float, bad_records: float) -> No
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"domain name {name!r} must be made of letters, digits, '_', '.' and '-'")
     if length < 2:
-        raise ValueError(f"a row needs at least 2 tokens to have a target, got length={length}")
+        raise ValueError(f"a row needs at least 2 tokens to have a target, got data.length={length}")
     if not 0 < valid_share < 1:
-        raise ValueError(f"valid_share must be between 0 and 1, got {valid_share}")
+        raise ValueError(f"data.valid_share must be between 0 and 1, got {valid_share}")
     if not 0 <= bad_records < 1:
-        raise ValueError(f"bad_records must be at least 0 and below 1, got {bad_records}")
+        raise ValueError(f"data.bad_records must be at least 0 and below 1, got {bad_records}")
 
 
 def _whole_rows(facts: Mapping[str, Any]) -> int:

@@ -44,6 +44,8 @@ def distill(
     Raises ValueError as `linear_divergence` does.
     """
     divergence = forward_kl() if divergence is None else divergence
+    if vocab is None:  # anything but a head is refused below
+        vocab = student.unembed.shape[1] if isinstance(student, Head) else 0
     # Normalised globally before the kernel, so that the result does not depend on the mesh or on padding.
     weights = jnp.asarray(weights, jnp.float32)
     total = weights.sum()
@@ -55,7 +57,7 @@ def distill(
         jnp.zeros(weights.shape, jnp.int32) if targets is None else targets,
         (scale * weights)[None],
         (temperature,),
-        vocab=student.unembed.shape[1] if vocab is None else vocab,
+        vocab=vocab,
         tails=tails,
         chunk=chunk,
         axes=axes,

@@ -76,12 +76,9 @@ def export(
     Raises FileExistsError where `directory` holds checkpoints, or files of others that are not to be overwritten. After
     any failure `directory` is as it was before.
     """
-    target = Path(directory).expanduser()
-    if "://" in str(directory):
-        raise ValueError(f"{directory}: export writes to a local directory; copy it from there")
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; known: {', '.join(DTYPES)}")
-    check_destination(target, overwrite, keep_out)
+    target = check_destination(directory, overwrite, keep_out)
     texts = _small_files(config, tokenizer_json, generation, dtype)
     texts["README.md"] = _card(target.resolve().name, card)
 
@@ -108,15 +105,18 @@ def export(
     return target
 
 
-def check_destination(target: Path, overwrite: bool = False, keep_out: Sequence[Path] = ()) -> None:
-    """Raises FileExistsError or ValueError, as `export`, if an export to `target` could lose data."""
+def check_destination(directory: str | Path, overwrite: bool = False, keep_out: Sequence[Path] = ()) -> Path:
+    """The destination's path. Raises FileExistsError or ValueError, as `export`, if an export to it could lose data."""
+    if "://" in str(directory):  # a Path has lost one of the slashes
+        raise ValueError(f"{directory}: export writes to a local directory; copy it from there")
+    target = Path(directory).expanduser()
     resolved = target.resolve()
     for path in (path.resolve() for path in keep_out):
         if resolved == path or resolved in path.parents or path in resolved.parents:
             relation = "is" if resolved == path else "contains" if resolved in path.parents else "lies inside"
             raise ValueError(f"cannot export to {target}: it {relation} {path}, which belongs to the run. Name another")
     if not target.exists():
-        return
+        return target
     if not target.is_dir():
         raise FileExistsError(f"{target} is a file: give a directory to export to")
     if any(next(target.glob(pattern), None) for pattern in _CHECKPOINTS):
@@ -138,6 +138,7 @@ def _refuse_foreign(target: Path, names: Sequence[str]) -> None:
         raise FileExistsError(
             f"{target} holds {', '.join(names[:3])}, which no export wrote: move it away or give another directory"
         )
+    return target
 
 
 def _earlier(target: Path) -> set[str]:

@@ -36,7 +36,7 @@ def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
         "objective": {name: _term(term) for name, term in e.objective.items()},
         "data": {name: domain.source for name, domain in e.data.sources.items()},
         "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
-        "versions": versions(),
+        "versions": dict(info.versions) or versions(),
         "command": info.command,
     }
     return {name: value for name, value in card.items() if value not in (None, [], "")}

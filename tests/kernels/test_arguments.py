@@ -1,11 +1,14 @@
 """Kernel arguments of a wrong kind: errors name the given and the expected one."""
 
+import inspect
+
 import jax.numpy as jnp
 import pytest
 
 from jaxkd.core.types import Divergence, Head
 from jaxkd.kernels.api import _check_kinds
 from jaxkd.losses import divergences as d
+from jaxkd.losses.distill import distill
 
 # Calls the check itself, since in tests its callers' type annotations reject some of these first.
 HEAD = Head(jnp.zeros((6, 4)), jnp.zeros((4, 9)))
@@ -34,3 +37,9 @@ def test_wrong_arguments_raise(terms, student, teacher, error, names):
 
 def test_every_divergence_passes():
     _check_kinds(tuple(getattr(d, name)() for name in ("forward_kl", "next_token", "z_loss")), HEAD, HEAD)
+
+
+def test_logits_in_the_place_of_heads():
+    logits, weights = jnp.zeros((2, 9)), jnp.ones(2)
+    with pytest.raises(TypeError, match="student"):
+        inspect.unwrap(distill)(logits, logits, weights)

@@ -14,7 +14,8 @@ def facts(workdir, *overrides):
 
 
 def test_facts(tmp_path):
-    write_run(tmp_path, RunInfo("jaxkd train", student=ModelInfo("teacher", 12_345, 2, kept_layers=(0, 3))))
+    trained_on = {"jax": "0.1"}
+    write_run(tmp_path, RunInfo("jaxkd train", trained_on, student=ModelInfo("teacher", 12_345, 2, kept_layers=(0, 3))))
     rows = [{"step": step, "domain": "code", "kl": 0.5} for step in (0, 5)]
     (tmp_path / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     card = facts(tmp_path, "--config.teacher.path=org/model", "--config.objective.kd.temperature=2.5")
@@ -24,6 +25,7 @@ def test_facts(tmp_path):
     for part in ("AdamW", "cosine", "weight decay", "clipped"):
         assert part in card["optimiser"]
     assert card["evaluation"] == rows[1:]
+    assert card["versions"] == trained_on
 
 
 @pytest.mark.parametrize(

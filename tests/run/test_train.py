@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from harness import here, jaxkd, lines, logged, succeeds
+from harness import fails, here, jaxkd, lines, logged, succeeds
 
 from jaxkd.report import records
 
@@ -111,6 +111,12 @@ def test_a_changed_config_is_refused_unless_told(undisturbed, arguments, tmp_pat
     before = (undisturbed / "config.json").read_bytes()
     succeeds("train", "--workdir", str(undisturbed), *changed, "--accept-changes")
     (undisturbed / "config.json").write_bytes(before)
+
+
+def test_an_export_goes_to_no_bucket(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "gs://bucket/student" in fails("export", "--workdir", str(undisturbed), "--output", "gs://bucket/student")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
