@@ -131,6 +131,7 @@ def check_destination(directory: str | Path, overwrite: bool = False, keep_out: 
             " overwrite (--overwrite), which leaves them in place and replaces the files of an earlier export"
         )
     _refuse_foreign(target, [name for name in foreign if name in _FILES or name.endswith(".safetensors")])
+    return target
 
 
 def _refuse_foreign(target: Path, names: Sequence[str]) -> None:
@@ -138,7 +139,6 @@ def _refuse_foreign(target: Path, names: Sequence[str]) -> None:
         raise FileExistsError(
             f"{target} holds {', '.join(names[:3])}, which no export wrote: move it away or give another directory"
         )
-    return target
 
 
 def _earlier(target: Path) -> set[str]:
