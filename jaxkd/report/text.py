@@ -85,3 +85,8 @@ def document(title: str, style: str, body: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{body}</main></body></html>\n"
     )
+
+
+def amount(value: float) -> str:
+    """An integer with thousands separators from 100 on, else three significant digits: no small amount is 0."""
+    return f"{value:,.0f}" if value >= 100 else number(value, 3)

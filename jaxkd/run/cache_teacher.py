@@ -18,6 +18,7 @@ from jaxkd.core.types import Batch, Hidden, PyTree
 from jaxkd.data import loader
 from jaxkd.evals.payload import payload_kl
 from jaxkd.models import flops, heads
+from jaxkd.report.text import amount
 from jaxkd.run import load
 from jaxkd.run.open_models import Model, Models
 from jaxkd.run.teacher import cache_facts, cache_layouts, reduced, text_rollout
@@ -266,8 +267,8 @@ def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str
         whole = flops.body(model.config, length) + flops.head(model.config)
         if name not in stores:
             yield (
-                f"{name}, online: {whole / 1e6:,.1f} MFLOP a token, {whole * per_step / 1e9:,.1f} GFLOP a step, "
-                f"{device_bytes(model, list(model.shapes)) / 2**20:,.0f} MiB on each device"
+                f"{name}, online: {amount(whole / 1e6)} MFLOP a token, {amount(whole * per_step / 1e9)} GFLOP a step, "
+                f"{amount(device_bytes(model, list(model.shapes)) / 2**20)} MiB on each device"
             )
             continue
         store = stores[name]
@@ -279,7 +280,7 @@ def costs(e: Experiment, models: Models, rows: load.Domains, stores: Mapping[str
             f"{(train + valid) / 1e6:,.1f} MB on disk, {valid / 1e6:,.1f} for held-out rows"
         )
         yield (
-            f"{name}, saved: {saved / 1e6:,.1f} MFLOP a token, {saved * per_step / 1e9:,.1f} GFLOP a step and "
-            f"{saved * per_step * e.run.steps / 1e12:,.1f} TFLOP in a run of {e.run.steps:,} steps; its head takes "
-            f"{device_bytes(model, heads.names(model.config)) / 2**20:,.0f} MiB on each device"
+            f"{name}, saved: {amount(saved / 1e6)} MFLOP a token, {amount(saved * per_step / 1e9)} GFLOP a step and "
+            f"{amount(saved * per_step * e.run.steps / 1e12)} TFLOP in a run of {e.run.steps:,} steps; its head takes "
+            f"{amount(device_bytes(model, heads.names(model.config)) / 2**20)} MiB on each device"
         )

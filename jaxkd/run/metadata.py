@@ -12,7 +12,7 @@ from jaxkd import __version__
 from jaxkd.config.schema import TeacherBlock, changed
 from jaxkd.models.transformer import parameter_count
 from jaxkd.report.records import DomainInfo, ModelInfo, RunInfo
-from jaxkd.report.text import number
+from jaxkd.report.text import amount, number
 from jaxkd.run.job import Job
 from jaxkd.run.load import Domains
 
@@ -54,9 +54,11 @@ def model_lines(t: TeacherBlock, record: RunInfo, source_layers: int) -> list[st
         signal = "hidden" if t.members and cache else t.signal
         source = f"{signal} from {cache}" if cache else "online" if signal == "head" else f"online {signal}"
         path = "the student's own average" if t.is_self else model.path
-        memory = "in the train state" if t.is_self else f"{model.bytes_per_device / 2**20:,.0f} MiB a device"
-        sizes = f"{model.layers} layers, {number(model.parameters)} parameters"
-        lines.append(f"{'' if name == 'teacher' else 'teacher '}{name}: {path}, {sizes}, {source}, {memory}")
+        memory = "in the train state" if t.is_self else f"{amount(model.bytes_per_device / 2**20)} MiB a device"
+        label = name if name == "teacher" else f"teacher {name}"
+        lines.append(
+            f"{label}: {path}, {model.layers} layers, {number(model.parameters)} parameters, {source}, {memory}"
+        )
     s = record.student
     of = f" of {source_layers}" if s.kept_layers else ""
     return [*lines, f"student: {s.path}, {s.layers}{of} layers, {number(s.parameters)} parameters"]

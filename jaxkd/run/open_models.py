@@ -111,6 +111,8 @@ def _open(path: str, shape: Mapping[str, Any], key: str, shapes: Mapping[str, Co
         if not shape:
             raise ValueError(f"{key}.path is 'random', so {key}.shape must give the sizes: " + ", ".join(sizes))
         config = from_mapping(Config, shape, f"{key}.shape")
+        if small := [name for name in (*sizes, "max_length", "vocab_multiple") if getattr(config, name) < 1]:
+            raise ValueError(f"{key}.shape.{small[0]} must be at least 1, got {getattr(config, small[0])}")
         if config.heads % config.kv_heads:
             raise ValueError(f"{key}.shape: heads={config.heads} is not a multiple of kv_heads={config.kv_heads}")
         return None, config

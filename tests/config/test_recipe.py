@@ -185,6 +185,8 @@ def test_blocks_are_strict(change, message):
         ("student.layers=(0,9)", r"student\.layers"),
         ("student.layers=(2,1)", r"student\.layers"),
         ("teacher.shape.kv_heads=3", r"teacher\.shape"),
+        ("teacher.shape.kv_heads=0", r"teacher\.shape\.kv_heads"),
+        ("teacher.shape.embed=-32", r"teacher\.shape\.embed"),
         ("teacher.shape.widht=3", r"teacher\.shape\.widht"),
     ],
 )
