@@ -130,7 +130,7 @@ FADES = {"schedule": "linear", "peak": 0.5, "end": 0.0}
 @pytest.mark.parametrize(
     ("one", "two", "message"),
     [
-        (-0.5, 1.0, "members.one weighs -0.5 in the domain 'code'"),
+        (-0.5, 1.0, "members.one weighs -0.5"),
         (float("nan"), 1.0, "members.one weighs nan"),
         (FADES, {**FADES, "peak": 0.2}, "step 20 of 20"),
         ({**FADES, "peak": 0.0, "end": 1.0}, 0.0, "step 0 of 20"),
