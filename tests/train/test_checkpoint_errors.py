@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import resource
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import abstract, flip_a_bit, process_environment
+from harness import REPOSITORY, abstract, flip_a_bit, process_environment
 
 from jaxkd.runtime.cluster import Unavailable
 from jaxkd.train import checkpoint_errors
@@ -229,9 +230,10 @@ def limit(what: int, number: int):
 
 def alone(what: str, directory: Path) -> None:
     """Run a function of this file in a process of its own: its limits must not meet what else pytest is doing."""
-    done = subprocess.run(
-        [sys.executable, __file__, what, str(directory)], env=process_environment(), capture_output=True, text=True
-    )
+    environment = process_environment()
+    environment["PYTHONPATH"] += os.pathsep + str(REPOSITORY / "tests")
+    command = [sys.executable, __file__, what, str(directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
