@@ -147,12 +147,13 @@ def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
     scale = 1 / (beta * (1 - beta)) if endpoint == "scaled" else 1.0
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        # Relative to the larger side: log m - max(lp, lq) is small where the sides are close, and exactly 0 where they
-        # are equal; `lp - log m` would be a difference of two rounded numbers as large as lp.
-        gap = jnp.abs(lp - lq)
-        ratio, weight = jnp.exp(-gap), jnp.where(lq > lp, beta, 1 - beta)  # smaller over larger; the smaller's weight
-        lm = jnp.log(1 + weight * (ratio - 1))
-        return (-scale * jnp.exp(jnp.maximum(lp, lq)) * ((1 - weight) * lm + weight * ratio * (gap + lm)),)
+        # log m - log q, whose digits matter where it is small: lq - log m would be a difference of two rounded numbers
+        # as large as lq. The floor of log-probabilities keeps p/q below the largest float32. The slope in lq is
+        # -(1 - beta) q (log m - log q): what else autodiff would add cancels, but for its rounding.
+        gap = lp - lq
+        log_m = jax.lax.stop_gradient(jnp.log(beta * jnp.exp(gap) + (1 - beta)))
+        constant = jax.lax.stop_gradient(beta * scale * jnp.exp(lp) * (gap - log_m))
+        return (constant - (1 - beta) * scale * jnp.exp(lq) * log_m,)
 
     return Divergence(phi)
 
