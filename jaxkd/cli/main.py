@@ -84,17 +84,17 @@ def train(options: argparse.Namespace) -> Lines:
 def _outcome(workdir: Path, start: dict[str, float] | None) -> Iterator[str]:
     """What a run prints at its end; `start` is the nats per token at step 0 of a finished one, None if it stopped."""
     from jaxkd.evals import compare
-    from jaxkd.report import goodput, mixture
+    from jaxkd.report import goodput, mixture, records
     from jaxkd.report import run as report
 
     if start is not None:
-        evaluations = files.read_jsonl(workdir / "evals.jsonl")
+        evaluations = records.rows(workdir, records.EVALS)
         last = max(row["step"] for row in evaluations)
         yield compare.table([row for row in evaluations if row["step"] == last], start)
-        if cost := mixture.cost(files.read_jsonl(workdir / "mixture.jsonl")):
+        if cost := mixture.cost(records.rows(workdir, records.MIXTURE)):
             yield cost
     yield goodput.sentence(files.read_jsonl(workdir / "goodput.jsonl"))
-    page = report.write(workdir) if files.read_jsonl(workdir / "metrics.jsonl") else "none before step 1"
+    page = report.write(workdir) if records.rows(workdir, records.METRICS) else "none before step 1"
     yield f"report: {page}"
     yield f"all output: {workdir}/ (metrics.jsonl, evals.jsonl, checkpoints/, tensorboard/)"
 

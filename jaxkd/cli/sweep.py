@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxkd.config.recipe import read_config, split
 from jaxkd.config.schema import Experiment, experiment
+from jaxkd.report import records
 from jaxkd.run.workdir import saved_experiment
 from jaxkd.runtime import files
 from jaxkd.runtime.cluster import EXIT_STOPPED
@@ -99,7 +100,7 @@ def result(run: Run) -> dict[str, Any] | None:
     steps = run.experiment.run.steps
     try:
         same = saved_experiment(run.workdir) == run.experiment
-        rows = files.read_jsonl(run.workdir / "evals.jsonl")
+        rows = records.rows(run.workdir, records.EVALS)
     except (OSError, ValueError):
         return None
     last = [row for row in rows if row["step"] == steps and row["domain"] == "mean"]

@@ -12,9 +12,8 @@ from jaxkd.core.sharding import constrain
 from jaxkd.core.types import Batch, Divergence, Forward, Output, PyTree
 from jaxkd.kernels.api import RANKED, linear_comparison, linear_divergence
 from jaxkd.losses.divergences import forward_kl, next_token
+from jaxkd.report.records import MEAN, Evaluation, Row
 from jaxkd.report.text import aligned
-
-Row = dict[str, Any]
 
 MEANS = ("student_nats", "teacher_nats", "kl", "agreement")
 BINS = 15
@@ -109,23 +108,22 @@ def evaluate(
                     f"{field} of domain '{name}' is {mean} at step {step}: check the weights of that model"
                 )
         bits = total.tokens / math.log(2) / max(size, 1)
-        rows.append(
-            {
-                "step": step,
-                "domain": name,
-                "student_nats": means["student_nats"],
-                "teacher_nats": means["teacher_nats"],
-                "student_bits_per_byte": means["student_nats"] * bits,
-                "teacher_bits_per_byte": means["teacher_nats"] * bits,
-                "kl": means["kl"],
-                "agreement": means["agreement"],
-                "student_ece": float(np.abs(total.student_calibration).sum() / total.tokens),
-                "teacher_ece": float(np.abs(total.teacher_calibration).sum() / total.tokens),
-                "gap_closed": _closed(means["student_nats"], means["teacher_nats"], start, name),
-                "tokens": int(total.tokens),
-            }
+        evaluation = Evaluation(
+            step,
+            name,
+            means["student_nats"],
+            means["teacher_nats"],
+            means["student_nats"] * bits,
+            means["teacher_nats"] * bits,
+            means["kl"],
+            means["agreement"],
+            float(np.abs(total.student_calibration).sum() / total.tokens),
+            float(np.abs(total.teacher_calibration).sum() / total.tokens),
+            _closed(means["student_nats"], means["teacher_nats"], start, name),
+            int(total.tokens),
         )
-    rows.append(_mean(rows, start, step))
+        rows.append(evaluation._asdict())
+    rows.append(_mean(rows, start, step)._asdict())
     return rows
 
 
@@ -145,13 +143,11 @@ def _closed(student: float, teacher: float, start: Mapping[str, float] | None, n
     return (before - student) / (before - teacher) if before is not None and before > teacher else None
 
 
-def _mean(rows: list[Row], start: Mapping[str, float] | None, step: int) -> Row:
+def _mean(rows: list[Row], start: Mapping[str, float] | None, step: int) -> Evaluation:
     skip = ("step", "domain", "gap_closed", "tokens")
-    mean: Row = {"step": step, "domain": "mean"}
-    mean |= {k: math.fsum(row[k] for row in rows) / len(rows) for k in rows[0] if k not in skip}
-    mean["gap_closed"] = _closed(mean["student_nats"], mean["teacher_nats"], start, "mean")
-    mean["tokens"] = sum(row["tokens"] for row in rows)
-    return mean
+    means = {k: math.fsum(row[k] for row in rows) / len(rows) for k in Evaluation._fields if k not in skip}
+    closed = _closed(means["student_nats"], means["teacher_nats"], start, MEAN)
+    return Evaluation(step, MEAN, **means, gap_closed=closed, tokens=sum(row["tokens"] for row in rows))
 
 
 def table(rows: list[Row], before: dict[str, float] | None = None) -> str:

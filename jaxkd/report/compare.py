@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtrit
 
+from jaxkd.report import records
 from jaxkd.report.records import MEAN, Row, by_domain, leaves, missing, read_json, read_run, value_of
 from jaxkd.report.text import aligned
 from jaxkd.runtime import files
@@ -73,7 +74,7 @@ def gather(directories: Sequence[Path], baseline: str | None = None) -> Comparis
     for workdir in workdirs:
         try:
             config, info = read_json(workdir, "config.json"), read_run(workdir)
-            evals, metrics = (files.read_jsonl(workdir / name) for name in ("evals.jsonl", "metrics.jsonl"))
+            evals, metrics = records.rows(workdir, records.EVALS), records.rows(workdir, records.METRICS)
         except (FileNotFoundError, files.Torn) as error:
             left_out.append(str(error))
             continue

@@ -1,4 +1,4 @@
-"""The record that a run keeps of itself, run.json: its fields, writer and reader; and reading rows of its logs."""
+"""The files that a run keeps of itself, run.json and the rows of its logs: their fields, writers and readers."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,8 +7,52 @@ from typing import Any, NamedTuple
 
 from jaxkd.runtime import files
 
-Row = dict[str, Any]  # a JSON object of metrics.jsonl, evals.jsonl or mixture.jsonl
+Row = dict[str, Any]  # a JSON object of one of these files, made by `training`, `Evaluation` or `interval`
+METRICS, EVALS, MIXTURE = "metrics.jsonl", "evals.jsonl", "mixture.jsonl"
 MEAN = "mean"  # the domain of evaluation rows that are means over the domains
+
+
+def training(
+    step: int, values: Mapping[str, float], *, tokens: int, tokens_per_s: float, step_s: float, **more: Any
+) -> Row:
+    """A row of metrics.jsonl: a step's measured values, None where one is not finite, and its times.
+
+    `tokens` counts from the first step. `more`: tflops, mfu, `share/DOMAIN`, rule_s, skipped, rows.
+    """
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    times = {"tokens": tokens, "tokens_per_s": tokens_per_s, "step_s": step_s}
+    return {"step": step, "loss": None, **finite, **times, **more}
+
+
+class Evaluation(NamedTuple):
+    """A row of evals.jsonl, by `_asdict()`: a step's figures for a domain, or their plain mean over the domains."""
+
+    step: int
+    domain: str
+    student_nats: float
+    teacher_nats: float
+    student_bits_per_byte: float
+    teacher_bits_per_byte: float
+    kl: float
+    agreement: float
+    student_ece: float
+    teacher_ece: float
+    gap_closed: float | None  # (start - student) / (start - teacher); None where the student was not behind
+    tokens: int
+
+
+def interval(step: int, number: int, tokens: int, columns: Mapping[str, Mapping[str, Any]], **more: float) -> Row:
+    """A row of mixture.jsonl: the interval that begins at a step, with `columns` (share, rows, ...) by domain.
+
+    `more`: rule_s, rule_share.
+    """
+    by_domain = {f"{key}/{name}": value for key, values in columns.items() for name, value in values.items()}
+    return {"step": step, "interval": number, "tokens": tokens, **by_domain, **more}
+
+
+def rows(workdir: Path, name: str) -> list[Row]:
+    """The rows of METRICS, EVALS or MIXTURE, [] where there is no such file."""
+    return files.read_jsonl(workdir / name)
 
 
 class ModelInfo(NamedTuple):

@@ -10,7 +10,10 @@ from typing import Any
 from jaxkd.report import charts, goodput, mixture
 from jaxkd.report.charts import Line, figure, limits, smooth, thin
 from jaxkd.report.records import (
+    EVALS,
     MEAN,
+    METRICS,
+    MIXTURE,
     ModelInfo,
     Row,
     RunInfo,
@@ -23,6 +26,7 @@ from jaxkd.report.records import (
 )
 from jaxkd.report.text import count, document, escape, fixed, number, percent, section, table
 from jaxkd.runtime import files
+from jaxkd.runtime.goodput import FILE
 
 
 def write(workdir: Path) -> Path:
@@ -31,7 +35,7 @@ def write(workdir: Path) -> Path:
     FileNotFoundError and Torn name the file that is missing or damaged.
     """
     config, info = read_json(workdir, "config.json"), read_run(workdir)
-    names = ("metrics.jsonl", "evals.jsonl", "mixture.jsonl", "goodput.jsonl")
+    names = (METRICS, EVALS, MIXTURE, FILE)
     if not any((workdir / name).exists() for name in names[:2]):
         raise missing(workdir, names[0])
     rows = [files.read_jsonl(workdir / name) for name in names]

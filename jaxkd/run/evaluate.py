@@ -14,6 +14,7 @@ from jaxkd.core.types import PyTree
 from jaxkd.data import build
 from jaxkd.data.sources import open_source
 from jaxkd.evals import compare
+from jaxkd.report import records
 from jaxkd.run import job, load, restore, saved_student, teacher
 from jaxkd.run.open_models import Models, open_models
 from jaxkd.runtime import files, multihost
@@ -69,7 +70,7 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
     with jax.set_mesh(mesh), multihost.abort_on_error():
         models, missing = saved_student.open_run(e, workdir, mesh)
         number, student, average = restore.student(e.run, workdir, models, load.frozen(e, models), step)
-        before = multihost.broadcast("evaluations", lambda: files.read_jsonl(workdir / "evals.jsonl"))
+        before = multihost.broadcast("evaluations", lambda: records.rows(workdir, records.EVALS))
         start = {row["domain"]: row["student_nats"] for row in before if row["step"] == 0 and not sources}
         rows = _whole(e, models) if sources else load.domains(e.data, models.tokenizer)
         scored = (student, average, number)
@@ -81,7 +82,7 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
         result = [{name: value for name, value in row.items() if shown(name)} for row in result]
         title = f"{title}, the student alone: {missing}"
     elif log and multihost.is_main() and not any(row["step"] == number for row in before):
-        files.append_jsonl(workdir / "evals.jsonl", result)
+        files.append_jsonl(workdir / records.EVALS, result)
     return f"{title}\n{compare.table(result, start)}"
 
 

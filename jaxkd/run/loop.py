@@ -20,11 +20,12 @@ from jaxkd.data import loader, rules
 from jaxkd.evals import compare
 from jaxkd.losses import group_dro
 from jaxkd.models import flops
+from jaxkd.report import records
 from jaxkd.run import load, preflight, program, restore
 from jaxkd.run.job import Job
 from jaxkd.run.mixing import Mixing, make_gradients, make_losses
 from jaxkd.run.teacher import build_teacher, open_stores
-from jaxkd.runtime import files, log, multihost
+from jaxkd.runtime import log, multihost
 from jaxkd.runtime.phases import Phases
 from jaxkd.runtime.profiling import Profile
 from jaxkd.train import faults, guard, optim
@@ -184,7 +185,7 @@ class Run:
 
     def _evaluation(self, step: int) -> list[compare.Row]:
         """Logged rows of a step's evaluation; "mean" is the last of a complete one."""
-        read = lambda: [row for row in files.read_jsonl(self.workdir / "evals.jsonl") if row["step"] == step]
+        read = lambda: [row for row in records.rows(self.workdir, records.EVALS) if row["step"] == step]
         return multihost.broadcast(f"evaluation of step {step}", read)
 
     def go(self, profile: tuple[int, int] = (0, 0)) -> bool:
@@ -206,7 +207,7 @@ class Run:
                     output.say("stopped by a signal before the first step: the same command starts over")
                     return False
                 self.mixing.begin(self._evaluation(0))
-                logged = [row["step"] for row in files.read_jsonl(self.workdir / "mixture.jsonl")]
+                logged = [row["step"] for row in records.rows(self.workdir, records.MIXTURE)]
                 if self.mixing.start not in logged:
                     output.mixture(self.mixing.line(self.tokens, group_dro.columns(self.state.group_dro)))
                 with self.phases.during("steps"):
@@ -289,27 +290,22 @@ class Run:
         tokens = values.pop("tokens", 0)
         tokens = int(tokens) if math.isfinite(tokens) else 0
         self.tokens += tokens
-        row: dict[str, Any] = {
-            "step": step,
-            "loss": None,
-            **{name: value if math.isfinite(value) else None for name, value in values.items()},
-            "tokens": self.tokens,
-            "tokens_per_s": tokens / (now - clock),
-            "step_s": now - clock,
-        }
-        row |= flops.rates(self.flops, now - clock, self.job.mesh.size, self.job.mesh.devices.flat[0].device_kind)
-        self.seconds.append(now - clock)
+        seconds = now - clock
+        kind = self.job.mesh.devices.flat[0].device_kind
+        more: dict[str, Any] = dict(flops.rates(self.flops, seconds, self.job.mesh.size, kind))
+        self.seconds.append(seconds)
         if self.mixing.rule.measures:
             sampling = self.mixing.mixture.sampling.tolist()
-            row |= {f"share/{name}": share for name, share in zip(self.rows.names, sampling, strict=True)}
-        if self.rule_s is not None:  # not part of the times above
-            row["rule_s"], self.rule_s = self.rule_s, None
+            more |= {f"share/{name}": share for name, share in zip(self.rows.names, sampling, strict=True)}
+        if self.rule_s is not None:  # not part of the times
+            more["rule_s"], self.rule_s = self.rule_s, None
         broken = skipped or not math.isfinite(values["param_norm"])
         rows = faults.suspects(values, self._drawn(step)) if broken else {}
-        row |= {"skipped": self.faults.total + 1} if skipped else {}
-        row |= {"rows": rows} if broken else {}
+        more |= {"skipped": self.faults.total + 1} if skipped else {}
+        more |= {"rows": rows} if broken else {}
+        row = records.training(step, values, tokens=self.tokens, tokens_per_s=tokens / seconds, step_s=seconds, **more)
         output.step(row, broken or step % self.job.experiment.run.log_every == 0)
-        self.phases.stepped(step, now - clock, skipped)
+        self.phases.stepped(step, seconds, skipped)
         self.faults.record(step, values, skipped, rows, self.checkpoints.latest)
         return now
 

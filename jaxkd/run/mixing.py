@@ -20,6 +20,7 @@ from jaxkd.data import loader, mixture, rules
 from jaxkd.data.mixture import Mixture
 from jaxkd.evals import compare
 from jaxkd.losses import group_dro
+from jaxkd.report import records
 from jaxkd.run import load
 from jaxkd.run.open_models import Model
 from jaxkd.runtime import files, multihost
@@ -181,7 +182,6 @@ class Mixing:
         interval; `step_s` the median seconds of the previous interval's steps, None where this process made none.
         """
         m = self.mixture
-        row: dict[str, Any] = {"step": self.start, "interval": m.interval, "tokens": tokens}
         columns: dict[str, Sequence[Any]] = {
             "share": m.sampling.tolist(),
             "rows": mixture.counts(m.sampling, self._data.interval * self._data.batch).tolist(),
@@ -191,10 +191,10 @@ class Mixing:
         if self.gaps is not None:
             columns["ratio"] = np.exp(self.gaps.student_nats - self.gaps.teacher_nats).tolist()
         columns |= weights or {}
-        for key, values in columns.items():
-            row |= {f"{key}/{name}": value for name, value in zip(self._rows.names, values, strict=True)}
+        by_domain = {key: dict(zip(self._rows.names, values, strict=True)) for key, values in columns.items()}
+        times = {}
         if seconds is not None and self.rule.measures:
-            row["rule_s"] = seconds
+            times["rule_s"] = seconds
             if step_s is not None:
-                row["rule_share"] = seconds / (seconds + step_s * self._data.interval)
-        return row
+                times["rule_share"] = seconds / (seconds + step_s * self._data.interval)
+        return records.interval(self.start, m.interval, tokens, by_domain, **times)

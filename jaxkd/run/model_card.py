@@ -6,9 +6,9 @@ from typing import Any
 
 from jaxkd.config.schema import SELF, Experiment, Schedule
 from jaxkd.models import weights
+from jaxkd.report import records
 from jaxkd.run.metadata import versions
 from jaxkd.run.workdir import saved_info
-from jaxkd.runtime import files
 
 
 def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def facts(e: Experiment, workdir: Path, step: int) -> dict[str, Any]:
         "steps": step,
         "objective": {name: _term(term) for name, term in e.objective.items()},
         "data": {name: domain.source for name, domain in e.data.sources.items()},
-        "evaluation": [row for row in files.read_jsonl(workdir / "evals.jsonl") if row["step"] == step],
+        "evaluation": [row for row in records.rows(workdir, records.EVALS) if row["step"] == step],
         "versions": dict(info.versions) or versions(),
         "command": info.command,
     }

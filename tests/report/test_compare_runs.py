@@ -26,10 +26,11 @@ def write_run(workdir, seed, nats, steps=10, reached=None, fingerprint="f", mixt
     rows, last = [], nats
     for step, nats in ((0, 6.0), (reached, last)):
         for name, value in (("code", nats), ("math", nats + 1), ("mean", nats + 0.5)):
-            rows.append({"step": step, "domain": name, "student_nats": value, "teacher_nats": 3.0})
-            rows[-1] |= {"kl": value - 3.25, "agreement": 0.25}
+            figures = (value, 3.0, value, 3.0, value - 3.25, 0.25, 0.05, 0.04, None, 2048)
+            rows.append(records.Evaluation(step, name, *figures)._asdict())
     files.write_jsonl(workdir / "evals.jsonl", rows)
-    metrics = [{"step": step, "loss": 5.0 + seed, "ce": 5.0 + seed, "kd": 1.0} for step in range(1, reached + 1)]
+    values, times = {"loss": 5.0 + seed, "ce": 5.0 + seed, "kd": 1.0}, {"tokens_per_s": 512.0, "step_s": 2.0}
+    metrics = [records.training(step, values, tokens=1024 * step, **times) for step in range(1, reached + 1)]
     files.write_jsonl(workdir / "metrics.jsonl", metrics)
     return workdir
 

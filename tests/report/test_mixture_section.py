@@ -5,7 +5,7 @@ import re
 import pytest
 from test_report import EVALS, page_of, workdir
 
-from jaxkd.report import mixture
+from jaxkd.report import mixture, records
 from jaxkd.runtime import files
 
 NAMES = ("code", "math")
@@ -14,11 +14,11 @@ NAMES = ("code", "math")
 def lines(count=3, measured=True):
     rows = []
     for i in range(count):
-        row = {"step": 20 * i, "interval": i, "tokens": 20480 * i}
-        for name, share, ratio in zip(NAMES, (0.75 - 0.1 * i, 0.25 + 0.1 * i), (1.5, 1.25), strict=True):
-            row |= {f"share/{name}": share, f"rows/{name}": 100, f"drawn/{name}": 100 * i, f"epochs/{name}": 0.5 * i}
-            row |= {f"ratio/{name}": ratio} if measured else {}
-        rows.append(row | ({"rule_s": 0.25, "rule_share": 0.0123 * i} if measured and i else {}))
+        columns = {"share": (0.75 - 0.1 * i, 0.25 + 0.1 * i), "rows": (100, 100), "drawn": (100 * i,) * 2}
+        columns |= {"epochs": (0.5 * i,) * 2} | ({"ratio": (1.5, 1.25)} if measured else {})
+        by_domain = {key: dict(zip(NAMES, values, strict=True)) for key, values in columns.items()}
+        times = {"rule_s": 0.25, "rule_share": 0.0123 * i} if measured and i else {}
+        rows.append(records.interval(20 * i, i, 20480 * i, by_domain, **times))
     return rows
 
 

@@ -38,15 +38,14 @@ RUN = RunInfo(
 
 
 def step(index: int, **changes) -> dict:
-    row = {"step": index, "loss": 5.0 - index / 100, "kd": 2.0 - index / 100, "ce": 4.5 - index / 100}
-    row |= {"kd/code": 1.5, "kd/math": 2.5, "grad_norm": 1.25, "lr": 3e-4 * index / 60, "tokens": 1024 * index}
-    return row | {"tokens_per_s": 512.0, "step_s": 2.0} | changes
+    values = {"loss": 5.0 - index / 100, "kd": 2.0 - index / 100, "ce": 4.5 - index / 100}
+    values |= {"kd/code": 1.5, "kd/math": 2.5, "grad_norm": 1.25, "lr": 3e-4 * index / 60}
+    return records.training(index, values, tokens=1024 * index, tokens_per_s=512.0, step_s=2.0) | changes
 
 
 def evaluation(index: int, student: float, gap: float | None) -> list[dict]:
-    numbers = {"step": index, "student_nats": student, "teacher_nats": 3.125, "student_bits_per_byte": student / 3}
-    numbers |= {"teacher_bits_per_byte": 1.04, "kl": student - 3.5, "agreement": 0.4, "gap_closed": gap}
-    return [numbers | {"domain": name, "tokens": 2048} for name in ("code", "math", "mean")]
+    figures = (student, 3.125, student / 3, 1.04, student - 3.5, 0.4, 0.05, 0.04, gap, 2048)
+    return [records.Evaluation(index, name, *figures)._asdict() for name in ("code", "math", "mean")]
 
 
 STEPS = [step(index) for index in range(1, 61)]
