@@ -60,7 +60,7 @@ def tiled(terms, student, teacher, targets, weights, temperatures, vocab, tiles=
     ("terms", "tokens", "columns", "vocab", "tiles"),
     [
         (FEW, 16, 256, 256, TILES),
-        (tuple(SERVED.values()), 19, 300, 271, TILES),
+        pytest.param(tuple(SERVED.values()), 19, 300, 271, TILES, marks=pytest.mark.slow),
         (FEW, 12, 200, 200, ((128, 256), (128, 256))),
     ],
 )
