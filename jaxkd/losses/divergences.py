@@ -147,9 +147,9 @@ def generalized_jsd(beta: float = 0.5, endpoint: str = "paper") -> Divergence:
     scale = 1 / (beta * (1 - beta)) if endpoint == "scaled" else 1.0
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        # log m - log q, whose digits matter where it is small: lq - log m would be a difference of two rounded numbers
-        # as large as lq. The floor of log-probabilities keeps p/q below the largest float32. The slope in lq is
-        # -(1 - beta) q (log m - log q): what else autodiff would add cancels, but for its rounding.
+        # log m - log q from the ratio p/q: subtracting lq from log m would cancel digits where p is close to q. Floored
+        # log-probabilities keep the ratio finite. The exact slope in lq is -(1 - beta) q (log m - log q); autodiff's
+        # other terms sum to zero except for rounding, so they are stopped.
         gap = lp - lq
         log_m = jax.lax.stop_gradient(jnp.log(beta * jnp.exp(gap) + (1 - beta)))
         constant = jax.lax.stop_gradient(beta * scale * jnp.exp(lp) * (gap - log_m))
@@ -201,7 +201,7 @@ def total_variation() -> Divergence:
     """
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        # Teacher and student may be equal and yet computed in different fusions; the sign of noise is no gradient.
+        # Equal teacher and student may be computed in different fusions; their rounding error has no meaningful sign.
         tie = jnp.abs(lp - lq) <= 8 * float(jnp.finfo(jnp.float32).eps) * (1 - lp)
         return (0.5 * jnp.abs(jnp.where(tie, 0.0, jnp.exp(lp) - jnp.exp(lq))),)
 

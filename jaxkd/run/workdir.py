@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxkd.config.schema import Experiment, experiment, plain
-from jaxkd.report.records import RunInfo, leaves, read_run
+from jaxkd.report.records import EVALS, METRICS, MIXTURE, RunInfo, leaves, read_run
 from jaxkd.runtime import files, locks
+from jaxkd.runtime.goodput import FILE as GOODPUT
 
 # These decide which rows a step sees: a run that changed them would repeat some rows and never see others.
 _ORDER = ("data.batch", "data.interval", "data.length", "data.mixture", "run.seed", "data.domains")
@@ -24,7 +25,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     ValueError where it holds another experiment, or something else.
     """
     saved, config = workdir / "config.json", plain(e)
-    metrics = workdir / "metrics.jsonl"  # counts as trained too: checkpoints may have been moved
+    metrics = workdir / METRICS  # counts as trained too: checkpoints may have been moved
     saved_steps = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
     trained = saved_steps or (metrics.exists() and metrics.stat().st_size > 0)
     if not saved.exists():
@@ -53,7 +54,7 @@ def claim(workdir: Path, e: Experiment, accept_changes: bool) -> list[str]:
     keys = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     changes = [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys]
     if (changes or not saved.stat().st_size) and not trained:
-        for name in ("evals.jsonl", "metrics.jsonl", "mixture.jsonl", "goodput.jsonl", "run.json"):
+        for name in (EVALS, METRICS, MIXTURE, GOODPUT, "run.json"):
             (workdir / name).unlink(missing_ok=True)  # of an experiment that was never trained
         write_config(workdir, e)
         return []

@@ -77,7 +77,7 @@ def test_sharded_equals_unsharded(mesh, geometric):
 
 @pytest.mark.parametrize("geometric", [False, True])
 def test_copies_of_the_student_are_ties_of_total_variation(geometric):
-    """Their average is the student but for rounding, the sign of which would be the gradient."""
+    """Their average equals the student up to rounding, whose sign must not enter the gradient."""
     student, teacher, targets, weights = blend(geometric)
     copies = dataclasses.replace(teacher, heads=(student, student))
     gradient = fused((divergences.total_variation(),), student, copies, targets, weights, (2.0,), VOCAB, chunk=8)[2]
