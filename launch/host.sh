@@ -53,7 +53,8 @@ if [ -n "$dry" ]; then
 elif [ -n "$background" ]; then
     mkdir -p "$background"
     pid="$(cat "$background/run.pid" 2>/dev/null || true)"
-    if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then fail "a run is going on here, process $pid: $background/run.log"; fi
+    # Not by the process alone: one that has ended stays visible until its parent collects it, in a container perhaps for good.
+    if [ -n "$pid" ] && [ ! -e "$background/run.code" ] && kill -0 "$pid" 2>/dev/null; then fail "a run is going on here, process $pid: $background/run.log"; fi
     rm -f "$background/run.code"
     # A session of its own: it outlives the ssh connection that started it.
     setsid bash "$root/launch/host.sh" --supervise "$background" --chip "$chip" -- "${rest[@]}" \

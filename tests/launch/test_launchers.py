@@ -188,6 +188,9 @@ def test_host_hands_sigterm_on_and_leaves_the_code_of_a_detached_run(copy):
     os.kill(int((copy / ".launch/run.pid").read_text()), signal.SIGTERM)
     assert until(copy / ".launch/run.code") == "75\n"
     assert (copy / "saved").read_text() == "train"
+    (copy / ".launch/run.pid").write_text(str(os.getpid()))  # visible as one that nobody has collected
+    assert run().returncode == 0
+    assert until(copy / ".launch/run.code") == "0\n"
 
 
 @pytest.mark.parametrize(("restarts", "last"), [("0", ["scontrol requeue 77"]), ("50", [])])
