@@ -24,11 +24,11 @@ def segment_attention(
 
 
 class Cache(NamedTuple):
-    """Keys and values of the first `length` tokens, one slot per position; later slots are unused."""
+    """Keys and values of the first `length` tokens of each row, a slot per position; later slots are unwritten."""
 
-    keys: Float[jax.Array, "*layers B S K d"]
-    values: Float[jax.Array, "*layers B S K d"]
-    length: Int[jax.Array, ""]
+    keys: Float[jax.Array, "*layers B K S d"]
+    values: Float[jax.Array, "*layers B K S d"]
+    length: Int[jax.Array, " B"]
 
 
 def cached_attention(
@@ -39,11 +39,26 @@ def cached_attention(
 ) -> Float[jax.Array, "B T H d"]:
     """`segment_attention` of T new tokens, each over the cached tokens and the new ones up to itself.
 
-    `cache` is one layer's, with at least T free slots; `key` and `value` are inserted into a copy of it.
+    The cache is read where it is and the new tokens are a second block of scores, so that no copy of it is made.
+
+    Args:
+        query: [B T H d], with H a multiple of K (grouped queries).
+        key: [B T K d], of the new tokens.
+        value: [B T K d].
+        cache: one layer's.
     """
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, cache.length, axis=1)
-        for old, new in ((cache.keys, key), (cache.values, value))
-    )
-    visible = jnp.arange(keys.shape[1]) <= cache.length + jnp.arange(query.shape[1])[:, None]
-    return jax.nn.dot_product_attention(query, keys, values, mask=visible[None, None])
+    (batch, tokens, _, width), slots = query.shape, cache.keys.shape[2]
+    grouped = query.reshape(batch, tokens, key.shape[2], -1, width) * width**-0.5
+    cached = (jnp.arange(slots) < cache.length[:, None])[:, None, None, None]
+    earlier = jnp.tril(jnp.ones((tokens, tokens), bool))
+    scores = [
+        jnp.where(visible, jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32), -1e30)
+        for equation, keys, visible in (
+            ("btkgd,bksd->bkgts", cache.keys, cached),
+            ("btkgd,bskd->bkgts", key, earlier),
+        )
+    ]
+    shares = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(value.dtype)
+    before = jnp.einsum("bkgts,bksd->btkgd", shares[..., :slots], cache.values)
+    after = jnp.einsum("bkgts,bskd->btkgd", shares[..., slots:], value)
+    return (before + after).reshape(query.shape)

@@ -19,7 +19,7 @@ from jaxkd.models.quantized import SCALE
 REMAT = ("none", "layer")
 TAPS = ("layer", "query", "key", "value")
 
-_CACHE_AXES = ("layers", "batch", None, "kv_heads", "head_dim")  # slots are not sharded: each step writes one
+_CACHE_AXES = ("layers", "batch", "kv_heads", None, "head_dim")  # slots are not sharded: each step writes one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,28 +284,46 @@ class CausalLM:
             return forward(self.config, params, batch, taps=taps, dtype=self.dtype, remat=self.remat)
 
 
-def empty_cache(config: Config, batch: int, slots: int, dtype=jnp.float32) -> Cache:
-    """A cache without tokens: keys and values [layers B S K d], sharded over the current mesh."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    empty = constrain(jnp.zeros(shape, dtype), *_CACHE_AXES)
-    return Cache(empty, empty, jnp.int32(0))
+def prefill(config: Config, params: PyTree, tokens: jax.Array, *, dtype=jnp.float32) -> tuple[jax.Array, Cache]:
+    """Runs the decoder on rows [B P] that are one document each, from position 0.
+
+    Returns:
+        (hidden [B P D] after the final norm, a cache of P slots that holds all P tokens).
+    """
+    empty = jnp.zeros((config.layers, tokens.shape[0], config.kv_heads, 0, config.head_dim), dtype)
+    output = _extended(config, params, tokens, Cache(empty, empty, jnp.zeros(tokens.shape[0], jnp.int32)), dtype)
+    keys, values = (constrain(output.taps[name].swapaxes(2, 3), *_CACHE_AXES) for name in ("key", "value"))
+    return output.head.hidden, Cache(keys, values, jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32))
 
 
 def extend(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, *, dtype=jnp.float32) -> tuple[Head, Cache]:
-    """Runs the decoder on the next tokens [B T] of each row, one document, after those in `cache`.
+    """Runs the decoder on the next token of each row, with keys and values of the earlier ones from a cache.
 
-    The head, with hidden [B T D], is that of `forward` on the whole rows, at the last T positions. The cache, in
-    `dtype`, needs T free slots; it is returned with the new tokens added.
+    The result is that of `forward` on the whole rows, at the last position.
+
+    Args:
+        tokens: [B 1]; each row is one document.
+        cache: of the earlier tokens, in `dtype`, with at least one free slot in each row.
+
+    Returns:
+        (head with hidden [B 1 D], the cache with the new tokens added).
     """
-    positions = jnp.broadcast_to(cache.length + jnp.arange(tokens.shape[1]), tokens.shape)
-    output: Any = Transformer(config, dtype).apply({"params": params}, tokens, cache, positions)
+    output = _extended(config, params, tokens, cache, dtype)
+    rows = jnp.arange(tokens.shape[0])
 
     def written(slots: jax.Array, new: jax.Array) -> jax.Array:
-        slots = jax.lax.dynamic_update_slice_in_dim(slots, new, cache.length, axis=2)
+        # Advanced indices around a slice come first: [B layers K d].
+        slots = slots.at[:, rows, :, cache.length].set(new[:, :, 0].swapaxes(0, 1), mode="drop")
         return constrain(slots, *_CACHE_AXES)
 
     keys, values = written(cache.keys, output.taps["key"]), written(cache.values, output.taps["value"])
-    return output.head, Cache(keys, values, cache.length + tokens.shape[1])
+    return output.head, Cache(keys, values, cache.length + 1)
+
+
+def _extended(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, dtype: Any) -> Output:
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    output: Any = Transformer(config, dtype).apply({"params": params}, tokens, cache, positions)
+    return output
 
 
 @partial(jax.jit, static_argnums=0)

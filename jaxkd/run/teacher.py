@@ -20,7 +20,7 @@ from jaxkd.evals import compare
 from jaxkd.models import heads
 from jaxkd.run.job import abstract_batch as rows_batch
 from jaxkd.run.open_models import Models
-from jaxkd.sampling.generate import decoder
+from jaxkd.sampling.sampler import decoder
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.cached import cached, recorded

@@ -1,12 +1,12 @@
 """Rollouts: rows continued by a model, in a separate program before the step."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxkd.core.types import Batch, PyTree
-from jaxkd.sampling.generate import Decoder, sample
+from jaxkd.sampling.generate import rows
+from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.sampler import Decoder, Sampler
 from jaxkd.train.step import split
 
 
@@ -46,13 +46,8 @@ def rollout(
         lengths = jnp.maximum((batch.segments[:, :width] == 1).sum(-1), 1)
         row_key = lambda domain, row: jax.random.fold_in(jax.random.fold_in(key, domain), row)
         keys = jax.vmap(row_key)(batch.domain, batch.row)
-        options: Any = {
-            "length": length,
-            "temperature": temperature,
-            "vocab": vocab,
-            "ends": () if end is None else (end,),
-        }
-        text = sample(decoder, params, batch.tokens[:, :width], lengths, keys, **options)
+        sampler = Sampler(decoder, vocab, length - 1, Sampling(temperature), () if end is None else (end,))
+        text = rows(sampler, params, batch.tokens[:, :width], lengths, keys, length)
         index = jnp.arange(length)
         inside, follows = index < text.lengths[:, None], index + 1 < text.lengths[:, None]
         return batch._replace(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
 from jaxkd.models.transformer import CausalLM, Config, RopeScaling
 from jaxkd.sampling import generate
+from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.sampler import Decoder, Sampler, sample
 
 CONFIG = Config(vocab=100, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_length=64)
 VOCAB = 90  # the tokenizer's, fewer than the weights have
@@ -28,6 +31,12 @@ OPTIONS = {
     "one head of keys": {"kv_heads": 1},
     "as many heads of keys": {"kv_heads": 4},
 }
+
+
+class Marks(NamedTuple):
+    """A cache without slots."""
+
+    length: jax.Array
 
 
 def row_keys(rows, seed=0):
@@ -96,10 +105,9 @@ def test_bfloat16(params):
     exact = np.take_along_axis(exact, text.tokens[:, 1:, None], -1)[..., 0]
     written = np.arange(1, LENGTH) >= PROMPT_LENGTHS[:, None]
     np.testing.assert_allclose(text.logprobs[:, 1:][written], exact[written], atol=0.3)
-    cache = transformer.empty_cache(CONFIG, 4, LENGTH, jnp.bfloat16)
-    _, longer = transformer.extend(CONFIG, params, jnp.asarray(some_prompts()), cache, dtype=jnp.bfloat16)
-    assert longer.keys.dtype == longer.values.dtype == jnp.bfloat16
-    assert longer.keys.shape == (3, 4, LENGTH, 2, 8)
+    _, cache = transformer.prefill(CONFIG, params, jnp.asarray(some_prompts()), dtype=jnp.bfloat16)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.keys.shape == (3, 4, 2, 7, 8)
 
 
 def assert_same(one, other):
@@ -182,14 +190,15 @@ def test_end_tokens_stop_rows_and_decoding(params, text, monkeypatch):
 
     def counted(*arguments, **options):
         jax.debug.callback(lambda: steps.append(1))
-        return transformer.extend(*arguments, **options)
+        return extend(*arguments, **options)
 
-    monkeypatch.setattr(generate, "extend", counted)
+    extend = transformer.extend
+    monkeypatch.setattr(transformer, "extend", counted)
     everything = tuple(range(VOCAB))
     text = run(CONFIG, params, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), length=60, end=everything)
     jax.effects_barrier()
     np.testing.assert_array_equal(text.lengths, PROMPT_LENGTHS + 1)
-    assert len(steps) == 1 + 7  # the prompts, then from the shortest prompt to one past the longest
+    assert len(steps) == 1  # one for all, at each row's own position
 
 
 def test_prompts_of_full_length_and_bad_arguments(params):
@@ -250,10 +259,14 @@ def test_the_real_teacher_knows_france():
 
 
 def test_large_logits_cost_the_log_probabilities_no_digits():
-    z = np.float32([[8000.0, 8000.5, 7999.0]])
-    ids, lp = generate._draw(Head(jnp.ones((1, 1, 1)), jnp.asarray(z)), row_keys([0]), jnp.int32(1), 0.0, 3)
-    assert int(ids[0]) == 1
-    np.testing.assert_allclose(lp, [-np.log(np.exp(-0.5) + 1 + np.exp(-1.5))], rtol=1e-6)
+    z = jnp.asarray([[8000.0, 8000.5, 7999.0]])
+    heads = Decoder(
+        lambda params, tokens: Marks(jnp.zeros(1, jnp.int32)), lambda *a: (Head(jnp.ones((1, 1, 1)), z), a[2])
+    )
+    prompt = jnp.zeros((1, 1), jnp.int32)
+    text = sample(Sampler(heads, 3, 1, Sampling(0.0)), {}, prompt, jnp.ones(1, jnp.int32), row_keys([0]))
+    assert text.tokens.tolist() == [[1]]
+    np.testing.assert_allclose(text.logprobs, [[-np.log(np.exp(-0.5) + 1 + np.exp(-1.5))]], rtol=1e-6)
 
 
 def test_completions_depend_on_their_own_prompt():

@@ -13,7 +13,7 @@ from jaxkd.core import sharding
 from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.sampling.generate import decoder
+from jaxkd.sampling.sampler import decoder
 from jaxkd.train.rollout import rollout
 
 CONFIG = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
