@@ -22,10 +22,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from jaxkd.data import conversations
 from jaxkd.data.corpus import Corpus, Reading, collect, divide
 from jaxkd.data.pack import Row, Tokens, pack
 from jaxkd.data.permute import hash_key
-from jaxkd.data.records import BadRecord
+from jaxkd.data.records import BadRecord, Document
 from jaxkd.data.rows import MemoryRows
 from jaxkd.data.sources import Source
 from jaxkd.data.tokenize import Tokenizer
@@ -57,17 +58,26 @@ class Prepared(NamedTuple):
     built: bool  # by this call, not reused
 
 
-def _tokenised(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
+def _tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Tokens]:
     """Tokens of documents, some documents at a time, so that a caller with a row limit can stop early."""
-    pending: list[str] = []
+    pending: list[Document] = []
     characters = 0
-    for text in texts:
-        pending.append(text)
-        characters += len(text)
+    for document in documents:
+        pending.append(document)
+        characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:
-            yield from itertools.starmap(Tokens, tokenizer.documents(pending))
+            yield from _encoded(pending, tokenizer)
             pending, characters = [], 0
-    yield from itertools.starmap(Tokens, tokenizer.documents(pending))
+    yield from _encoded(pending, tokenizer)
+
+
+def _encoded(documents: list[Document], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    for chat, alike in itertools.groupby(documents, lambda document: document.chat):
+        texts = [document.text for document in alike]
+        if chat:
+            yield from conversations.encode(tokenizer, [conversations.parse(text) for text in texts], "data.tokenizer")
+        else:
+            yield from itertools.starmap(Tokens, tokenizer.documents(texts))
 
 
 def _spread(documents: Iterable[Tokens], length: int, most: int, seed: int) -> Iterator[Tokens]:
@@ -90,7 +100,7 @@ def _pack_side(
     corpus: Corpus, chosen: np.ndarray, tokenizer: Tokenizer, length: int, cap: int, seed: int
 ) -> Iterator[Row]:
     """The rows of the chosen documents, at most `cap` unless that is 0."""
-    documents = _tokenised(corpus.texts(chosen), tokenizer)
+    documents = _tokenised(corpus.documents(chosen), tokenizer)
     if not cap:
         return pack(documents, length)
     return itertools.islice(pack(_spread(documents, length, -(-cap // _SPREAD), seed), length), cap)
@@ -149,9 +159,11 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         facts[f"{split}_rows"] = count
 
 
-def _fingerprint(text: str, tokenizer: Tokenizer, choices: dict[str, Any]) -> str:
+def _fingerprint(reading: Reading, tokenizer: Tokenizer, choices: dict[str, Any]) -> str:
     ids = [tokenizer.fingerprint, tokenizer.start, tokenizer.end]
-    facts = {"format": FORMAT, "text": text, "tokenizer": ids, **choices}
+    facts = {"format": FORMAT, "text": reading.digest, "tokenizer": ids, **choices}
+    if reading.chats:
+        facts |= {"template": tokenizer.chat_template, "ends": tokenizer.generation.eos}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -233,7 +245,7 @@ def prepare(
         if reading is None:
             return None
         reading.require_good(name, bad_records)
-        fingerprint = _fingerprint(reading.digest, tokenizer, choices)
+        fingerprint = _fingerprint(reading, tokenizer, choices)
         path = _path(root, name, fingerprint)
         return _read_prepared(name, path, fingerprint, reading, built=False) if path.exists() else None
 
@@ -249,7 +261,7 @@ def prepare(
         if reading.bad and progress:
             skipped = f"{reading.bad:,} of {reading.records:,} records are bad and left out"
             print(f"{name}: {skipped}; the first is {reading.first_bad}", file=sys.stderr)
-        fingerprint = _fingerprint(reading.digest, tokenizer, choices)
+        fingerprint = _fingerprint(reading, tokenizer, choices)
         path = _path(root, name, fingerprint)
         built = not path.exists() and _build(name, source, corpus, tokenizer, path, choices, fingerprint, progress)
         _record(recorded, reading)
@@ -265,16 +277,16 @@ def read_whole(
     bad: list[BadRecord] = []
     good = 0
 
-    def texts() -> Iterator[str]:
+    def good_ones() -> Iterator[Document]:
         nonlocal good
         for document in (source.validation or source.documents)():
             if isinstance(document, BadRecord):
                 bad.append(document)
             else:
                 good += 1
-                yield document.text
+                yield document
 
-    rows = list(itertools.islice(pack(_tokenised(texts(), tokenizer), length), limit or None))
+    rows = list(itertools.islice(pack(_tokenised(good_ones(), tokenizer), length), limit or None))
     first_bad = f"{bad[0].where}: {bad[0].why}" if bad else ""
     Reading("", len(bad) + good, 0, len(bad), first_bad).require_good(name, bad_records)
     if not rows:

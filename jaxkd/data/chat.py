@@ -1,6 +1,8 @@
 """Chat templates, rendered as `transformers.PreTrainedTokenizer.apply_chat_template` renders them."""
 
+import contextvars
 import datetime
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +18,9 @@ Message = Mapping[str, Any]
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+_mark: contextvars.ContextVar[str | None] = contextvars.ContextVar("mark", default=None)  # put around generation blocks
+
+
 class _Generation(Extension):
     """`{% generation %} ... {% endgeneration %}` marks what the model wrote; its body is rendered as it is."""
 
@@ -27,7 +32,7 @@ class _Generation(Extension):
         return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     def _body(self, caller: Any) -> str:
-        return caller()
+        return caller() if (mark := _mark.get()) is None else f"{mark}{caller()}{mark}"
 
 
 def _raise(message: str) -> None:
@@ -71,6 +76,21 @@ def render(
         line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the chat template of {source} cannot be rendered{line}: {cause}") from None
+
+
+def render_marked(template: str, messages: Sequence[Message], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    """As `render`, with the character spans of the template's `{% generation %}` blocks."""
+    mark = "\ue000"  # a private-use character, as often as no message has it
+    content = json.dumps([dict(message) for message in messages], ensure_ascii=False, default=str)
+    while mark in content:
+        mark += "\ue000"
+    token = _mark.set(f"{mark}\ue001")
+    try:
+        parts = render(template, messages, **options).split(f"{mark}\ue001")
+    finally:
+        _mark.reset(token)
+    ends = list(itertools.accumulate(map(len, parts)))
+    return "".join(parts), [(ends[i - 1], ends[i]) for i in range(1, len(parts), 2)]
 
 
 def _normalized(message: Message) -> dict[str, Any]:

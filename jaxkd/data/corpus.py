@@ -22,6 +22,7 @@ class Reading(NamedTuple):
     duplicates: int  # documents left out because another one has the same text
     bad: int  # records left out because they hold no text
     first_bad: str  # location and fault of the first; "" for none
+    chats: int = 0  # documents that are conversations
 
     def require_good(self, name: str, share: float) -> None:
         """Raises ValueError when more than a share of a domain's records are bad."""
@@ -39,12 +40,13 @@ class Corpus(NamedTuple):
     order: np.ndarray  # uint64, a keyed hash of the text
     group: np.ndarray  # uint64, a keyed hash of the group's name, or of the text
     held_out: np.ndarray  # bool: of the source's own validation text
+    chat: np.ndarray  # bool: a conversation
     reading: Reading
 
-    def texts(self, chosen: np.ndarray) -> Iterator[str]:
+    def documents(self, chosen: np.ndarray) -> Iterator[Document]:
         for i in chosen:
             self.file.seek(self.start[i])
-            yield self.file.read(self.size[i]).decode()
+            yield Document(None, self.file.read(self.size[i]).decode(), bool(self.chat[i]))
 
 
 def _keyed(text: bytes, seed: int) -> int:
@@ -68,7 +70,7 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
     """
     index: dict[bytes, int] = {}
     identity: list[int] = []
-    start, size, order, group = (array.array(kind) for kind in "qqQQ")
+    start, size, order, group, chat = (array.array(kind) for kind in "qqQQb")
     duplicates = records = bad = held_out = end = 0
     first_bad = ""
     sides = [(True, source.validation), (False, source.documents)]
@@ -91,22 +93,24 @@ def collect(source: Source, file: BinaryIO, seed: int, name: str, bad_records: f
             duplicates += 1
             if document.group is not None or (number < held_out) != side or new >= identity[number]:
                 continue
-            identity[number], start[number], size[number] = new, end, len(text)
+            identity[number], start[number], size[number], chat[number] = new, end, len(text), document.chat
         else:
             held_out += side
             identity.append(new)
             start.append(end)
             size.append(len(text))
+            chat.append(document.chat)
             order.append(_keyed(digest, seed))
             own = b"text " + digest if document.group is None else document.group.encode("utf-8", "replace")
             group.append(_keyed(own, seed))
         end += file.write(text)
     file.flush()
     total = f"{len(identity)} {sum(identity)}"  # a sum, which no order of reading changes
-    reading = Reading(hashlib.sha256(total.encode()).hexdigest(), records, duplicates, bad, first_bad)
+    reading = Reading(hashlib.sha256(total.encode()).hexdigest(), records, duplicates, bad, first_bad, sum(chat))
     reading.require_good(name, bad_records)
     held = np.arange(len(identity)) < held_out
-    return Corpus(file, np.array(start), np.array(size), np.array(order), np.array(group), held, reading)
+    starts, sizes, orders, groups = (np.array(values) for values in (start, size, order, group))
+    return Corpus(file, starts, sizes, orders, groups, held, np.array(chat, bool), reading)
 
 
 def divide(corpus: Corpus, share: float, what: str) -> tuple[np.ndarray, np.ndarray]:

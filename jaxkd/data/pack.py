@@ -56,6 +56,8 @@ def pack(documents: Iterable[Tokens], length: int, open_rows: int = 64) -> Itera
     waiting: list[_OpenRow] = []
     for document in documents:
         for piece in pieces(document.ids, length):
+            if document.weights is not None and not document.weights[piece][1:].any():
+                continue  # nothing to learn in it
             size = piece.stop - piece.start
             fitting = [row for row in waiting if row.used + size <= length]
             target = max(fitting, key=lambda row: row.used) if fitting else _OpenRow(length)

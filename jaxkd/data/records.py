@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from jaxkd.data.conversations import conversation, holds_chat
+
 DATA = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 """Suffixes of data files: those that are read from a folder."""
 
@@ -23,14 +25,14 @@ TEXT = (".txt", *_PROSE, *_PROGRAMS)
 COMPRESSED = (".gz", ".zst")
 NAME_ONE = "name one (PATH::FIELD, or data.text_key)"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_TURNS = ({"role", "content"}, {"from", "value"})  # keys of a chat's turns
 
 
 class Document(NamedTuple):
     """A text. Documents of one group go to the same split; without a group a document is its own."""
 
     group: str | None
-    text: str
+    text: str  # of a conversation its JSON, `conversations.Conversation.json`
+    chat: bool = False  # a conversation
 
 
 class BadRecord(NamedTuple):
@@ -87,7 +89,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadRecord]:
-    """The text of each record. Raises ValueError where one holds a chat, and no text in the field."""
+    """The text of each record, or else its conversation (`conversations.conversation`)."""
     for where, record in records:
         if isinstance(record, ValueError):
             yield BadRecord(where, str(record))
@@ -95,12 +97,12 @@ def documents(records: Iterable[Record], field: str) -> Iterator[Document | BadR
         try:
             yield Document(None, _text(record, field))
         except ValueError as error:
-            if chat := _chat(record):
-                raise ValueError(
-                    f"{where}: {chat!r} holds the turns of a chat: write each conversation as one text, such as by the "
-                    "tokenizer's chat template, and name its field (PATH::FIELD, or data.text_key)"
-                ) from None
-            yield BadRecord(where, str(error))
+            try:
+                talk = conversation(record, field)
+            except ValueError as fault:
+                yield BadRecord(where, str(fault))
+                continue
+            yield BadRecord(where, str(error)) if talk is None else Document(None, talk.json, chat=True)
 
 
 def _text(record: Any, field: str) -> str:
@@ -134,15 +136,6 @@ def names(of: Iterable[Any]) -> str:
 def _fields(record: dict[str, Any]) -> str:
     fields = ([f"{key}.{k}" for k in value] if isinstance(value, dict) else [key] for key, value in record.items())
     return names(itertools.chain.from_iterable(fields))
-
-
-def _chat(record: Any) -> str:
-    """The field of a record that holds the turns of a chat, or ""."""
-    for name, value in record.items() if isinstance(record, dict) else ():
-        turn = value[0] if isinstance(value, list) and value else None
-        if isinstance(turn, dict) and any(keys <= turn.keys() for keys in _TURNS):
-            return name
-    return ""
 
 
 def _parsed(data: bytes) -> Any:
@@ -185,10 +178,14 @@ def _csv(stream: Any, path: Path, field: str) -> Iterator[Record]:
     lines = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     reader = csv.DictReader(lines)
     try:
-        _require_column(path, field, field, reader.fieldnames or ())
+        columns = reader.fieldnames or ()
+        if not holds_chat(columns):
+            _require_column(path, field, field, columns)
         for record in reader:
-            value = record[field]
-            yield f"{path}, line {reader.line_num}", {field: value and value.encode("utf-8", "surrogateescape")}
+            if field in record:
+                value = record[field]
+                record = {field: value and value.encode("utf-8", "surrogateescape")}
+            yield f"{path}, line {reader.line_num}", record
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error})") from None
     finally:
@@ -208,11 +205,10 @@ def _parquet(stream: Any, path: Path, field: str) -> Iterator[Record]:
         compressed = path.suffix.lower() in COMPRESSED
         with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(stream.read()) if compressed else path) as file:
             columns = file.schema_arrow.names
-            if field not in columns:  # for `documents`' error, where the first record holds a chat
-                first: list[Any] = next((batch.to_pylist() for batch in file.iter_batches(batch_size=1)), [])
-                yield from ((str(path), record) for record in first if _chat(record))
-            _require_column(path, field, field if field in columns else field.split(".")[0], columns)
-            batches = file.iter_batches(batch_size=1024, columns=[field])
+            chat = holds_chat(columns)
+            if not chat:
+                _require_column(path, field, field if field in columns else field.split(".")[0], columns)
+            batches = file.iter_batches(batch_size=1024, columns=None if chat else [field])
             rows = (record for batch in batches for record in batch.to_pylist())
             yield from ((f"{path}, row {number}", record) for number, record in enumerate(rows, 1))
     except (pyarrow.ArrowInvalid, OSError) as error:

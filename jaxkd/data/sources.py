@@ -20,6 +20,7 @@ from etils import epath
 
 from jaxkd.data import paths, records
 from jaxkd.data.builtin import BUILTIN
+from jaxkd.data.conversations import holds_chat
 from jaxkd.data.records import BadRecord, Document
 
 Documents = Callable[[], Iterator[Document | BadRecord]]
@@ -117,7 +118,7 @@ def _open_tfds(spec: str, field: str) -> Source:
         rows, size = info.splits[split].num_examples, info.splits[split].num_bytes
     except Exception:  # a wrong name and a wrong slice raise different things
         raise ValueError(f"{spec}: no split {split!r}, the splits are {records.names(info.splits)}") from None
-    if field not in info.features and field.split(".")[0] not in info.features:
+    if not {field, field.split(".")[0]} & set(info.features) and not holds_chat(info.features):
         raise ValueError(f"{spec}: no feature {field!r}, but {records.names(info.features)}: {records.NAME_ONE}")
     try:
         data = builder.as_data_source(split=split)

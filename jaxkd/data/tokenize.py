@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ class Tokenizer:
         pad = (len(before), len(after))
         return [(np.concatenate([before, ids, after]), np.pad(sizes, pad)) for ids, sizes in self.encode(texts)]
 
+    def encode_rendered(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """As `encode`, of rendered chats, in which control tokens are tokens; and each token's characters [n 2]."""
+        inner = _with_control_tokens(self.json)
+        return [
+            (
+                np.asarray(encoding.ids, np.int32),
+                _token_bytes(text, encoding),
+                np.asarray(encoding.offsets, np.int64).reshape(-1, 2),
+            )
+            for text, encoding in zip(texts, inner.encode_batch(texts, add_special_tokens=False))
+        ]
+
     def decode(self, ids: np.ndarray | list[int]) -> str:
         """Text of token ids [n], control tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -89,6 +102,14 @@ class Tokenizer:
         files.write_text(folder / "tokenizer.json", self.json)
         for name, content in generation.to_files(self.generation).items():
             files.write_json(folder / name, content)
+
+
+@lru_cache(maxsize=8)
+def _with_control_tokens(definition: str) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer.from_str(definition)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _token_bytes(text: str, encoding: tokenizers.Encoding) -> np.ndarray:

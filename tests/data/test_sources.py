@@ -155,13 +155,8 @@ def test_other_bad_records(tmp_path, folder):
 
 
 @pytest.mark.parametrize("turn", [{"role": "user", "content": "hi"}, {"from": "human", "value": "hi"}])
-def test_chats_are_refused(tmp_path, turn):
-    path = write_lines(tmp_path / "chat.jsonl", [{"turns": [turn]}])
-    pyarrow.parquet.write_table(pyarrow.table({"turns": [[turn]]}), tmp_path / "chat.parquet")
-    for spec in (path, f"{path}::turns", tmp_path / "chat.parquet", f"{tmp_path}/chat.parquet::turns"):
-        with pytest.raises(ValueError, match=r"chat\..*'turns'.*data\.text_key"):
-            read(spec)
-    assert read(write_lines(tmp_path / "both.jsonl", [{"turns": [turn], "text": "as text"}])) == ["as text"]
+def test_a_text_is_taken_before_a_chat(tmp_path, turn):
+    assert read(write_lines(tmp_path / "both.jsonl", [{"messages": [turn], "text": "as text"}])) == ["as text"]
 
 
 def test_source_errors(tmp_path, folder):
