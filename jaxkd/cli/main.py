@@ -202,17 +202,21 @@ def evaluate(options: argparse.Namespace) -> Lines:
         yield evaluation.of_run(values, Path(options.workdir), options.step, options.data, log)
 
 
+def _join_alone(verb: str) -> None:
+    multihost.join(single_ok=True)
+    if multihost.is_multihost():
+        raise ValueError(f"`jaxkd {verb}` is one process's work: start it on one host with JAX_PLATFORMS=cpu")
+
+
 def export(options: argparse.Namespace) -> Lines:
     """Write a run's student as a Hugging Face directory."""
     workdir = Path(options.workdir)
     from jaxkd.models import export as exporter
     from jaxkd.run import job, load, model_card, restore, saved_student
 
-    multihost.join(single_ok=True)
+    _join_alone("export")
     import jax
 
-    if multihost.is_multihost():
-        raise ValueError("`jaxkd export` is one process's work: start it on one host with JAX_PLATFORMS=cpu")
     e = job.fit_devices(saved_student.located_experiment(workdir))
     keep_out = [workdir, *([Path(e.run.checkpoints)] if e.run.checkpoints and "://" not in e.run.checkpoints else [])]
     exporter.check_destination(options.output, options.overwrite, keep_out)
@@ -234,6 +238,41 @@ def export(options: argparse.Namespace) -> Lines:
         keep_out=keep_out,
     )
     yield f"step {step} of {workdir} exported to {directory}"
+
+
+def generate(options: argparse.Namespace) -> Lines:
+    """Write text: a run's student, perhaps beside its teacher, or any model; on prompts, or as a conversation."""
+    if bool(options.workdir) == bool(options.model):
+        raise ValueError("give --workdir DIR, or --model PATH")
+    if options.model and (options.step or options.beside_teacher):
+        raise ValueError("--step and --beside-teacher are for a run's --workdir; --model is one model")
+    if options.prompts and options.prompt:
+        raise ValueError("give prompts on the command line or in a file with --prompts, not both")
+    from jaxkd.run import generate as generation
+
+    _join_alone("generate")
+    source, given = Path(options.prompts or "standard input"), list(options.prompt)
+    talk = options.chat and not given and not options.prompts
+    if options.prompts and not source.is_file():
+        raise FileNotFoundError(f"--prompts {source} does not exist")
+    if not given and not talk:
+        text = source.read_text(encoding="utf-8") if options.prompts else sys.stdin.read()
+        given = generation.read_prompts(text.splitlines(), str(source))
+        if not given:
+            raise ValueError(f"no prompt in {source}: give one on the command line, in a file, or use --chat")
+    if options.workdir:
+        writers = generation.writers_of_run(Path(options.workdir), options.step, options.beside_teacher)
+    else:
+        writers = [generation.writer_of_model(options.model)]
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    sampling = {name: getattr(options, name) for name in names}
+    others = {name: getattr(options, name) for name in ("max_new_tokens", "n", "seed")} | {"stop": tuple(options.stop)}
+    settings = lambda writer: generation.settings_of(writer, sampling, **others)
+    if talk:
+        generation.converse(writers[0], settings(writers[0]), options.system)
+    else:
+        shape = options.chat, options.system, options.json or options.logprobs, options.logprobs
+        yield from generation.lines(writers, given, settings, *shape)
 
 
 def report(options: argparse.Namespace) -> Lines:
@@ -259,7 +298,7 @@ def compare(options: argparse.Namespace) -> Lines:
 
 VERBS = {
     verb.__name__: verb
-    for verb in (prepare, cache, check, plan, train, sweep, rollback, evaluate, export, report, compare)
+    for verb in (prepare, cache, check, plan, train, sweep, rollback, evaluate, generate, export, report, compare)
 }
 
 
