@@ -24,6 +24,15 @@ LOG_FLOOR = -80.0
 """Lower bound of log-probabilities: exp(-80) is still a normal float32. Gradients pass through the floor."""
 
 
+class View(NamedTuple):
+    """What the teacher reads in the place of a row: the same text in another context, of M tokens."""
+
+    tokens: Int[jax.Array, "B M"]
+    segments: Int[jax.Array, "B M"]
+    positions: Int[jax.Array, "B M"]
+    index: Int[jax.Array, "B L"]  # type: ignore[assignment]  # where the student's token is in `tokens`; of no meaning where the weight is 0
+
+
 class Batch(NamedTuple):
     """Packed rows. `targets[b, t]` is the token after `tokens[b, t]`; its weight is 0 where there is none."""
 
@@ -36,6 +45,7 @@ class Batch(NamedTuple):
     domain: Int[jax.Array, " B"]
     teacher: Any = None  # the cached signal of these rows: Hidden, TopK, Sampled, or a tuple of those
     aux: dict[str, Any] = {}  # noqa: RUF012 - further arrays [B ...] by name, such as advantages; never mutated
+    view: View | None = None  # None: the teacher reads the row itself
 
 
 class Head(NamedTuple):

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxkd.core.sharding import Rules, constrain, table
 from jaxkd.core.types import Batch, Forward, Output, PyTree
@@ -13,6 +14,25 @@ _TAPS = {"layer": (None,), "query": ("heads", None), "key": ("kv_heads", None), 
 """Trailing logical axes of a tap by its kind."""
 
 
+def viewed(forward: Forward) -> Forward:
+    """A forward pass over `batch.view`, where there is one, with outputs at the student's positions.
+
+    Hidden states and taps [B M ...] are gathered to [B L ...]: what the teacher says after the same tokens in its own
+    context. Without a view it is `forward`.
+    """
+
+    def forward_view(params: PyTree, batch: Batch, **options: Any) -> Output:
+        if (view := batch.view) is None:
+            return forward(params, batch, **options)
+        read = batch._replace(tokens=view.tokens, segments=view.segments, positions=view.positions)
+        output = forward(params, read, **options)
+        at = lambda x: jnp.take_along_axis(x, view.index.reshape(*view.index.shape, *[1] * (x.ndim - 2)), 1)
+        head = output.head._replace(hidden=at(output.head.hidden))
+        return output._replace(head=head, taps=jax.tree.map(at, output.taps), aux={})
+
+    return forward_view
+
+
 def online(params: PyTree, forward: Forward) -> Teacher:
     """The teacher's forward pass on every batch: its exact distribution over the full vocabulary.
 
@@ -20,7 +40,7 @@ def online(params: PyTree, forward: Forward) -> Teacher:
     """
 
     def signal(state: PyTree, batch: Batch, **options: Any) -> Output:
-        return jax.lax.stop_gradient(forward(state, batch, **options))
+        return jax.lax.stop_gradient(viewed(forward)(state, batch, **options))
 
     return Teacher(params, untouched, signal, ("taps",))
 
@@ -52,7 +72,7 @@ def self_teacher(forward: Forward) -> Teacher:
     """
 
     def signal(state: PyTree, batch: Batch, *, own: PyTree, **options: Any) -> Output:
-        return jax.lax.stop_gradient(forward(own, batch, **options))
+        return jax.lax.stop_gradient(viewed(forward)(own, batch, **options))
 
     return Teacher({}, untouched, signal, ("taps", "own"))
 

@@ -1,0 +1,80 @@
+"""The teacher's own view of a row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import batch_of, random_params
+from test_step import make_batch
+
+from jaxkd.kernels.reference import logits
+from jaxkd.losses import divergences
+from jaxkd.losses.objective import match, objective
+from jaxkd.models import transformer
+from jaxkd.models.transformer import Config
+from jaxkd.teachers.online import online, self_teacher
+from jaxkd.train.view import first_documents, in_context
+
+CONFIG = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
+CONTEXT, OPENING = np.asarray([11, 12, 13, 14, 15], np.int32), np.asarray([3, 4], np.int32)
+
+
+def forward(params, batch, *, taps=()):
+    return transformer.forward(CONFIG, params, batch, taps=taps)
+
+
+def rows():
+    """Rows of one document each, of several lengths; those of even number begin with the opening."""
+    batch = first_documents(make_batch())
+    begins = (jnp.arange(8) % 2 == 0)[:, None] & (jnp.arange(24) < 2)
+    return batch._replace(tokens=jnp.where(begins, jnp.asarray([3, 4])[jnp.arange(24) % 2], batch.tokens))
+
+
+@pytest.mark.parametrize("kind", ["online", "self"])
+def test_the_teacher_reads_its_context_before_the_same_text(kind):
+    params, batch = random_params(CONFIG, 0, 0.3), rows()
+    viewed = in_context(batch, jnp.asarray(CONTEXT), jnp.asarray(OPENING))
+    if kind == "online":
+        output = online(params, forward).signal(params, viewed, taps=("layer_1",))
+    else:
+        output = self_teacher(forward).signal({}, viewed, own=params, taps=("layer_1",))
+    assert output.head.hidden.shape == (8, 24, 32)
+    for b in range(8):
+        length = int(batch.segments[b].sum())
+        skipped = 2 if b % 2 == 0 else 0
+        text = np.concatenate([CONTEXT, np.asarray(batch.tokens[b, skipped:length])])
+        alone = forward(params, batch_of(text[None]), taps=("layer_1",))
+        for one, all_ in ((alone.head.hidden, output.head.hidden), (alone.taps["layer_1"], output.taps["layer_1"])):
+            np.testing.assert_allclose(all_[b, skipped:length], one[0, len(CONTEXT) :], atol=2e-5)
+
+
+def test_the_loss_is_that_of_scoring_by_hand():
+    teacher, student, batch = random_params(CONFIG, 0, 0.3), random_params(CONFIG, 1, 0.3), rows()
+    loss = objective({"kd": (1.0, match(divergences.forward_kl()))}, vocab=250, domains=("a", "b")).loss
+    viewed = in_context(batch, jnp.asarray(CONTEXT), jnp.asarray(OPENING))
+    total = 0.0
+    for b in range(8):
+        length, skipped = int(batch.segments[b].sum()), 2 if b % 2 == 0 else 0
+        text = np.concatenate([CONTEXT, np.asarray(batch.tokens[b, skipped:length])])
+        p = jax.nn.log_softmax(logits(forward(teacher, batch_of(text[None])).head)[0, len(CONTEXT) :, :250], -1)
+        own = np.asarray(batch.tokens[b, :length])
+        q = jax.nn.log_softmax(logits(forward(student, batch_of(own[None])).head)[0, skipped:, :250], -1)
+        total += float(((jnp.exp(p) * (p - q)).sum(-1) * batch.weights[b, skipped:length]).sum())
+    # Tokens of the opening have no place in the view; they are in a prompt, whose weight is 0.
+    inside = jnp.arange(24) >= jnp.where(jnp.arange(8) % 2 == 0, 2, 0)[:, None]
+    value, _ = loss(
+        {},
+        forward(student, viewed),
+        online(teacher, forward).signal(teacher, viewed),
+        viewed._replace(weights=batch.weights * inside),
+        jnp.int32(0),
+    )
+    np.testing.assert_allclose(value, total, rtol=1e-5)
+
+
+def test_no_view_is_the_rows_own_forward_pass():
+    params, batch = random_params(CONFIG, 0, 0.3), rows()
+    plain = jax.jit(forward).lower(params, batch).as_text()
+    compiled = jax.jit(online(params, forward).signal).lower(params, batch).as_text()
+    assert compiled.count("dot_general") == plain.count("dot_general")
+    assert compiled.count("gather") == plain.count("gather")
