@@ -20,6 +20,7 @@ class Generated(NamedTuple):
     tokens: Int[jax.Array, "B L"]  # 0 from a row's length on
     lengths: Int[jax.Array, " B"]  # of prompt and completion, end token included
     logprobs: Float[jax.Array, "B L"]  # of sampled tokens, at temperature 1; 0 elsewhere
+    drawn_logprobs: Float[jax.Array, "B L"]  # under the distribution that they were drawn from
 
 
 def generate(
@@ -78,14 +79,23 @@ def _generate(config, params, prompts, lengths, keys, length, temperature, vocab
 
 
 def rows(
-    sampler: Sampler, params: PyTree, prompts: jax.Array, lengths: jax.Array, keys: jax.Array, length: int
+    sampler: Sampler,
+    params: PyTree,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    keys: jax.Array,
+    length: int,
+    limits: jax.Array | None = None,
 ) -> Generated:
-    """Each prompt [B P] with its completion in a row of `length` tokens; lengths are clipped to [1, P]."""
+    """Each prompt [B P] with its completion in a row of `length` tokens; lengths are clipped to [1, P].
+
+    `limits` [B] are of the completions; None: up to the row's end.
+    """
     width = prompts.shape[1]
     prompt = jnp.clip(lengths, 1, width)
-    text = sample(sampler, params, prompts, prompt, keys, length - prompt)
+    text = sample(sampler, params, prompts, prompt, keys, length - prompt if limits is None else limits)
     place = jnp.arange(length) - prompt[:, None]  # in the completion
     inside = (place >= 0) & (place < text.lengths[:, None])
     of = lambda x: jnp.where(inside, jnp.take_along_axis(x, jnp.clip(place, 0, x.shape[1] - 1), 1), 0)
     given = jnp.where(place < 0, jnp.pad(prompts, ((0, 0), (0, length - width))), 0)
-    return Generated(given + of(text.tokens), prompt + text.lengths, of(text.logprobs))
+    return Generated(given + of(text.tokens), prompt + text.lengths, of(text.logprobs), of(text.drawn_logprobs))

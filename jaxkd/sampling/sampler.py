@@ -28,12 +28,13 @@ class Decoder(NamedTuple):
 
     `prefill(params, tokens [B P]) -> cache` of all P tokens, each row one document. Its leaves have rows on axis 1 and
     slots, one per position, on axis 3; `cache.length` [B], the tokens of each row, may be set back.
-    `decode(params, tokens [B 1], cache) -> (head with hidden [B 1 D], cache)`: the next token of every row.
+    `decode(params, tokens [B 1], cache) -> (head, cache)`: the next token of every row, as a `Head` with hidden [B 1 D]
+    or as logits [B V].
     `prepare(params) -> params`: what both take, computed once before the loop.
     """
 
     prefill: Callable[[PyTree, jax.Array], Any]
-    decode: Callable[[PyTree, jax.Array, Any], tuple[Head, Any]]
+    decode: Callable[[PyTree, jax.Array, Any], tuple[Head | jax.Array, Any]]
     prepare: Callable[[PyTree], PyTree] = lambda params: params
 
 
@@ -227,9 +228,9 @@ class Sampler(NamedTuple):
         output = jax.tree.map(put, output, news)
         return state._replace(output=output, cache=cache, last=ids, seen=mark(state.seen), written=mark(state.written))
 
-    def _draw(self, head: Head, keys: jax.Array, at: jax.Array, seen: Any, written: Any) -> tuple[jax.Array, ...]:
+    def _draw(self, head: Any, keys: jax.Array, at: jax.Array, seen: Any, written: Any) -> tuple[jax.Array, ...]:
         """Ids [B], and their log-probabilities under the model and under the law of the draw."""
-        z = logits(head, head.hidden[:, 0])
+        z = head if isinstance(head, jax.Array) else logits(head, head.hidden[:, 0])
         z = z[:, : self.vocab] if seen is not None or written is not None else z
         z = jnp.where(jnp.arange(z.shape[1]) < self.vocab, z, -jnp.inf)
         left = penalised(z, self.sampling, seen, written)
@@ -259,7 +260,7 @@ def sample(
     return sampler.advance(params, queue, sampler.start(queue)).output
 
 
-def _slots(cache: Any) -> dict[str, jax.Array]:
+def _slots(cache: Any) -> dict[str, Any]:
     return {name: value for name, value in cache._asdict().items() if name != "length"}
 
 
