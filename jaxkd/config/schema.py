@@ -1,4 +1,4 @@
-"""The six blocks of an experiment: every key's type, default and meaning, from which docs/config.md is rendered."""
+"""The blocks of an experiment: every key's type, default and meaning, from which docs/config.md is rendered."""
 
 import dataclasses
 import difflib
@@ -170,6 +170,7 @@ class RunBlock:
     dtype: Annotated[str, "of the student's activations, `float32` or `bfloat16`; parameters are float32"] = "float32"
     remat: Annotated[str, "what the backward pass recomputes: `none` or `layer`"] = "none"
     mesh: MeshBlock = MeshBlock()
+    rollout_every: Annotated[int, "steps whose rollouts are written at once, by the first one's student"] = 1
     eval_every: Annotated[int, "steps between evaluations; 0: only before and after training"] = 0
     eval_batch: Annotated[int, "rows in an evaluation batch"] = 8
     checkpoints: Annotated[str, "absolute path or gs://BUCKET/PATH; empty: in the workdir"] = ""
@@ -184,8 +185,33 @@ class RunBlock:
 
 
 @dataclasses.dataclass(frozen=True)
+class RolloutBlock:
+    """Rows whose text a model writes before each step: on-policy distillation."""
+
+    student: Annotated[float | Schedule, "share of rows that the student continues (GKD's lambda)"] = 0.0
+    teacher: Annotated[float | Schedule, "share of rows that the teacher continues"] = 0.0
+    prompt: Annotated[
+        int, "tokens of a row that are continued; 0: up to its first token with a weight, as in conversations"
+    ] = 0
+    length: Annotated[int, "most new tokens; 0: up to the row's end"] = 0
+    temperature: Annotated[float, "of the draws; 0 takes the most probable token"] = 1.0
+    top_k: Annotated[int, "draw from so many most probable tokens; 0: all"] = 0
+    top_p: Annotated[float, "draw from the most probable tokens that hold this mass"] = 1.0
+    min_p: Annotated[float, "draw from tokens with this share of the largest probability"] = 0.0
+    mix: Annotated[float, "alpha of student's text that is drawn from alpha p + (1 - alpha) q (MiniLLM)"] = 0.0
+    proposals: Annotated[
+        int, "K of speculative text: tokens of the student outside the teacher's top K are drawn by the teacher; 0: off"
+    ] = 0
+    buffer: Annotated[int, "rows of student's text to train on again (DistiLLM's replay); 0: none"] = 0
+    adaptive: Annotated[
+        float, "with a buffer: rise of the share `student` at an evaluation whose loss is 0.1 nats worse than the best"
+    ] = 0.0
+    context: Annotated[str, "text that only the teacher reads: its system prompt, or what stands before a text"] = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The six blocks of a recipe."""
+    """The blocks of a recipe."""
 
     student: StudentBlock
     teacher: TeacherBlock
@@ -193,6 +219,7 @@ class Experiment:
     data: DataBlock
     optim: OptimBlock
     run: RunBlock
+    rollout: RolloutBlock = RolloutBlock()
 
 
 def plain(e: Experiment) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
-from jaxkd.config.schema import SELF, Experiment, TeacherBlock, nearest
+from jaxkd.config.schema import SELF, Experiment, Schedule, TeacherBlock, nearest
 from jaxkd.core import seeds
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
+from jaxkd.sampling.law import Sampling
 from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
@@ -20,7 +21,7 @@ AT_LEAST = {
     **dict.fromkeys(
         ("run.steps", "run.checkpoint_every", "run.log_every", "run.keep_checkpoints", "run.eval_batch"), 1
     ),
-    **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches"), 1),
+    **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches", "run.rollout_every"), 1),
     **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s"), 0),
     **dict.fromkeys(("optim.skip_limit", "optim.spike", "optim.lr.peak", "optim.lr.warmup", "optim.lr.end"), 0),
     **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps", "optim.clip"), 0),
@@ -58,6 +59,48 @@ def _check_teacher(t: TeacherBlock) -> None:
         raise ValueError(f"teacher.stored '{t.stored}' is not for teacher.signal '{t.signal}': {choices}")
 
 
+def _check_rollout(e: Experiment) -> None:
+    r, t, count = e.rollout, e.teacher, e.run.rollout_every
+    ends = lambda share: (share.peak, share.end) if isinstance(share, Schedule) else (share, share)
+    for name, values in (("student", ends(r.student)), ("teacher", ends(r.teacher)), ("adaptive", (r.adaptive,))):
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"rollout.{name} must be from 0 to 1, got {values[0]:g}")
+    if max(ends(r.student)) + max(ends(r.teacher)) > 1:
+        raise ValueError("rollout.student and rollout.teacher are shares of the same rows: together at most 1")
+    try:
+        Sampling(r.temperature, r.top_k, r.top_p, r.min_p).check()
+    except ValueError as error:
+        raise ValueError(f"rollout.{error}") from None
+    if not 0 <= r.mix < 1:
+        raise ValueError(f"rollout.mix must be at least 0 and below 1, got {r.mix:g}")
+    for key, value in (("prompt", r.prompt), ("length", r.length), ("buffer", r.buffer), ("proposals", r.proposals)):
+        if value < 0:
+            raise ValueError(f"rollout.{key} must be at least 0, got {value}")
+    if r.prompt >= e.data.length:
+        raise ValueError(f"rollout.prompt={r.prompt} leaves no room in rows of data.length={e.data.length}: lower it")
+    if r.mix and r.proposals:
+        raise ValueError("rollout.mix and rollout.proposals are two laws of the student's text: give one")
+    if (r.buffer or r.adaptive or r.mix or r.proposals) and not (r.student or r.adaptive):
+        raise ValueError("rollout.student is 0, so no text is written: give it a share, such as 0.5")
+    if r.adaptive and (not r.buffer or isinstance(r.student, Schedule)):
+        raise ValueError("rollout.adaptive moves the share of a buffer: give rollout.buffer, and a number as student")
+    if not (r.student or r.teacher or r.adaptive or r.context or t.signal == "token"):
+        if count > 1:
+            raise ValueError(f"run.rollout_every={count} has no rollouts: give rollout.student or rollout.teacher")
+        return
+    if t.signal == "token" and (r.student or r.teacher or r.context):
+        raise ValueError("teacher.signal 'token' is the teacher's text: take signal 'head' with the block rollout")
+    single = not (t.members or t.path == SELF)
+    for key, used in (("teacher", r.teacher), ("mix", r.mix), ("proposals", r.proposals)):
+        if used and not single:
+            raise ValueError(f"rollout.{key} needs one teacher model, not members or 'self': set teacher.path")
+    if t.cache or any(member.cache for member in t.members.values()):
+        raise ValueError("teacher.cache is of the data's text, not of rollouts: leave it out, the teacher runs online")
+    for key, value in (("data.interval", e.data.interval), ("run.steps", e.run.steps)):
+        if value % count:
+            raise ValueError(f"{key}={value} must be a multiple of run.rollout_every={count}")
+
+
 def check(e: Experiment, mesh: Mapping[str, int]) -> None:
     """Check values that can be judged without opening a file; `mesh` is the number of devices per axis."""
     models = {n if n == "teacher" else f"teacher.members.{n}": m for n, m in e.teacher.models.items()}
@@ -76,6 +119,11 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         if value not in allowed:
             raise ValueError(f"unknown {key} '{value}': {nearest(value, allowed)}")
     _check_teacher(e.teacher)
+    for key, lowest in AT_LEAST.items():
+        value = operator.attrgetter(key)(e)
+        if not (math.isfinite(value) and value >= lowest):
+            raise ValueError(f"{key} must be finite and at least {lowest}, got {value}")
+    _check_rollout(e)
     if not e.data.domains:
         raise ValueError("data.domains is empty: name at least one domain and its source")
     if "mean" in e.data.domains:
@@ -84,10 +132,6 @@ def check(e: Experiment, mesh: Mapping[str, int]) -> None:
         raise ValueError("student.layers and student.keep exclude each other: give the layers, or how many to keep")
     if e.student.path == "random" and (e.student.layers or e.student.keep):
         raise ValueError("student.path is 'random': set its depth by student.shape.layers, not student.layers or keep")
-    for key, lowest in AT_LEAST.items():
-        value = operator.attrgetter(key)(e)
-        if not (math.isfinite(value) and value >= lowest):
-            raise ValueError(f"{key} must be finite and at least {lowest}, got {value}")
     for key in ("optim.b1", "optim.b2"):
         if not 0 <= (value := operator.attrgetter(key)(e)) < 1:
             raise ValueError(f"{key} must be at least 0 and below 1, got {value}")

@@ -25,11 +25,12 @@ from jaxkd.models.transformer import Config
 from jaxkd.planning import oom, published
 from jaxkd.planning.hlo import Collective, Program
 from jaxkd.planning.topology import Topology
-from jaxkd.run import job, program
+from jaxkd.run import job, program, rollouts
 from jaxkd.run.job import Job
 from jaxkd.run.open_models import Models
 from jaxkd.run.teacher import abstract_batch, build_teacher
 from jaxkd.runtime import files
+from jaxkd.train.state import assemble
 
 _COST = {"all-reduce": 2.0, "all-to-all": 0.25}  # relative to an all-gather of as many bytes, on a bidirectional ring
 
@@ -176,6 +177,12 @@ def plan(built: Job, topology: Topology) -> Plan:
     e, models, uses_teacher = built.experiment, built.models, built.objective.uses_teacher
     teacher = build_teacher(e, models, teacher_weights(models), {}, uses_teacher).train
     batch = abstract_batch(e, models, built.mesh)
+    arrays = rollouts.params(e, assemble(built.state.params["student"], built.frozen), teacher_weights(models))
+    texts, writes = built.state.texts, rollouts.jitted(e, models, built.mesh)
+    rows = (batch,) * e.run.rollout_every
+    if writes is not None:
+        with jax.set_mesh(built.mesh):
+            batch = rollouts.abstract_written(writes, arrays, batch, texts, e)
     step_flops = program.flops_of(e, models, uses_teacher)
     limit, state = topology.chip.hbm, built.state
     parts = {
@@ -195,9 +202,9 @@ def plan(built: Job, topology: Topology) -> Plan:
         if isinstance(compiled, oom.Oom):
             return too_large((compiled.used or 0) + arguments * compiled.temporaries)
         peak = _peak(compiled)
-        if (rollout := program.jitted_rollout(e, models, built.mesh)) is not None:
-            # Before the step and beside the state; the step itself does not take the teacher as an argument.
-            written = _compile(rollout.lower(teacher_weights(models)["teacher"], batch, state.step))
+        if writes is not None:
+            # Before the step and beside the state; the step itself may not take the teacher as an argument.
+            written = _compile(writes.write.lower(arrays, rows, state.step, texts))
             if isinstance(written, oom.Oom):
                 return too_large((written.used or 0) + arguments * written.temporaries)
             peak = max(peak + parts["teacher"], _peak(written) + parts["params"] + parts["optimizer"])

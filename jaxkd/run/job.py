@@ -3,23 +3,24 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxkd.config import resolve, validate
-from jaxkd.config.schema import DataBlock, Experiment, MeshBlock
+from jaxkd.config.schema import Experiment, MeshBlock
 from jaxkd.core import sharding
-from jaxkd.core.types import Batch, PyTree, Scalar
+from jaxkd.core.types import PyTree, Scalar
 from jaxkd.data import rules
 from jaxkd.losses import group_dro
 from jaxkd.losses import objective as objectives
 from jaxkd.losses.objective import Objective
 from jaxkd.models.transformer import Config
+from jaxkd.run import rollouts
+from jaxkd.run.batch import rows_batch
 from jaxkd.run.open_models import Models, open_models
 from jaxkd.train import guard, optim
 from jaxkd.train.state import TrainState, abstract_state
@@ -65,7 +66,7 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
     )
     outputs = {}
     if objective.fields:  # features have parameters as wide as what the forward passes return
-        batch = abstract_batch(e.data)
+        batch = rows_batch(e.data)
         for side, model, taps in (
             ("student", student, objective.student_taps),
             ("teacher", teacher, objective.teacher_taps),
@@ -96,6 +97,7 @@ def build(e: Experiment, devices: list | None = None, shapes: Mapping[str, Confi
         group_dro=group_dro.init(np.ones(len(e.data.domains))) if rule.group_dro else None,
         recent=guard.init() if e.optim.spike else None,
     )
+    state = state._replace(texts=rollouts.abstract_texts(e, mesh))
     return Job(e, mesh, models, rule, objective, objective_init, tx, lr, state, student.abstract if frozen else {})
 
 
@@ -116,13 +118,3 @@ def fit_devices(e: Experiment) -> Experiment:
     if rows * mesh.context * mesh.model == jax.device_count() and e.run.eval_batch % rows == 0:
         return e
     return dataclasses.replace(e, run=dataclasses.replace(e.run, mesh=MeshBlock(1, 1)))
-
-
-def abstract_batch(data: DataBlock, sharding: NamedSharding | None = None) -> Batch:
-    """Shapes of a global batch, with the sharding of its rows."""
-
-    def leaf(name: str) -> Any:
-        shape = (data.batch,) if name in ("row", "domain") else (data.batch, data.length)
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding)
-
-    return Batch(**{name: leaf(name) for name in Batch._fields if name not in ("teacher", "aux")})

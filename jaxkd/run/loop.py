@@ -21,14 +21,14 @@ from jaxkd.evals import compare
 from jaxkd.losses import group_dro
 from jaxkd.models import flops
 from jaxkd.report import records
-from jaxkd.run import load, preflight, program, restore
+from jaxkd.run import load, preflight, program, restore, rollouts
 from jaxkd.run.job import Job
 from jaxkd.run.mixing import Mixing, make_gradients, make_losses
 from jaxkd.run.teacher import build_teacher, open_stores
 from jaxkd.runtime import log, multihost
 from jaxkd.runtime.phases import Phases
 from jaxkd.runtime.profiling import Profile
-from jaxkd.train import faults, guard, optim
+from jaxkd.train import faults, guard, optim, replay
 from jaxkd.train.state import TrainState, assemble, init_state
 
 
@@ -95,7 +95,7 @@ class Run:
             self._load(say)
             self.start = {row["domain"]: row["student_nats"] for row in self._evaluation(0)}
             self.step = program.jitted_step(job, self.teachers.train)
-            self.rollout = program.jitted_rollout(e, models, job.mesh)
+            self.rollouts = rollouts.jitted(e, models, job.mesh)
             self.comparison = self.teachers.comparison(models)
             self.flops = program.flops_of(e, models, job.objective.uses_teacher).model
         except BaseException:
@@ -157,7 +157,8 @@ class Run:
             params = {"student": student, "objective": job.objective_init(key)}
             weights = group_dro.init(self.mixing.mixture.sampling) if job.rule.group_dro else None
             recent = None if job.state.recent is None else guard.init()
-            return init_state(params, job.tx, e.teacher.is_self, weights, recent)
+            texts = rollouts.initial_texts(e)
+            return init_state(params, job.tx, e.teacher.is_self, weights, recent, texts)
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, job.state)
         state = jax.jit(first, out_shardings=shardings)(student, seeds.key(e.run.seed))
@@ -170,7 +171,8 @@ class Run:
         return progress | restore.identity(self.job.experiment)
 
     def _interval(self, step: int) -> Iterator[Batch]:
-        """The current interval's batches from `step` on; nothing is read beyond the interval."""
+        """The current interval's rows from `step` on that are not read yet; nothing is read beyond the interval."""
+        step += -step % self.job.experiment.run.rollout_every  # the others are in `state.texts`, written
         return loader.batches(
             self.rows.train,
             self.mixing.mixture,
@@ -246,10 +248,9 @@ class Run:
                 clock = time.perf_counter()
             batches = self._interval(step) if batches is None else batches
             with trace.step(step + 1), phase:
-                batch = next(batches)
-                if self.rollout is not None:
-                    batch = self.rollout(self.teacher_params["teacher"], batch, self.state.step)
+                batch, written = self._rows(step, batches)
                 self.state, measured = self.step(self.state, self.frozen, self.teachers.train.state, batch)
+                measured |= written
             phase = contextlib.nullcontext()
             if waiting is not None:
                 clock = self._record(output, *waiting, clock)
@@ -276,6 +277,19 @@ class Run:
             if stop:
                 return False
         return True
+
+    def _rows(self, step: int, batches: Iterator[Batch]) -> tuple[Batch, Metrics]:
+        """The batch of a step, with the text that models write for it, and that text's metrics."""
+        if self.rollouts is None:
+            return next(batches), {}
+        e, state, texts = self.job.experiment, self.state, self.state.texts
+        count, written = e.run.rollout_every, None
+        if step % count == 0:
+            rows = tuple(next(batches) for _ in range(count))
+            params = rollouts.params(e, self.student, self.teacher_params)
+            written, texts = self.rollouts.write(params, rows, state.step, texts)
+            self.state = state._replace(texts=texts)
+        return self.rollouts.pick(texts.window, step % count) if written is None else written
 
     def _due(self, step: int) -> bool:
         run = self.job.experiment.run
@@ -340,6 +354,10 @@ class Run:
             self.start = {row["domain"]: row["student_nats"] for row in rows}
         output.evaluation(rows)
         mean = rows[-1]
+        if (rise := self.job.experiment.rollout.adaptive) and self.state.texts is not None:
+            texts = self.state.texts
+            adapted = replay.adapt(texts.replay, mean["student_nats"], rise)
+            self.state = self.state._replace(texts=texts._replace(replay=adapted))
         if step < self.job.experiment.run.steps:
             output.say(
                 f"step {step}: student {mean['student_nats']:.3f} nats/token (teacher {mean['teacher_nats']:.3f}), "

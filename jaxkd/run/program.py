@@ -4,18 +4,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jaxkd.config import resolve
 from jaxkd.config.schema import Experiment
-from jaxkd.core import schedules, seeds
-from jaxkd.core.sharding import batch_sharding
+from jaxkd.core import schedules
 from jaxkd.core.types import Batch, Metrics, PyTree
 from jaxkd.losses import divergences, group_dro
 from jaxkd.models import flops
 from jaxkd.run.job import Job
 from jaxkd.run.open_models import Models
-from jaxkd.run.teacher import text_rollout
 from jaxkd.teachers.base import Teacher
 from jaxkd.train import optim
 from jaxkd.train.state import TrainState
@@ -45,19 +42,6 @@ def jitted_step(job: Job, teacher: Teacher) -> Any:
         return after, measured
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, job.state), None))
-
-
-def jitted_rollout(e: Experiment, models: Models, mesh: Mesh) -> Any:
-    """`rollout(the teacher's params, batch, step) -> batch` of its own text, jitted; None where rows are trained on."""
-    if e.teacher.signal != "token" or e.teacher.cache:
-        return None
-    write = text_rollout(e.teacher, models)
-
-    def rollout(params: PyTree, batch: Batch, step: jax.Array) -> Batch:
-        key = jax.random.fold_in(seeds.key(e.run.seed), step)
-        return write(params, batch, key, micro_batches=e.optim.micro_batches)
-
-    return jax.jit(rollout, out_shardings=batch_sharding(mesh))
 
 
 def flops_of(e: Experiment, models: Models, uses_teacher: bool) -> flops.Step:

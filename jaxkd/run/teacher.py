@@ -18,15 +18,16 @@ from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, PyTree
 from jaxkd.evals import compare
 from jaxkd.models import heads
-from jaxkd.run.job import abstract_batch as rows_batch
+from jaxkd.run.batch import rows_batch
 from jaxkd.run.open_models import Models
+from jaxkd.sampling.law import Sampling
 from jaxkd.sampling.sampler import decoder
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.cached import cached, recorded
 from jaxkd.teachers.online import no_teacher, online, self_teacher
 from jaxkd.teachers.store import Store
-from jaxkd.train.rollout import rollout
+from jaxkd.train.rollout import Limits, rollout
 
 
 class Teachers(NamedTuple):
@@ -98,10 +99,10 @@ def text_rollout(t: TeacherBlock, models: Models) -> Callable[..., Batch]:
     return partial(
         rollout,
         decoder(model.config, model.dtype, model.rules),
-        prompt=t.prompt,
+        limits=Limits(t.prompt),
         vocab=models.vocab,
-        temperature=t.temperatures[0],
-        end=tokenizer.end,
+        sampling=Sampling(t.temperatures[0]),
+        ends=() if tokenizer.end is None else (tokenizer.end,),
     )
 
 

@@ -1,5 +1,7 @@
 """Rollouts: rows continued by a model, in a separate program before the step."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -9,20 +11,55 @@ from jaxkd.sampling.law import Sampling
 from jaxkd.sampling.sampler import Decoder, Sampler
 from jaxkd.train.step import split
 
+DATA, STUDENT, TEACHER = range(3)
+"""Who wrote a row's text: `Batch.aux["author"]`."""
+LOGPROBS = ("old_logprob", "drawn_logprob")
+"""Arrays [B L] of `Batch.aux`: log-probability of each target under the model that drew it, and under its law."""
+
+_LAW = Sampling()
+
+
+class Limits(NamedTuple):
+    """What of a row is kept, and how much is written."""
+
+    prompt: int = 0  # tokens of the first document; 0: up to its first token with a weight
+    length: int = 0  # most new tokens; 0: up to the row's end
+
+
+def row_keys(key: jax.Array, batch: Batch) -> jax.Array:
+    """fold_in(fold_in(key, domain), row) of each row: independent of the batch and the devices."""
+    one = lambda domain, row: jax.random.fold_in(jax.random.fold_in(key, domain), row)
+    return jax.vmap(one)(batch.domain, batch.row)
+
+
+def prompts(batch: Batch, limits: Limits) -> tuple[jax.Array, jax.Array]:
+    """Prompts [B P] of rows, at the beginning of each, and their lengths [B], at least 1."""
+    length = batch.tokens.shape[1]
+    width = min(limits.prompt or length - 1, length - 1)
+    first = batch.segments == 1
+    if limits.prompt:
+        lengths = first[:, :width].sum(-1)
+    else:  # the target of the last token of a prompt has a weight
+        weighted = first & (batch.weights > 0)
+        lengths = jnp.where(weighted.any(-1), jnp.argmax(weighted, -1) + 1, first.sum(-1))
+    return batch.tokens[:, :width], jnp.clip(lengths, 1, width)
+
 
 def rollout(
     decoder: Decoder,
     params: PyTree,
-    prompts: Batch,
+    batch: Batch,
     key: jax.Array,
     *,
-    prompt: int,
+    limits: Limits,
     vocab: int,
-    temperature: float = 1.0,
-    end: int | None = None,
+    sampling: Sampling = _LAW,
+    ends: tuple[int, ...] = (),
+    author: int = TEACHER,
+    chosen: jax.Array | None = None,
     micro_batches: int = 1,
 ) -> Batch:
-    """Each row's first tokens, continued by a model up to its end token or the row's length; to be jitted.
+    """Each row's prompt, continued by a model up to an end token or the limit; to be jitted.
 
     The continuation is one document with weight 1 on every generated token and 0 on the prompt. A row is sampled with
     fold_in(fold_in(key, domain), row): with key = fold_in(seed, step) its text depends on neither the batch nor the
@@ -31,34 +68,53 @@ def rollout(
     Args:
         decoder: of the generating model, the teacher (Kim and Rush 2016, arXiv 1606.07947) or the student.
         params: its parameters.
-        prompts: rows, whose first document is the prompt.
+        batch: rows, whose first document begins with the prompt.
         key: of the batch.
-        prompt: number of tokens of the first document that are kept.
+        limits: of prompt and text.
         vocab: true vocabulary size.
-        temperature: 0 is greedy.
-        end: end token.
+        sampling: the law of the draws.
+        ends: end tokens.
+        author: of these rows, for `aux["author"]`.
+        chosen: [B] bool, rows to continue; the others keep their text. None: all.
         micro_batches: parts of the batch that are generated one after another, to save memory.
+
+    Returns the batch with `LOGPROBS` and `author` in `aux`, those of earlier rollouts kept where not `chosen`.
     """
 
-    def write(batch: Batch) -> Batch:
+    def write(part: tuple[Batch, jax.Array]) -> Batch:
+        batch, chosen = part
         length = batch.tokens.shape[1]
-        width = min(prompt, length - 1)
-        lengths = jnp.maximum((batch.segments[:, :width] == 1).sum(-1), 1)
-        row_key = lambda domain, row: jax.random.fold_in(jax.random.fold_in(key, domain), row)
-        keys = jax.vmap(row_key)(batch.domain, batch.row)
-        sampler = Sampler(decoder, vocab, length - 1, Sampling(temperature), () if end is None else (end,))
-        text = rows(sampler, params, batch.tokens[:, :width], lengths, keys, length)
+        tokens, lengths = prompts(batch, limits)
+        room = min(limits.length or length - 1, length - 1)
+        sampler = Sampler(decoder, vocab, room, sampling, ends)
+        most = jnp.where(chosen, jnp.minimum(length - lengths, room), 0)
+        text = rows(sampler, params, tokens, lengths, row_keys(key, batch), length, most)
         index = jnp.arange(length)
         inside, follows = index < text.lengths[:, None], index + 1 < text.lengths[:, None]
-        return batch._replace(
-            tokens=jnp.where(inside, text.tokens, 0),
-            targets=jnp.where(follows, jnp.roll(text.tokens, -1, 1), 0),
-            weights=(follows & (index + 1 >= lengths[:, None])).astype(jnp.float32),
-            segments=inside.astype(jnp.int32),
-            positions=jnp.where(inside, index, 0),
-        )
+        # Like `targets`, they are of the token after.
+        after = {name: jnp.where(follows, jnp.roll(x, -1, 1), 0) for name, x in zip(LOGPROBS, text[2:], strict=True)}
+        own = chosen[:, None]
+        written = {
+            "tokens": jnp.where(inside, text.tokens, 0),
+            "targets": jnp.where(follows, jnp.roll(text.tokens, -1, 1), 0),
+            "weights": (follows & (index + 1 >= lengths[:, None])).astype(jnp.float32),
+            "segments": inside.astype(jnp.int32),
+            "positions": jnp.where(inside, index, 0),
+        }
+        aux = unwritten(batch)
+        aux |= {name: jnp.where(own, x, aux[name]) for name, x in after.items()}
+        aux["author"] = jnp.where(chosen, author, aux["author"])
+        changed: Any = {name: jnp.where(own, x, getattr(batch, name)) for name, x in written.items()}
+        return batch._replace(**changed, aux=aux)
 
+    part = (batch, jnp.ones(len(batch.row), bool) if chosen is None else chosen)
     if micro_batches == 1:
-        return write(prompts)
-    written = jax.lax.map(write, split(prompts, micro_batches))
+        return write(part)
+    written = jax.lax.map(write, split(part, micro_batches))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), written)
+
+
+def unwritten(batch: Batch) -> dict[str, jax.Array]:
+    """`batch.aux` with the arrays of a rollout: zeros, and the data as author, where it has none yet."""
+    zeros = jnp.zeros(batch.tokens.shape)
+    return {**dict.fromkeys(LOGPROBS, zeros), "author": jnp.full(len(batch.row), DATA, jnp.int32)} | batch.aux

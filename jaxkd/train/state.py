@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
     ema: PyTree = None  # running average of `params["student"]`, for teacher.path=self
     group_dro: PyTree = None  # state of a `Reweighting`: domain weights in the loss, for data.mixture=doremi_proxy
     recent: Recent | None = None  # recent losses and gradient norms, for optim.spike
+    texts: PyTree = None  # rollouts that later steps train on: for run.rollout_every and rollout.buffer
 
 
 def parts(state: TrainState) -> dict[str, Any]:
@@ -60,6 +61,7 @@ late, they would differ from what the config describes."""
 _REQUIRED = {
     "ema": "the student's running average (teacher.path=self)",
     "group_dro": "domain weights in the loss (data.mixture=doremi_proxy)",
+    "texts": "rollouts that later steps train on (run.rollout_every, rollout.buffer)",
 }
 
 
@@ -90,14 +92,15 @@ def init_state(
     averaged: bool = False,
     group_dro: PyTree = None,
     recent: Recent | None = None,
+    texts: PyTree = None,
 ) -> TrainState:
     """The initial state.
 
     `params` are float32; `averaged` keeps `ema`; `group_dro` is the initial state of a `Reweighting`; `recent` is
-    `guard.init()` if spikes are skipped.
+    `guard.init()` if spikes are skipped; `texts` are those of rollouts that later steps train on.
     """
     ema = jax.tree.map(jnp.copy, params["student"]) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, group_dro, recent)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), ema, group_dro, recent, texts)
 
 
 def abstract_state(

@@ -149,6 +149,6 @@ def make_step(
             updated, measured = reweighting.update(group_dro, metrics, state.step)
             group_dro = guard.select(applied, updated, group_dro)
             metrics |= measured
-        return TrainState(state.step + 1, params, opt_state, ema, group_dro, recent), metrics
+        return TrainState(state.step + 1, params, opt_state, ema, group_dro, recent, state.texts), metrics
 
     return step

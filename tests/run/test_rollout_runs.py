@@ -1,0 +1,86 @@
+"""Whole runs in which student and teacher write the rows."""
+
+import json
+
+import pytest
+from harness import Background, assert_same_run, fails, lines, logged, succeeds
+
+ON_POLICY = (
+    "--config.rollout.student=0.5",
+    "--config.rollout.teacher=0.25",
+    "--config.rollout.prompt=8",
+    "--config.rollout.length=16",
+    "--config.run.rollout_every=2",
+    "--config.data.interval=6",
+)
+REPLAYED = ("--config.rollout.student=0.6", "--config.rollout.buffer=16", "--config.rollout.adaptive=0.1")
+
+
+@pytest.fixture(scope="module")
+def on_policy(arguments):
+    return [*arguments, *ON_POLICY, "--config.run.keep_checkpoints=9"]
+
+
+@pytest.fixture(scope="module")
+def run(on_policy, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("rollouts") / "run"
+    succeeds("train", "--workdir", str(workdir), *on_policy, *REPLAYED)
+    return workdir
+
+
+def test_a_run_resumed_between_a_rollout_and_its_step_has_the_same_bits(run, on_policy):
+    """Step 3 trains on the text that was written before it; the buffer is not empty."""
+    rows = lines(run / "metrics.jsonl")
+    assert all(0 < row.get("rollout_tokens", 1) <= 16 for row in rows)
+    assert 0.2 < sum(row["rollout_share"] for row in rows) / len(rows) < 0.9
+    before = logged(run)
+    succeeds("rollback", "--workdir", str(run), "--step", "3")
+    printed = succeeds("train", "--workdir", str(run), *on_policy, *REPLAYED)
+    assert "resuming at step 3" in printed
+    assert logged(run) == before
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_writes_has_the_same_bits(run, on_policy, tmp_path):
+    workdir = tmp_path / "killed"
+    Background(workdir, [*on_policy, *REPLAYED]).kill_at(4)
+    succeeds("train", "--workdir", str(workdir), *on_policy, *REPLAYED)
+    assert_same_run(workdir, run)
+
+
+def test_a_share_of_nothing_is_the_run_without_rollouts(arguments, undisturbed, tmp_path):
+    """GKD's lambda of 0: the rows of the data, to the last bit."""
+    workdir = tmp_path / "zero"
+    zero = json.dumps({"schedule": "constant", "peak": 0.0})
+    succeeds(
+        "train", "--workdir", str(workdir), *arguments, f"--config.rollout.student={zero}", "--config.rollout.prompt=8"
+    )
+    bare = lambda row: {key: value for key, value in row.items() if not key.startswith("rollout")}
+    assert [bare(row) for row in logged(workdir)] == logged(undisturbed)
+    assert {row["rollout_share"] for row in logged(workdir)} == {0.0}
+
+
+def test_a_teacher_with_a_context_is_another_teacher(arguments, undisturbed, tmp_path):
+    workdir = tmp_path / "context"
+    more = ("--config.rollout.student=1.0", "--config.rollout.prompt=8", "--config.rollout.context=mind the price")
+    succeeds("train", "--workdir", str(workdir), *arguments, *more, "--config.run.steps=3")
+    assert logged(workdir)[0]["kd"] > 0
+    assert logged(workdir)[0]["rollout_share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (("--config.rollout.student=0.6", "--config.rollout.teacher=0.6"), "rollout.teacher"),
+        (("--config.rollout.buffer=8",), "rollout.student"),
+        (("--config.rollout.student=1.0", "--config.rollout.prompt=64"), "data.length"),
+        (("--config.rollout.student=1.0", "--config.run.rollout_every=7"), "run.rollout_every"),
+        (("--config.rollout.student=1.0", "--config.rollout.top_p=0.0"), "rollout.top_p"),
+        (("--config.rollout.student=1.0", "--config.teacher.path=self", "--config.rollout.mix=0.2"), "rollout.mix"),
+        (("--config.rollout.student=1.0", "--config.rollout.mix=0.2", "--config.rollout.proposals=4"), "proposals"),
+        (("--config.run.rollout_every=2",), "run.rollout_every"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(arguments, tmp_path, more, named):
+    assert named in fails("train", "--workdir", str(tmp_path / "run"), *arguments, *more)
+    assert not (tmp_path / "run").exists()
