@@ -1,4 +1,4 @@
-"""The blocks of an experiment: every key's type, default and meaning, from which docs/config.md is rendered."""
+"""The six blocks of an experiment: every key's type, default and meaning, from which docs/config.md is rendered."""
 
 import dataclasses
 import difflib
@@ -111,6 +111,31 @@ class Domain:
 
 
 @dataclasses.dataclass(frozen=True)
+class RolloutBlock:
+    """Rows whose text a model writes before each step: on-policy distillation."""
+
+    student: Annotated[float | Schedule, "share of rows that the student continues (GKD's lambda)"] = 0.0
+    teacher: Annotated[float | Schedule, "share of rows that the teacher continues"] = 0.0
+    prompt: Annotated[
+        int, "tokens of a row that are continued; 0: up to its first token with a weight, as in conversations"
+    ] = 0
+    length: Annotated[int, "most new tokens; 0: up to the row's end"] = 0
+    temperature: Annotated[float, "of the draws; 0 takes the most probable token"] = 1.0
+    top_k: Annotated[int, "draw from so many most probable tokens; 0: all"] = 0
+    top_p: Annotated[float, "draw from the most probable tokens that hold this mass"] = 1.0
+    min_p: Annotated[float, "draw from tokens with this share of the largest probability"] = 0.0
+    mix: Annotated[float, "alpha of student's text that is drawn from alpha p + (1 - alpha) q (MiniLLM)"] = 0.0
+    proposals: Annotated[
+        int, "K of speculative text: tokens of the student outside the teacher's top K are drawn by the teacher; 0: off"
+    ] = 0
+    buffer: Annotated[int, "rows of student's text to train on again (DistiLLM's replay); 0: none"] = 0
+    adaptive: Annotated[
+        float, "with a buffer: rise of the share `student` at an evaluation whose loss is 0.1 nats worse than the best"
+    ] = 0.0
+    context: Annotated[str, "text that only the teacher reads: its system prompt, or what stands before a text"] = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataBlock:
     """Text, rows and the mixture of domains."""
 
@@ -126,6 +151,7 @@ class DataBlock:
     valid_rows: Annotated[int, "limit of held-out rows per domain; 0: none"] = 0
     valid_share: Annotated[float, "share of the text that is held out"] = 0.05
     bad_records: Annotated[float, "share of a domain's records that may be bad or null, counted and left out"] = 0.05
+    rollout: RolloutBlock = RolloutBlock()
 
     @property
     def sources(self) -> Mapping[str, Domain]:
@@ -173,6 +199,7 @@ class RunBlock:
     rollout_every: Annotated[int, "steps whose rollouts are written at once, by the first one's student"] = 1
     eval_every: Annotated[int, "steps between evaluations; 0: only before and after training"] = 0
     eval_batch: Annotated[int, "rows in an evaluation batch"] = 8
+    samples: Annotated[int, "held-out prompts that are continued at every evaluation, for the report; 0: none"] = 0
     checkpoints: Annotated[str, "absolute path or gs://BUCKET/PATH; empty: in the workdir"] = ""
     checkpoint_every: Annotated[int, "steps between checkpoints"] = 100
     keep_checkpoints: Annotated[int, "latest checkpoints to keep"] = 2
@@ -185,33 +212,8 @@ class RunBlock:
 
 
 @dataclasses.dataclass(frozen=True)
-class RolloutBlock:
-    """Rows whose text a model writes before each step: on-policy distillation."""
-
-    student: Annotated[float | Schedule, "share of rows that the student continues (GKD's lambda)"] = 0.0
-    teacher: Annotated[float | Schedule, "share of rows that the teacher continues"] = 0.0
-    prompt: Annotated[
-        int, "tokens of a row that are continued; 0: up to its first token with a weight, as in conversations"
-    ] = 0
-    length: Annotated[int, "most new tokens; 0: up to the row's end"] = 0
-    temperature: Annotated[float, "of the draws; 0 takes the most probable token"] = 1.0
-    top_k: Annotated[int, "draw from so many most probable tokens; 0: all"] = 0
-    top_p: Annotated[float, "draw from the most probable tokens that hold this mass"] = 1.0
-    min_p: Annotated[float, "draw from tokens with this share of the largest probability"] = 0.0
-    mix: Annotated[float, "alpha of student's text that is drawn from alpha p + (1 - alpha) q (MiniLLM)"] = 0.0
-    proposals: Annotated[
-        int, "K of speculative text: tokens of the student outside the teacher's top K are drawn by the teacher; 0: off"
-    ] = 0
-    buffer: Annotated[int, "rows of student's text to train on again (DistiLLM's replay); 0: none"] = 0
-    adaptive: Annotated[
-        float, "with a buffer: rise of the share `student` at an evaluation whose loss is 0.1 nats worse than the best"
-    ] = 0.0
-    context: Annotated[str, "text that only the teacher reads: its system prompt, or what stands before a text"] = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The blocks of a recipe."""
+    """The six blocks of a recipe."""
 
     student: StudentBlock
     teacher: TeacherBlock
@@ -219,7 +221,6 @@ class Experiment:
     data: DataBlock
     optim: OptimBlock
     run: RunBlock
-    rollout: RolloutBlock = RolloutBlock()
 
 
 def plain(e: Experiment) -> dict[str, Any]:

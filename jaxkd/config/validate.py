@@ -22,7 +22,7 @@ AT_LEAST = {
         ("run.steps", "run.checkpoint_every", "run.log_every", "run.keep_checkpoints", "run.eval_batch"), 1
     ),
     **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches", "run.rollout_every"), 1),
-    **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s"), 0),
+    **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s", "run.samples"), 0),
     **dict.fromkeys(("optim.skip_limit", "optim.spike", "optim.lr.peak", "optim.lr.warmup", "optim.lr.end"), 0),
     **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps", "optim.clip"), 0),
 }
@@ -60,40 +60,42 @@ def _check_teacher(t: TeacherBlock) -> None:
 
 
 def _check_rollout(e: Experiment) -> None:
-    r, t, count = e.rollout, e.teacher, e.run.rollout_every
+    r, t, count = e.data.rollout, e.teacher, e.run.rollout_every
     ends = lambda share: (share.peak, share.end) if isinstance(share, Schedule) else (share, share)
     for name, values in (("student", ends(r.student)), ("teacher", ends(r.teacher)), ("adaptive", (r.adaptive,))):
         if not all(0 <= value <= 1 for value in values):
-            raise ValueError(f"rollout.{name} must be from 0 to 1, got {values[0]:g}")
+            raise ValueError(f"data.rollout.{name} must be from 0 to 1, got {values[0]:g}")
     if max(ends(r.student)) + max(ends(r.teacher)) > 1:
-        raise ValueError("rollout.student and rollout.teacher are shares of the same rows: together at most 1")
+        raise ValueError("data.rollout.student and data.rollout.teacher share the same rows: together at most 1")
     try:
         Sampling(r.temperature, r.top_k, r.top_p, r.min_p).check()
     except ValueError as error:
-        raise ValueError(f"rollout.{error}") from None
+        raise ValueError(f"data.rollout.{error}") from None
     if not 0 <= r.mix < 1:
-        raise ValueError(f"rollout.mix must be at least 0 and below 1, got {r.mix:g}")
+        raise ValueError(f"data.rollout.mix must be at least 0 and below 1, got {r.mix:g}")
     for key, value in (("prompt", r.prompt), ("length", r.length), ("buffer", r.buffer), ("proposals", r.proposals)):
         if value < 0:
-            raise ValueError(f"rollout.{key} must be at least 0, got {value}")
+            raise ValueError(f"data.rollout.{key} must be at least 0, got {value}")
     if r.prompt >= e.data.length:
-        raise ValueError(f"rollout.prompt={r.prompt} leaves no room in rows of data.length={e.data.length}: lower it")
+        raise ValueError(f"data.rollout.prompt={r.prompt} leaves no room in rows of data.length={e.data.length}")
     if r.mix and r.proposals:
-        raise ValueError("rollout.mix and rollout.proposals are two laws of the student's text: give one")
+        raise ValueError("data.rollout.mix and data.rollout.proposals are two laws of the student's text: give one")
     if (r.buffer or r.adaptive or r.mix or r.proposals) and not (r.student or r.adaptive):
-        raise ValueError("rollout.student is 0, so no text is written: give it a share, such as 0.5")
+        raise ValueError("data.rollout.student is 0, so no text is written: give it a share, such as 0.5")
     if r.adaptive and (not r.buffer or isinstance(r.student, Schedule)):
-        raise ValueError("rollout.adaptive moves the share of a buffer: give rollout.buffer, and a number as student")
-    if not (r.student or r.teacher or r.adaptive or r.context or t.signal == "token"):
+        raise ValueError(
+            "data.rollout.adaptive moves a buffer's share: give data.rollout.buffer, and a number as student"
+        )
+    if not (r.student or r.teacher or r.adaptive or r.context or (t.signal == "token" and not t.cache)):
         if count > 1:
-            raise ValueError(f"run.rollout_every={count} has no rollouts: give rollout.student or rollout.teacher")
+            raise ValueError(f"run.rollout_every={count} has no rollouts: give data.rollout.student or teacher a share")
         return
     if t.signal == "token" and (r.student or r.teacher or r.context):
-        raise ValueError("teacher.signal 'token' is the teacher's text: take signal 'head' with the block rollout")
+        raise ValueError("teacher.signal 'token' is the teacher's text: take signal 'head' with data.rollout")
     single = not (t.members or t.path == SELF)
     for key, used in (("teacher", r.teacher), ("mix", r.mix), ("proposals", r.proposals)):
         if used and not single:
-            raise ValueError(f"rollout.{key} needs one teacher model, not members or 'self': set teacher.path")
+            raise ValueError(f"data.rollout.{key} needs one teacher model, not members or 'self': set teacher.path")
     if t.cache or any(member.cache for member in t.members.values()):
         raise ValueError("teacher.cache is of the data's text, not of rollouts: leave it out, the teacher runs online")
     for key, value in (("data.interval", e.data.interval), ("run.steps", e.run.steps)):

@@ -48,6 +48,8 @@ h3 { font-size: .95rem; margin: 1.4rem 0 .4rem; }
   linear-gradient(270deg, var(--shade), transparent) 100% 0 / 16px 100% no-repeat; }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .34rem .6rem; border-bottom: 1px solid var(--edge); text-align: right; white-space: nowrap; }
+.sample { white-space: pre-wrap; text-align: left; overflow-wrap: anywhere; min-width: 14rem; max-width: 26rem;
+  margin: 0; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; }
 .total td { font-weight: 650; border-top: 2px solid var(--soft); border-bottom: 0; }

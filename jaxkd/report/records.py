@@ -9,6 +9,7 @@ from jaxkd.runtime import files
 
 Row = dict[str, Any]  # a JSON object of one of these files, made by `training`, `Evaluation` or `interval`
 METRICS, EVALS, MIXTURE = "metrics.jsonl", "evals.jsonl", "mixture.jsonl"
+SAMPLES, DIAGNOSTICS = "samples.jsonl", "diagnostics.jsonl"
 MEAN = "mean"  # the domain of evaluation rows that are means over the domains
 
 
@@ -50,8 +51,19 @@ def interval(step: int, number: int, tokens: int, columns: Mapping[str, Mapping[
     return {"step": step, "interval": number, "tokens": tokens, **by_domain, **more}
 
 
+def sample(step: int, author: str, domain: str, row: int, prompt: str, text: str, tokens: int, ended: bool) -> Row:
+    """A row of samples.jsonl: how the student of a step, or the teacher, continues a held-out row's prompt."""
+    values = {"author": author, "domain": domain, "row": row, "prompt": prompt, "text": text}
+    return {"step": step, **values, "tokens": tokens, "ended": ended}
+
+
+def diagnostics(step: int, values: Mapping[str, float]) -> Row:
+    """A row of diagnostics.jsonl: figures of the student's own text at a step's evaluation."""
+    return {"step": step, **{name: value for name, value in values.items() if math.isfinite(value)}}
+
+
 def rows(workdir: Path, name: str) -> list[Row]:
-    """The rows of METRICS, EVALS or MIXTURE, [] where there is no such file."""
+    """The rows of one of the logs above, [] where there is no such file."""
     return files.read_jsonl(workdir / name)
 
 

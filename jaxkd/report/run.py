@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxkd.report import charts, goodput, mixture
+from jaxkd.report import charts, goodput, mixture, samples
 from jaxkd.report.charts import Line, figure, limits, smooth, thin
 from jaxkd.report.records import (
+    DIAGNOSTICS,
     EVALS,
     MEAN,
     METRICS,
     MIXTURE,
+    SAMPLES,
     ModelInfo,
     Row,
     RunInfo,
@@ -35,7 +37,7 @@ def write(workdir: Path) -> Path:
     FileNotFoundError and Torn name the file that is missing or damaged.
     """
     config, info = read_json(workdir, "config.json"), read_run(workdir)
-    names = (METRICS, EVALS, MIXTURE, FILE)
+    names = (METRICS, EVALS, MIXTURE, FILE, DIAGNOSTICS, SAMPLES)
     if not any((workdir / name).exists() for name in names[:2]):
         raise missing(workdir, names[0])
     rows = [files.read_jsonl(workdir / name) for name in names]
@@ -52,6 +54,8 @@ def page(
     evals: Sequence[Row],
     mixture_rows: Sequence[Row] = (),
     goodput_rows: Sequence[Row] = (),
+    diagnostics: Sequence[Row] = (),
+    sample_rows: Sequence[Row] = (),
 ) -> str:
     """The page as text, from the contents of the files."""
     domains = by_domain(evals)
@@ -65,6 +69,7 @@ def page(
         + section("Results", results(domains))
         + section("Evaluation", evaluation_charts(domains))
         + section("Mixture", mixture.section(mixture_rows, evals, last, style))
+        + section("The student's own text", samples.page(diagnostics, sample_rows))
         + section("Training", training_charts(config, metrics, style))
         + section("Wall clock", goodput.page(goodput_rows))
         + section("Data", domains_table(info))

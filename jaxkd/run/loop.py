@@ -24,6 +24,7 @@ from jaxkd.report import records
 from jaxkd.run import load, preflight, program, restore, rollouts
 from jaxkd.run.job import Job
 from jaxkd.run.mixing import Mixing, make_gradients, make_losses
+from jaxkd.run.samples import Samples
 from jaxkd.run.teacher import build_teacher, open_stores
 from jaxkd.runtime import log, multihost
 from jaxkd.runtime.phases import Phases
@@ -97,6 +98,7 @@ class Run:
             self.step = program.jitted_step(job, self.teachers.train)
             self.rollouts = rollouts.jitted(e, models, job.mesh)
             self.comparison = self.teachers.comparison(models)
+            self.samples = Samples(e, models, rows, self.teachers, job.mesh) if e.run.samples else None
             self.flops = program.flops_of(e, models, job.objective.uses_teacher).model
         except BaseException:
             self.close()
@@ -352,9 +354,17 @@ class Run:
             return None
         if step == 0:
             self.start = {row["domain"]: row["student_nats"] for row in rows}
+        if self.samples is not None:
+            with self.phases.during("evaluation"):
+                texts, figures, degenerate = self.samples.at(step, params, self.teacher_params, inputs)
+            output.samples(texts, figures)
+            if degenerate:
+                output.say(
+                    f"step {step}: the student's text is degenerate after the prompts of {', '.join(degenerate)}"
+                )
         output.evaluation(rows)
         mean = rows[-1]
-        if (rise := self.job.experiment.rollout.adaptive) and self.state.texts is not None:
+        if (rise := self.job.experiment.data.rollout.adaptive) and self.state.texts is not None:
             texts = self.state.texts
             adapted = replay.adapt(texts.replay, mean["student_nats"], rise)
             self.state = self.state._replace(texts=texts._replace(replay=adapted))

@@ -40,7 +40,7 @@ def block(e: Experiment) -> RolloutBlock | None:
     if t.signal == "token":
         text = RolloutBlock(teacher=1.0, prompt=t.prompt, temperature=t.temperatures[0])
         return None if t.cache else text
-    r = e.rollout
+    r = e.data.rollout
     return r if r.student or r.teacher or r.adaptive or r.context else None
 
 
@@ -71,6 +71,7 @@ def _initial(e: Experiment, r: RolloutBlock) -> Texts:
 
 
 def sampling_of(r: RolloutBlock) -> Sampling:
+    """The law of the draws."""
     return Sampling(r.temperature, r.top_k, r.top_p, r.min_p)
 
 
@@ -80,6 +81,7 @@ def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def own_decoder(model: Model) -> Decoder:
+    """A model's decoder in its dtype and sharding."""
     return decoder(model.config, model.dtype, model.rules)
 
 
@@ -101,7 +103,7 @@ def params(e: Experiment, student: PyTree, teachers: Mapping[str, PyTree]) -> di
 def context_tokens(r: RolloutBlock, tokenizer: Tokenizer, source: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the teacher's context, and those at the beginning of a row whose place it takes.
 
-    In conversations (`rollout.prompt=0`) both are what comes before the first turn of the user, with the context as
+    In conversations (`data.rollout.prompt=0`) both are what comes before the user's first turn, with the context as
     system prompt and without one; before other text the context stands as it is.
     """
     if r.prompt:
@@ -114,7 +116,7 @@ def context_tokens(r: RolloutBlock, tokenizer: Tokenizer, source: str) -> tuple[
     while shared < min(len(privileged), len(plain)) and privileged[-shared - 1] == plain[-shared - 1]:
         shared += 1
     if len(privileged) == shared:
-        raise ValueError(f"rollout.context: the chat template of {source} leaves a system prompt out")
+        raise ValueError(f"data.rollout.context: the chat template of {source} leaves a system prompt out")
     return privileged[: len(privileged) - shared], plain[: len(plain) - shared]
 
 
@@ -144,7 +146,7 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
         "micro_batches": e.optim.micro_batches,
     }
     named = {"student": r.student, "teacher": r.teacher}
-    shares = [resolve.scalar(share, e.run.steps, f"rollout.{name}") for name, share in named.items()]
+    shares = [resolve.scalar(share, e.run.steps, f"data.rollout.{name}") for name, share in named.items()]
     context = context_tokens(r, models.tokenizer, e.student.path) if r.context else None
     ends = options["ends"]
 

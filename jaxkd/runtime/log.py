@@ -114,13 +114,18 @@ class TrainLog:
 
         `interval` is the first step of the mixture interval that contains `step` or ends with it.
         """
-        self._metrics, self._evals, self._mixture = (
-            workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture")
+        self._metrics, self._evals, self._mixture, self._samples, self._diagnostics = (
+            workdir / f"{name}.jsonl" for name in ("metrics", "evals", "mixture", "samples", "diagnostics")
         )
+        of_evaluations = (self._evals, self._samples, self._diagnostics)
         writes = multihost.is_main()
         self._writer: _Writer | None = None
         if writes:
-            for path, last in ((self._metrics, step), (self._evals, step), (self._mixture, interval)):
+            for path, last in (
+                (self._metrics, step),
+                *((path, step) for path in of_evaluations),
+                (self._mixture, interval),
+            ):
                 _drop_after(path, last)
             self._writer = _Writer(workdir / "tensorboard", step + 1)
         # Created last, so that errors above are not printed on the bar's line.
@@ -151,7 +156,8 @@ class TrainLog:
         """Drop the rows of an evaluation that was interrupted at `step`."""
         if self._writer is not None:
             self._writer.settle()
-            _drop_after(self._evals, step - 1)
+            for path in (self._evals, self._samples, self._diagnostics):
+                _drop_after(path, step - 1)
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -160,6 +166,11 @@ class TrainLog:
     def evaluation(self, rows: list[dict[str, Any]]) -> None:
         """Write an evaluation's rows, one per domain, and wait until they are on disk."""
         self._put(self._evals, [f"eval/{row['domain']}" for row in rows], rows)
+
+    def samples(self, rows: list[dict[str, Any]], diagnostics: dict[str, Any]) -> None:
+        """Write an evaluation's samples and the figures of the student's own text; they are on disk before its rows."""
+        self._put(self._samples, [f"sample/{row['author']}" for row in rows], rows, settle=False)
+        self._put(self._diagnostics, ["own_text"], [diagnostics], settle=False)
 
     def mixture(self, row: dict[str, Any]) -> None:
         """Write the mixture of an interval before its first step, and wait until it is on disk."""

@@ -27,7 +27,7 @@ class TrainState(NamedTuple):
     ema: PyTree = None  # running average of `params["student"]`, for teacher.path=self
     group_dro: PyTree = None  # state of a `Reweighting`: domain weights in the loss, for data.mixture=doremi_proxy
     recent: Recent | None = None  # recent losses and gradient norms, for optim.spike
-    texts: PyTree = None  # rollouts that later steps train on: for run.rollout_every and rollout.buffer
+    texts: PyTree = None  # rollouts that later steps train on: for run.rollout_every and data.rollout.buffer
 
 
 def parts(state: TrainState) -> dict[str, Any]:
@@ -61,7 +61,7 @@ late, they would differ from what the config describes."""
 _REQUIRED = {
     "ema": "the student's running average (teacher.path=self)",
     "group_dro": "domain weights in the loss (data.mixture=doremi_proxy)",
-    "texts": "rollouts that later steps train on (run.rollout_every, rollout.buffer)",
+    "texts": "rollouts that later steps train on (run.rollout_every, data.rollout.buffer)",
 }
 
 

@@ -11,6 +11,7 @@ from jaxkd.config import recipe as recipes
 from jaxkd.config import reference
 from jaxkd.config.schema import Domain, Schedule, Term, experiment, plain
 from jaxkd.run import job
+from jaxkd.run.batch import rows_batch
 from jaxkd.teachers.online import online
 from jaxkd.train.step import make_step
 
@@ -204,9 +205,7 @@ def test_every_recipe_builds_abstractly(name):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     step = make_step(built.models.student.forward, online({}, built.models.teacher.forward), built.objective, built.tx)
-    state, metrics = jax.eval_shape(
-        step, built.state, built.frozen, built.models.teacher.shapes, job.abstract_batch(e.data)
-    )
+    state, metrics = jax.eval_shape(step, built.state, built.frozen, built.models.teacher.shapes, rows_batch(e.data))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), built.state)
     assert "loss" in metrics
 

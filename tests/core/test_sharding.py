@@ -16,6 +16,7 @@ from jaxkd.config.schema import experiment
 from jaxkd.core import sharding
 from jaxkd.planning import plan
 from jaxkd.run import job, load, program
+from jaxkd.run.batch import rows_batch
 from jaxkd.run import teacher as teaching
 from jaxkd.train.state import init_state
 
@@ -224,7 +225,7 @@ def batch(this: job.Job, seed: int):
     """Random tokens, two documents a row."""
     rng, shapes = (
         np.random.default_rng(seed),
-        job.abstract_batch(this.experiment.data, sharding.batch_sharding(this.mesh)),
+        rows_batch(this.experiment.data, sharding.batch_sharding(this.mesh)),
     )
     rows, length = shapes.tokens.shape
     tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)

@@ -20,7 +20,7 @@ from jaxkd.models import flops, transformer
 from jaxkd.planning import oom, plan, plan_report
 from jaxkd.planning import topology as topologys
 from jaxkd.planning.hlo import Collective
-from jaxkd.run import program
+from jaxkd.run import program, rollouts
 from jaxkd.run import teacher as teaching
 from jaxkd.teachers import codec
 
@@ -263,7 +263,8 @@ def test_a_rollout_that_does_not_fit_is_a_plan_that_does_not(example, monkeypatc
     step, sizes = Mock(), types.SimpleNamespace(**{f"{k}_size_in_bytes": v for k, v in memory.items()})
     step.lower.return_value.compile.return_value.memory_analysis.return_value = sizes
     monkeypatch.setattr(program, "jitted_step", lambda *_: step)
-    monkeypatch.setattr(program, "jitted_rollout", lambda *_: failing(message))
+    monkeypatch.setattr(rollouts, "jitted", lambda *_: rollouts.Rollouts(failing(message), None))
+    monkeypatch.setattr(rollouts, "abstract_written", lambda _, params, batch, *more: batch)
     planned = plan.plan(example.job, topologys.topology("v5e:2x4"))
     assert (planned.fits, planned.memory.peak) == (False, used)
 

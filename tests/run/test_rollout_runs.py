@@ -6,14 +6,18 @@ import pytest
 from harness import Background, assert_same_run, fails, lines, logged, succeeds
 
 ON_POLICY = (
-    "--config.rollout.student=0.5",
-    "--config.rollout.teacher=0.25",
-    "--config.rollout.prompt=8",
-    "--config.rollout.length=16",
+    "--config.data.rollout.student=0.5",
+    "--config.data.rollout.teacher=0.25",
+    "--config.data.rollout.prompt=8",
+    "--config.data.rollout.length=16",
     "--config.run.rollout_every=2",
     "--config.data.interval=6",
 )
-REPLAYED = ("--config.rollout.student=0.6", "--config.rollout.buffer=16", "--config.rollout.adaptive=0.1")
+REPLAYED = (
+    "--config.data.rollout.student=0.6",
+    "--config.data.rollout.buffer=16",
+    "--config.data.rollout.adaptive=0.1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,12 @@ def test_a_share_of_nothing_is_the_run_without_rollouts(arguments, undisturbed, 
     workdir = tmp_path / "zero"
     zero = json.dumps({"schedule": "constant", "peak": 0.0})
     succeeds(
-        "train", "--workdir", str(workdir), *arguments, f"--config.rollout.student={zero}", "--config.rollout.prompt=8"
+        "train",
+        "--workdir",
+        str(workdir),
+        *arguments,
+        f"--config.data.rollout.student={zero}",
+        "--config.data.rollout.prompt=8",
     )
     bare = lambda row: {key: value for key, value in row.items() if not key.startswith("rollout")}
     assert [bare(row) for row in logged(workdir)] == logged(undisturbed)
@@ -62,7 +71,11 @@ def test_a_share_of_nothing_is_the_run_without_rollouts(arguments, undisturbed, 
 
 def test_a_teacher_with_a_context_is_another_teacher(arguments, undisturbed, tmp_path):
     workdir = tmp_path / "context"
-    more = ("--config.rollout.student=1.0", "--config.rollout.prompt=8", "--config.rollout.context=mind the price")
+    more = (
+        "--config.data.rollout.student=1.0",
+        "--config.data.rollout.prompt=8",
+        "--config.data.rollout.context=mind the price",
+    )
     succeeds("train", "--workdir", str(workdir), *arguments, *more, "--config.run.steps=3")
     assert logged(workdir)[0]["kd"] > 0
     assert logged(workdir)[0]["rollout_share"] == 1.0
@@ -71,13 +84,19 @@ def test_a_teacher_with_a_context_is_another_teacher(arguments, undisturbed, tmp
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--config.rollout.student=0.6", "--config.rollout.teacher=0.6"), "rollout.teacher"),
-        (("--config.rollout.buffer=8",), "rollout.student"),
-        (("--config.rollout.student=1.0", "--config.rollout.prompt=64"), "data.length"),
-        (("--config.rollout.student=1.0", "--config.run.rollout_every=7"), "run.rollout_every"),
-        (("--config.rollout.student=1.0", "--config.rollout.top_p=0.0"), "rollout.top_p"),
-        (("--config.rollout.student=1.0", "--config.teacher.path=self", "--config.rollout.mix=0.2"), "rollout.mix"),
-        (("--config.rollout.student=1.0", "--config.rollout.mix=0.2", "--config.rollout.proposals=4"), "proposals"),
+        (("--config.data.rollout.student=0.6", "--config.data.rollout.teacher=0.6"), "data.rollout.teacher"),
+        (("--config.data.rollout.buffer=8",), "data.rollout.student"),
+        (("--config.data.rollout.student=1.0", "--config.data.rollout.prompt=64"), "data.length"),
+        (("--config.data.rollout.student=1.0", "--config.run.rollout_every=7"), "run.rollout_every"),
+        (("--config.data.rollout.student=1.0", "--config.data.rollout.top_p=0.0"), "data.rollout.top_p"),
+        (
+            ("--config.data.rollout.student=1.0", "--config.teacher.path=self", "--config.data.rollout.mix=0.2"),
+            "data.rollout.mix",
+        ),
+        (
+            ("--config.data.rollout.student=1.0", "--config.data.rollout.mix=0.2", "--config.data.rollout.proposals=4"),
+            "proposals",
+        ),
         (("--config.run.rollout_every=2",), "run.rollout_every"),
     ],
 )

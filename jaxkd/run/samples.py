@@ -1,0 +1,102 @@
+"""Samples of fixed prompts at every evaluation, and what student and teacher say of the student's own text."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxkd.config.schema import Experiment
+from jaxkd.core import metrics, seeds
+from jaxkd.core.sharding import ROWS, batch_sharding
+from jaxkd.core.types import PyTree
+from jaxkd.data import loader
+from jaxkd.evals import own_text
+from jaxkd.report import records
+from jaxkd.run import load, rollouts
+from jaxkd.run.open_models import Model, Models
+from jaxkd.run.teacher import Teachers
+from jaxkd.sampling.law import Sampling
+from jaxkd.train.rollout import STUDENT, TEACHER, Limits, prompts, rollout
+
+_LENGTH = 64  # most tokens of a sample where a run has no rollouts
+_KEY = 2**31 + 1  # of all samples, so that evaluations differ by the student alone
+
+
+class Samples:
+    """The programs, and the held-out rows whose prompts are continued: `run.samples`, from all domains in turn."""
+
+    def __init__(self, e: Experiment, models: Models, rows: load.Domains, teachers: Teachers, mesh: Mesh):
+        devices = math.prod(mesh.shape[name] for name in ROWS)
+        count = -(-e.run.samples // devices) * devices
+        number = np.arange(count)
+        domain, row = number % len(rows.names), number // len(rows.names)
+        row = row % np.asarray([len(valid) for valid in rows.valid])[domain]
+        values, sharding = loader.read_rows(rows.valid, domain, row), batch_sharding(mesh)
+        local = loader.local_rows(count, sharding)
+        self.batch = loader.to_devices(jax.tree.map(lambda x: x[local], values), count, local, sharding)
+        r, length = rollouts.block(e), e.data.length
+        conversations = not values["weights"][:, 0].any()
+        limits = Limits(0 if conversations else length // 4, _LENGTH) if r is None else Limits(r.prompt, r.length)
+        self.ends, self.names, self.models, self.count = rollouts.ends_of(models.tokenizer), rows.names, models, count
+        options: dict[str, Any] = {
+            "limits": limits,
+            "vocab": models.vocab,
+            "sampling": Sampling(0.0) if r is None else rollouts.sampling_of(r),
+            "ends": self.ends,
+        }
+        replicated = NamedSharding(mesh, PartitionSpec())
+        key = jax.random.fold_in(seeds.key(e.run.seed), _KEY)
+
+        def write(model: Model, author: int) -> Any:
+            decoder = rollouts.own_decoder(model)
+            return jax.jit(lambda params, batch: rollout(decoder, params, batch, key, author=author, **options))
+
+        self._write = {STUDENT: write(models.student, STUDENT)}
+        if not models.is_self and len(models.teachers) == 1 and not models.teacher.cache:
+            self._write[TEACHER] = write(models.teacher, TEACHER)
+        wanted = lambda options: {name: options[name] for name in teachers.evaluate.requires if name in options}
+        signal = lambda inputs, batch: teachers.evaluate.signal(inputs[0], batch, **wanted(inputs[1]))
+        if any(model.cache for model in models.teachers.values()):
+            signal = lambda inputs, batch: None
+        diagnostics = own_text.make_diagnostics(models.student.forward, signal, models.vocab)
+        self._diagnose = jax.jit(diagnostics, out_shardings=replicated)
+        fields = lambda written, batch: (written.tokens, written.weights, written.targets, prompts(batch, limits)[1])
+        self._gather = jax.jit(fields, out_shardings=replicated)  # every process reads all of it
+
+    def at(
+        self, step: int, student: PyTree, teachers: Mapping[str, PyTree], inputs: tuple[PyTree, Any, PyTree]
+    ) -> tuple[list[records.Row], records.Row, list[str]]:
+        """Rows of samples.jsonl (at step 0 the teacher's too), the row of diagnostics.jsonl, degenerate rows.
+
+        `inputs` are those of `Teachers.comparison`.
+        """
+        written = self._write[STUDENT](student, self.batch)
+        own = self._texts(written)
+        rows = [self._row(step, "student", i, prompt, ids) for i, (prompt, ids) in enumerate(own)]
+        if step == 0 and TEACHER in self._write:
+            other = self._texts(self._write[TEACHER](teachers["teacher"], self.batch))
+            rows += [self._row(step, "teacher", i, prompt, ids) for i, (prompt, ids) in enumerate(other)]
+        state, number, average = inputs
+        values = metrics.read(self._diagnose(student, (state, {"step": number, "own": average}), written))
+        ids = [text for _, text in own]
+        values |= {
+            "tokens": sum(map(len, ids)) / len(ids),
+            "ended": sum(bool(text) and text[-1] in self.ends for text in ids) / len(ids),
+            **{f"distinct_{n}": share for n in (1, 2, 3) if (share := own_text.distinct(ids, n)) is not None},
+        }
+        degenerate = [f"{row['domain']} {row['row']}" for row, text in zip(rows, ids) if own_text.is_degenerate(text)]
+        return rows, records.diagnostics(step, values), degenerate
+
+    def _texts(self, written: Any) -> list[tuple[list[int], list[int]]]:
+        """Ids of each row's prompt and of what was written after it."""
+        tokens, weights, targets, lengths = jax.device_get(self._gather(written, self.batch))
+        return [(tokens[i, :n].tolist(), targets[i][weights[i] > 0].tolist()) for i, n in enumerate(lengths)]
+
+    def _row(self, step: int, author: str, i: int, prompt: list[int], ids: list[int]) -> records.Row:
+        decode = self.models.tokenizer.decode
+        domain = self.names[i % len(self.names)]
+        ended = bool(ids) and ids[-1] in self.ends
+        return records.sample(step, author, domain, i // len(self.names), decode(prompt), decode(ids), len(ids), ended)
