@@ -16,8 +16,8 @@ from jaxkd.config.schema import experiment
 from jaxkd.core import sharding
 from jaxkd.planning import plan
 from jaxkd.run import job, load, program
-from jaxkd.run.batch import rows_batch
 from jaxkd.run import teacher as teaching
+from jaxkd.run.batch import rows_batch
 from jaxkd.train.state import init_state
 
 
