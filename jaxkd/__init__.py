@@ -15,8 +15,9 @@ _PUBLIC = {
     "kernels.mesh": ("Axes",),
     "losses.divergences": (
         "adaptive_kl", "alpha_beta", "alpha_divergence", "conditional_kl", "cross_entropy", "decoupled_kd",
-        "decoupled_topk", "forward_kl", "generalized_jsd", "jeffreys", "mixed_kl", "partial_kl", "renormalized_kl",
-        "renyi", "reverse_kl", "skew_kl", "skew_reverse_kl", "squared_hellinger", "total_variation", "z_loss",
+        "decoupled_topk", "forward_kl", "generalized_jsd", "generalized_kl", "generalized_reverse_kl", "jeffreys",
+        "mixed_kl", "partial_kl", "renormalized_kl", "renyi", "reverse_kl", "sampled_reverse_kl", "skew_kl",
+        "skew_reverse_kl", "squared_hellinger", "total_variation", "z_loss",
     ),
     "kernels.api": ("linear_divergence", "token_values"),
     "losses.features": (

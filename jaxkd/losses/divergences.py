@@ -19,9 +19,9 @@ from jaxkd.core.types import Divergence, Side, TopSet
 
 __all__ = [
     "adaptive_kl", "alpha_beta", "alpha_divergence", "conditional_kl", "cross_entropy", "decoupled_kd",
-    "decoupled_topk", "forward_kl", "generalized_jsd", "jeffreys", "mixed_kl", "next_token", "partial_kl",
-    "renormalized_kl", "renyi", "reverse_kl", "skew_kl", "skew_reverse_kl", "squared_hellinger", "total_variation",
-    "z_loss",
+    "decoupled_topk", "forward_kl", "generalized_jsd", "generalized_kl", "generalized_reverse_kl", "jeffreys",
+    "mixed_kl", "next_token", "partial_kl", "renormalized_kl", "renyi", "reverse_kl", "sampled_reverse_kl", "skew_kl",
+    "skew_reverse_kl", "squared_hellinger", "total_variation", "z_loss",
 ]  # fmt: skip
 
 
@@ -41,6 +41,18 @@ def _nearly(name: str, value: float, point: float) -> bool:
     if 1e-9 < abs(value - point) < 1e-3:
         raise ValueError(f"{name} is {value}: within 0.001 of {point} float32 cancels, so give {point} itself")
     return abs(value - point) <= 1e-9
+
+
+def _leading(where: str, k: int) -> TopSet:
+    if type(k) is not int or k < 1:
+        raise ValueError(f"{where}: k must be an integer from 1 on, got {k!r}")
+    return TopSet(entries=k)
+
+
+def _sloped(value: Array, lq: Array, slope: Array) -> Array:
+    """`value` with the derivative `slope` in lq, whatever both were computed from."""
+    value, slope = jax.lax.stop_gradient((value, slope))
+    return value + slope * (lq - jax.lax.stop_gradient(lq))
 
 
 def _expm1(x: Array) -> Array:
@@ -175,11 +187,13 @@ def skew_kl(alpha: float = 0.1) -> Divergence:
     return Divergence(phi)
 
 
-def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
-    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q), 0 <= alpha < 1 (0 is reverse KL), else ValueError.
+def skew_reverse_kl(alpha: float = 0.1, detach: bool = False) -> Divergence:
+    """SRKL(alpha) = KL(q || m), m = (1 - alpha) p + alpha q, 0 <= alpha < 1 (0 is reverse KL), else ValueError.
 
     Gradient: q (u - <q, u>) with u = log q/m - alpha q/m, at most log 1/alpha. Bounded by log 1/alpha, unlike reverse
-    KL. The gradient flows through the mixture's q too (DistiLLM-2's code detaches it).
+    KL. With `detach`, m carries no gradient and u = log q/m: on the student's own text that is the expectation of the
+    policy gradient with reward log((1 - alpha) p(y)/q(y) + alpha) >= log alpha (TOP-D, arXiv 2607.04751, whose alpha is
+    1 - alpha here), and what DistiLLM-2's code does.
     Source: DistiLLM (arXiv 2402.03898), section 3.1, recalled.
     """
     if alpha == 0.0:
@@ -188,7 +202,8 @@ def skew_reverse_kl(alpha: float = 0.1) -> Divergence:
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         q = jnp.exp(lq)
-        return (q * (lq - jnp.log((1 - alpha) * jnp.exp(lp) + alpha * q)),)
+        log_m = jnp.log((1 - alpha) * jnp.exp(lp) + alpha * q)
+        return (q * (lq - (jax.lax.stop_gradient(log_m) if detach else log_m)),)
 
     return Divergence(phi)
 
@@ -327,19 +342,82 @@ def decoupled_topk(k: int = 32, mass: float = 1.0, inside: float = 1.0) -> Diver
     on S against the rest, and inside P times the difference of the renormalised ones within S. ValueError unless k is
     an integer >= 1 and both weights are numbers >= 0.
     """
-    if type(k) is not int or k < 1:
-        raise ValueError(f"decoupled_topk: k must be an integer from 1 on, got {k!r}")
+    head = _leading("decoupled_topk", k)
     _weights("decoupled_topk", mass=mass, inside=inside)
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
         p, q = jnp.exp(lp), jnp.exp(lq)
-        head = [jnp.where(side.in_top_set, x, 0.0) for x in (p, q, p * (lp - lq))]
-        return (*head, *[jnp.where(side.in_top_set, 0.0, x) for x in (p, q)])
+        inner = [jnp.where(side.in_top_set, x, 0.0) for x in (p, q, p * (lp - lq))]
+        return (*inner, *[jnp.where(side.in_top_set, 0.0, x) for x in (p, q)])
 
     def combine(p: Array, q: Array, cross: Array, rest_p: Array, rest_q: Array) -> Array:
         return mass * (_part(p, q) + _part(rest_p, rest_q)) + inside * (cross - _part(p, q))
 
-    return Divergence(phi, combine, top_set=TopSet(entries=k))
+    return Divergence(phi, combine, top_set=head)
+
+
+def generalized_kl(k: int = 32) -> Divergence:
+    """g(p, q) = sum_S [p log(p/q) - p + q], S the teacher's k largest entries, ties with the smallest included.
+
+    The forward twin of `generalized_reverse_kl`: the added q makes it a divergence on S, which `partial_kl` is not.
+    Gradient: q (u - <q, u>) with u = 1 - p/q on S, 0 elsewhere. 0 <= g <= KL of k + 1 entries <= KL(p || q), and g = 0
+    only where q = p on S. ValueError unless k is an integer >= 1. Source: as `generalized_reverse_kl`.
+    """
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p = jnp.exp(lp)
+        return (jnp.where(side.in_top_set, p * (lp - lq) - p + jnp.exp(lq), 0.0),)
+
+    return Divergence(phi, top_set=_leading("generalized_kl", k))
+
+
+def generalized_reverse_kl(k: int = 32, sampled_tail: bool = False) -> Divergence:
+    """g(q, p) = sum_S [q log(q/p) - q + p], S the teacher's k largest entries, ties with the smallest included.
+
+    Gradient: q (u - <q, u>) with u = log(q/p) on S, 0 elsewhere. 0 <= g <= reverse KL of k + 1 entries <= KL(q || p),
+    and g = 0 only where q = p on S. ValueError unless k is an integer >= 1.
+
+    `sampled_tail`, for text y ~ q only, adds the gradient of 1[y not in S] log q(y) sg(log(q/p)(y)). The expected
+    gradient is then that of KL(q || p), and the value sum_S q log(q/p) + 1[y not in S] log(q/p)(y) its unbiased
+    estimate, which may be negative. Differentiating sum_S q log(q/p) beside that tail would be biased by the gradient
+    of q(S). With a top-k teacher, p(y) is exact if y is stored beside the k largest; otherwise all entries that are not
+    stored count as one, and the expected gradient is that of the reverse KL of the stored entries and their tail.
+
+    Source: MOPD (arXiv 2606.30406), Eq. 5, quoted from a discussion of it; the tail is derived.
+    """
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        p, q, gap = jnp.exp(lp), jnp.exp(lq), lq - lp
+        inside = q * gap - q + p
+        if not sampled_tail:
+            return (jnp.where(side.in_top_set, inside, 0.0),)
+        inside += jax.lax.stop_gradient(q - p)  # the value is sum_S q log(q/p), the gradient that of g
+        return (jnp.where(side.in_top_set, inside, jnp.where(side.is_target, _sloped(gap, lq, gap), 0.0)),)
+
+    return Divergence(phi, top_set=_leading("generalized_reverse_kl", k))
+
+
+def sampled_reverse_kl(baseline: bool = False) -> Divergence:
+    """-A log q(y), A = log p(y) - log q(y) without gradient, y ~ q the next token: KL(q || p) from one sample.
+
+    The value is log q(y) - log p(y), whose mean is KL(q || p) and which may be negative; the gradient is that of
+    -A log q(y), log(q/p)(y) (onehot(y) - q), whose mean is that of KL(q || p). `baseline` adds the exact KL(q || p),
+    without gradient, to A: the same mean, and a lower variance beyond a handful of tokens. Back-propagating the value
+    itself would have mean gradient 0. Biased on text that the student did not write at this temperature and step: weigh
+    by author, and see `policy_gradient`. `reverse_kl` is the exact form, at the same cost where the teacher's whole
+    distribution is there. With a top-k teacher that did not store y, y is the whole tail.
+    Source: on-policy distillation (Thinking Machines 2025); the baseline is vOPD's (arXiv 2605.07865), derived.
+    """
+
+    def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
+        gap = jax.lax.stop_gradient(lq - lp)
+        drawn = [jnp.where(side.is_target, x, 0.0) for x in (gap, lq)]
+        return (*drawn, jnp.exp(jax.lax.stop_gradient(lq)) * gap) if baseline else tuple(drawn)
+
+    def combine(gap: Array, lq: Array, *kl: Array) -> Array:
+        return _sloped(gap, lq, gap - kl[0] if kl else gap)
+
+    return Divergence(phi, combine)
 
 
 def partial_kl() -> Divergence:
@@ -397,6 +475,16 @@ def excess_loss() -> Divergence:
     return Divergence(
         lambda lp, lq, side: (jnp.where(side.is_target, lp - lq, 0.0),), lambda gap: jnp.maximum(gap, 0.0)
     )
+
+
+def teacher_entropy() -> Divergence:
+    """H(p) = -sum p log p, a measurement that token weights use; of a top-k teacher its tail counts as one entry."""
+    return Divergence(lambda lp, lq, side: (-jnp.exp(lp) * lp,))
+
+
+def student_entropy() -> Divergence:
+    """H(q) = -sum q log q, a measurement that token weights use."""
+    return Divergence(lambda lp, lq, side: (-jnp.exp(lq) * lq,), uses_teacher=False)
 
 
 def z_loss() -> Divergence:

@@ -36,13 +36,20 @@ FAMILY = {
     "renyi_2": d.renyi(2.0),
     "decoupled_kd": d.decoupled_kd(1.0, 2.0),
     "decoupled_topk": d.decoupled_topk(4, 1.0, 0.5),
+    "generalized_kl": d.generalized_kl(4),
+    "generalized_reverse_kl": d.generalized_reverse_kl(4),
+    "sampled_tail": d.generalized_reverse_kl(4, sampled_tail=True),
+    "skew_detached": d.skew_reverse_kl(0.3, detach=True),
+    "sampled_reverse_kl": d.sampled_reverse_kl(baseline=True),
     "next_token": d.next_token(),
     "smoothed": d.next_token(0.1),
     "z_loss": d.z_loss(),
 }
 ZERO_AT_EQUALITY = [
-    name for name in FAMILY if name not in ("cross_entropy", "next_token", "smoothed", "z_loss")
-]  # fmt: skip
+    name
+    for name in FAMILY
+    if name not in ("cross_entropy", "next_token", "smoothed", "z_loss", "sampled_tail", "sampled_reverse_kl")
+]
 STORED = {name: FAMILY[name] for name in FAMILY} | {
     "partial_kl": d.partial_kl(),
     "conditional_kl": d.conditional_kl(),

@@ -60,6 +60,20 @@ def at(x, y):
     return np.take_along_axis(x, y[:, None], -1)[:, 0]
 
 
+def generalized(p, q, y, z, head=None):
+    head = leading(p, entries=4) if head is None else head
+    return np.sum(head * (p * LOG(p / q) - p + q), -1)
+
+
+def generalized_reverse(p, q, y, z, head=None):
+    return generalized(q, p, y, z, leading(p, entries=4) if head is None else head)
+
+
+def sampled_tail(p, q, y, z, head=None):
+    head = leading(p, entries=4) if head is None else head
+    return np.sum(head * q * LOG(q / p), -1) + np.where(at(head, y), 0.0, LOG(at(q, y) / at(p, y)))
+
+
 FORMULA = {
     "forward_kl": lambda p, q, y, z: kl(p, q),
     "reverse_kl": lambda p, q, y, z: kl(q, p),
@@ -84,11 +98,18 @@ FORMULA = {
     "renyi_2": lambda p, q, y, z: LOG(np.sum(p * p / q, -1)),
     "decoupled_kd": decoupled_kd,
     "decoupled_topk": decoupled_topk,
+    "generalized_kl": generalized,
+    "generalized_reverse_kl": generalized_reverse,
+    "sampled_tail": sampled_tail,
+    "skew_detached": lambda p, q, y, z: kl(q, 0.7 * p + 0.3 * q),
+    "sampled_reverse_kl": lambda p, q, y, z: LOG(at(q, y) / at(p, y)),
     "next_token": lambda p, q, y, z: -LOG(at(q, y)),
     "smoothed": lambda p, q, y, z: -0.9 * LOG(at(q, y)) - 0.1 * LOG(q).mean(-1),
     "z_loss": lambda p, q, y, z: LOG(np.exp(z).sum(-1)) ** 2,
 }
-ADAPTIVE = ("adaptive_kl",)  # its weights carry no gradient, so finite differences do not apply
+STOPPED = ("adaptive_kl", "sampled_tail", "skew_detached", "sampled_reverse_kl")
+"""A part of them carries no gradient, so finite differences do not apply."""
+HEADED = ("adaptive_kl", "decoupled_topk", "generalized_kl", "generalized_reverse_kl", "sampled_tail")
 
 
 def bucketed(p, q, ids):
@@ -142,7 +163,7 @@ def test_gradients_match_the_formulas():
     points = z + step * direction, z - step * direction
     flat = Head(np.eye(TOKENS), z)  # one row of logits per token, so the unembedding's gradient is theirs
     for i, name in enumerate(FAMILY):
-        if name in ADAPTIVE:
+        if name in STOPPED:
             continue
         weights = np.zeros((len(FAMILY), TOKENS))
         weights[i] = 1.0
@@ -167,17 +188,19 @@ def test_top_k_forms_match_the_formulas():
             want = SPARSE[name](p, q, entries.ids)
         elif name in ("next_token", "smoothed", "z_loss"):
             want = FORMULA[name](p, q, targets, z)
-        elif name in ("adaptive_kl", "decoupled_topk"):
+        elif name in HEADED:
             stored = np.where(inside, over[0], 0.0)
             head = leading(stored, mass=0.5) if name == "adaptive_kl" else leading(stored, entries=4)
-            want = over_head(name, *over, head & inside)
+            want = over_head(name, *over, y, head & inside)
         else:
             want = FORMULA[name](*over, y, z)
         np.testing.assert_allclose(field, want, rtol=5e-5, atol=5e-6, err_msg=name)
 
 
-def over_head(name, p, q, head):
-    """The two divergences with a top set, given that set."""
+def over_head(name, p, q, y, head):
+    """The divergences with a top set, given that set."""
+    if name not in ("adaptive_kl", "decoupled_topk"):
+        return FORMULA[name](p, q, y, None, head)
     if name == "adaptive_kl":
         gap = np.abs(p - q)
         share = np.sum(gap * head, -1) / gap.sum(-1)
