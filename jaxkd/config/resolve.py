@@ -14,8 +14,8 @@ from jaxkd.core import schedules
 from jaxkd.core.types import Batch, Divergence, Head, Sampled, Scalar, TopK
 from jaxkd.data import rules
 from jaxkd.kernels.api import refusal, unstored
-from jaxkd.losses import divergences, features, objective
-from jaxkd.losses.feature_term import FeatureTerm
+from jaxkd.losses import divergences, features, objective, token_weights
+from jaxkd.losses.feature_term import FeatureTerm, TokenWeights
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers import ensemble
@@ -109,6 +109,7 @@ def terms(
         where = f"objective.{name}"
         _check(where, term)
         weight = scalar(term.weight, steps, f"{where}.weight")
+        by_token = _token_weights(f"{where}.token_weights", term.token_weights, signal)
         if term.divergence:
             divergence = call(term.divergence, divergences, f"{where}.divergence", Divergence)
             temperature = scalar(term.temperature, steps, f"{where}.temperature")
@@ -118,7 +119,7 @@ def terms(
                 )
             if divergence.normaliser and temperature != 1:
                 raise ValueError(f"{where}.temperature must be 1: '{term.divergence}' takes the untempered logits")
-            result[name] = (weight, objective.match(divergence, temperature, term.standardize))
+            result[name] = (weight, objective.match(divergence, temperature, term.standardize, by_token))
         else:
             feature = call(term.feature, features, f"{where}.feature", FeatureTerm)
             for side, taps in (("student", feature.student_taps), ("teacher", feature.teacher_taps)):
@@ -132,8 +133,18 @@ def terms(
                     f"{where}.feature needs the teacher's {', '.join(feature.teacher_taps)}, and this one has only "
                     "its last hidden states: take a single online teacher, or -1 for its layer"
                 )
-            result[name] = (weight, feature)
+            result[name] = (weight, feature._replace(token_weights=by_token))
     return result
+
+
+def _token_weights(where: str, text: str, signal: SignalSpec) -> TokenWeights | None:
+    if not text:
+        return None
+    weights = call(text, token_weights, where, TokenWeights)
+    for divergence in weights.measured:
+        if (reason := _refusal(divergence, Term(1.0), signal)) is not None:
+            raise ValueError(f"{where} '{text}' cannot be measured with this teacher: {reason}")
+    return weights
 
 
 def _refusal(divergence: Divergence, term: Term, signal: SignalSpec) -> str | None:

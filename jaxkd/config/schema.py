@@ -99,6 +99,7 @@ class Term:
     feature: Annotated[str, "such as `hidden_mse(layers={2: 4})` of `jaxkd/losses/features.py`, or `MODULE:CALL`"] = ""
     temperature: Annotated[float | Schedule, "T of a divergence; its value is multiplied by T^2"] = 1.0
     standardize: Annotated[bool, "divide logits by their standard deviation over the vocabulary first"] = False
+    token_weights: Annotated[str, "such as `prefix(share=0.3)` of `losses/token_weights.py`, or `MODULE:CALL`"] = ""
 
 
 @dataclasses.dataclass(frozen=True)

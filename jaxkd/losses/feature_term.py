@@ -1,4 +1,4 @@
-"""`FeatureTerm` and helpers for its taps and layer maps.
+"""`FeatureTerm`, `TokenWeights`, and helpers for taps, layer maps and documents.
 
 Reductions are in float32. Padding, NaN included, reaches neither value nor gradient.
 """
@@ -11,13 +11,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.core.types import Batch, Output, PyTree
+from jaxkd.core.types import Batch, Divergence, Output, PyTree
 
 Init = Callable[[Array, Output, Output | None], PyTree]
 Pairs = tuple[tuple[int, int], ...]
 
 LAST = -1
 """In a layer map: the head's input, after the final norm, which is what a cache of hidden states holds."""
+
+
+class TokenWeights(NamedTuple):
+    """Factors of a term's token weights: `fn(batch, *values) -> [B L]`, at least 0; see `token_weights.py`.
+
+    `values` are the `measured` divergences of each token [B L], at temperature 1 and without gradient. All that the
+    terms of an objective measure together costs one forward product of each head in it, and nothing where there is
+    none.
+    """
+
+    fn: Callable[..., Array]
+    measured: tuple[Divergence, ...] = ()
 
 
 class FeatureTerm(NamedTuple):
@@ -33,6 +45,7 @@ class FeatureTerm(NamedTuple):
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     uses_teacher: bool = True
+    token_weights: TokenWeights | None = None
 
 
 def per_token(field: Callable[[PyTree, Output, Any, Batch], Array]) -> Callable[..., tuple[Array, Array]]:
@@ -52,6 +65,19 @@ def per_token(field: Callable[[PyTree, Output, Any, Batch], Array]) -> Callable[
 def nothing(key: Array, student: Output, teacher: Output | None) -> PyTree:
     """The `init` of a term without parameters."""
     return {}
+
+
+def beside(x: Array, segments: Array, later: bool = False) -> Array:
+    """The sum of `x` [B L] over the earlier tokens of each token's own segment, or over the later ones."""
+    step, edge = (-1, x.shape[1] - 1) if later else (1, 0)
+    first = (segments != jnp.roll(segments, step, 1)) | (jnp.arange(x.shape[1]) == edge)
+
+    def add(a, b):
+        (sum_a, first_a), (sum_b, first_b) = a, b
+        return jnp.where(first_b, sum_b, sum_a + sum_b), first_a | first_b
+
+    sums, _ = jax.lax.associative_scan(add, (x, first), reverse=later, axis=1)
+    return jnp.where(first, 0.0, jnp.roll(sums, step, 1))
 
 
 def pairs_of(layers: Mapping[int, int], last: bool = True) -> Pairs:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxkd.core import schedules
 from jaxkd.core.metrics import per_domain
 from jaxkd.core.types import Batch, Divergence, Ensemble, Head, Metrics, Output, PyTree, Scalar, Signal
-from jaxkd.kernels.api import linear_divergence
+from jaxkd.kernels.api import linear_divergence, token_values
 from jaxkd.losses import divergences
-from jaxkd.losses.feature_term import FeatureTerm
+from jaxkd.losses.feature_term import FeatureTerm, TokenWeights
 
 __all__ = ["match", "next_token"]
 
@@ -32,6 +32,7 @@ class Vocab(NamedTuple):
     divergence: Divergence
     temperature: Scalar = 1.0
     standardize: bool = False
+    token_weights: TokenWeights | None = None
 
 
 class Objective(NamedTuple):
@@ -64,14 +65,20 @@ class Reweighting(NamedTuple):
     update: Callable[[PyTree, Metrics, jax.Array], tuple[PyTree, Metrics]] = lambda state, metrics, step: (state, {})
 
 
-def match(divergence: Divergence, temperature: Scalar = 1.0, standardize: bool = False) -> Vocab:
+def match(
+    divergence: Divergence,
+    temperature: Scalar = 1.0,
+    standardize: bool = False,
+    token_weights: TokenWeights | None = None,
+) -> Vocab:
     """T^2 D(p^(T), q^(T)) with the teacher's distribution; T^2 keeps the gradient's scale (arXiv 1503.02531).
 
     `divergence` is one of `divergences.py`; `temperature` T a number or a schedule of the step. `standardize` first
     divides each model's logits by their standard deviation over the vocabulary, so that T is relative to it (arXiv
-    2403.01427); it carries no gradient here, unlike in the authors' code.
+    2403.01427); it carries no gradient here, unlike in the authors' code. `token_weights`, such as `prefix(0.3)` of
+    `losses/token_weights.py`, scale the term per token and never normalise.
     """
-    return Vocab(divergence, temperature, standardize)
+    return Vocab(divergence, temperature, standardize, token_weights)
 
 
 def next_token() -> Vocab:
@@ -90,11 +97,11 @@ def objective(
 ) -> Objective:
     """The weighted sum of named terms, those over the vocabulary in one kernel call.
 
-        value = sum_terms weight(step) T^2 sum_tokens batch.weights D      (T = 1 for a `FeatureTerm`)
+        value = sum_terms weight(step) T^2 sum_tokens batch.weights token_weights D      (T = 1 for a `FeatureTerm`)
 
-    Metrics have each term's un-weighted mean, over all tokens and per domain; `loss` is the weighted sum. A constant
-    weight of 0 removes a term, and with the last term that uses it the teacher's forward pass. A term's own parameters
-    are `params["objective"][name]`; terms without parameters have no entry.
+    Metrics have each term's mean without its weight and `token_weights`, over all tokens and per domain; `loss` is the
+    weighted sum. A constant weight of 0 removes a term, and with the last term that uses it the teacher's forward pass.
+    A term's own parameters are `params["objective"][name]`; terms without parameters have no entry.
 
     Args:
         terms: name -> (weight, term); a weight is a number or a schedule of the step.
@@ -109,12 +116,12 @@ def objective(
     """
     active = {name: term for name, term in terms.items() if callable(term[0]) or term[0] != 0}
     if not active:
-        raise ValueError(
-            "the objective has no term: give at least one of " + (", ".join(terms) or "none") + " a weight"
-        )
+        raise ValueError(f"the objective has no term: give at least one of {', '.join(terms) or 'none'} a weight")
     weights = {name: weight for name, (weight, _) in active.items()}
     vocabulary = {name: term for name, (_, term) in active.items() if isinstance(term, Vocab)}
     features = {name: term for name, (_, term) in active.items() if isinstance(term, FeatureTerm)}
+    by_token = {name: term.token_weights for name, (_, term) in active.items() if term.token_weights is not None}
+    options: dict[str, Any] = {"vocab": vocab, "tails": tails, "chunk": chunk}
     weights |= dict.fromkeys(measured, 0.0)
     vocabulary |= measured
 
@@ -128,13 +135,14 @@ def objective(
     ) -> tuple[jax.Array, Metrics]:
         if unknown := factors.keys() - terms.keys():
             raise ValueError(f"factors name '{min(unknown)}', and the objective's terms are {', '.join(terms)}")
-        token_weights = lambda name: batch.weights * factors[name] if name in factors else batch.weights
+        scales = _token_weights(by_token, student, signal, batch, **options)
+        token_weights = lambda name: batch.weights * factors.get(name, 1.0) * scales.get(name, 1.0)
         weight = {name: schedules.value(w, step) for name, w in weights.items()}
         values: list[jax.Array] = []
         fields: dict[str, jax.Array] = {}
         if vocabulary:
             scaled = {name: (weight[name], token_weights(name), term) for name, term in vocabulary.items()}
-            value, rows = _vocabulary(scaled, student, signal, batch, step, vocab=vocab, tails=tails, chunk=chunk)
+            value, rows = _vocabulary(scaled, student, signal, batch, step, **options)
             values.append(value)
             fields |= dict(zip(vocabulary, rows, strict=True))
         for name, term in features.items():
@@ -150,8 +158,9 @@ def objective(
             metrics |= per_domain(name, (field * batch.weights).sum(-1), tokens, batch.domain, domains)
         return value, metrics
 
-    uses_teacher = any(t.divergence.uses_teacher for t in vocabulary.values())
-    uses_teacher |= any(t.uses_teacher for t in features.values())
+    used: list[Any] = [*features.values(), *(term.divergence for term in vocabulary.values())]
+    used += [divergence for by in by_token.values() for divergence in by.measured]
+    uses_teacher = any(term.uses_teacher for term in used)
     taps = (
         tuple(dict.fromkeys(tap for term in features.values() for tap in getattr(term, name)))
         for name in ("student_taps", "teacher_taps")
@@ -203,6 +212,19 @@ def _vocabulary(
         standardized=tuple(term.standardize for *_, term in terms.values()),
         **options,
     )
+
+
+def _token_weights(
+    terms: Mapping[str, TokenWeights], student: Output, signal: Signal | None, batch: Batch, **options
+) -> dict[str, jax.Array]:
+    """The factors [B L] of each term, from one measurement of all that they need."""
+    measured = tuple(divergence for term in terms.values() for divergence in term.measured)
+    values: list[jax.Array] = []
+    if measured:
+        heads = jax.lax.stop_gradient((_zero_padding(student.head, batch), _zero_padding(signal, batch)))
+        values = list(token_values(measured, *heads, batch.targets, **options))
+    scales = {name: term.fn(batch, *[values.pop(0) for _ in term.measured]) for name, term in terms.items()}
+    return {name: jnp.where(batch.weights != 0, scale, 0.0) for name, scale in scales.items()}
 
 
 def _zero_padding(signal: Any, batch: Batch) -> Any:

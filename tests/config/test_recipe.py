@@ -159,6 +159,7 @@ def test_blocks_are_strict(change, message):
         ("objective.kd.divergence=generalized_jsd(gamma=1)", r"objective\.kd\.divergence.*gamma"),
         ("objective.kd.divergence=generalized_jsd(beta=1.0)", r"objective\.kd\.divergence.*beta"),
         ("objective.kd.divergence=__import__('os')", r"objective\.kd\.divergence"),
+        ("objective.kd.token_weights=prefx(share=0.3)", r"objective\.kd\.token_weights.*prefix"),
         ("optim.lr.schedule=cosin", r"optim\.lr\.schedule.*cosine"),
         ("run.dtype=float16", r"run\.dtype.*bfloat16"),
         ("run.remat=all", r"run\.remat"),
