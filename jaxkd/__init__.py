@@ -21,7 +21,8 @@ _PUBLIC = {
     ),
     "kernels.api": ("linear_divergence", "token_values"),
     "losses.features": (
-        "attention_transfer", "hidden_cosine", "hidden_mse", "linear_cka", "relations", "ted_filters", "ted_match",
+        "attention_transfer", "hidden_cosine", "hidden_mse", "linear_cka", "minillm", "policy_gradient", "relations",
+        "ted_filters", "ted_match",
     ),
     "losses.objective": ("match", "next_token", "objective"),
     "data.load_model": ("load_model",),

@@ -92,11 +92,13 @@ class StudentBlock:
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A term of the objective: either a divergence or a feature loss."""
+    """A term of the objective: either a divergence or a feature or policy loss."""
 
     weight: Annotated[float | Schedule, "factor on the term's value"]
     divergence: Annotated[str, "such as `reverse_kl()` of `jaxkd/losses/divergences.py`, or `MODULE:CALL`"] = ""
-    feature: Annotated[str, "such as `hidden_mse(layers={2: 4})` of `jaxkd/losses/features.py`, or `MODULE:CALL`"] = ""
+    feature: Annotated[str, "such as `hidden_mse({2: 4})` or `minillm()` of `losses/features.py`, or `MODULE:CALL`"] = (
+        ""
+    )
     temperature: Annotated[float | Schedule, "T of a divergence; its value is multiplied by T^2"] = 1.0
     standardize: Annotated[bool, "divide logits by their standard deviation over the vocabulary first"] = False
     token_weights: Annotated[str, "such as `prefix(share=0.3)` of `losses/token_weights.py`, or `MODULE:CALL`"] = ""

@@ -49,7 +49,7 @@ def _leading(where: str, k: int) -> TopSet:
     return TopSet(entries=k)
 
 
-def _sloped(value: Array, lq: Array, slope: Array) -> Array:
+def sloped(value: Array, lq: Array, slope: Array) -> Array:
     """`value` with the derivative `slope` in lq, whatever both were computed from."""
     value, slope = jax.lax.stop_gradient((value, slope))
     return value + slope * (lq - jax.lax.stop_gradient(lq))
@@ -392,7 +392,7 @@ def generalized_reverse_kl(k: int = 32, sampled_tail: bool = False) -> Divergenc
         if not sampled_tail:
             return (jnp.where(side.in_top_set, inside, 0.0),)
         inside += jax.lax.stop_gradient(q - p)  # the value is sum_S q log(q/p), the gradient that of g
-        return (jnp.where(side.in_top_set, inside, jnp.where(side.is_target, _sloped(gap, lq, gap), 0.0)),)
+        return (jnp.where(side.in_top_set, inside, jnp.where(side.is_target, sloped(gap, lq, gap), 0.0)),)
 
     return Divergence(phi, top_set=_leading("generalized_reverse_kl", k))
 
@@ -415,7 +415,7 @@ def sampled_reverse_kl(baseline: bool = False) -> Divergence:
         return (*drawn, jnp.exp(jax.lax.stop_gradient(lq)) * gap) if baseline else tuple(drawn)
 
     def combine(gap: Array, lq: Array, *kl: Array) -> Array:
-        return _sloped(gap, lq, gap - kl[0] if kl else gap)
+        return sloped(gap, lq, gap - kl[0] if kl else gap)
 
     return Divergence(phi, combine)
 
@@ -478,13 +478,8 @@ def excess_loss() -> Divergence:
 
 
 def teacher_entropy() -> Divergence:
-    """H(p) = -sum p log p, a measurement that token weights use; of a top-k teacher its tail counts as one entry."""
+    """H(p) = -sum p log p, a measurement for token weights; of a top-k teacher its tail counts as one entry."""
     return Divergence(lambda lp, lq, side: (-jnp.exp(lp) * lp,))
-
-
-def student_entropy() -> Divergence:
-    """H(q) = -sum q log q, a measurement that token weights use."""
-    return Divergence(lambda lp, lq, side: (-jnp.exp(lq) * lq,), uses_teacher=False)
 
 
 def z_loss() -> Divergence:

@@ -1,4 +1,4 @@
-"""Terms over features: hidden states and task-aware filters, with those of `relations.py`.
+"""Terms over features: hidden states and task-aware filters, with those of `relations.py` and `policy.py`.
 
 `layers` maps student layers to teacher layers, from 1 as in the taps; -1 is the input of the head (after the final
 norm), the only layer that cached hidden states have. No gradient flows to the teacher.
@@ -26,10 +26,13 @@ from jaxkd.losses.feature_term import (
     taps_of,
     width,
 )
+from jaxkd.losses.policy import minillm, policy_gradient
 from jaxkd.losses.relations import attention_transfer, relations
 
-__all__ = ["attention_transfer", "hidden_cosine", "hidden_mse", "linear_cka", "relations", "ted_filters", "ted_match"]
-
+__all__ = [
+    "attention_transfer", "hidden_cosine", "hidden_mse", "linear_cka", "minillm", "policy_gradient", "relations",
+    "ted_filters", "ted_match",
+]  # fmt: skip
 
 EPS = 1e-6
 """Added to a squared norm before its root, so that a vector of zeros has a finite gradient."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from jaxkd.core.types import Batch
+from jaxkd.core.types import Batch, Divergence
 from jaxkd.losses import divergences
 from jaxkd.losses.feature_term import TokenWeights, beside
 
@@ -71,25 +71,32 @@ def teacher_entropy(above: float = 0.8) -> TokenWeights:
 
 
 def tip(share: float = 0.5) -> TokenWeights:
-    """1 on the `share` of a row's weighted tokens (rounded, at least one, with ties) with the largest h + d - h d.
+    """1 on the `share` of a row's weighted tokens (rounded, at least one) with the largest h + d - h d.
 
-    h is the student's entropy H(q) and d is KL(q || p), each divided by its largest value in the row: tokens count
-    where the student is unsure or wrong. Ranks are within a row, so that they do not depend on micro-batches; that and
-    the normalisation are ours. ValueError unless 0 < share <= 1.
+    h = H(q) / log V is the student's entropy, and d = KL(q || p) over its largest value in the row: tokens count where
+    the student is unsure or wrong. Ranks are within a row, so that they do not depend on micro-batches; that and d's
+    scale are ours. ValueError unless 0 < share <= 1.
     Source: TIP (arXiv 2604.14084), from a summary; `share` 0.5 is its setting.
     """
     if not 0 < share <= 1:
         raise ValueError(f"tip: share must be above 0 and at most 1, got {share}")
 
-    def fn(batch: Batch, entropy: Array, kl: Array) -> Array:
+    def fn(batch: Batch, h: Array, kl: Array) -> Array:
         live = batch.weights != 0
-        relative = lambda x: x / jnp.maximum(jnp.max(x, -1, where=live, initial=0.0, keepdims=True), 1e-8)
-        h, d = relative(entropy), relative(kl)
+        d = kl / jnp.maximum(jnp.max(kl, -1, where=live, initial=0.0, keepdims=True), 1e-8)
         score = jnp.where(live, h + d - h * d, -jnp.inf)
-        count = jnp.maximum(jnp.round(share * live.sum(-1, keepdims=True)), 1).astype(jnp.int32)
-        return score >= jnp.take_along_axis(-jnp.sort(-score, -1), count - 1, -1)
+        # By rank and not by a threshold, which XLA may compute again with other rounding.
+        rank = jnp.argsort(jnp.argsort(-score, -1), -1)
+        return rank < jnp.maximum(jnp.round(share * live.sum(-1, keepdims=True)), 1)
 
-    return TokenWeights(fn, (divergences.student_entropy(), divergences.reverse_kl()))
+    return TokenWeights(fn, (_NORMALISED_ENTROPY, divergences.reverse_kl()))
+
+
+_NORMALISED_ENTROPY = Divergence(
+    lambda lp, lq, side: (-jnp.exp(lq) * lq, jnp.ones_like(lq)),
+    lambda entropy, size: entropy / jnp.log(size),
+    uses_teacher=False,
+)
 
 
 def iw_opd(gamma: float = 0.5) -> TokenWeights:

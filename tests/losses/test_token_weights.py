@@ -81,7 +81,7 @@ def iw_by_hand(gamma):
 def tip_by_hand(share):
     entropy = np.where(LIVE, -np.sum(np.exp(LQ) * LQ, -1), 0.0)
     kl = np.where(LIVE, np.sum(np.exp(LQ) * (LQ - LP), -1), 0.0)
-    h, k = (x / x.max(1, keepdims=True) for x in (entropy, kl))
+    h, k = entropy / np.log(VOCAB), kl / kl.max(1, keepdims=True)
     return leading(h + k - h * k, share)
 
 
