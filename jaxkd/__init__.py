@@ -27,6 +27,7 @@ _PUBLIC = {
     "losses.objective": ("match", "next_token", "objective"),
     "data.load_model": ("load_model",),
     "sampling.complete": ("generate",),
+    "evals.scoring": ("score",),
     "teachers.base": ("Teacher",),
     "teachers.online": ("no_teacher", "online", "self_teacher"),
     "teachers.signals": ("sampled", "top_k"),

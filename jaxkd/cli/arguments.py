@@ -65,6 +65,12 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         ("--model", {"metavar": "PATH", "help": "a Hugging Face directory, a GGUF file or a known name"}),
         ("--teacher", {"metavar": "PATH", "help": "the same: what --model is evaluated against"}),
         ("--data", {"nargs": "+", "default": [], "metavar": "[NAME=]SOURCE", "help": _DATA}),
+        (
+            "--tasks",
+            {"nargs": "+", "default": [], "metavar": "FILE", "help": "tasks to measure instead, see docs/tasks.md"},
+        ),
+        _switch("--json", "of tasks: print a JSON object per figure"),
+        ("--output", {"metavar": "DIR", "help": "of tasks: for tasks.jsonl and completions (default: the run's)"}),
         _STEP,
     ),
     "generate": (

@@ -178,11 +178,16 @@ def rollback(options: argparse.Namespace) -> Lines:
 
 
 def evaluate(options: argparse.Namespace) -> Lines:
-    """Evaluate a run's student, or any model, against a teacher: on held-out rows, or on text of your own."""
+    """Evaluate a run's student, or any model: against a teacher on held-out rows or text of your own, or on tasks."""
     if bool(options.workdir) == bool(options.model):
         raise ValueError("give --workdir DIR, or --model PATH with --teacher PATH and --data SOURCE")
+    if options.tasks:
+        yield from _evaluate_tasks(options)
+        return
+    if options.json or options.output:
+        raise ValueError("--json and --output are for --tasks")
     if options.model and not (options.teacher and options.data):
-        raise ValueError("--model needs --teacher PATH and --data SOURCE")
+        raise ValueError("--model needs --teacher PATH and --data SOURCE, or --tasks FILE")
     if options.workdir and options.teacher:
         raise ValueError("--teacher is for --model: a run is evaluated against its own teacher")
     if options.model and options.step:
@@ -200,6 +205,23 @@ def evaluate(options: argparse.Namespace) -> Lines:
         values = override(evaluation.values_of_run(saved, options.data), options.recipe)
         log = not (options.data or options.recipe)
         yield evaluation.of_run(values, Path(options.workdir), options.step, options.data, log)
+
+
+def _evaluate_tasks(options: argparse.Namespace) -> Lines:
+    if options.teacher or options.data or options.recipe:
+        raise ValueError("--tasks takes no --teacher, --data or --config: a task's file has its own settings")
+    if options.model and options.step:
+        raise ValueError("--step is for --workdir: a model has no checkpoints")
+    from jaxkd.run import evaluate as evaluation
+
+    _join_alone("evaluate --tasks")
+    path = lambda name: Path(name) if name else None
+    workdir, output = path(options.workdir), path(options.output)
+    scores = evaluation.of_tasks(options.tasks, workdir, options.step, options.model, output)
+    if options.json:
+        yield from (json.dumps(score._asdict(), ensure_ascii=False) for score in scores)
+    else:
+        yield f"{scores[0].model}\n{evaluation.task_table(scores)}"
 
 
 def _join_alone(verb: str) -> None:

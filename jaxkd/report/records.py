@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxkd.runtime import files
 
 Row = dict[str, Any]  # a JSON object of one of these files, made by `training`, `Evaluation` or `interval`
-METRICS, EVALS, MIXTURE = "metrics.jsonl", "evals.jsonl", "mixture.jsonl"
+METRICS, EVALS, MIXTURE, TASKS = "metrics.jsonl", "evals.jsonl", "mixture.jsonl", "tasks.jsonl"
 SAMPLES, DIAGNOSTICS = "samples.jsonl", "diagnostics.jsonl"
 MEAN = "mean"  # the domain of evaluation rows that are means over the domains
 
@@ -40,6 +40,21 @@ class Evaluation(NamedTuple):
     teacher_ece: float
     gap_closed: float | None  # (start - student) / (start - teacher); None where the student was not behind
     tokens: int
+
+
+class TaskScore(NamedTuple):
+    """A row of tasks.jsonl, by `_asdict()`: a figure of a task, its mean over examples and their 95% interval."""
+
+    step: int | None  # None for a model that is of no run
+    model: str
+    task: str
+    kind: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    examples: int  # that have a value
+    fingerprint: str  # of the task, the weights and the tokenizer
 
 
 def interval(step: int, number: int, tokens: int, columns: Mapping[str, Mapping[str, Any]], **more: float) -> Row:

@@ -13,9 +13,11 @@ from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import PyTree
 from jaxkd.data import build
 from jaxkd.data.sources import open_source
-from jaxkd.evals import compare
+from jaxkd.evals import compare, subject, tasks
 from jaxkd.report import records
-from jaxkd.run import job, load, restore, saved_student, teacher
+from jaxkd.report.records import TaskScore
+from jaxkd.report.text import aligned, number
+from jaxkd.run import generate, job, load, restore, saved_student, teacher
 from jaxkd.run.open_models import Models, open_models
 from jaxkd.runtime import files, multihost
 from jaxkd.teachers.online import self_teacher
@@ -84,6 +86,54 @@ def of_run(values: dict[str, Any], workdir: Path, step: str | None, sources: Seq
     elif log and multihost.is_main() and not any(row["step"] == number for row in before):
         files.append_jsonl(workdir / records.EVALS, result)
     return f"{title}\n{compare.table(result, start)}"
+
+
+def of_tasks(
+    paths: Sequence[str], workdir: Path | None, step: str | None, model: str | None, output: Path | None
+) -> list[TaskScore]:
+    """Figures of a run's checkpoint or of a model on the tasks of files, each with its interval.
+
+    In `output`, by default the workdir, rows are appended to tasks.jsonl and what the model wrote is put into
+    tasks/NAME-STEP.jsonl; a task whose rows of the same weights are there is not run again. Raises ValueError, before a
+    model is opened, for a bad file; ModuleNotFoundError for a missing library.
+    """
+    listed: dict[str, tasks.Task] = {}
+    for path in paths:
+        for task in tasks.read(Path(path)):
+            if task.name in listed:
+                raise ValueError(f"--tasks: {path} and {listed[task.name].source} both have a task '{task.name}'")
+            listed[task.name] = task
+    tasks.check_installed(list(listed.values()))
+    at: int | None
+    if workdir is not None:
+        at, [student] = generate.subjects_of_run(workdir, step)
+    else:
+        at, student = None, subject.of_model(str(model))
+    folder = output or workdir
+    before = [] if folder is None else records.rows(folder, records.TASKS)
+    scores: list[TaskScore] = []
+    for task in listed.values():
+        identity = tasks.fingerprint(task, student)
+        done = [TaskScore(**row) for row in before if row["fingerprint"] == identity]
+        if not done:
+            result = tasks.run(task, student, at, subject.of_model)
+            done = result.scores
+            if folder is not None:
+                (folder / "tasks").mkdir(parents=True, exist_ok=True)
+                name = task.name if at is None else f"{task.name}-{at}"
+                files.write_jsonl(folder / "tasks" / f"{name}.jsonl", result.examples)
+                files.append_jsonl(folder / records.TASKS, [score._asdict() for score in done])
+        scores += done
+    return scores
+
+
+def task_table(scores: Sequence[TaskScore]) -> str:
+    """Figures as aligned text."""
+    lines = [["task", "figure", "value", "95% interval", "examples"]]
+    for score in scores:
+        between = f"{number(score.low)} to {number(score.high)}"
+        lines.append([score.task, score.metric, number(score.value), between, f"{score.examples:,}"])
+    return aligned(lines)
 
 
 def _with_domains(values: dict[str, Any], sources: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 
 from jaxkd.data import conversations
-from jaxkd.data.load_model import load_model
+from jaxkd.evals import subject
+from jaxkd.evals.subject import Prompt, Subject
+from jaxkd.models.transformer import CausalLM
 from jaxkd.run import job, load, restore, saved_student
 from jaxkd.run.open_models import Model
 from jaxkd.sampling import text
@@ -18,15 +20,17 @@ from jaxkd.sampling.law import Sampling
 from jaxkd.sampling.sampler import decoder
 from jaxkd.sampling.text import Completion, Settings, Writer
 
-Prompt = str | list[dict[str, Any]]
-"""A text to continue, or the turns of a conversation to answer."""
-
 _FIELDS = ("messages", "conversations", "prompt", "text")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 
 
 def writers_of_run(workdir: Path, step: str | None, beside_teacher: bool) -> list[Writer]:
     """A run's student at a checkpoint, and its teachers."""
+    return [one.writer for one in subjects_of_run(workdir, step, beside_teacher)[1]]
+
+
+def subjects_of_run(workdir: Path, step: str | None, beside_teacher: bool = False) -> tuple[int, list[Subject]]:
+    """The step of a run's checkpoint; its student there, and the run's teachers."""
     e = job.fit_devices(saved_student.located_experiment(workdir))
     mesh = job.build_mesh(e.run.mesh, jax.devices())
     with jax.set_mesh(mesh):
@@ -39,25 +43,19 @@ def writers_of_run(workdir: Path, step: str | None, beside_teacher: bool) -> lis
             params = load.teachers(models)[0]
             sides += [(name, model, params[name]) for name, model in models.teachers.items() if name in params]
     own = lambda model: model.tokenizer or models.tokenizer
-    return [_writer(name, model, params, own(model)) for name, model, params in sides]
+    return number, [_subject(name, model, params, own(model)) for name, model, params in sides]
 
 
-def _writer(name: str, model: Model, params: Any, tokenizer: Any) -> Writer:
-    config = model.config
-    return Writer(
-        name, decoder(config, model.dtype, model.rules), params, tokenizer, config.max_length,
-        min(tokenizer.vocab, config.vocab),
-    )  # fmt: skip
+def _subject(name: str, model: Model, params: Any, tokenizer: Any) -> Subject:
+    config, vocab = model.config, min(tokenizer.vocab, model.config.vocab)
+    steps = decoder(config, model.dtype, model.rules)
+    forward = CausalLM(config, model.dtype, rules=model.rules)
+    return Subject(Writer(name, steps, params, tokenizer, config.max_length, vocab), forward)
 
 
 def writer_of_model(path: str) -> Writer:
     """Any model on this machine."""
-    model = load_model(path)
-    if model.tokenizer is None:
-        raise FileNotFoundError(f"{path} has no tokenizer.json: put the model's own beside its weights")
-    config = model.forward.config
-    tokenizer = model.tokenizer
-    return Writer(path, decoder(config), model.params, tokenizer, config.max_length, min(tokenizer.vocab, config.vocab))
+    return subject.of_model(path).writer
 
 
 def settings_of(writer: Writer, given: dict[str, Any], **others: Any) -> Settings:

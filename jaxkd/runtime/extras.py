@@ -6,6 +6,8 @@ _MODULES = {
         "pyarrow", "safetensors", "tensorboardX", "tensorflow_datasets", "tokenizers", "tqdm",
     ),
     "math": ("mathgenerator", "matplotlib", "sympy"),
+    "tasks": ("math_verify", "rouge_score", "sacrebleu"),
+    "lm-eval": ("lm_eval",),
     "gcs": ("gcsfs",),
     "tpu": ("libtpu",),
 }  # fmt: skip
