@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkd.core.types import Batch, Head, PyTree
+from jaxkd.core.types import Batch, PyTree
 from jaxkd.kernels.api import RANKED, linear_comparison
 from jaxkd.losses.divergences import next_token
 from jaxkd.models.transformer import CausalLM
@@ -89,7 +89,8 @@ def _scored(forward: CausalLM, vocab: int, params, tokens, lengths, places, targ
     row = jnp.zeros_like(lengths)
     head = forward(params, Batch(tokens, tokens, live.astype(jnp.float32), live, positions, row, row)).head
     head = head._replace(hidden=jnp.take_along_axis(head.hidden, places[..., None], 1))
-    # The kernel compares with a teacher: one of width 1 costs no product of note.
-    teacher = Head(jnp.zeros((*targets.shape, 1), head.hidden.dtype), jnp.zeros((1, head.unembed.shape[1])))
+    # The kernel compares with a teacher, which is nothing here: a head of width 1 costs no product of note. It is no
+    # constant, whose sums over the vocabulary XLA would fold for minutes.
+    teacher = head._replace(hidden=head.hidden[..., :1], unembed=head.unembed[:1])
     values = linear_comparison((next_token(),), head, teacher, targets, vocab=vocab)
     return -values[0], values[1 + RANKED.index("student_right")] > 0
