@@ -95,7 +95,9 @@ def test_scores_are_those_of_the_dense_logits_for_any_batch(subject, dense):
 
 def test_rows_of_similar_length_share_a_program(subject):
     before = scoring._scored._cache_size()
-    score(subject.forward, subject.writer.params, [([1] * n, [2] * m) for n in range(1, 33, 3) for m in range(1, 17, 4)])
+    score(
+        subject.forward, subject.writer.params, [([1] * n, [2] * m) for n in range(1, 33, 3) for m in range(1, 17, 4)]
+    )
     assert scoring._scored._cache_size() - before <= 4
 
 
