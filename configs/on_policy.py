@@ -4,20 +4,29 @@
     jaxkd export --workdir runs/on_policy/sft --output runs/on_policy/start
     jaxkd train --config configs/on_policy.py:gkd,small --workdir runs/on_policy/gkd
 
-Arguments: a method, and `small`. The methods but sft and seqkd start from a fine-tuned student, as their papers do: the export
-of the sft run.
+Arguments: a method, and `small`. All methods but sft and seqkd start from a fine-tuned student, as their papers do:
+the export of the sft run.
 
-  sft        cross-entropy on the data                          seqkd      on text of the teacher (arXiv 1606.07947)
-  imitkd     forward KL, the student's share rising (2009.07253)   gkd        JSD, half of the rows (2306.13649)
-  opd        sampled reverse KL as an advantage (Thinking Machines 2025)   vopd   with the exact KL as baseline (2605.07865)
-  reverse    the whole reverse KL of every token                topk       generalised KL on the teacher's top 32, tail sampled
-  minillm    2306.08543       distillm   adaptive replay (2402.03898)       distillm2  contrastive (2503.07067)
-  skd        speculative (2410.11325)      opcd   the same weights with a system prompt as teacher (2602.12275)
-  entropy    opd, and forward KL where the teacher is uncertain (2603.07079)    prefix   opd on the first 30% of a text (2606.22600)
+    sft        cross-entropy on the data
+    seqkd      cross-entropy on text of the teacher (arXiv 1606.07947)
+    imitkd     forward KL, the student's share of the rows rising from 0 to 1 (arXiv 2009.07253)
+    gkd        Jensen-Shannon divergence, half of the rows the student's (arXiv 2306.13649)
+    opd        sampled reverse KL as an advantage (Thinking Machines 2025)
+    vopd       the same with the exact KL as baseline (arXiv 2605.07865)
+    reverse    the whole reverse KL of every token
+    topk       generalised reverse KL on the teacher's top 32, the tail sampled (arXiv 2606.30406)
+    minillm    exact next step and sampled later ones, text from the mixture with the teacher (arXiv 2306.08543)
+    distillm   skewed KL with adaptive replay (arXiv 2402.03898)
+    distillm2  the teacher's text under skewed KL, the student's under skewed reverse KL (arXiv 2503.07067)
+    skd        forward KL on speculative text (arXiv 2410.11325)
+    opcd       the same weights with a system prompt as teacher (arXiv 2602.12275)
+    entropy    opd, and forward KL where the teacher is uncertain (arXiv 2603.07079)
+    prefix     opd on the first 30% of a text (arXiv 2606.22600)
 
-The large form distils Qwen3-32B into Qwen3-4B on conversations in data/chat; `small` SmolLM2-135M-Instruct into its fifteen most
-important layers on text that comes with Python packages, about five minutes a run on two CPU cores. Settings are those of the
-papers where they state them (learning rates, alpha, buffer, K); batch and steps are ours.
+The large form distils Qwen3-32B into Qwen3-4B on conversations in data/chat; `small` SmolLM2-135M-Instruct into its
+fifteen most important layers on text that comes with Python packages, some minutes a run on two CPU cores. Learning
+rates, alpha, buffer and K are the papers' where they state them (four times the rate in `small`); batch and steps are
+ours.
 """
 
 from ml_collections import ConfigDict
@@ -113,7 +122,14 @@ def get_config(arg: str = "gkd") -> ConfigDict:
             "rollout": rollout and {**rollout, "length": 2048},
         },
         "optim": {"lr": {"schedule": "constant", "peak": peak, "warmup": 10}},
-        "run": {"steps": steps, "dtype": "bfloat16", "remat": "layer", "eval_every": 50, "eval_batch": 64, "samples": 8},
+        "run": {
+            "steps": steps,
+            "dtype": "bfloat16",
+            "remat": "layer",
+            "eval_every": 50,
+            "eval_batch": 64,
+            "samples": 8,
+        },
     }
     if small:
         config["data"] = {

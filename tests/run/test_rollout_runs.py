@@ -1,5 +1,6 @@
 """Whole runs in which student and teacher write the rows."""
 
+import html
 import json
 
 import pytest
@@ -12,7 +13,9 @@ ON_POLICY = (
     "--config.data.rollout.length=16",
     "--config.run.rollout_every=2",
     "--config.data.interval=6",
+    "--config.run.samples=3",
 )
+WRITTEN = ("samples.jsonl", "diagnostics.jsonl")
 REPLAYED = (
     "--config.data.rollout.student=0.6",
     "--config.data.rollout.buffer=16",
@@ -37,11 +40,35 @@ def test_a_run_resumed_between_a_rollout_and_its_step_has_the_same_bits(run, on_
     rows = lines(run / "metrics.jsonl")
     assert all(0 < row.get("rollout_tokens", 1) <= 16 for row in rows)
     assert 0.2 < sum(row["rollout_share"] for row in rows) / len(rows) < 0.9
-    before = logged(run)
+    before, texts = logged(run), [lines(run / name) for name in WRITTEN]
     succeeds("rollback", "--workdir", str(run), "--step", "3")
     printed = succeeds("train", "--workdir", str(run), *on_policy, *REPLAYED)
     assert "resuming at step 3" in printed
     assert logged(run) == before
+    assert [lines(run / name) for name in WRITTEN] == texts
+
+
+def test_an_evaluation_continues_fixed_prompts(run):
+    samples, figures = (lines(run / name) for name in WRITTEN)
+    assert [row["step"] for row in figures] == [0, 6, 12]
+    assert figures[0]["importance_ratio"] == pytest.approx(1, abs=1e-4)
+    assert figures[0].keys() >= {
+        "reverse_kl",
+        "student_entropy",
+        "teacher_mass",
+        "overlap",
+        "tokens",
+        "ended",
+        "distinct_2",
+    }
+    by_author = lambda author, step: [row for row in samples if (row["author"], row["step"]) == (author, step)]
+    prompts = [row["prompt"] for row in by_author("teacher", 0)]
+    assert len(prompts) == 3
+    assert all([row["prompt"] for row in by_author("student", step)] == prompts for step in (0, 6, 12))
+    assert all(row["tokens"] <= 16 for row in samples)
+    page = (run / "report.html").read_text()
+    assert "student, step 12" in page
+    assert all(html.escape(row["text"]) in page for row in by_author("teacher", 0))
 
 
 @pytest.mark.slow
