@@ -20,6 +20,8 @@ the export of the sft run.
     distillm2  the teacher's text under skewed KL, the student's under skewed reverse KL (arXiv 2503.07067)
     skd        forward KL on speculative text (arXiv 2410.11325)
     opcd       the same weights with a system prompt as teacher (arXiv 2602.12275)
+    sdft       the same weights, their average, with each record's demonstration as teacher (arXiv 2601.19897)
+    opsd       the first student with each record's solution as teacher (arXiv 2601.18734)
     entropy    opd, and forward KL where the teacher is uncertain (arXiv 2603.07079)
     prefix     opd on the first 30% of a text (arXiv 2606.22600)
 
@@ -28,6 +30,8 @@ fifteen most important layers on text that comes with Python packages, some minu
 rates, alpha, buffer and K are the papers' where they state them (four times the rate in `small`); batch and steps are
 ours.
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -38,7 +42,7 @@ STUDENT = {"student": 1.0}
 RISING = {"schedule": "constant", "peak": 1.0}  # with the warm-up of a method's own
 
 # Per method: rollouts, objective, peak of the learning rate.
-METHODS = {
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "sft": ({}, {"ce": CE}, 5e-5),
     "seqkd": ({"teacher": 1.0}, {"ce": CE}, 5e-5),
     "imitkd": ({"student": RISING}, {"kd": {"divergence": "forward_kl", "weight": 1.0}}, 5e-5),
@@ -82,6 +86,12 @@ METHODS = {
         {"kd": KL},
         2e-5,
     ),
+    "sdft": (STUDENT, {"kd": {"divergence": "forward_kl", "weight": 1.0}}, 2e-5),
+    "opsd": (
+        {"student": 1.0, "temperature": 1.1, "top_p": 0.95},
+        {"kd": {"divergence": "generalized_jsd(beta=0.5)", "weight": 1.0}},
+        2e-5,
+    ),
     "entropy": (
         STUDENT,
         {
@@ -92,6 +102,7 @@ METHODS = {
     ),
     "prefix": (STUDENT, {"kd": {**OPD, "token_weights": "prefix(share=0.3)"}}, 5e-5),
 }
+DECAY = {"opcd": 1.0, "opsd": 1.0, "sdft": 0.99}  # of the student's average as its teacher; 1: the student at the start
 LAYERS = (0, 1, 2, 6, 8, 9, 10, 11, 20, 21, 23, 24, 27, 28, 29)
 
 
@@ -110,7 +121,7 @@ def get_config(arg: str = "gkd") -> ConfigDict:
         peak *= 4
         rollout = rollout and {**rollout, "prompt": 16}
     start = method in ("sft", "seqkd")
-    config = {
+    config: dict[str, Any] = {
         "teacher": {"path": "smollm2-135m-instruct" if small else "Qwen/Qwen3-32B"},
         "student": {"path": "teacher" if small else "Qwen/Qwen3-4B"} if start else {"path": "runs/on_policy/start"},
         "objective": terms,
@@ -149,8 +160,13 @@ def get_config(arg: str = "gkd") -> ConfigDict:
             config["optim"]["lr"] = {"schedule": "cosine", "peak": 8e-4, "warmup": 3, "end": 4e-5}
     else:
         config["teacher"] |= {"dtype": "bfloat16"}
-    if method == "opcd":  # the student before the first step
-        config["teacher"] = {"path": "self", "decay": 1.0}
+    if method in DECAY:
+        config["teacher"] = {"path": "self", "decay": DECAY[method]}
+    if method in ("sdft", "opsd"):
+        config["data"] |= {"context": 512 if small else 4096}
+        if small:  # conversations with teacher_context, of your own
+            config["data"] |= {"domains": {"chat": "data/chat"}, "rollout": {**rollout, "prompt": 0, "length": 48}}
+            config["data"] |= {"length": 256}
     if not rollout:
         del config["data"]["rollout"]
     return ConfigDict(config)

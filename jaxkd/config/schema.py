@@ -154,6 +154,11 @@ class DataBlock:
     valid_rows: Annotated[int, "limit of held-out rows per domain; 0: none"] = 0
     valid_share: Annotated[float, "share of the text that is held out"] = 0.05
     bad_records: Annotated[float, "share of a domain's records that may be bad or null, counted and left out"] = 0.05
+    packs: Annotated[bool, "several documents in a row; false: one each, as short prompts of rollouts want"] = True
+    context: Annotated[
+        int,
+        "tokens for the teacher's own prompt, with a conversation's `teacher_context`; one conversation a row; 0: none",
+    ] = 0
     rollout: RolloutBlock = RolloutBlock()
 
     @property

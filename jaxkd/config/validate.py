@@ -22,7 +22,9 @@ AT_LEAST = {
         ("run.steps", "run.checkpoint_every", "run.log_every", "run.keep_checkpoints", "run.eval_batch"), 1
     ),
     **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches", "run.rollout_every"), 1),
-    **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s", "run.samples"), 0),
+    **dict.fromkeys(
+        ("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s", "run.samples", "data.context"), 0
+    ),
     **dict.fromkeys(("optim.skip_limit", "optim.spike", "optim.lr.peak", "optim.lr.warmup", "optim.lr.end"), 0),
     **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps", "optim.clip"), 0),
 }
@@ -78,6 +80,8 @@ def _check_rollout(e: Experiment) -> None:
             raise ValueError(f"data.rollout.{key} must be at least 0, got {value}")
     if r.prompt >= e.data.length:
         raise ValueError(f"data.rollout.prompt={r.prompt} leaves no room in rows of data.length={e.data.length}")
+    if r.context and e.data.context:
+        raise ValueError("data.rollout.context is of all rows and data.context of each record: give one")
     if r.mix and r.proposals:
         raise ValueError("data.rollout.mix and data.rollout.proposals are two laws of the student's text: give one")
     if (r.buffer or r.adaptive or r.mix or r.proposals) and not (r.student or r.adaptive):
@@ -86,11 +90,13 @@ def _check_rollout(e: Experiment) -> None:
         raise ValueError(
             "data.rollout.adaptive moves a buffer's share: give data.rollout.buffer, and a number as student"
         )
-    if not (r.student or r.teacher or r.adaptive or r.context or (t.signal == "token" and not t.cache)):
+    if not (
+        r.student or r.teacher or r.adaptive or r.context or e.data.context or (t.signal == "token" and not t.cache)
+    ):
         if count > 1:
             raise ValueError(f"run.rollout_every={count} has no rollouts: give data.rollout.student or teacher a share")
         return
-    if t.signal == "token" and (r.student or r.teacher or r.context):
+    if t.signal == "token" and (r.student or r.teacher or r.context or e.data.context):
         raise ValueError("teacher.signal 'token' is the teacher's text: take signal 'head' with data.rollout")
     single = not (t.members or t.path == SELF)
     for key, used in (("teacher", r.teacher), ("mix", r.mix), ("proposals", r.proposals)):

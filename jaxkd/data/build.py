@@ -24,7 +24,7 @@ from etils import epath
 
 from jaxkd.data import conversations
 from jaxkd.data.corpus import Corpus, Reading, collect, divide
-from jaxkd.data.pack import Row, Tokens, pack
+from jaxkd.data.pack import Row, Tokens, one_each, pack
 from jaxkd.data.permute import hash_key
 from jaxkd.data.records import BadRecord, Document
 from jaxkd.data.rows import MemoryRows
@@ -58,7 +58,7 @@ class Prepared(NamedTuple):
     built: bool  # by this call, not reused
 
 
-def _tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[Tokens]:
+def _tokenised(documents: Iterable[Document], tokenizer: Tokenizer, contexts: bool = False) -> Iterator[Tokens]:
     """Tokens of documents, some documents at a time, so that a caller with a row limit can stop early."""
     pending: list[Document] = []
     characters = 0
@@ -66,16 +66,17 @@ def _tokenised(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[
         pending.append(document)
         characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:
-            yield from _encoded(pending, tokenizer)
+            yield from _encoded(pending, tokenizer, contexts)
             pending, characters = [], 0
-    yield from _encoded(pending, tokenizer)
+    yield from _encoded(pending, tokenizer, contexts)
 
 
-def _encoded(documents: list[Document], tokenizer: Tokenizer) -> Iterator[Tokens]:
+def _encoded(documents: list[Document], tokenizer: Tokenizer, contexts: bool) -> Iterator[Tokens]:
     for chat, alike in itertools.groupby(documents, lambda document: document.chat):
         texts = [document.text for document in alike]
         if chat:
-            yield from conversations.encode(tokenizer, [conversations.parse(text) for text in texts], "data.tokenizer")
+            talks = [conversations.parse(text) for text in texts]
+            yield from conversations.encode(tokenizer, talks, "data.tokenizer", contexts)
         else:
             yield from itertools.starmap(Tokens, tokenizer.documents(texts))
 
@@ -97,10 +98,19 @@ def _spread(documents: Iterable[Tokens], length: int, most: int, seed: int) -> I
 
 
 def _pack_side(
-    corpus: Corpus, chosen: np.ndarray, tokenizer: Tokenizer, length: int, cap: int, seed: int
+    corpus: Corpus,
+    chosen: np.ndarray,
+    tokenizer: Tokenizer,
+    length: int,
+    cap: int,
+    seed: int,
+    packs: bool,
+    context: int,
 ) -> Iterator[Row]:
     """The rows of the chosen documents, at most `cap` unless that is 0."""
-    documents = _tokenised(corpus.documents(chosen), tokenizer)
+    documents = _tokenised(corpus.documents(chosen), tokenizer, bool(context))
+    if not packs:
+        return itertools.islice(one_each(documents, length, context), cap or None)
     if not cap:
         return pack(documents, length)
     return itertools.islice(pack(_spread(documents, length, -(-cap // _SPREAD), seed), length), cap)
@@ -227,16 +237,21 @@ def prepare(
     bad_records: float = 0.05,
     seed: int = 0,
     progress: bool = True,
+    packs: bool = True,
+    context: int = 0,
 ) -> Prepared:
     """Build a domain's rows, or reuse them. Concurrent calls for the same rows build them once.
 
     `train_rows` and `valid_rows` are limits, filled from random documents; 0 is no limit. The share `valid_share` of
     the text goes to validation, in whole groups of documents, unless the source has a validation text of its own. At
-    most the share `bad_records` of the records may hold no text. A full disk leaves no partial dataset in `directory`.
+    most the share `bad_records` of the records may hold no text. Without `packs`, or with tokens of `context` for the
+    teacher's own prompt, a row has one document (`pack.one_each`). A full disk leaves no partial dataset.
     """
     _check(name, length, valid_share, bad_records)
     caps = {"train": train_rows, "valid": valid_rows}
-    choices = {"length": length, "caps": caps, "valid_share": valid_share, "seed": seed}
+    choices: dict[str, Any] = {"length": length, "caps": caps, "valid_share": valid_share, "seed": seed}
+    if not packs or context:
+        choices |= {"packs": False, "context": context}
     root = epath.Path(directory).expanduser()
     stamp = hashlib.sha256(f"{FORMAT} {source.stamp}".encode()).hexdigest()
     recorded = root / PackedRows.name / ".texts" / f"{stamp[:32]}.json"
@@ -310,11 +325,16 @@ def _build(
 ) -> bool:
     """Pack and write the rows; False if another host finished the same ones first."""
     caps, length, seed = choices["caps"], choices["length"], choices["seed"]
+    packs, context = choices.get("packs", True), choices.get("context", 0)
+    extra = {}
+    if context:
+        of_context = tfds.features.Tensor(shape=(context,), dtype=np.int32, encoding="bytes")
+        extra["aux"] = {"context": of_context, "context_length": tfds.features.Scalar(np.int32)}
     divided = dict(zip(caps, divide(corpus, choices["valid_share"], f"domain {name!r} ({source.spec})")))
     facts = {"name": name, "spec": source.spec, "fingerprint": fingerprint, **choices, "tokens": 0, "bytes": 0}
     facts |= {"documents": len(corpus.order), "train_bytes": int(corpus.size[divided["train"]].sum())}
     sides = {
-        split: functools.partial(_pack_side, corpus, chosen, tokenizer, length, caps[split], seed)
+        split: functools.partial(_pack_side, corpus, chosen, tokenizer, length, caps[split], seed, packs, context)
         for split, chosen in divided.items()
     }
     for unfinished in path.parent.glob("incomplete.*"):  # TFDS's name for what a killed build left
@@ -322,7 +342,9 @@ def _build(
     with _quiet():
         config = tfds.core.BuilderConfig(name=path.parent.name)
         options = {"data_dir": str(path.parents[2]), "config": config, "file_format": "array_record"}
-        builder = PackedRows(length=length, sides=sides, caps=caps, facts=facts, progress=progress, **options)
+        builder = PackedRows(
+            length=length, sides=sides, caps=caps, facts=facts, progress=progress, extra=extra, **options
+        )
         with tempfile.TemporaryDirectory() as downloads:  # TFDS wants one; there are none
             try:
                 builder.download_and_prepare(download_dir=downloads)

@@ -1,5 +1,6 @@
 """Conversations as training text: records in the usual forms, and which of their tokens the model is to write."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,17 +22,26 @@ class Conversation(NamedTuple):
 
     messages: tuple[chat.Message, ...]
     tools: tuple[Any, ...] = ()
+    context: str = ""  # what only the teacher reads, as the system prompt or behind it
 
     @property
     def json(self) -> str:
         """Its content, the same for every order of keys; `parse` reads it."""
-        return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
+        own = [self.messages, self.tools, *([self.context] if self.context else [])]
+        return json.dumps(own, sort_keys=True, ensure_ascii=False)
+
+    @property
+    def privileged(self) -> list[chat.Message]:
+        """What the teacher reads before the assistant's first turn."""
+        turns = _opening(self)
+        own = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else ""
+        return [{"role": "system", "content": "\n\n".join(filter(None, [own, self.context]))}, *turns]
 
 
 def parse(text: str) -> Conversation:
     """The conversation of `Conversation.json`."""
-    messages, tools = json.loads(text)
-    return Conversation(tuple(messages), tuple(tools))
+    messages, tools, *context = json.loads(text)
+    return Conversation(tuple(messages), tuple(tools), *context)
 
 
 def holds_chat(columns: Iterable[str]) -> bool:
@@ -44,7 +54,7 @@ def conversation(record: Any, field: str = "messages") -> Conversation | None:
     """The conversation that a record holds, also in a `field` of another name; None where it holds none.
 
     Read are `messages` (role, content, tool_calls, ...), ShareGPT's `conversations` (from, value), and prompt with
-    response, as text or as messages. `tools`, and a `system` prompt beside the turns, are read too.
+    response, as text or as messages. `tools`, a `system` prompt beside the turns, and `teacher_context` are read too.
 
     Raises:
         ValueError: a turn without a role or content, an unknown role, or no turn of the assistant.
@@ -65,8 +75,10 @@ def conversation(record: Any, field: str = "messages") -> Conversation | None:
         messages.insert(0, {"role": "system", "content": system})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no turn of the assistant, so nothing to learn")
-    tools = record.get("tools")
-    return Conversation(tuple(messages), tuple(tools) if isinstance(tools, list) else ())
+    tools, context = record.get("tools"), record.get("teacher_context")
+    return Conversation(
+        tuple(messages), tuple(tools) if isinstance(tools, list) else (), context if isinstance(context, str) else ""
+    )
 
 
 def turns(values: Sequence[Any]) -> list[dict[str, Any]]:
@@ -137,8 +149,12 @@ def _closed(tokenizer: Tokenizer, turn: str) -> str:
     return bare if any(end and bare.endswith(end) for end in ends) else turn
 
 
-def encode(tokenizer: Tokenizer, talks: Sequence[Conversation], source: str) -> list[Tokens]:
-    """Tokens of conversations, weight 1 on those that the assistant writes. Control tokens in the text are tokens."""
+def encode(tokenizer: Tokenizer, talks: Sequence[Conversation], source: str, contexts: bool = False) -> list[Tokens]:
+    """Tokens of conversations, weight 1 on those that the assistant writes. Control tokens in the text are tokens.
+
+    With `contexts` they have the teacher's prompt too: the conversation before the assistant's first turn, with its
+    `context`.
+    """
     rendered = [marked(tokenizer, talk, source) for talk in talks]
     tokens = []
     for (_, spans), encoding in zip(rendered, tokenizer.encode_rendered([text for text, _ in rendered])):
@@ -147,7 +163,17 @@ def encode(tokenizer: Tokenizer, talks: Sequence[Conversation], source: str) -> 
         for start, stop in spans:
             weights[(offsets[:, 1] > start) & (offsets[:, 0] < stop)] = 1
         tokens.append(Tokens(ids, sizes, weights))
-    return tokens
+    if not contexts:
+        return tokens
+    texts = [
+        prompt(tokenizer, talk.privileged if talk.context else _opening(talk), source, talk.tools) for talk in talks
+    ]
+    prompts = (encoding[0] for encoding in tokenizer.encode_rendered(texts))
+    return [one._replace(context=np.asarray(ids, np.int32)) for one, ids in zip(tokens, prompts)]
+
+
+def _opening(talk: Conversation) -> list[chat.Message]:
+    return list(itertools.takewhile(lambda message: message["role"] != "assistant", talk.messages))
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], source: str, tools: Sequence[Any] = ()) -> str:

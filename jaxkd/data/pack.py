@@ -4,11 +4,12 @@ A longer document is cut into pieces that overlap by one token, so that each tok
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]
+"""Arrays by name; `aux` is a dict of further ones."""
 
 
 class Tokens(NamedTuple):
@@ -17,9 +18,11 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # int32 [n]
     sizes: np.ndarray  # int64 [n], bytes of text that each token stands for
     weights: np.ndarray | None = None  # float32 [n], in the loss, of each token as a target; None is 1 for all
+    context: np.ndarray | None = None  # int32 [m], what the teacher reads before the first of them with a weight
 
     def cut(self, span: slice) -> "Tokens":
-        return Tokens(self.ids[span], self.sizes[span], None if self.weights is None else self.weights[span])
+        weights = None if self.weights is None else self.weights[span]
+        return self._replace(ids=self.ids[span], sizes=self.sizes[span], weights=weights)
 
 
 def pieces(ids: np.ndarray, length: int) -> list[slice]:
@@ -63,7 +66,7 @@ def pack(documents: Iterable[Tokens], length: int, open_rows: int = 64) -> Itera
             target = max(fitting, key=lambda row: row.used) if fitting else _OpenRow(length)
             if not fitting:
                 waiting.append(target)
-            target.add(*document.cut(piece))
+            target.add(*document.cut(piece)[:3])
             if target.used > length - 2:  # no piece is that short
                 waiting.remove(target)
                 yield target.row
@@ -73,3 +76,26 @@ def pack(documents: Iterable[Tokens], length: int, open_rows: int = 64) -> Itera
                 yield fullest.row
     for unfinished in waiting:
         yield unfinished.row
+
+
+def one_each(documents: Iterable[Tokens], length: int, context: int = 0) -> Iterator[Row]:
+    """Rows as `pack` gives them, of one document's first `length` tokens each.
+
+    With `context` C, `aux` has the teacher's prompt: `context` int32 [C], and `context_length`. Documents without a
+    weight in the row are dropped. Raises ValueError: a document without a prompt, or with one longer than C.
+    """
+    for document in documents:
+        head = document.cut(slice(0, length))
+        if len(head.ids) < 2 or (head.weights is not None and not head.weights[1:].any()):
+            continue
+        opened = _OpenRow(length)
+        opened.add(*head[:3])
+        if context:
+            prompt = document.context
+            if prompt is None:
+                raise ValueError("data.context is for conversations, and a record is plain text: set it to 0")
+            if len(prompt) > context:
+                raise ValueError(f"data.context={context} is too small: a teacher's prompt has {len(prompt)} tokens")
+            padded = np.pad(prompt, (0, context - len(prompt)))
+            opened.row["aux"] = {"context": padded, "context_length": np.asarray(len(prompt), np.int32)}
+        yield opened.row

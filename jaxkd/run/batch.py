@@ -17,4 +17,8 @@ def rows_batch(data: DataBlock, sharding: NamedSharding | None = None) -> Batch:
         shape = (data.batch,) if name in ("row", "domain") else (data.batch, data.length)
         return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "weights" else jnp.int32, sharding=sharding)
 
-    return Batch(**{name: leaf(name) for name in Batch._fields if name not in ("teacher", "aux", "view")})
+    aux = {}
+    if data.context:
+        shapes = {"context": (data.batch, data.context), "context_length": (data.batch,)}
+        aux = {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for name, shape in shapes.items()}
+    return Batch(aux=aux, **{name: leaf(name) for name in Batch._fields if name not in ("teacher", "aux", "view")})

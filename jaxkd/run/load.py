@@ -69,6 +69,8 @@ def domains(data: DataBlock, tokenizer: Tokenizer, progress: bool = True) -> Dom
                 valid_share=data.valid_share,
                 bad_records=data.bad_records,
                 progress=progress,
+                packs=data.packs,
+                context=data.context,
             )
             for name, domain in data.sources.items()
         ]

@@ -41,7 +41,7 @@ def block(e: Experiment) -> RolloutBlock | None:
         text = RolloutBlock(teacher=1.0, prompt=t.prompt, temperature=t.temperatures[0])
         return None if t.cache else text
     r = e.data.rollout
-    return r if r.student or r.teacher or r.adaptive or r.context else None
+    return r if r.student or r.teacher or r.adaptive or r.context or e.data.context else None
 
 
 def abstract_texts(e: Experiment, mesh: Mesh) -> Texts | None:
@@ -67,7 +67,7 @@ def _initial(e: Experiment, r: RolloutBlock) -> Texts:
     rows = rows._replace(aux=unwritten(rows))
     count, share = e.run.rollout_every, 0.0 if isinstance(r.student, Schedule) else r.student
     window = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), rows) if count > 1 else None
-    return Texts(window, replay.init(r.buffer, e.data.length, share) if r.buffer else None)
+    return Texts(window, replay.init(r.buffer, rows, share) if r.buffer else None)
 
 
 def sampling_of(r: RolloutBlock) -> Sampling:
@@ -154,6 +154,8 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
         measures = measured(batch, ends)
         if context is not None:
             batch = view.in_context(view.first_documents(batch), *map(jnp.asarray, context))
+        if e.data.context:
+            batch = view.with_prompts(batch, batch.aux["context"], batch.aux["context_length"])
         return batch, measures
 
     def write(params: PyTree, rows: Sequence[Batch], step: jax.Array, texts: Texts | None) -> tuple[Any, Texts | None]:

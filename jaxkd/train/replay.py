@@ -20,12 +20,10 @@ class Replay(NamedTuple):
     reference: jax.Array  # [] held-out loss that the next one is compared with, inf before the first
 
 
-def init(size: int, length: int, share: float) -> Replay:
-    """An empty buffer of `size` rows of `length` tokens."""
-    integers, numbers = jnp.zeros((size, length), jnp.int32), jnp.zeros((size, length))
-    ids = jnp.zeros(size, jnp.int32)
-    rows = Batch(integers, integers, numbers, integers, integers, ids, ids)
-    return Replay(rows._replace(aux=unwritten(rows)), jnp.int32(0), jnp.float32(share), jnp.float32(jnp.inf))
+def init(size: int, like: Batch, share: float) -> Replay:
+    """An empty buffer of `size` rows with the fields of a batch `like` those that will be added."""
+    rows = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), like._replace(aux=unwritten(like)))
+    return Replay(rows, jnp.int32(0), jnp.float32(share), jnp.float32(jnp.inf))
 
 
 def draw(replay: Replay, batch: Batch, chosen: jax.Array, keys: jax.Array) -> Batch:

@@ -23,20 +23,31 @@ def in_context(batch: Batch, context: jax.Array, opening: jax.Array) -> Batch:
     Rows are one document each. A row that begins with the tokens of `opening` (such as a chat template's default system
     prompt) has them replaced; any other has the context before it.
     """
-    size, length = len(context), batch.tokens.shape[1]
+    rows = len(batch.tokens)
     opens = (batch.tokens[:, : len(opening)] == opening).all(-1)
-    shift = (size - jnp.where(opens, len(opening), 0))[:, None]
-    place = jnp.arange(size + length)
+    sizes = jnp.full(rows, len(context))
+    return _viewed(batch, jnp.broadcast_to(context, (rows, len(context))), sizes, jnp.where(opens, len(opening), 0))
+
+
+def with_prompts(batch: Batch, prompts: jax.Array, lengths: jax.Array) -> Batch:
+    """The batch with a view in which `prompts` [B C] of `lengths` [B] stand in the place of the rows' own.
+
+    A row's prompt ends where its weights begin; rows are one document each.
+    """
+    weighted = batch.weights > 0
+    return _viewed(batch, prompts, lengths, jnp.where(weighted.any(-1), jnp.argmax(weighted, -1) + 1, 0))
+
+
+def _viewed(batch: Batch, heads: jax.Array, sizes: jax.Array, dropped: jax.Array) -> Batch:
+    """The batch with a view of the first `sizes` [B] tokens of `heads` [B C], then the rows without `dropped` [B]."""
+    width, length = heads.shape[1], batch.tokens.shape[1]
+    shift = (sizes - dropped)[:, None]
+    place = jnp.arange(width + length)
     source = place - shift  # in the row
-    inside = place >= size
+    of_head = place < sizes[:, None]
+    of_row = ~of_head & (source < length)
     at = lambda x: jnp.take_along_axis(x, jnp.clip(source, 0, length - 1), 1)
-    in_row = inside & (source < length)
-    segments = jnp.where(in_row, at(batch.segments), jnp.where(inside, 0, 1))
-    own = jnp.where(inside, jnp.where(in_row, at(batch.tokens), 0), jnp.pad(context, (0, length)))
-    view = View(
-        own,
-        segments,
-        jnp.where(segments > 0, place, 0),
-        jnp.broadcast_to(jnp.clip(jnp.arange(length) + shift, 0, size + length - 1), batch.tokens.shape),
-    )
-    return batch._replace(view=view)
+    segments = jnp.where(of_head, 1, jnp.where(of_row, at(batch.segments), 0))
+    tokens = jnp.where(of_head, jnp.pad(heads, ((0, 0), (0, length))), jnp.where(of_row, at(batch.tokens), 0))
+    index = jnp.clip(jnp.arange(length) + shift, 0, width + length - 1)
+    return batch._replace(view=View(tokens, segments, jnp.where(segments > 0, place, 0), index))

@@ -133,3 +133,43 @@ def test_rows_of_conversations(tokenizers_of, tmp_path, kind):
     other = tokenizers_of(PLAIN.replace("<end>\n", "<end> \n"))
     again = build.prepare("chat", open_source(str(path)), other, 64, 0, 0, tmp_path / "rows", progress=False)
     assert again.fingerprint != prepared.fingerprint
+
+
+def test_a_teachers_own_prompt(tokenizers_of, tmp_path):
+    """Rows of one conversation each, with what the teacher reads before the assistant's first turn."""
+    tokenizer = tokenizers_of(PLAIN)
+    alone = [{"role": "user", "content": f"question {i} " + "x" * i} for i in range(12)]
+    told = [{"messages": [turn, *MESSAGES[1:]], "teacher_context": f"it is {i}"} for i, turn in enumerate(alone)]
+    told[3]["messages"].insert(0, {"role": "system", "content": "be brief"})
+    del told[5]["teacher_context"]
+    file = tmp_path / "told.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in told))
+    options = {"valid_share": 0.2, "progress": False}
+    source = open_source(str(file), "text")
+    prepared = build.prepare("told", source, tokenizer, 120, 0, 0, tmp_path / "rows", context=80, **options)
+    rows = [
+        Rows(prepared.path, split).read(range(n))
+        for split, n in (("train", prepared.train_rows), ("valid", prepared.valid_rows))
+    ]
+    assert prepared.train_rows + prepared.valid_rows == 12
+    seen = {}
+    for part in rows:
+        assert part["segments"].max() == 1
+        for tokens, weights, context, length in zip(
+            part["tokens"], part["weights"], part["aux"]["context"], part["aux"]["context_length"]
+        ):
+            own = tokenizer.decode(tokens[: int(np.flatnonzero(weights)[0]) + 1].tolist())
+            seen[int(own.split("question ")[1].split()[0])] = own, tokenizer.decode(context[:length].tolist())
+    decoded = lambda text: tokenizer.decode(tokenizer.encode_rendered([text])[0][0].tolist())
+    for i, (own, teacher) in seen.items():
+        question = f"<user>question {i} {'x' * i}<end>\n<assistant>"
+        system = "be brief\n\n" if i == 3 else ""
+        assert own == decoded(("<system>be brief<end>\n" if i == 3 else "") + question)
+        assert teacher == (own if i == 5 else decoded(f"<system>{system}it is {i}<end>\n{question}"))
+    with pytest.raises(ValueError, match=r"data\.context=20"):
+        build.prepare("told", source, tokenizer, 120, 0, 0, tmp_path / "rows", context=20, **options)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"number {i}"}) + "\n" for i in range(9)))
+    plain = open_source(str(text), "text")
+    with pytest.raises(ValueError, match=r"data\.context"):
+        build.prepare("text", plain, tokenizer, 60, 0, 0, tmp_path / "rows", context=20, **options)

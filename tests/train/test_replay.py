@@ -18,7 +18,7 @@ def written(number):
 
 
 def test_the_oldest_rows_go_and_the_others_are_drawn_whole():
-    buffer, fresh = replay.init(5, 24, 0.0), jnp.arange(8) % 2 == 0
+    buffer, fresh = replay.init(5, make_batch(), 0.0), jnp.arange(8) % 2 == 0
     for number in range(3):  # rows 0 2 4 6, 8 10 12 14, 16 18 20 22
         buffer = jax.jit(replay.add)(buffer, written(number), fresh)
     assert sorted(buffer.rows.row.tolist()) == [14, 16, 18, 20, 22]
@@ -35,14 +35,14 @@ def test_the_oldest_rows_go_and_the_others_are_drawn_whole():
 
 
 def test_only_what_was_added_is_drawn():
-    buffer = replay.add(replay.init(50, 24, 0.0), written(1), jnp.arange(8) == 3)
+    buffer = replay.add(replay.init(50, make_batch(), 0.0), written(1), jnp.arange(8) == 3)
     drawn = replay.draw(buffer, make_batch(), jnp.ones(8, bool), jax.random.split(jax.random.key(0), 8))
     assert set(drawn.row.tolist()) == {11}
 
 
 def test_the_share_grows_where_the_held_out_loss_rises():
     """By the rule of DistiLLM: 0.1 nats above the lowest since it last grew."""
-    buffer, shares = replay.init(4, 24, 0.0), []
+    buffer, shares = replay.init(4, make_batch(), 0.0), []
     for loss in (3.0, 2.5, 2.59, 2.61, 2.65, 2.72, 2.0, 5.0, 9.0):
         buffer = replay.adapt(buffer, loss, 0.4)
         shares.append(round(float(buffer.share), 3))

@@ -13,7 +13,7 @@ from jaxkd.losses.objective import match, objective
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.teachers.online import online, self_teacher
-from jaxkd.train.view import first_documents, in_context
+from jaxkd.train.view import first_documents, in_context, with_prompts
 
 CONFIG = Config(vocab=250, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=64)
 CONTEXT, OPENING = np.asarray([11, 12, 13, 14, 15], np.int32), np.asarray([3, 4], np.int32)
@@ -78,3 +78,20 @@ def test_no_view_is_the_rows_own_forward_pass():
     compiled = jax.jit(online(params, forward).signal).lower(params, batch).as_text()
     assert compiled.count("dot_general") == plain.count("dot_general")
     assert compiled.count("gather") == plain.count("gather")
+
+
+def test_a_prompt_of_the_teacher_stands_in_the_place_of_the_rows_own():
+    params, batch = random_params(CONFIG, 0, 0.3), rows()
+    starts, lengths = jnp.arange(8) % 5 + 1, jnp.asarray([4, 9, 2, 7, 1, 3, 9, 5])
+    batch = batch._replace(weights=batch.weights * (jnp.arange(24) >= starts[:, None] - 1))
+    prompts = jax.random.randint(jax.random.key(1), (8, 9), 0, 250)
+    viewed = with_prompts(batch, prompts, lengths)
+    output = online(params, forward).signal(params, viewed)
+    for b in range(8):
+        live = np.flatnonzero(batch.weights[b])
+        if not len(live):
+            continue
+        length, start = int(batch.segments[b].sum()), int(live[0]) + 1
+        text = np.concatenate([prompts[b, : lengths[b]], batch.tokens[b, start:length]])
+        alone = forward(params, batch_of(text[None])).head.hidden[0, int(lengths[b]) - 1 :]
+        np.testing.assert_allclose(output.head.hidden[b, start - 1 : length], alone, atol=2e-5)
