@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import sys
 
 import jax
@@ -13,7 +14,7 @@ from harness import batch_of, fails, random_params, succeeds
 
 from jaxkd.data import tokenize
 from jaxkd.evals import judge, metrics, scoring, tasks
-from jaxkd.evals.scoring import score
+from jaxkd.evals.scoring import Score, score
 from jaxkd.evals.subject import Subject
 from jaxkd.evals.verify import Verifier
 from jaxkd.models.transformer import CausalLM, Config
@@ -134,9 +135,9 @@ def test_answers_are_verified_in_a_process_that_may_hang():
         with pytest.raises(ValueError, match=r"\?"):
             verifier.verify(["?"], "1")
         verifier._seconds = 0.0
-        assert not verifier.verify(["12"], "12")
+        assert not verifier.verify(["12"], "13")
         verifier._seconds = 60.0
-        assert verifier.verify(["12"], "12")
+        assert verifier.verify(["12"], "12")  # and not the late answer to the question before
 
 
 def test_choices_by_likelihood(subject, tmp_path):
@@ -212,6 +213,23 @@ def test_a_judge_has_no_side(subject, templated):
     swapped = judge.wins(one, [match._replace(answer=match.other, other=match.answer) for match in matches])
     assert [a + b for a, b in zip(won, swapped)] == [1.0] * 6
     assert judge.wins(one, [judge.Match([{"role": "user", "content": "which?"}], "same", "same")]) == [0.5]
+
+
+class Longest(Subject):
+    """Prefers the longer answer; between equally long ones, A."""
+
+    def pair(self, context, continuation, rendered=False):
+        answers = re.search(r"Answer A:\n(.*)\n\nAnswer B:\n(.*)\n\nReply", context).groups()
+        return [len(answers["AB".index(continuation.strip())])], continuation
+
+    def score(self, pairs):
+        totals = [size + 0.5 * (letter == " A") for [size], letter in pairs]
+        return [Score(np.asarray([total], np.float32), False) for total in totals]
+
+
+def test_the_judge_prefers_an_answer_and_not_a_letter(subject):
+    judged = [("longer", "short"), ("short", "longer"), ("equal", "other")]
+    assert judge.wins(Longest(*subject), [judge.Match("which?", *pair) for pair in judged]) == [1.0, 0.0, 0.5]
 
 
 GOOD = {"prompt": "x", "answer": "y"}
