@@ -33,6 +33,8 @@ def wins(judge: Subject, matches: Sequence[Match]) -> list[float]:
 
     In each order the answer wins whose letter the judge finds more probable as its reply, and both win half where the
     letters are equally probable; the mean over both orders cancels a preference for a letter.
+
+    Raises ValueError: both answers do not fit into the judge's context.
     """
     as_chat = judge.writer.tokenizer.chat_template is not None
     pairs = []
@@ -44,6 +46,11 @@ def wins(judge: Subject, matches: Sequence[Match]) -> list[float]:
             else:
                 context, letters = f"{question}\n\nReply:", (" A", " B")
             pairs += [judge.pair(context, letter, as_chat) for letter in letters]
+    if (longest := max(len(context) + len(letter) for context, letter in pairs)) > judge.writer.context:
+        raise ValueError(
+            f"judge {judge.writer.name}: a request with both answers has {longest} tokens, and its context is "
+            f"{judge.writer.context}: lower max_new_tokens, or take another judge"
+        )
     scores = [score.total for score in judge.score(pairs)]
     share = lambda own, other: 0.5 if own == other else float(own > other)
     quads = [scores[i : i + 4] for i in range(0, len(scores), 4)]

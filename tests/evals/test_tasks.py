@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from harness import batch_of, fails, random_params, succeeds
+from harness import REPOSITORY, batch_of, fails, random_params, succeeds
 
 from jaxkd.data import tokenize
 from jaxkd.evals import judge, metrics, scoring, tasks
@@ -207,7 +207,10 @@ def test_conversations_are_answered_by_the_template(subject, tmp_path):
 @pytest.mark.parametrize("templated", [False, True])
 def test_a_judge_has_no_side(subject, templated):
     one = with_template(subject) if templated else subject
-    one = one._replace(forward=CausalLM(dataclasses.replace(CONFIG, max_length=1024)))
+    with pytest.raises(ValueError, match="judge tiny"):
+        judge.wins(one, [judge.Match("which?", "one" * 60, "the other")])
+    longer = CausalLM(dataclasses.replace(CONFIG, max_length=1024))
+    one = Subject(one.writer._replace(context=1024), longer)
     matches = [judge.Match("which?", f"{i} is", "the other") for i in range(6)]
     won = judge.wins(one, matches)
     swapped = judge.wins(one, [match._replace(answer=match.other, other=match.answer) for match in matches])
@@ -262,6 +265,17 @@ def test_a_bad_line_names_its_number_and_key(tmp_path, header, record, line, key
     with pytest.raises(ValueError, match=key) as caught:
         tasks.read(task_file(tmp_path / "bad.jsonl", header, record))
     assert f"bad.jsonl, line {line}:" in str(caught.value)
+
+
+def test_the_file_of_the_documentation(tmp_path):
+    [block] = re.findall(
+        r"^```json\n(.*?)^```", (REPOSITORY / "docs/tasks.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(block)
+    sums, capitals = tasks.read(path)
+    assert tasks.answer_of("The answer is 4, no, the answer is -5.", sums.extract) == "-5"
+    assert [len(task.records) for task in (sums, capitals)] == [2, 1]
 
 
 def test_a_bad_file_is_named(subject, tmp_path):
