@@ -22,6 +22,7 @@ except ModuleNotFoundError as error:
     raise extras.explain(error) from None
 
 _NEW_TOKENS = 256  # where a task sets none, as lm-eval's own models have it
+_MARK = "END OF THE LAST TURN "  # put after it to find where it ends; its space shows whether the template strips turns
 
 
 @register_model("jaxkd")
@@ -31,10 +32,12 @@ class LM(TemplateLM):
     Args:
         path: as for `load_model`, or a `Subject`.
         batch_size: rows that are scored at a time, and completions that are written at a time.
-        unused: what lm-eval's command line gives to every model, such as a device.
+        max_batch_size, device: what lm-eval gives to every model, without effect here.
     """
 
-    def __init__(self, path: str | Subject, batch_size: int | str = 8, **unused: Any):
+    def __init__(
+        self, path: str | Subject, batch_size: int | str = 8, max_batch_size: Any = None, device: str | None = None
+    ):
         super().__init__()
         self.subject = of_model(path) if isinstance(path, str) else path
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
@@ -69,14 +72,17 @@ class LM(TemplateLM):
         """The rendered conversation; without a generation prompt it ends within its last turn."""
         if self._own.chat_template is None:
             raise ValueError(f"{self.subject.writer.name} has no chat template: run the task without one")
+        turns = [dict(turn) for turn in chat_history]
+        if not add_generation_prompt:
+            turns[-1]["content"] += _MARK
         rendered = chat.render(
-            self._own.chat_template, chat_history, tokens=self._own.generation.tokens,
-            source=self.subject.writer.name, add_generation_prompt=add_generation_prompt,
+            self._own.chat_template, turns, tokens=self._own.generation.tokens, source=self.subject.writer.name,
+            add_generation_prompt=add_generation_prompt,
         )  # fmt: skip
         if add_generation_prompt:
             return rendered
-        last = chat_history[-1]["content"].strip()
-        return rendered[: rendered.rindex(last) + len(last)]
+        end = rendered.rindex(_MARK.strip())
+        return rendered[:end] if rendered.startswith(_MARK, end) else rendered[:end].rstrip()  # the template strips
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids, control tokens in the text as such, after the start token where transformers gives one."""

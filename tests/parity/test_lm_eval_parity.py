@@ -90,14 +90,31 @@ def figures(model, tasks):
     return numbers, responses
 
 
-def test_figures_are_those_of_their_own_model(exported, tasks, monkeypatch):
+@pytest.fixture(scope="module")
+def models(exported):
+    """Ours and theirs; theirs reads long texts in windows of 24 tokens."""
     from lm_eval.models.huggingface import HFLM
 
     from jaxkd.evals.lm_eval import LM
 
-    ours = LM(exported, batch_size=4)
-    theirs = HFLM(exported, dtype="float32", device="cpu", batch_size=4, max_length=24)  # long texts in windows
-    monkeypatch.setattr(LM, "max_length", 24)
+    return LM(exported, batch_size=4), HFLM(exported, dtype="float32", device="cpu", batch_size=4, max_length=24)
+
+
+def test_texts_are_encoded_and_conversations_rendered_alike(models):
+    ours, theirs = models
+    assert (ours.eot_token_id, ours.prefix_token_id) == (theirs.eot_token_id, theirs.prefix_token_id)
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    written = [*talk, {"role": "assistant", "content": " Because "}]
+    for history, whole in ((talk, True), (written, True), (written, False)):
+        assert ours.apply_chat_template(history, whole) == theirs.apply_chat_template(history, whole)
+    for text in (*TEXTS, "", theirs.tokenizer.bos_token + "hi", theirs.apply_chat_template(talk)):
+        for special in (None, True, False):
+            assert ours.tok_encode(text, special) == theirs.tok_encode(text, special)
+
+
+def test_figures_are_those_of_their_own_model(models, tasks, monkeypatch):
+    ours, theirs = models
+    monkeypatch.setattr(type(ours), "max_length", 24)
     numbers, responses = figures(ours, tasks)
     wanted, expected = figures(theirs, tasks)
     assert len(numbers) == 6

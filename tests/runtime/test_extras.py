@@ -64,6 +64,7 @@ def test_extras_of_missing_modules():
     assert code == cluster.EXIT_INTERNAL
     assert "mine" in text
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert set(extras._MODULES) <= set(project["optional-dependencies"])
     modules = {"orbax-checkpoint": "orbax", "absl-py": "absl"}
     for requirement in project["optional-dependencies"]["train"]:
         name = requirement.split(">")[0].split("[")[0]
