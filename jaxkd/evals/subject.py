@@ -1,6 +1,7 @@
 """A model under evaluation: it writes completions, and it scores given ones."""
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,9 @@ def start_ids(tokenizer: Any) -> list[int]:
     generation = tokenizer.generation
     stated = generation.tokenizer_config.get("add_bos_token")
     if stated is None:
-        return tokenizer.tokenizer.encode("").ids
+        encoding = tokenizer.tokenizer.encode("a")
+        marked = zip(encoding.ids, encoding.special_tokens_mask)
+        return [token for token, special in itertools.takewhile(lambda pair: pair[1], marked)]
     return [generation.bos] if stated and generation.bos is not None else []
 
 

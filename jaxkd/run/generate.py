@@ -90,10 +90,8 @@ def read_prompts(lines: Sequence[str], source: str) -> list[Prompt]:
 def encode(writer: Writer, prompt: Prompt, chat: bool, system: str) -> np.ndarray:
     """Token ids of a prompt: a conversation, or with `chat` a text, by the model's chat template."""
     if isinstance(prompt, str) and not chat:
-        generation = writer.tokenizer.generation
-        start = generation.bos if generation.tokenizer_config.get("add_bos_token") else None
         [(ids, _)] = writer.tokenizer.encode([prompt])
-        return ids if start is None else np.concatenate([np.asarray([start], np.int32), ids])
+        return np.concatenate([np.asarray(subject.start_ids(writer.tokenizer), np.int32), ids])
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})

@@ -1,10 +1,12 @@
 """`jaxkd generate`: from a run, an export or any model; prompts, conversations, and text as it is written."""
 
+import dataclasses
 import io
 import json
 
 import numpy as np
 import pytest
+import tokenizers
 from harness import fails, succeeds
 
 from jaxkd.run import generate
@@ -48,6 +50,22 @@ def test_prompts_of_a_file_and_of_standard_input(export, tmp_path, monkeypatch):
     assert all(len(row["ids"]) == len(row["logprobs"]) == row["tokens"] for row in rows)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n"))
     assert [row["text"] for row in rows_of(*options)] == [row["text"] for row in rows]
+
+
+def test_a_prompt_begins_as_in_transformers(writer):
+    """By `add_bos_token` or, where that is not stated, by the post-processor (Llama 3)."""
+    own = writer.tokenizer
+    inner = tokenizers.Tokenizer.from_str(own.json)
+    mark = inner.id_to_token(own.end)
+    template = f"{mark} $A {mark}"
+    inner.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[(mark, own.end)])
+    [(ids, _)] = own.encode(["hi"])
+    plain, end = own.tokenizer, own.end
+    for inside, stated, start in ((plain, None, []), (inner, None, [end]), (inner, False, []), (plain, True, [end])):
+        config = {} if stated is None else {"add_bos_token": stated}
+        generation = dataclasses.replace(own.generation, bos=end, tokenizer_config=config)
+        changed = dataclasses.replace(own, tokenizer=inside, generation=generation)
+        assert generate.encode(writer._replace(tokenizer=changed), "hi", False, "").tolist() == [*start, *ids]
 
 
 def test_stop_texts_and_streams(writer):
