@@ -167,12 +167,23 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value) if good else ()
 
 
-def check_installed(tasks: Sequence[Task]) -> None:
-    """Import the libraries that these tasks need; ModuleNotFoundError where one is missing."""
-    for task in tasks:
-        for module in (_MODULES.get(task.kind), "sacrebleu" if task.settings.n > 1 else None):
-            if module:
-                importlib.import_module(module)
+def check(tasks: Sequence[Task]) -> None:
+    """Check what needs no model, before one is opened.
+
+    Raises:
+        ModuleNotFoundError: a library that a task needs is not installed.
+        ValueError: an answer that math-verify cannot read; names the line.
+    """
+    with Verifier() as verifier:
+        for task in tasks:
+            for module in (_MODULES.get(task.kind), "sacrebleu" if task.settings.n > 1 else None):
+                if module:
+                    importlib.import_module(module)
+            for record in task.records if task.kind == "math" else ():
+                try:
+                    verifier.verify(record.answers, "")
+                except ValueError as error:
+                    raise ValueError(f"{task.source}, line {record.line}: {error}") from None
 
 
 def fingerprint(task: Task, subject: Subject) -> str:
@@ -188,8 +199,7 @@ def run(task: Task, subject: Subject, step: int | None, open_model: Callable[[st
         step: of the model's checkpoint, for the rows.
         open_model: opens the judge by its path.
 
-    Raises ValueError: a prompt that fills the model's context, a conversation without a chat template, or an answer
-    that math-verify cannot read; all but the template's name the line.
+    Raises ValueError: a prompt that fills the model's context, with its line; or a conversation without a template.
     """
     if task.kind == "choice":
         figures, examples = _choices(task, subject)
@@ -298,9 +308,6 @@ def _values(task: Task, stated: list[list[str]], open_model: Callable[[str], Sub
                 return metrics.rouge_l(answer, record.answers)
             if task.kind == "exact":
                 return float(metrics.normalised(answer) in map(metrics.normalised, record.answers))
-            try:
-                return float(verifier.verify(record.answers, answer))
-            except ValueError as error:
-                raise ValueError(f"{task.source}, line {record.line}: {error}") from None
+            return float(verifier.verify(record.answers, answer))
 
         return [[value(record, answer) for answer in row] for record, row in rows]

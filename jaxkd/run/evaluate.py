@@ -103,7 +103,7 @@ def of_tasks(
             if task.name in listed:
                 raise ValueError(f"--tasks: {path} and {listed[task.name].source} both have a task '{task.name}'")
             listed[task.name] = task
-    tasks.check_installed(list(listed.values()))
+    tasks.check(list(listed.values()))
     at: int | None
     if workdir is not None:
         at, [student] = generate.subjects_of_run(workdir, step)
