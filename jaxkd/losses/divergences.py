@@ -410,9 +410,9 @@ def sampled_reverse_kl(baseline: bool = False) -> Divergence:
     """
 
     def phi(lp: Array, lq: Array, side: Side) -> tuple[Array, ...]:
-        gap = jax.lax.stop_gradient(lq - lp)
+        gap = lq - lp
         drawn = [jnp.where(side.is_target, x, 0.0) for x in (gap, lq)]
-        return (*drawn, jnp.exp(jax.lax.stop_gradient(lq)) * gap) if baseline else tuple(drawn)
+        return (*drawn, jnp.exp(lq) * gap) if baseline else tuple(drawn)
 
     def combine(gap: Array, lq: Array, *kl: Array) -> Array:
         return sloped(gap, lq, gap - kl[0] if kl else gap)

@@ -14,6 +14,8 @@ from jaxkd.core.types import Head, Output
 from jaxkd.losses import divergences as d
 from jaxkd.losses import objective as objectives
 from jaxkd.losses import token_weights as tw
+from jaxkd.losses.feature_term import TokenWeights
+from jaxkd.models.transformer import Config
 
 VOCAB, WIDTH = 11, 5
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
@@ -100,6 +102,7 @@ CASES = {
     "student": (tw.author("student"), LIVE * [[1], [0]]),
     "teacher": (tw.author("teacher"), LIVE * [[0], [1]]),
     "data": (tw.author("data"), 0 * LIVE),
+    "of one's own": (TokenWeights(lambda batch: 2 / (batch.weights != 0)), 2 * LIVE),
 }
 
 
@@ -143,14 +146,19 @@ def test_a_term_without_a_teacher_that_is_weighted_by_one_needs_it():
 
 def test_of_a_recipe():
     block = lambda text, **term: {"x": Term(1.0, token_weights=text, **term)}
-    terms = lambda block, **teacher: resolve.terms(block, 10, {}, TeacherBlock(path="teacher", **teacher))
-    [(_, term)] = terms(block("prefix(share=0.3)", divergence="reverse_kl")).values()
-    assert term.token_weights is not None
+    config = Config(vocab=VOCAB, embed=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp=8)
+    models = {"student": config, "teacher": config}
+    terms = lambda block, **teacher: resolve.terms(block, 10, models, TeacherBlock(path="teacher", **teacher))
+    for loss in ({"divergence": "reverse_kl"}, {"feature": "policy_gradient(clip=0.2)"}):
+        [(_, term)] = terms(block("prefix(share=0.3)", **loss)).values()
+        assert term.token_weights is not None
     for text in ("prefx(share=0.3)", "prefix(share=0.3, tokens=2)", "prefix()", "tip(share=0.0)", "author('me')"):
         with pytest.raises(ValueError, match=r"objective\.x\.token_weights"):
             terms(block(text, divergence="reverse_kl"))
     with pytest.raises(ValueError, match=r"objective\.x\.token_weights.*draws"):
         terms(block("tip()", divergence="cross_entropy"), signal="sampled")
+    with pytest.raises(ValueError, match=r"objective\.x\.feature.*teacher\.signal"):
+        terms(block("tip()", feature="minillm"), signal="top_k")
     with pytest.raises(ValueError, match=r"batch\.aux\['author'\]"):
         gradient(
             {"kd": (1.0, objectives.match(d.forward_kl(), token_weights=tw.author("student")))}, BATCH._replace(aux={})
