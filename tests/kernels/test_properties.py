@@ -136,6 +136,34 @@ def test_decoupled_topk_equals_kl_of_the_bucketed_distributions():
     np.testing.assert_allclose(inside + mass, bucket[0])
 
 
+def test_generalised_kl_is_at_most_that_of_the_bucketed_distributions():
+    student, teacher, targets, _ = problem()
+    entries, rest = topk(teacher, 8, 64), (targets, np.ones((1, 24)), (1.0,), 64)
+    for part, whole in ((d.generalized_kl(8), d.forward_kl()), (d.generalized_reverse_kl(8), d.reverse_kl())):
+        g, full = exact(part, whole)
+        bucket = dense((whole,), student, entries, *rest)[1][0]
+        assert (g >= 0).all()
+        assert (g <= bucket).all()
+        assert (bucket <= full).all()
+        np.testing.assert_allclose(dense((part,), student, entries, *rest)[1][0], g)  # all stored entries
+
+
+@pytest.mark.parametrize("term", [d.generalized_kl(4), d.generalized_reverse_kl(4)])
+def test_generalised_kl_is_zero_where_the_leading_entries_agree(term):
+    """However the tails differ, and only then."""
+    z = np.sort(np.random.default_rng(0).normal(size=16))[::-1]
+    other = np.concatenate([z[:4], z[:3:-1]])  # the tail in reverse
+    moved = z + 0.1 * (np.arange(16) == 2)
+    solve = lambda x: fused(
+        (term,), Head(np.eye(2), np.tile(x, (2, 1))), Head(np.eye(2), np.tile(z, (2, 1))), *rest, 16
+    )
+    rest = (np.zeros(2, int), np.ones((1, 2)), (1.0,))
+    value, _, (_, gradient, _) = solve(other)
+    assert abs(value) < 1e-6
+    assert np.abs(gradient).max() < 1e-6
+    assert solve(moved)[0] > 1e-4
+
+
 def test_adaptive_kl_by_hand():
     """The head is the fewest entries that reach the mass: 0.4 + 0.3 here, not 0.4 alone."""
     p, q = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.1, 0.3, 0.5])
@@ -215,6 +243,8 @@ def test_sparse_terms_stay_finite_at_the_extremes():
         (lambda: d.decoupled_topk(4, inside=-1.0), "decoupled_topk: inside must be a number"),
         (lambda: d.alpha_beta(float("nan"), 1.0), "alpha_beta needs finite numbers"),
         (lambda: d.decoupled_topk(0), "decoupled_topk: k must be an integer from 1 on, got 0"),
+        (lambda: d.generalized_kl(0), "generalized_kl: k must be an integer"),
+        (lambda: d.generalized_reverse_kl(-1), "generalized_reverse_kl: k must be an integer"),
         (lambda: d.next_token(1.0), "next_token: smoothing"),
     ],
 )

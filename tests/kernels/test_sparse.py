@@ -95,6 +95,24 @@ def test_sparse_bfloat16():
         assert np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b) < 4e-3
 
 
+def test_a_drawn_token_stored_beside_the_leading_ones_has_its_exact_probability():
+    """The sampled terms then equal those of the whole distribution; a drawn token that leads needs no entry more."""
+    student, teacher, _, weights = problem(columns=48)
+    leading = topk(teacher, 4, 48).ids
+    targets = np.random.default_rng(1).integers(0, 48, 24)
+    targets[:6] = leading[:6, 1]
+    lp = log_softmax(teacher.hidden @ teacher.unembed)
+    drawn = np.where((leading == targets[:, None]).any(-1), -1, targets)
+    ids = np.concatenate([leading, drawn[:, None]], -1).astype(np.int32)
+    logprobs = np.take_along_axis(lp, np.maximum(ids, 0), -1)
+    tail = np.log1p(-np.where(ids >= 0, np.exp(logprobs), 0).sum(-1, keepdims=True))
+    for term in (d.generalized_reverse_kl(4, sampled_tail=True), d.sampled_reverse_kl()):
+        rest = (targets, weights, (1.0,), 48)
+        stored = fused((term,), student, TopK(ids, logprobs, tail), *rest)
+        live = fused((term,), student, teacher, *rest)
+        close(stored, jax.tree.map(np.float64, live), weights != 0, tolerance=1e-5)
+
+
 def test_all_entries_stored_equals_the_online_teacher():
     student, teacher, targets, weights = problem(columns=48)
     names = ("forward_kl", "reverse_kl", "jsd_0.5", "total_variation", "renyi", "decoupled_kd")
