@@ -14,11 +14,24 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 NEW = 64
 
 
-@pytest.mark.parametrize("slots", [0, 3])
-def test_greedy_text_of_mixed_lengths(teacher, reference, slots):
-    """Eight prompts at once and in three slots, and each alone by transformers."""
+@pytest.fixture(scope="module")
+def greedy(teacher, reference):
+    """Eight prompts of unequal lengths, and 64 tokens after each by transformers, one prompt at a time."""
     starts = [(0, 5), (40, 12), (90, 1), (130, 30), (200, 7), (230, 18), (300, 3), (350, 25)]
     prompts = [teacher.tokens[start : start + size] for start, size in starts]
+    options = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    texts = []
+    for prompt in prompts:
+        with torch.no_grad():
+            ids = torch.tensor(prompt[None], dtype=torch.long)
+            texts.append(reference.eval().generate(ids, attention_mask=torch.ones_like(ids), **options)[0].numpy())
+    return prompts, [text[len(prompt) :] for prompt, text in zip(prompts, texts)]
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_greedy_text_of_mixed_lengths(teacher, greedy, slots):
+    """All eight at once, and one after the other in one slot."""
+    prompts, theirs = greedy
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     padded = np.zeros((8, 30), np.int32)
     for row, prompt in zip(padded, prompts):
@@ -26,12 +39,7 @@ def test_greedy_text_of_mixed_lengths(teacher, reference, slots):
     sampler = Sampler(decoder(teacher.config), teacher.tokenizer.vocab, NEW, Sampling(0.0), slots=slots)
     keys = jax.random.split(jax.random.key(0), 8)
     text = jax.jit(lambda *inputs: sample(sampler, *inputs))(teacher.params, padded, lengths, keys)
-    for i, prompt in enumerate(prompts):
-        with torch.no_grad():
-            ids = torch.tensor(prompt[None], dtype=torch.long)
-            options = {"attention_mask": torch.ones_like(ids), "min_new_tokens": NEW, "max_new_tokens": NEW}
-            theirs = reference.eval().generate(ids, do_sample=False, pad_token_id=0, **options)[0, len(prompt) :]
-        np.testing.assert_array_equal(np.asarray(text.tokens[i]), theirs.numpy())
+    np.testing.assert_array_equal(text.tokens, theirs)
 
 
 @pytest.mark.parametrize(
