@@ -237,8 +237,7 @@ class Program:
             return moved + sum(size(inside[name], memory=True) for name in root.operands if name not in passed_on)
         return moved + (0 if starts else size(i.type, memory=True))
 
-    @staticmethod
-    def _read_of(body: list[Instruction], number: int, whole: int) -> tuple[int, bool]:
+    def _read_of(self, body: list[Instruction], number: int, whole: int) -> tuple[int, bool]:
         """Bytes that a fusion reads of an operand, at most `whole`, and whether it updates it in place."""
         names = [i.name for i in body if i.op == "parameter" and i.operands[:1] == (str(number),)]
         if not names:
@@ -249,12 +248,18 @@ class Program:
             for i in body:
                 if name not in i.operands:
                     continue
-                if i.op == "bitcast":
+                if i.op == "bitcast" and not i.root:
                     names.append(i.name)
                 elif i.op in _SLICES and i.operands[0] == name:
                     read += size(i.type)
                 elif i.op == "dynamic-update-slice" and i.operands[0] == name:
                     updated = True
+                elif i.op == "fusion":  # inside another: a product's operand is often sliced in one of its own
+                    inner = self.computations[_called(i)[0]]
+                    parts = [self._read_of(inner, n, whole) for n, operand in enumerate(i.operands) if operand == name]
+                    if any(changed for _, changed in parts):
+                        return whole, False
+                    read += sum(part for part, _ in parts)
                 else:
                     return whole, False
         return min(read, whole), updated

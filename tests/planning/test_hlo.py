@@ -109,6 +109,39 @@ def test_memory_traffic_of_a_tpu_program():
     assert hlo.Program(outside).traffic() == hlo.Program(TPU).traffic() + 5 * more
 
 
+def test_a_slice_inside_a_nested_fusion_is_what_is_read():
+    """A product with one layer of a stack of four, which an inner fusion takes out of it."""
+    text = """HloModule one
+
+%inner (stack: f32[4,8,64], which: s32[]) -> f32[8,64] {
+  %stack = f32[4,8,64]{2,1,0} parameter(0)
+  %which = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %layer = f32[1,8,64]{2,1,0} dynamic-slice(%stack, %which, %zero, %zero), dynamic_slice_sizes={1,8,64}
+  ROOT %flat = f32[8,64]{1,0} bitcast(%layer)
+}
+
+%outer (x: f32[2,8], stack: f32[4,8,64], which: s32[]) -> f32[2,64] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %stack = f32[4,8,64]{2,1,0} parameter(1)
+  %which = s32[] parameter(2)
+  %matrix = f32[8,64]{1,0} fusion(%stack, %which), kind=kLoop, calls=%inner
+  ROOT %product = f32[2,64]{1,0} convolution(%x, %matrix), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[2,8], stack: f32[4,8,64], which: s32[]) -> f32[2,64] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %stack = f32[4,8,64]{2,1,0} parameter(1)
+  %which = s32[] parameter(2)
+  ROOT %out = f32[2,64]{1,0} fusion(%x, %stack, %which), kind=kOutput, calls=%outer
+}
+"""
+    assert hlo.Program(text).traffic() == 4 * (2 * 8 + 8 * 64 + 1 + 2 * 64)
+    slice_ = "dynamic-slice(%stack, %which, %zero, %zero), dynamic_slice_sizes={1,8,64}"
+    all_of_it = text.replace(slice_, "bitcast(%stack)").replace("4,8,64", "1,8,64")
+    assert hlo.Program(all_of_it).traffic() == 4 * (2 * 8 + 8 * 64 + 2 * 64)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_update_in_place_is_the_update(fused):
     update = "dynamic-update-slice(%p, %u, %i, %i)"
