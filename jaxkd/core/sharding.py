@@ -131,7 +131,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh, rules: Rules = 
     return PartitionSpec(*result)
 
 
-def shardings(axes, shapes, mesh: Mesh, rules: Rules = RULES):
+def shardings(axes, shapes, mesh: Mesh | jax.sharding.AbstractMesh, rules: Rules = RULES):
     """A NamedSharding per leaf; `axes` has tuples of logical names, `shapes` leaves with `.shape`."""
     return jax.tree.map(lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, mesh, rules)), shapes, axes)
 

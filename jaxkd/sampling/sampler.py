@@ -5,6 +5,7 @@ not hold the others up, and nothing is compiled again: shapes are those of the s
 position of its own, so prompts of unequal lengths waste nothing.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from jaxkd.core.sharding import RULES, Rules, table
+from jaxkd.core.sharding import RULES, Rules, shardings, table
 from jaxkd.core.types import Head, PyTree
 from jaxkd.kernels.attention import Cache
 from jaxkd.kernels.pointwise import logits
-from jaxkd.models import transformer
-from jaxkd.models.quantized import SCALE
+from jaxkd.kernels.tiling import current_chip, device
+from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
 from jaxkd.sampling.law import Sampling, law, penalised
 
@@ -54,7 +55,12 @@ def decoder(config: Config, dtype: Any = jnp.float32, rules: Rules = RULES) -> D
         with table(rules):
             return transformer.extend(config, params, tokens, cache, dtype=dtype)
 
-    return Decoder(prefill, decode, partial(jax.tree_util.tree_map_with_path, partial(_operand, dtype)))
+    def prepare(params: PyTree) -> PyTree:
+        params = jax.tree_util.tree_map_with_path(partial(_operand, dtype), params)
+        params = _gathered(config, rules, params)
+        return transformer.unstacked(params) if device()[0] == "cpu" else params
+
+    return Decoder(prefill, decode, prepare)
 
 
 class Completions(NamedTuple):
@@ -271,4 +277,21 @@ def _last(queue: Queue, prompt: Any) -> jax.Array:
 def _operand(dtype: Any, path: tuple, leaf: jax.Array) -> jax.Array:
     """A parameter cast to the compute dtype once, before the loop; norms and int8 scales stay float32."""
     narrow = leaf.dtype == jnp.int8  # decoding is bound by reading the weights: int8 stays int8
-    return leaf if narrow or path[-1].key.endswith(("norm", SCALE)) else leaf.astype(dtype)
+    return leaf if narrow or path[-1].key.endswith(("norm", quantized.SCALE)) else leaf.astype(dtype)
+
+
+def _gathered(config: Config, rules: Rules, params: PyTree) -> PyTree:
+    """Parameters split as `model` splits them and no further, so that no step gathers them for its one token.
+
+    Where they would then take more than a quarter of a TPU's memory they stay as they are.
+    """
+    mesh, chip = jax.sharding.get_abstract_mesh(), current_chip()
+    if mesh.empty:
+        return params
+    shapes, axes = transformer.abstract(config)
+    axes = quantized.abstract(shapes, axes)[1] if "q" + quantized.SCALE in params["layers"] else axes
+    whole = shardings(axes, params, mesh, {**rules, "embed": ()})
+    size = lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    if chip is not None and sum(jax.tree.leaves(jax.tree.map(size, params, whole))) > chip.hbm / 4:
+        return params
+    return jax.tree.map(lambda leaf, sharding: jax.lax.with_sharding_constraint(leaf, sharding.spec), params, whole)

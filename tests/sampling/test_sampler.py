@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from harness import random_params
-from test_generate import CONFIG, PROMPT_LENGTHS, VOCAB, row_keys, some_prompts
+from test_generate import CONFIG, PROMPT_LENGTHS, VOCAB, plain_logprobs, row_keys, some_prompts
 
+from jaxkd.models import quantized
 from jaxkd.sampling.law import Sampling, law, penalised
 from jaxkd.sampling.sampler import Sampler, decoder, sample
 
@@ -123,3 +124,22 @@ def test_draws_follow_the_law_and_say_so(params):
 def test_a_setting_out_of_range_is_named(name):
     with pytest.raises(ValueError, match=name):
         Sampling()._replace(**{name: -1}).check()
+
+
+def test_an_int8_copy_says_with_what_probability_it_drew(params):
+    """So exp(log p - logprobs) is the importance ratio of the exact model p."""
+    narrow = jax.tree.map(jnp.asarray, quantized.quantize(jax.tree.map(np.asarray, params)))
+    text = write(narrow, n=2, slots=5, sampling=Sampling(0.7))
+    lengths = np.repeat(PROMPT_LENGTHS, 2)
+    rows = np.zeros((8, lengths.max() + LENGTH), np.int32)
+    for row, prompt, size, written in zip(rows, np.repeat(some_prompts(), 2, 0), lengths, text.tokens):
+        row[: size + LENGTH] = np.concatenate([prompt[:size], written])
+    places = lengths[:, None] - 1 + np.arange(LENGTH)
+    before = [np.asarray(plain_logprobs(CONFIG, p, jnp.asarray(rows))) for p in (narrow, params)]
+    before = [np.take_along_axis(lp, places[..., None], 1) for lp in before]
+    of_drawn = lambda lp: np.take_along_axis(lp, text.tokens[..., None], 2)[..., 0]
+    np.testing.assert_allclose(text.logprobs, of_drawn(before[0]), atol=1e-4)
+    tempered = np.asarray(jax.nn.log_softmax(before[0] / 0.7, -1))
+    np.testing.assert_allclose(text.drawn_logprobs, of_drawn(tempered), atol=1e-4)
+    off = np.abs(of_drawn(before[1]) - text.logprobs)
+    assert 1e-3 < off.mean() < 0.5
