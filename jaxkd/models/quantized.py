@@ -44,6 +44,17 @@ def quantize(params: PyTree) -> PyTree:
     return {**params, "layers": stack}
 
 
+def quantize_traced(params: PyTree) -> PyTree:
+    """`quantize` of arrays on devices, under `jit`: for a student that writes with int8 weights."""
+    stack = dict(params["layers"])
+    for name, summed in _SUMMED.items():
+        axes = tuple(range(1, 1 + summed))
+        scales = jnp.abs(stack[name]).max(axes, keepdims=True) / _LEVELS
+        stack[name + SCALE] = jnp.squeeze(scales, axes).astype(jnp.float32)
+        stack[name] = jnp.rint(stack[name] / jnp.where(scales > 0, scales, 1)).astype(jnp.int8)
+    return {**params, "layers": stack}
+
+
 def abstract(shapes: PyTree, axes: PyTree) -> tuple[PyTree, PyTree]:
     """`transformer.abstract`'s shapes and logical axes as `quantize` changes them; scales have the output axes."""
     struct = lambda leaf, dtype: jax.ShapeDtypeStruct(leaf.shape, dtype)

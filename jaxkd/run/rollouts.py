@@ -15,6 +15,7 @@ from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Metrics, PyTree
 from jaxkd.data import conversations
 from jaxkd.data.tokenize import Tokenizer
+from jaxkd.models import quantized
 from jaxkd.run.batch import rows_batch
 from jaxkd.run.open_models import Model, Models
 from jaxkd.sampling.law import Sampling
@@ -179,7 +180,8 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
             chosen = None if r.teacher == 1 else (draws >= student) & (draws < student + teacher)
             batch = rollout(own_decoder(models.teacher), params["teacher"], batch, key, chosen=chosen, **options)
         if r.student or r.adaptive:
-            writer = (params["student"], params["teacher"]) if r.mix or r.proposals else params["student"]
+            own_params = quantized.quantize_traced(params["student"]) if r.int8 else params["student"]
+            writer = (own_params, params["teacher"]) if r.mix or r.proposals else own_params
             batch = rollout(student_decoder(r, models), writer, batch, key, author=STUDENT, chosen=fresh, **options)
         if buffer is not None:
             earlier = replay.draw(buffer, batch, again, own)

@@ -83,6 +83,15 @@ def built(*overrides: str) -> job.Job:
     return job.build(recipe("tiny.py", *overrides))
 
 
+def test_devices_round_as_the_host_does(params):
+    traced, host = jax.jit(quantized.quantize_traced)(params), quantized.quantize(params)
+    assert jax.tree.structure(traced) == jax.tree.structure(host)
+    for name, leaf in host["layers"].items():
+        difference = np.abs(np.asarray(traced["layers"][name], np.float32) - leaf)
+        assert difference.max() <= (1 if leaf.dtype == np.int8 else 1e-6 * leaf.max())  # a half may round either way
+        assert (difference > 0).mean() < 0.001 or leaf.dtype != np.int8
+
+
 def test_a_job_quantises_its_teacher_after_the_student_was_cut_from_it():
     this = built("--config.teacher.dtype=int8", "--config.run.mesh.data=4", "--config.run.mesh.model=2")
     models = load.weights(
