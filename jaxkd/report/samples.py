@@ -8,11 +8,8 @@ from jaxkd.report.records import Row, value_of
 from jaxkd.report.text import escape, table
 
 _CHARTS = (
-    (
-        "KL on the student's own text",
-        "nats",
-        {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)"},
-    ),
+    ("KL(student || teacher) on the student's own text", "nats", {"reverse_kl": "reverse KL"}),
+    ("KL(teacher || student) on the student's own text", "nats", {"forward_kl": "forward KL"}),
     ("Entropy on the student's own text", "nats", {"student_entropy": "student", "teacher_entropy": "teacher"}),
     ("Shared top 16", "", {"overlap": "tokens in both", "teacher_mass": "teacher's mass on the student's"}),
     ("Distinct n-grams", "", {"distinct_1": "1 token", "distinct_2": "2 tokens", "distinct_3": "3 tokens"}),
