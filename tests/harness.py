@@ -48,6 +48,21 @@ def write_domain(path: Path, seed: int, documents: int = 60) -> Path:
     return path
 
 
+def write_tokenizer(folder: Path, template: str) -> Path:
+    """A byte-level tokenizer with `<end>` as end token, and a chat template unless that is empty."""
+    import tokenizers as library
+
+    letters = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    inner = library.Tokenizer(library.models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = library.decoders.ByteLevel()
+    inner.add_special_tokens(["<end>"])
+    inner.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<end>", **({"chat_template": template} if template else {})}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def random_params(config, seed: int, spread: float = 0.05):
     """A decoder's parameters from numpy, without compilation; norms and biases differ from their initial values too."""
     import jax

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from harness import write_tokenizer
 
 from jaxkd.data import build, conversations
 from jaxkd.data.conversations import conversation
@@ -32,22 +33,9 @@ SHAREGPT = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": 
 @pytest.fixture(scope="module")
 def tokenizers_of(tmp_path_factory):
     """Byte-level tokenizers with `<end>` as end token and a chat template."""
-    import tokenizers as library
 
     def make(template: str):
-        folder = tmp_path_factory.mktemp("tokenizer")
-        inner = library.Tokenizer(
-            library.models.BPE(
-                vocab={c: i for i, c in enumerate(sorted(library.pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
-            )
-        )
-        inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = library.decoders.ByteLevel()
-        inner.add_special_tokens(["<end>"])
-        inner.save(str(folder / "tokenizer.json"))
-        config = {"eos_token": "<end>", **({"chat_template": template} if template else {})}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        return from_directory(folder)
+        return from_directory(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), template))
 
     return make
 

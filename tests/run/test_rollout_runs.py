@@ -4,7 +4,7 @@ import html
 import json
 
 import pytest
-from harness import Background, assert_same_run, fails, lines, logged, succeeds
+from harness import Background, assert_same_run, fails, lines, logged, succeeds, write_tokenizer
 
 ON_POLICY = (
     "--config.data.rollout.student=0.5",
@@ -15,6 +15,7 @@ ON_POLICY = (
     "--config.data.interval=6",
     "--config.run.samples=3",
 )
+SHAPE = {"vocab": 257, "embed": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 64}
 WRITTEN = ("samples.jsonl", "diagnostics.jsonl")
 REPLAYED = (
     "--config.data.rollout.student=0.6",
@@ -106,6 +107,40 @@ def test_a_teacher_with_a_context_is_another_teacher(arguments, undisturbed, tmp
     succeeds("train", "--workdir", str(workdir), *arguments, *more, "--config.run.steps=3")
     assert logged(workdir)[0]["kd"] > 0
     assert logged(workdir)[0]["rollout_share"] == 1.0
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def conversation(i, told):
+    turns = [{"role": "user", "content": f"{i} and 1?"}, {"role": "assistant", "content": f"{i + 1}."}]
+    return {"messages": turns} | ({"teacher_context": f"the sum is {i + 1}"} if told else {})
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_itself_what_a_conversations_context_says(arguments, tmp_path):
+    """Without the contexts teacher and student are one model, and there is nothing to learn."""
+    own = [argument for argument in arguments if "domains" not in argument]
+    tokenizer, first = write_tokenizer(tmp_path, TEMPLATE), {}
+    for name in ("told", "untold"):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(conversation(i, name == "told")) + "\n" for i in range(60)))
+        more = [
+            "--config.data.domains.code=", "--config.data.domains.manual=", f"--config.data.domains.{name}={file}",
+            f"--config.data.tokenizer={tokenizer}", "--config.data.context=64", "--config.data.rollout.student=1.0",
+            "--config.student.path=random", *(f"--config.student.shape.{k}={v}" for k, v in SHAPE.items()),
+            "--config.teacher.path=self", "--config.teacher.decay=1.0", "--config.teacher.shape=None",
+            "--config.student.layers=None", "--config.objective.ce.weight=0.0", "--config.run.steps=1",
+            "--config.run.samples=2",
+        ]  # fmt: skip
+        succeeds("train", "--workdir", str(tmp_path / f"run-{name}"), *own, *more)
+        [first[name]] = logged(tmp_path / f"run-{name}")
+    assert first["told"]["kd"] > 1e-5
+    assert first["untold"]["kd"] == pytest.approx(0, abs=1e-6)
+    assert first["told"]["rollout_share"] == first["untold"]["rollout_share"] == 1
 
 
 @pytest.mark.parametrize(
