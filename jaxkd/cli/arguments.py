@@ -40,6 +40,7 @@ FLAGS: Mapping[str, tuple[Flag, ...]] = {
         ("--topology", {"metavar": "NAME", "required": True, "help": "such as v5litepod-16, v5p-128, or v5e:4x4"}),
         ("--slices", {"type": int, "default": 1, "help": "number of slices, joined by the network"}),
         _switch("--json", "print one JSON object"),
+        _switch("--sampling", "what writing text costs too: a decoded token, and a rollout's share of a step"),
         _switch("--suggest", "search for the fastest mesh, remat and micro-batches"),
         ("--budget", {"type": float, "default": 300.0, "metavar": "SECONDS", "help": "limit of the search"}),
     ),

@@ -196,33 +196,39 @@ def plan(built: Job, topology: Topology) -> Plan:
     )
     if arguments > limit:
         return too_large(arguments)
-    with jax.set_mesh(built.mesh), _progress(f"compiling the step for {topology.name}"):
+    with jax.set_mesh(built.mesh), progress(f"compiling the step for {topology.name}"):
         lowered = program.jitted_step(built, teacher).lower(state, built.frozen, teacher.state, batch)
-        compiled = _compile(lowered)
+        compiled = compiled_or_short(lowered)
         if isinstance(compiled, oom.Oom):
             return too_large((compiled.used or 0) + arguments * compiled.temporaries)
-        peak = _peak(compiled)
+        peak = peak_bytes(compiled)
         if writes is not None:
             # Before the step and beside the state; the step itself may not take the teacher as an argument.
-            written = _compile(writes.write.lower(arrays, rows, state.step, texts))
+            written = compiled_or_short(writes.write.lower(arrays, rows, state.step, texts))
             if isinstance(written, oom.Oom):
                 return too_large((written.used or 0) + arguments * written.temporaries)
-            peak = max(peak + parts["teacher"], _peak(written) + parts["params"] + parts["optimizer"])
-    stats, hlo = compiled.memory_analysis(), Program(compiled.as_text())
-    collectives = tuple(hlo.collectives(dict(built.mesh.shape), [d.id for d in built.mesh.devices.flat]))
-    times = [(c, *collective_seconds(c, built.mesh, topology)) for c in collectives]
+            peak = max(peak + parts["teacher"], peak_bytes(written) + parts["params"] + parts["optimizer"])
+    estimate, collectives = estimate_of(compiled, step_flops.executed, built.mesh, topology)
+    memory = Memory(limit, peak, **parts, temp=compiled.memory_analysis().temp_size_in_bytes)
+    return Plan(topology, built, memory, step_flops, collectives, estimate)
+
+
+def estimate_of(compiled: Any, count: float, mesh: Any, topology: Topology) -> tuple[Estimate, tuple[Collective, ...]]:
+    """Times and collectives of a compiled program that executes `count` FLOPs on all devices of the mesh."""
+    hlo = Program(compiled.as_text())
+    collectives = tuple(hlo.collectives(dict(mesh.shape), [d.id for d in mesh.devices.flat]))
+    times = [(c, *collective_seconds(c, mesh, topology)) for c in collectives]
     estimate = Estimate(
-        step_flops.executed / built.mesh.size / topology.chip.flops,
+        count / mesh.size / topology.chip.flops,
         hlo.traffic() / topology.chip.bandwidth,
         sum(c.count * links for c, links, _ in times),
         sum(c.count * network for c, _, network in times),
         sum(c.count * (links + network) for c, links, network in times if not c.overlapped),
     )
-    memory = Memory(limit, peak, **parts, temp=stats.temp_size_in_bytes)
-    return Plan(topology, built, memory, step_flops, collectives, estimate)
+    return estimate, collectives
 
 
-def _compile(lowered: Any) -> Any:
+def compiled_or_short(lowered: Any) -> Any:
     """The compiled program, or the shortage of HBM that the compiler reports; raises OnChipOom."""
     try:
         return lowered.compile()
@@ -235,14 +241,15 @@ def _compile(lowered: Any) -> Any:
         return shortage
 
 
-def _peak(compiled: Any) -> int:
+def peak_bytes(compiled: Any) -> int:
+    """Bytes of a device that a program takes at once: arguments, temporaries, what is written anew, and its code."""
     stats = compiled.memory_analysis()
     written = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return stats.argument_size_in_bytes + stats.temp_size_in_bytes + written + stats.generated_code_size_in_bytes
 
 
 @contextlib.contextmanager
-def _progress(what: str, every: float = 15.0) -> Iterator[None]:
+def progress(what: str, every: float = 15.0) -> Iterator[None]:
     """Print to stderr that `what` has begun, and every so many seconds how long it has taken."""
     done, began = threading.Event(), time.monotonic()
 

@@ -276,7 +276,7 @@ def test_what_is_not_compiled_takes_long_or_cannot_be_planned(capsys, monkeypatc
     assert not planned.fits
     assert planned.memory.teacher == pytest.approx(2 * 70_553_706_496 / 8, rel=1e-3)
     assert (planned.memory.temp, capsys.readouterr().err) == (0, "")
-    with plan._progress("compiling", every=0.01):
+    with plan.progress("compiling", every=0.01):
         time.sleep(0.05)
     assert re.search(r"compiling \.\.\.\ncompiling: \d+ s", capsys.readouterr().err)
     command = ["plan", f"--config={REPOSITORY / 'configs' / 'tiny.py'}", "--topology", "v5e:2x2"]

@@ -163,3 +163,29 @@ def test_the_flags_of_a_launcher_let_gathers_overlap(chip, topology, monkeypatch
     for name, value in (word.split("=", 1) for word in shlex.split(printed)[1:-2]):
         monkeypatch.setenv(name, value)
     assert shares() > 0.5
+
+
+def test_a_rollout_is_planned():
+    """Weights in their dtype and cache, per device; the rollout and the step of a token are the compiler's."""
+    sizes = ("--config.data.batch=16", "--config.data.length=512", "--config.teacher.prompt=128")
+    plan = planned("v5e:2x2", "--sampling", "--config.run.mesh.data=2", "--config.run.mesh.model=2", *sizes)
+    rollout, config = plan["sampling"], {"layers": 2, "kv_heads": 2, "head_dim": 8}
+    assert (rollout["writer"], rollout["rows"], rollout["tokens"]) == ("student", 16, 384)
+    mean = 128 + 384 // 2
+    of_rows = 2 * 16 * mean * config["layers"] * config["kv_heads"] * config["head_dim"]
+    memory = rollout["hbm_bytes"]
+    assert memory["cache"] == pytest.approx(of_rows / 4 * 4, rel=0.01)  # a quarter of float32 on each device
+    assert memory["weights"] == 2 * plan["hbm_bytes"]["params"]  # gathered over `data`
+    assert rollout["moved_bytes"] > memory["weights"] + memory["cache"]
+    assert rollout["fits"]
+    assert memory["peak"] > plan["hbm_bytes"]["params"] + plan["hbm_bytes"]["optimizer"]
+    assert rollout["decode_s"] >= rollout["least_decode_s"]
+    assert rollout["rollout_s"] == pytest.approx(
+        rollout["prepare_s"] + rollout["prefill_s"] + 384 * rollout["decode_s"]
+    )
+    step = plan["estimate"]["step_s"]
+    assert rollout["share"] == pytest.approx(rollout["rollout_s"] / (rollout["rollout_s"] + step))
+    text = ("--config.teacher.signal=token", "--config.objective.kd.divergence=next_token")
+    teacher = planned("v5e:2x2", "--sampling", *text)["sampling"]
+    assert teacher["writer"] == "teacher"
+    assert teacher["hbm_bytes"]["weights"] != memory["weights"]
