@@ -62,3 +62,16 @@ def test_quick_stored(tmp_path):
     assert 0 < half["kl"] < narrow["kl"]
     assert narrow["agreement"] > 0.9
     assert narrow["mib"] < 0.7 * half["mib"]
+
+
+@pytest.mark.slow
+def test_quick_sampling():
+    """On two of the model's layers."""
+    rows = quick("sampling", "--layers", "2", "--new", "2", "--rounds", "1")
+    forms = ["decode", "decode batch", "equal lengths", "mixed lengths", "queue", "prefill"]
+    assert [row["name"] for row in rows] == [f"{form} float32" for form in forms]
+    for row in rows:
+        assert list(row) == ["name", "batch", "tokens_per_s", "over_limit", "over_transformers"]
+        assert row["batch"] == (1 if row is rows[0] else 8)
+        assert row["tokens_per_s"] > 0 < row["over_limit"]
+        assert row["over_transformers"] is None
