@@ -4,24 +4,26 @@ The step of one token is compiled like the train step and read from its program.
 `tokens` such steps, before each training step, at peak rates: a lower bound.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from jaxkd.config.schema import RolloutBlock
 from jaxkd.core import seeds
 from jaxkd.core.sharding import batch_sharding, spec
-from jaxkd.core.types import Batch, PyTree
+from jaxkd.core.types import Batch, Head, PyTree
 from jaxkd.kernels.attention import Cache
 from jaxkd.kernels.pointwise import logits
 from jaxkd.models import flops, transformer
 from jaxkd.planning import oom
 from jaxkd.planning.plan import Estimate, Plan, compiled_or_short, device_bytes, estimate_of, peak_bytes, progress
 from jaxkd.planning.plan_report import binary, digits
+from jaxkd.run import rollouts
 from jaxkd.run.open_models import Model
 from jaxkd.run.teacher import abstract_batch
-from jaxkd.sampling.sampler import Decoder, decoder
-from jaxkd.train.rollout import rollout
+from jaxkd.sampling.sampler import Decoder
+from jaxkd.train.rollout import Limits, rollout
 
 
 class SamplingPlan(NamedTuple):
@@ -88,16 +90,20 @@ def plan(planned: Plan) -> SamplingPlan:
     """Compiles the rollout of a planned job and the step of one token. OnChipOom as in `plan.plan`."""
     built, topology = planned.job, planned.topology
     e, models, mesh = built.experiment, built.models, built.mesh
-    by_teacher = e.teacher.signal == "token" and not models.is_self
+    r = rollouts.block(e) or RolloutBlock(student=1.0, prompt=e.teacher.prompt)
+    by_teacher = bool(r.teacher) and not (r.student or r.adaptive)
     model = models.teacher if by_teacher else models.student
-    writes = decoder(model.config, model.dtype, model.rules)
-    prompt, length = min(e.teacher.prompt, e.data.length - 1), e.data.length
+    writes, length = rollouts.own_decoder(model), e.data.length
+    width, room = min(r.prompt or length - 1, length - 1), min(r.length or length - 1, length - 1)
+    tokens = min(room, length - r.prompt if r.prompt else length // 2)
+    prompt = r.prompt or length - tokens
     rows = e.data.batch // e.optim.micro_batches
 
     def written(params: PyTree, batch: Batch, step: jax.Array) -> Batch:
         key = jax.random.fold_in(seeds.key(e.run.seed), step)
-        parts, end = e.optim.micro_batches, models.tokenizer.end
-        return rollout(writes, params, batch, key, prompt=prompt, vocab=models.vocab, end=end, micro_batches=parts)
+        options: Any = {"vocab": models.vocab, "ends": rollouts.ends_of(models.tokenizer)}
+        options |= {"limits": Limits(r.prompt, r.length), "sampling": rollouts.sampling_of(r)}
+        return rollout(writes, params, batch, key, micro_batches=e.optim.micro_batches, **options)
 
     with jax.set_mesh(mesh), progress(f"compiling a rollout for {topology.name}"):
         batch, own = abstract_batch(e, models, mesh), device_bytes(model.abstract)
@@ -111,15 +117,15 @@ def plan(planned: Plan) -> SamplingPlan:
         prepare = jax.jit(writes.prepare).lower(model.abstract).compile()
         struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         params = jax.tree.map(struct, jax.eval_shape(writes.prepare, model.abstract), prepare.output_shardings)
-        cache = _cache(writes, model, params, rows, prompt + length - 1, mesh)
+        cache = _cache(writes, model, params, rows, width + room, mesh)
         last = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=batch_sharding(mesh))
 
         def decode(params: PyTree, last: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             head, cache = writes.decode(params, last, cache)
+            head = cast(Head, head)
             return jnp.argmax(logits(head, head.hidden[:, 0]), -1), cache
 
         step = jax.jit(decode, donate_argnums=2).lower(params, last, cache).compile()
-    tokens = length - prompt
     mean = prompt + tokens // 2
     count = rows * (flops.body(model.config, 2 * mean) + flops.head(model.config))  # attends to `mean` tokens
     estimate, _ = estimate_of(step, count, mesh, topology)
@@ -128,8 +134,7 @@ def plan(planned: Plan) -> SamplingPlan:
     # A prefill gathers and reads what a step does, for `prompt` times the products.
     products = rows * prompt * flops.body(model.config, prompt) / mesh.size / topology.chip.flops
     prefill_s = max(products, estimate.links + estimate.network, read / topology.chip.bandwidth)
-    slots = prompt + length - 1
-    at_mean = device_bytes((cache.keys, cache.values)) * mean // slots
+    at_mean = device_bytes((cache.keys, cache.values)) * mean // (width + room)
     writer = "teacher" if by_teacher else "student"
     sizes = (rows, prompt, tokens, read, at_mean, peak)
     prepare_s = estimate_of(prepare, 0, mesh, topology)[0].step_s
