@@ -50,12 +50,12 @@ def _form(lengths: tuple[int, ...], shares: tuple[float, ...] = (), slots: int =
     return Form(lengths, shares or (1.0,) * len(lengths), min(slots, len(lengths)))
 
 
-# Equal and mixed lengths have the same sum; in the queue one answer is as long as four others, and no slot need idle.
+# Eight prompts of equal and of mixed lengths have the same sum. In the queue one answer is as long as four others, so
+# that no slot need idle.
 MIXED = (4, 7, 12, 16, 25, 32, 49, 63)
 FORMS = {
     "decode": _form((PROMPT,)),
-    "decode batch": _form((PROMPT,) * SLOTS),
-    "equal lengths": _form((sum(MIXED) // SLOTS,) * SLOTS),
+    "decode batch": _form((sum(MIXED) // SLOTS,) * SLOTS),
     "mixed lengths": _form(MIXED),
     "queue": _form((PROMPT,) * (4 * SLOTS - 3), (1.0, *(0.25,) * (4 * SLOTS - 4))),
 }
@@ -63,7 +63,7 @@ FORMS = {
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="float32, 16 new tokens, no peer, under a minute")
+    parser.add_argument("--quick", action="store_true", help="float32, 16 new tokens, no peer, about a minute")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of tables")
     parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has transformers; default: this one")
     parser.add_argument("--new", type=int, help="new tokens of a completion (128, or 16 with --quick)")

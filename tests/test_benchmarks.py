@@ -68,7 +68,7 @@ def test_quick_stored(tmp_path):
 def test_quick_sampling():
     """On two of the model's layers."""
     rows = quick("sampling", "--layers", "2", "--new", "2", "--rounds", "1")
-    forms = ["decode", "decode batch", "equal lengths", "mixed lengths", "queue", "prefill"]
+    forms = ["decode", "decode batch", "mixed lengths", "queue", "prefill"]
     assert [row["name"] for row in rows] == [f"{form} float32" for form in forms]
     for row in rows:
         assert list(row) == ["name", "batch", "tokens_per_s", "over_limit", "over_transformers"]
