@@ -1,6 +1,6 @@
 """Causal attention: within segments of packed rows, and over a key-value cache."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,8 @@ def segment_attention(
 class Cache(NamedTuple):
     """Keys and values of the first `length` tokens of each row, a slot per position; later slots are unwritten."""
 
-    keys: Float[jax.Array, "*layers B K S d"]
-    values: Float[jax.Array, "*layers B K S d"]
+    keys: Any  # [*layers B K S d], or a tuple of [1 B K S d]: a slice of one array would be copied on a CPU
+    values: Any
     length: Int[jax.Array, " B"]
 
 
@@ -47,18 +47,21 @@ def cached_attention(
         value: [B T K d].
         cache: one layer's.
     """
-    (batch, tokens, _, width), slots = query.shape, cache.keys.shape[2]
-    grouped = query.reshape(batch, tokens, key.shape[2], -1, width) * width**-0.5
-    cached = (jnp.arange(slots) < cache.length[:, None])[:, None, None, None]
-    earlier = jnp.tril(jnp.ones((tokens, tokens), bool))
+    (batch, tokens, heads, width), (_, kv_heads, slots, _) = query.shape, cache.keys.shape
+    group = heads // kv_heads
+    # All queries of a key's head are one axis: with an axis of one token XLA's products on CPUs take twice as long.
+    grouped = query.reshape(batch, tokens, kv_heads, group, width).swapaxes(1, 2) * width**-0.5
+    grouped = grouped.reshape(batch, kv_heads, tokens * group, width)
+    cached = (jnp.arange(slots) < cache.length[:, None])[:, None, None]
+    earlier = jnp.repeat(jnp.tril(jnp.ones((tokens, tokens), bool)), group, 0)
     scores = [
         jnp.where(visible, jnp.einsum(equation, grouped, keys, preferred_element_type=jnp.float32), -1e30)
         for equation, keys, visible in (
-            ("btkgd,bksd->bkgts", cache.keys, cached),
-            ("btkgd,bskd->bkgts", key, earlier),
+            ("bkqd,bksd->bkqs", cache.keys, cached),
+            ("bkqd,bskd->bkqs", key, earlier),
         )
     ]
     shares = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(value.dtype)
-    before = jnp.einsum("bkgts,bksd->btkgd", shares[..., :slots], cache.values)
-    after = jnp.einsum("bkgts,bskd->btkgd", shares[..., slots:], value)
-    return (before + after).reshape(query.shape)
+    before = jnp.einsum("bkqs,bksd->bkqd", shares[..., :slots], cache.values)
+    after = jnp.einsum("bkqs,bskd->bkqd", shares[..., slots:], value)
+    return (before + after).reshape(batch, kv_heads, tokens, group, width).swapaxes(1, 2).reshape(query.shape)

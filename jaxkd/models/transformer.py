@@ -232,7 +232,7 @@ class Transformer(nn.Module):
             start = stop
         return x, tapped
 
-    def _cached_layers(self, x, cache: Cache, positions) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _cached_layers(self, x, cache: Cache, positions) -> tuple[jax.Array, dict[str, Any]]:
         layer = Layer(self.config, self.dtype, ("key", "value"), parent=None)
 
         # The cache is read only: the new keys and values are stacked, and `extend` writes them in one update.
@@ -244,10 +244,10 @@ class Transformer(nn.Module):
         if not isinstance(layers, tuple):
             return jax.lax.scan(body, x, (layers, cache.keys, cache.values))
         tapped = []
-        for part in zip(layers, cache.keys, cache.values, strict=True):
-            x, written = body(x, part)
+        for params, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+            x, written = body(x, (params, keys[0], values[0]))
             tapped.append(written)
-        return x, jax.tree.map(lambda *a: jnp.stack(a), *tapped)
+        return x, jax.tree.map(lambda *a: tuple(each[None] for each in a), *tapped)
 
 
 def tap_layer(name: str, layers: int) -> tuple[str, int]:
@@ -292,7 +292,7 @@ class CausalLM:
 
 
 def unstacked(params: PyTree) -> PyTree:
-    """Parameters for `prefill` and `extend` with a tuple of layers, which these then run without a scan.
+    """Parameters for `prefill` and `extend` with a tuple of layers, run without a scan and with a cache of such tuples.
 
     On a CPU a scan copies each layer's matrices before it multiplies by them: twice the time of a decoded token.
     """
@@ -307,9 +307,12 @@ def prefill(config: Config, params: PyTree, tokens: jax.Array, *, dtype=jnp.floa
     Returns:
         (hidden [B P D] after the final norm, a cache of P slots that holds all P tokens).
     """
-    empty = jnp.zeros((config.layers, tokens.shape[0], config.kv_heads, 0, config.head_dim), dtype)
+    apart, shape = isinstance(params["layers"], tuple), (len(tokens), config.kv_heads, 0, config.head_dim)
+    empty: Any = jnp.zeros((1 if apart else config.layers, *shape), dtype)
+    empty = (empty,) * config.layers if apart else empty
     output = _extended(config, params, tokens, Cache(empty, empty, jnp.zeros(tokens.shape[0], jnp.int32)), dtype)
-    keys, values = (constrain(output.taps[name].swapaxes(2, 3), *CACHE_AXES) for name in ("key", "value"))
+    slots = lambda new: constrain(new.swapaxes(2, 3), *CACHE_AXES)
+    keys, values = (jax.tree.map(slots, output.taps[name]) for name in ("key", "value"))
     return output.head.hidden, Cache(keys, values, jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32))
 
 
@@ -333,7 +336,8 @@ def extend(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, *, d
         slots = slots.at[:, rows, :, cache.length].set(new[:, :, 0].swapaxes(0, 1), mode="drop")
         return constrain(slots, *CACHE_AXES)
 
-    keys, values = written(cache.keys, output.taps["key"]), written(cache.values, output.taps["value"])
+    keys = jax.tree.map(written, cache.keys, output.taps["key"])
+    values = jax.tree.map(written, cache.values, output.taps["value"])
     return output.head, Cache(keys, values, cache.length + 1)
 
 
