@@ -29,7 +29,7 @@ from jaxkd.core.types import PyTree
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
 from jaxkd.sampling.law import Sampling
-from jaxkd.sampling.sampler import Sampler, decoder
+from jaxkd.sampling.sampler import Sampler, decoder, unrolled
 
 PROMPT, SLOTS = 16, 8
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -108,7 +108,7 @@ def _prompts(form: Form, vocab: int) -> np.ndarray:
 
 def _ours(form: Form, config: Config, dtype: Any, new: int, params: PyTree) -> dict[str, Run]:
     """The prefill of the prompts, and then all tokens, greedily; from prepared parameters."""
-    sampler = Sampler(decoder(config, dtype), config.vocab, new, Sampling(0.0), slots=form.slots)
+    sampler = Sampler(unrolled(decoder(config, dtype)), config.vocab, new, Sampling(0.0), slots=form.slots)
 
     def begin(params, *prompts):
         queue = sampler.queue(params, *prompts)
@@ -175,7 +175,7 @@ class Peer:
 
 def _rows(dtype: str, options: argparse.Namespace, python: str | None, until: float) -> Iterator[dict]:
     config, host = _model(options.layers)
-    prepare = jax.jit(decoder(config, dtype).prepare)
+    prepare = jax.jit(unrolled(decoder(config, dtype)).prepare)
     params = jax.block_until_ready(prepare(host))
     stacked = jax.tree.map(lambda a: jnp.asarray(a, dtype if a.ndim > 2 else a.dtype), host)
     with tempfile.TemporaryDirectory() as folder:

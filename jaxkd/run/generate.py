@@ -17,9 +17,10 @@ from jaxkd.run import job, load, restore, saved_student
 from jaxkd.run.open_models import Model
 from jaxkd.sampling import text
 from jaxkd.sampling.law import Sampling
-from jaxkd.sampling.sampler import decoder
+from jaxkd.sampling.sampler import decoder, unrolled
 from jaxkd.sampling.text import Completion, Settings, Writer
 
+_LONG = 512  # tokens from which faster decoding is worth the longer compilation, on a CPU
 _FIELDS = ("messages", "conversations", "prompt", "text")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 
@@ -111,8 +112,11 @@ def lines(
     """Every prompt's completions by each writer, as text or as JSON objects."""
     written = []
     for writer in writers:
+        chosen = settings(writer)
+        if len(prompts) * chosen.n == 1 and chosen.max_new_tokens >= _LONG and jax.default_backend() == "cpu":
+            writer = writer._replace(decoder=unrolled(writer.decoder))
         ids = [encode(writer, prompt, chat, system) for prompt in prompts]
-        written.append(text.write(writer, ids, settings(writer)))
+        written.append(text.write(writer, ids, chosen))
     for i, prompt in enumerate(prompts):
         if not as_json and len(prompts) > 1:
             yield f"> {_shown(prompt)}"

@@ -11,7 +11,7 @@ from test_generate import CONFIG, PROMPT_LENGTHS, VOCAB, plain_logprobs, row_key
 
 from jaxkd.models import quantized
 from jaxkd.sampling.law import Sampling, law, penalised
-from jaxkd.sampling.sampler import Sampler, decoder, sample
+from jaxkd.sampling.sampler import Sampler, decoder, sample, unrolled
 
 LENGTH = 9
 
@@ -57,6 +57,13 @@ def test_slots_of_a_queue_change_no_text(params, name):
     assert whole.ended.any()
     for slots in (5, 1):
         assert_same(write(params, slots=slots, **options), whole)
+
+
+def test_layers_apart_change_no_text(params):
+    sampler = Sampler(unrolled(decoder(CONFIG)), VOCAB, LENGTH, SETTINGS["cut off"]["sampling"])
+    inputs = some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), np.full(4, LENGTH)
+    apart = jax.jit(lambda params, *inputs: sample(sampler, params, *inputs))(params, *inputs)
+    assert_same(jax.tree.map(np.asarray, apart), write(params, **SETTINGS["cut off"]))
 
 
 def test_the_first_completion_is_the_only_one_and_rows_are_their_own(params):
