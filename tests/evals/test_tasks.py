@@ -302,6 +302,7 @@ def export(undisturbed, tmp_path_factory):
     return str(directory)
 
 
+@pytest.mark.slow
 def test_the_command(undisturbed, export, tmp_path, monkeypatch):
     short = {"max_new_tokens": 6}
     task_file(tmp_path / "a.jsonl", {"task": "words", "kind": "rouge", **short}, {"prompt": "a student", "answer": "a"})

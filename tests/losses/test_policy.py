@@ -318,6 +318,7 @@ def assert_equal(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got[1], want[1])
 
 
+@pytest.mark.slow
 def test_micro_batches_and_a_mesh_give_the_same_gradient():
     batch, want = one_batch()
     assert_equal(gradient_of(batch, 4), want)

@@ -97,6 +97,7 @@ def test_a_share_of_nothing_is_the_run_without_rollouts(arguments, undisturbed, 
     assert {row["rollout_share"] for row in logged(workdir)} == {0.0}
 
 
+@pytest.mark.slow
 def test_a_teacher_with_a_context_is_another_teacher(arguments, undisturbed, tmp_path):
     workdir = tmp_path / "context"
     more = (

@@ -32,7 +32,9 @@ def by_hand(q, p, law):
     return q * inside + (q * ~inside).sum(-1, keepdims=True) * p
 
 
-@pytest.mark.parametrize(("law", "combine"), [("mixture", mixture(0.2)), ("speculative", speculative(5))])
+@pytest.mark.parametrize(
+    ("law", "combine"), [pytest.param("mixture", mixture(0.2), marks=pytest.mark.slow), ("speculative", speculative(5))]
+)
 def test_a_token_is_drawn_from_the_law_of_both(law, combine):
     sampler = Sampler(mixed(decoder(STUDENT), decoder(TEACHER), combine, VOCAB), VOCAB, 6, n=4)
     prompts, lengths = jax.random.randint(jax.random.key(2), (3, 5), 0, VOCAB), jnp.asarray([5, 2, 3])

@@ -30,7 +30,7 @@ def rows():
     return batch._replace(tokens=jnp.where(begins, jnp.asarray([3, 4])[jnp.arange(24) % 2], batch.tokens))
 
 
-@pytest.mark.parametrize("kind", ["online", "self"])
+@pytest.mark.parametrize("kind", [pytest.param("online", marks=pytest.mark.slow), "self"])
 def test_the_teacher_reads_its_context_before_the_same_text(kind):
     params, batch = random_params(CONFIG, 0, 0.3), rows()
     viewed = in_context(batch, jnp.asarray(CONTEXT), jnp.asarray(OPENING))
@@ -80,6 +80,7 @@ def test_no_view_is_the_rows_own_forward_pass():
     assert compiled.count("gather") == plain.count("gather")
 
 
+@pytest.mark.slow
 def test_a_prompt_of_the_teacher_stands_in_the_place_of_the_rows_own():
     params, batch = random_params(CONFIG, 0, 0.3), rows()
     starts, lengths = jnp.arange(8) % 5 + 1, jnp.asarray([4, 9, 2, 7, 1, 3, 9, 5])
