@@ -127,6 +127,7 @@ def get_config(arg: str = "gkd") -> ConfigDict:
         "objective": terms,
         "data": {
             "domains": {"chat": "data/chat"},
+            "packs": False,
             "batch": 128,
             "length": 4096,
             "interval": 50,

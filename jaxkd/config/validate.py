@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 
-from jaxkd.config.schema import SELF, Experiment, Schedule, TeacherBlock, nearest
+from jaxkd.config.schema import SELF, Experiment, RolloutBlock, Schedule, TeacherBlock, nearest
 from jaxkd.core import seeds
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
@@ -84,8 +84,15 @@ def _check_rollout(e: Experiment) -> None:
         raise ValueError("data.rollout.context is of all rows and data.context of each record: give one")
     if r.mix and r.proposals:
         raise ValueError("data.rollout.mix and data.rollout.proposals are two laws of the student's text: give one")
-    if (r.buffer or r.adaptive or r.mix or r.proposals) and not (r.student or r.adaptive):
+    if (r.buffer or r.adaptive or r.mix or r.proposals or r.int8) and not (r.student or r.adaptive):
         raise ValueError("data.rollout.student is 0, so no text is written: give it a share, such as 0.5")
+    if (r.mix or r.proposals) and any(term.feature.startswith("policy_gradient") for term in e.objective.values()):
+        raise ValueError(
+            "policy_gradient compares with the probability under the student alone, and data.rollout.mix or proposals "
+            "draws from a law of both models: take minillm() or a divergence"
+        )
+    if r.adaptive and not e.run.eval_every:
+        raise ValueError("data.rollout.adaptive follows the evaluations while training: set run.eval_every")
     if r.adaptive and (not r.buffer or isinstance(r.student, Schedule)):
         raise ValueError(
             "data.rollout.adaptive moves a buffer's share: give data.rollout.buffer, and a number as student"
@@ -96,7 +103,7 @@ def _check_rollout(e: Experiment) -> None:
         if count > 1:
             raise ValueError(f"run.rollout_every={count} has no rollouts: give data.rollout.student or teacher a share")
         return
-    if t.signal == "token" and (r.student or r.teacher or r.context or e.data.context):
+    if t.signal == "token" and (r != RolloutBlock() or e.data.context):
         raise ValueError("teacher.signal 'token' is the teacher's text: take signal 'head' with data.rollout")
     single = not (t.members or t.path == SELF)
     for key, used in (("teacher", r.teacher), ("mix", r.mix), ("proposals", r.proposals)):

@@ -57,6 +57,11 @@ class Tokenizer:
     generation: Generation = field(repr=False)  # from the model's own files
     json: str = field(repr=False)  # the definition, as the `tokenizers` library writes it
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end a text that is written: the one after a document, and the model's after a turn."""
+        return tuple(sorted({*self.generation.eos, *([] if self.end is None else [self.end])}))
+
     def encode(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids int32 [n] of each text and the bytes of text int64 [n] each token stands for; no start, no end.
 

@@ -207,7 +207,11 @@ def plan(built: Job, topology: Topology) -> Plan:
             written = compiled_or_short(writes.write.lower(arrays, rows, state.step, texts))
             if isinstance(written, oom.Oom):
                 return too_large((written.used or 0) + arguments * written.temporaries)
-            peak = max(peak + parts["teacher"], peak_bytes(written) + parts["params"] + parts["optimizer"])
+            by_student = (r := rollouts.block(e)) is not None and (r.student or r.adaptive)
+            taken = device_bytes(built.state.params["student"]) if by_student else 0
+            taken += parts["teacher"] if "teacher" in arrays else 0
+            beside = parts["params"] + parts["optimizer"] + parts["teacher"] - taken
+            peak = max(peak + (0 if uses_teacher else parts["teacher"]), peak_bytes(written) + beside)
     estimate, collectives = estimate_of(compiled, step_flops.executed, built.mesh, topology)
     memory = Memory(limit, peak, **parts, temp=compiled.memory_analysis().temp_size_in_bytes)
     return Plan(topology, built, memory, step_flops, collectives, estimate)

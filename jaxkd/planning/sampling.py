@@ -1,7 +1,8 @@
 """What writing text costs on TPUs that are not here: a decoded token against HBM, and its share of an on-policy step.
 
 The step of one token is compiled like the train step and read from its program. Rollouts follow from it: prefill and
-`tokens` such steps, before each training step, at peak rates: a lower bound.
+`tokens` such steps, before each training step, at peak rates: a lower bound. Of mixed and speculative text it is the
+student's part, and of rows that both models write that of all rows by the student.
 """
 
 from typing import Any, NamedTuple, cast
@@ -43,8 +44,8 @@ class SamplingPlan(NamedTuple):
 
     @property
     def rollout_s(self) -> float:
-        """Seconds of a batch's rollout, in as many parts as the step has micro-batches."""
-        parts = self.planned.job.experiment.data.batch // self.rows
+        """Seconds of a step's rollout, in as many parts as the step has micro-batches; one for `run.rollout_every`."""
+        parts = self.planned.job.experiment.data.batch / self.rows
         return parts * (self.prepare_s + self.prefill_s + self.tokens * self.decode.step_s)
 
     def json(self) -> dict[str, Any]:
@@ -97,16 +98,19 @@ def plan(planned: Plan) -> SamplingPlan:
     width, room = min(r.prompt or length - 1, length - 1), min(r.length or length - 1, length - 1)
     tokens = min(room, length - r.prompt if r.prompt else length // 2)
     prompt = r.prompt or length - tokens
-    rows = e.data.batch // e.optim.micro_batches
+    count = e.run.rollout_every
+    rows = count * e.data.batch // e.optim.micro_batches
 
     def written(params: PyTree, batch: Batch, step: jax.Array) -> Batch:
         key = jax.random.fold_in(seeds.key(e.run.seed), step)
-        options: Any = {"vocab": models.vocab, "ends": rollouts.ends_of(models.tokenizer)}
+        options: Any = {"vocab": models.vocab, "ends": models.tokenizer.ends}
         options |= {"limits": Limits(r.prompt, r.length), "sampling": rollouts.sampling_of(r)}
         return rollout(writes, params, batch, key, micro_batches=e.optim.micro_batches, **options)
 
     with jax.set_mesh(mesh), progress(f"compiling a rollout for {topology.name}"):
         batch, own = abstract_batch(e, models, mesh), device_bytes(model.abstract)
+        of_window = lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype, sharding=x.sharding)
+        batch = jax.tree.map(of_window, batch)
         whole = jax.jit(written, out_shardings=batch_sharding(mesh)).lower(model.abstract, batch, built.state.step)
         compiled = compiled_or_short(whole)
         beside = planned.memory.params + planned.memory.optimizer + planned.memory.teacher - own

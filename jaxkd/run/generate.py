@@ -1,5 +1,6 @@
 """Text from a run's student, beside its teacher, or from any model: `jaxkd generate`."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,12 @@ def writers_of_run(workdir: Path, step: str | None, beside_teacher: bool) -> lis
 def subjects_of_run(workdir: Path, step: str | None, beside_teacher: bool = False) -> tuple[int, list[Subject]]:
     """The step of a run's checkpoint; its student there, and the run's teachers."""
     e = job.fit_devices(saved_student.located_experiment(workdir))
+    if beside_teacher and e.teacher.is_self:
+        raise ValueError("--beside-teacher: the teacher of this run is the student itself; leave it out")
+    if beside_teacher:  # whole models, not their heads beside a cache
+        members = {name: dataclasses.replace(member, cache="") for name, member in e.teacher.members.items()}
+        signal = "head" if e.teacher.cache else e.teacher.signal
+        e = dataclasses.replace(e, teacher=dataclasses.replace(e.teacher, cache="", members=members, signal=signal))
     mesh = job.build_mesh(e.run.mesh, jax.devices())
     with jax.set_mesh(mesh):
         models, missing = saved_student.open_run(e, workdir, mesh, with_teachers=beside_teacher)

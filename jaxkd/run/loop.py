@@ -210,6 +210,9 @@ class Run:
                 if stop:
                     output.say("stopped by a signal before the first step: the same command starts over")
                     return False
+                for row in self._evaluation(step):  # made before a checkpoint, or by a process that saved none after it
+                    if row["domain"] == records.MEAN:
+                        self._adapt(step, row["student_nats"])
                 self.mixing.begin(self._evaluation(0))
                 logged = [row["step"] for row in records.rows(self.workdir, records.MIXTURE)]
                 if self.mixing.start not in logged:
@@ -293,6 +296,12 @@ class Run:
             self.state = state._replace(texts=texts)
         return self.rollouts.pick(texts.window, step % count) if written is None else written
 
+    def _adapt(self, step: int, nats: float) -> None:
+        """Move the share of the student's text by the mean loss of a step's evaluation (data.rollout.adaptive)."""
+        if rise := self.job.experiment.data.rollout.adaptive:
+            texts = self.state.texts
+            self.state = self.state._replace(texts=texts._replace(replay=replay.adapt(texts.replay, step, nats, rise)))
+
     def _due(self, step: int) -> bool:
         run = self.job.experiment.run
         return step in (0, run.steps) or (run.eval_every > 0 and step % run.eval_every == 0)
@@ -364,10 +373,7 @@ class Run:
                 )
         output.evaluation(rows)
         mean = rows[-1]
-        if (rise := self.job.experiment.data.rollout.adaptive) and self.state.texts is not None:
-            texts = self.state.texts
-            adapted = replay.adapt(texts.replay, mean["student_nats"], rise)
-            self.state = self.state._replace(texts=texts._replace(replay=adapted))
+        self._adapt(step, mean["student_nats"])
         if step < self.job.experiment.run.steps:
             output.say(
                 f"step {step}: student {mean['student_nats']:.3f} nats/token (teacher {mean['teacher_nats']:.3f}), "

@@ -133,6 +133,11 @@ def _tokenizers(
     for side, (_, config) in by_side.items():
         if e.data.length > config.max_length:
             raise ValueError(f"data.length={e.data.length} exceeds the {side}'s context of {config.max_length} tokens")
+        if e.data.length + e.data.context > config.max_length and (side != "student" or e.teacher.is_self):
+            raise ValueError(
+                f"data.length={e.data.length} and data.context={e.data.context} together exceed the {side}'s context "
+                f"of {config.max_length} tokens"
+            )
     name, checkpoint = e.data.tokenizer, next(iter(by_side.values()))[0]
     if name == "bytes":
         data = tokenize.byte_tokenizer()

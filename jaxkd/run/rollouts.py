@@ -1,6 +1,7 @@
 """The program that writes a step's text: which rows a student or teacher continues, and the teacher's view of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -76,11 +77,6 @@ def sampling_of(r: RolloutBlock) -> Sampling:
     return Sampling(r.temperature, r.top_k, r.top_p, r.min_p)
 
 
-def ends_of(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a text: the tokenizer's own after a document, and the model's after a turn."""
-    return tuple(sorted({*tokenizer.generation.eos, *([] if tokenizer.end is None else [tokenizer.end])}))
-
-
 def own_decoder(model: Model) -> Decoder:
     """A model's decoder in its dtype and sharding."""
     return decoder(model.config, model.dtype, model.rules)
@@ -143,28 +139,24 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
         "limits": Limits(r.prompt, r.length),
         "vocab": models.vocab,
         "sampling": sampling_of(r),
-        "ends": ends_of(models.tokenizer) if e.teacher.signal != "token" else _document_end(models),
+        "ends": models.tokenizer.ends if e.teacher.signal != "token" else _document_end(models),
         "micro_batches": e.optim.micro_batches,
     }
     named = {"student": r.student, "teacher": r.teacher}
     shares = [resolve.scalar(share, e.run.steps, f"data.rollout.{name}") for name, share in named.items()]
-    context = context_tokens(r, models.tokenizer, e.student.path) if r.context else None
+    viewed = make_view(e, models)
     ends = options["ends"]
 
     def present(batch: Batch) -> tuple[Batch, Metrics]:
         measures = measured(batch, ends)
-        if context is not None:
-            batch = view.in_context(view.first_documents(batch), *map(jnp.asarray, context))
-        if e.data.context:
-            batch = view.with_prompts(batch, batch.aux["context"], batch.aux["context_length"])
-        return batch, measures
+        return viewed(batch), measures
 
     def write(params: PyTree, rows: Sequence[Batch], step: jax.Array, texts: Texts | None) -> tuple[Any, Texts | None]:
         texts = texts or Texts()
         stacked = jax.tree.map(lambda *x: jnp.stack(x, 1).reshape(-1, *x[0].shape[1:]), *rows)
         batch = stacked._replace(aux=unwritten(stacked))
-        key = jax.random.fold_in(seeds.key(e.run.seed), step)
-        keys = row_keys(key, batch)
+        steps = jnp.tile(step + jnp.arange(count), len(batch.row) // count)
+        keys = row_keys(jax.vmap(partial(jax.random.fold_in, seeds.key(e.run.seed)))(steps), batch)
         own = jax.vmap(lambda key: jax.random.fold_in(key, _AUTHOR))(keys)
         draws = jax.vmap(jax.random.uniform)(own)
         buffer = texts.replay
@@ -178,11 +170,11 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
         if r.teacher:
             # The only author of all rows, as for `teacher.signal=token`, needs no choice.
             chosen = None if r.teacher == 1 else (draws >= student) & (draws < student + teacher)
-            batch = rollout(own_decoder(models.teacher), params["teacher"], batch, key, chosen=chosen, **options)
+            batch = rollout(own_decoder(models.teacher), params["teacher"], batch, keys, chosen=chosen, **options)
         if r.student or r.adaptive:
             own_params = quantized.quantize_traced(params["student"]) if r.int8 else params["student"]
             writer = (own_params, params["teacher"]) if r.mix or r.proposals else own_params
-            batch = rollout(student_decoder(r, models), writer, batch, key, author=STUDENT, chosen=fresh, **options)
+            batch = rollout(student_decoder(r, models), writer, batch, keys, author=STUDENT, chosen=fresh, **options)
         if buffer is not None:
             earlier = replay.draw(buffer, batch, again, own)
             buffer, batch = replay.add(buffer, batch, fresh), earlier
@@ -192,7 +184,10 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
         return None, Texts(window, buffer)
 
     def pick(window: Batch, number: jax.Array) -> tuple[Batch, Metrics]:
-        return present(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), window))
+        batch, measures = present(
+            jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, keepdims=False), window)
+        )
+        return batch, measures | {"rollout_age": (jnp.float32(number), jnp.ones(()))}
 
     kept = jax.tree.map(lambda leaf: leaf.sharding, abstract_texts(e, mesh))
     presented = (batch_sharding(mesh), None)
@@ -212,6 +207,23 @@ def abstract_written(rollouts: Rollouts, params: PyTree, batch: Batch, texts: Te
 
 def _document_end(models: Models) -> tuple[int, ...]:
     return () if models.tokenizer.end is None else (models.tokenizer.end,)
+
+
+def make_view(e: Experiment, models: Models) -> Callable[[Batch], Batch]:
+    """Gives rows the teacher's view of them, where `data.rollout.context` or `data.context` says that it is another."""
+    r = e.data.rollout
+    if r.context:
+        context, opening = context_tokens(r, models.tokenizer, e.student.path)
+        longest = e.data.length + max(len(context) - len(opening), 0)
+        if len(opening) >= e.data.length or longest > models.teacher.config.max_length:
+            raise ValueError(
+                f"data.rollout.context: rows of {e.data.length} tokens become {longest} with it, and the teacher's "
+                f"context is {models.teacher.config.max_length}: shorten it, or change data.length"
+            )
+        return lambda batch: view.in_context(view.first_documents(batch), jnp.asarray(context), jnp.asarray(opening))
+    if e.data.context:
+        return lambda batch: view.with_prompts(batch, batch.aux["context"], batch.aux["context_length"])
+    return lambda batch: batch
 
 
 def measured(batch: Batch, ends: tuple[int, ...]) -> Metrics:

@@ -14,6 +14,7 @@ from jaxkd.core.sharding import ROWS, batch_sharding
 from jaxkd.core.types import PyTree
 from jaxkd.data import loader
 from jaxkd.evals import own_text
+from jaxkd.models import quantized
 from jaxkd.report import records
 from jaxkd.run import load, rollouts
 from jaxkd.run.open_models import Model, Models
@@ -40,7 +41,7 @@ class Samples:
         r, length = rollouts.block(e), e.data.length
         conversations = not values["weights"][:, 0].any()
         limits = Limits(0 if conversations else length // 4, _LENGTH) if r is None else Limits(r.prompt, r.length)
-        self.ends, self.names, self.models, self.count = rollouts.ends_of(models.tokenizer), rows.names, models, count
+        self.ends, self.names, self.models, self.count = models.tokenizer.ends, rows.names, models, count
         options: dict[str, Any] = {
             "limits": limits,
             "vocab": models.vocab,
@@ -52,7 +53,8 @@ class Samples:
 
         def write(model: Model, author: int) -> Any:
             decoder = rollouts.own_decoder(model)
-            return jax.jit(lambda params, batch: rollout(decoder, params, batch, key, author=author, **options))
+            own = quantized.quantize_traced if author == STUDENT and r is not None and r.int8 else lambda params: params
+            return jax.jit(lambda params, batch: rollout(decoder, own(params), batch, key, author=author, **options))
 
         self._write = {STUDENT: write(models.student, STUDENT)}
         if not models.is_self and len(models.teachers) == 1 and not models.teacher.cache:
@@ -62,7 +64,9 @@ class Samples:
         if any(model.cache for model in models.teachers.values()):
             signal = lambda inputs, batch: None
         diagnostics = own_text.make_diagnostics(models.student.forward, signal, models.vocab)
-        self._diagnose = jax.jit(diagnostics, out_shardings=replicated)
+        viewed = rollouts.make_view(e, models)
+        diagnose = lambda params, inputs, batch: diagnostics(params, inputs, viewed(batch))
+        self._diagnose = jax.jit(diagnose, out_shardings=replicated)
         fields = lambda written, batch: (written.tokens, written.weights, written.targets, prompts(batch, limits)[1])
         self._gather = jax.jit(fields, out_shardings=replicated)  # every process reads all of it
 
@@ -77,7 +81,7 @@ class Samples:
         own = self._texts(written)
         rows = [self._row(step, "student", i, prompt, ids) for i, (prompt, ids) in enumerate(own)]
         if step == 0 and TEACHER in self._write:
-            other = self._texts(self._write[TEACHER](teachers["teacher"], self.batch))
+            other = self._texts(self._write[TEACHER](next(iter(teachers.values())), self.batch))
             rows += [self._row(step, "teacher", i, prompt, ids) for i, (prompt, ids) in enumerate(other)]
         state, number, average = inputs
         values = metrics.read(self._diagnose(student, (state, {"step": number, "own": average}), written))

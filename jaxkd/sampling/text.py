@@ -109,7 +109,7 @@ def _advance(
     limits = np.minimum(settings.max_new_tokens, writer.context - sizes).astype(np.int32)
     sampler = Sampler(
         writer.decoder, writer.vocab, -(-int(limits.max()) // _STEP) * _STEP, settings.sampling,
-        tuple(writer.tokenizer.generation.eos), settings.n, settings.slots,
+        writer.tokenizer.ends, settings.n, settings.slots,
     )  # fmt: skip
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(settings.seed)))(np.arange(len(prompts)))
     params, queue, state = _begin(sampler, writer.params, padded, sizes, keys, limits)

@@ -18,12 +18,13 @@ class Replay(NamedTuple):
     added: jax.Array  # [] int32: rows ever added; row i is at i mod N
     share: jax.Array  # [] phi, the share of rows with the student's text
     reference: jax.Array  # [] held-out loss that the next one is compared with, inf before the first
+    adapted: jax.Array  # [] int32: step of the last evaluation that `share` follows, -1 before the first
 
 
 def init(size: int, like: Batch, share: float) -> Replay:
     """An empty buffer of `size` rows with the fields of a batch `like` those that will be added."""
     rows = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype), like._replace(aux=unwritten(like)))
-    return Replay(rows, jnp.int32(0), jnp.float32(share), jnp.float32(jnp.inf))
+    return Replay(rows, jnp.int32(0), jnp.float32(share), jnp.float32(jnp.inf), jnp.int32(-1))
 
 
 def draw(replay: Replay, batch: Batch, chosen: jax.Array, keys: jax.Array) -> Batch:
@@ -40,18 +41,22 @@ def draw(replay: Replay, batch: Batch, chosen: jax.Array, keys: jax.Array) -> Ba
 def add(replay: Replay, batch: Batch, fresh: jax.Array) -> Replay:
     """The buffer with the `fresh` [B] rows of a batch; the oldest ones go."""
     size = len(replay.rows.row)
-    place = jnp.where(fresh, (replay.added + jnp.cumsum(fresh) - 1) % size, size)
+    last = fresh.sum() - jnp.cumsum(fresh) < size  # of more rows than there are places the last ones stay
+    place = jnp.where(fresh & last, (replay.added + jnp.cumsum(fresh) - 1) % size, size)
     rows = jax.tree.map(lambda stored, new: stored.at[place].set(new, mode="drop"), replay.rows, batch)
     return replay._replace(rows=rows, added=replay.added + fresh.sum().astype(jnp.int32))
 
 
-def adapt(replay: Replay, loss: float, rise: float) -> Replay:
-    """The state after an evaluation: phi grows by `rise` where the held-out loss is `MARGIN` nats above the reference.
+def adapt(replay: Replay, step: int, loss: float, rise: float) -> Replay:
+    """The state after a step's evaluation: phi grows by `rise` where the loss is `MARGIN` nats above the reference.
 
-    The reference is the lowest loss since phi last grew.
+    An evaluation counts once. The reference is the lowest loss since phi last grew.
     """
+    if int(replay.adapted) >= step:
+        return replay
     worse = loss >= float(replay.reference) + MARGIN
     share = min(1.0, float(replay.share) + rise) if worse else float(replay.share)
     reference = loss if worse else min(loss, float(replay.reference))
-    like = lambda value, old: jax.device_put(jnp.float32(value), old.sharding)
-    return replay._replace(share=like(share, replay.share), reference=like(reference, replay.reference))
+    new = {"share": share, "reference": reference, "adapted": step}
+    like = lambda value, old: jax.device_put(jnp.asarray(value, old.dtype), old.sharding)
+    return replay._replace(**{name: like(value, getattr(replay, name)) for name, value in new.items()})

@@ -27,9 +27,9 @@ class Limits(NamedTuple):
 
 
 def row_keys(key: jax.Array, batch: Batch) -> jax.Array:
-    """fold_in(fold_in(key, domain), row) of each row: independent of the batch and the devices."""
-    one = lambda domain, row: jax.random.fold_in(jax.random.fold_in(key, domain), row)
-    return jax.vmap(one)(batch.domain, batch.row)
+    """fold_in(fold_in(key, domain), row) of each row: independent of the batch and the devices. `key` [] or [B]."""
+    one = lambda key, domain, row: jax.random.fold_in(jax.random.fold_in(key, domain), row)
+    return jax.vmap(one, (0 if key.ndim else None, 0, 0))(key, batch.domain, batch.row)
 
 
 def prompts(batch: Batch, limits: Limits) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +69,7 @@ def rollout(
         decoder: of the generating model, the teacher (Kim and Rush 2016, arXiv 1606.07947) or the student.
         params: its parameters.
         batch: rows, whose first document begins with the prompt.
-        key: of the batch.
+        key: of the batch, or [B] the rows' own.
         limits: of prompt and text.
         vocab: true vocabulary size.
         sampling: the law of the draws.
@@ -81,14 +81,14 @@ def rollout(
     Returns the batch with `LOGPROBS` and `author` in `aux`, those of earlier rollouts kept where not `chosen`.
     """
 
-    def write(part: tuple[Batch, jax.Array]) -> Batch:
-        batch, chosen = part
+    def write(part: tuple[Batch, jax.Array, jax.Array]) -> Batch:
+        batch, chosen, keys = part
         length = batch.tokens.shape[1]
         tokens, lengths = prompts(batch, limits)
         room = min(limits.length or length - 1, length - 1)
         sampler = Sampler(decoder, vocab, room, sampling, ends)
         most = jnp.where(chosen, jnp.minimum(length - lengths, room), 0)
-        text = rows(sampler, params, tokens, lengths, row_keys(key, batch), length, most)
+        text = rows(sampler, params, tokens, lengths, keys, length, most)
         index = jnp.arange(length)
         inside, follows = index < text.lengths[:, None], index + 1 < text.lengths[:, None]
         # Like `targets`, they are of the token after.
@@ -107,7 +107,8 @@ def rollout(
         changed: Any = {name: jnp.where(own, x, getattr(batch, name)) for name, x in written.items()}
         return batch._replace(**changed, aux=aux)
 
-    part = (batch, jnp.ones(len(batch.row), bool) if chosen is None else chosen)
+    keys = row_keys(key, batch) if key.ndim == 0 else key
+    part = (batch, jnp.ones(len(batch.row), bool) if chosen is None else chosen, keys)
     if micro_batches == 1:
         return write(part)
     written = jax.lax.map(write, split(part, micro_batches))

@@ -18,15 +18,15 @@ def first_documents(batch: Batch) -> Batch:
 
 
 def in_context(batch: Batch, context: jax.Array, opening: jax.Array) -> Batch:
-    """The batch with a view in which `context` [C] stands before each row, or in the place of its `opening` [O].
+    """The batch with a view in which `context` [C] stands in the place of each row's `opening` [O], which may be empty.
 
-    Rows are one document each. A row that begins with the tokens of `opening` (such as a chat template's default system
-    prompt) has them replaced; any other has the context before it.
+    Rows are one document each. A row that does not begin with the tokens of `opening` (a chat template's default system
+    prompt), such as a conversation with a system prompt of its own, is read as it is.
     """
     rows = len(batch.tokens)
     opens = (batch.tokens[:, : len(opening)] == opening).all(-1)
-    sizes = jnp.full(rows, len(context))
-    return _viewed(batch, jnp.broadcast_to(context, (rows, len(context))), sizes, jnp.where(opens, len(opening), 0))
+    sizes, dropped = (jnp.where(opens, len(ids), 0) for ids in (context, opening))
+    return _viewed(batch, jnp.broadcast_to(context, (rows, len(context))), sizes, dropped)
 
 
 def with_prompts(batch: Batch, prompts: jax.Array, lengths: jax.Array) -> Batch:

@@ -34,6 +34,12 @@ def test_the_oldest_rows_go_and_the_others_are_drawn_whole():
     assert seen == {14, 16, 18, 20, 22}
 
 
+def test_of_more_rows_than_places_the_last_stay():
+    buffer = jax.jit(replay.add)(replay.init(3, make_batch(), 0.0), written(0), jnp.ones(8, bool))
+    assert sorted(buffer.rows.row.tolist()) == [5, 6, 7]
+    assert (buffer.rows.tokens == buffer.rows.row[:, None]).all()
+
+
 def test_only_what_was_added_is_drawn():
     buffer = replay.add(replay.init(50, make_batch(), 0.0), written(1), jnp.arange(8) == 3)
     drawn = replay.draw(buffer, make_batch(), jnp.ones(8, bool), jax.random.split(jax.random.key(0), 8))
@@ -43,7 +49,8 @@ def test_only_what_was_added_is_drawn():
 def test_the_share_grows_where_the_held_out_loss_rises():
     """By the rule of DistiLLM: 0.1 nats above the lowest since it last grew."""
     buffer, shares = replay.init(4, make_batch(), 0.0), []
-    for loss in (3.0, 2.5, 2.59, 2.61, 2.65, 2.72, 2.0, 5.0, 9.0):
-        buffer = replay.adapt(buffer, loss, 0.4)
+    for step, loss in enumerate((3.0, 2.5, 2.59, 2.61, 2.65, 2.72, 2.0, 5.0, 9.0)):
+        buffer = replay.adapt(buffer, step, loss, 0.4)
+        assert replay.adapt(buffer, step, 100.0, 0.4) is buffer  # an evaluation counts once
         shares.append(round(float(buffer.share), 3))
     assert shares == [0.0, 0.0, 0.0, 0.4, 0.4, 0.8, 0.8, 1.0, 1.0]

@@ -24,7 +24,7 @@ def forward(params, batch, *, taps=()):
 
 
 def rows():
-    """Rows of one document each, of several lengths; those of even number begin with the opening."""
+    """Rows of one document each; those of even number begin with the opening."""
     batch = first_documents(make_batch())
     begins = (jnp.arange(8) % 2 == 0)[:, None] & (jnp.arange(24) < 2)
     return batch._replace(tokens=jnp.where(begins, jnp.asarray([3, 4])[jnp.arange(24) % 2], batch.tokens))
@@ -41,11 +41,11 @@ def test_the_teacher_reads_its_context_before_the_same_text(kind):
     assert output.head.hidden.shape == (8, 24, 32)
     for b in range(8):
         length = int(batch.segments[b].sum())
-        skipped = 2 if b % 2 == 0 else 0
-        text = np.concatenate([CONTEXT, np.asarray(batch.tokens[b, skipped:length])])
+        skipped, context = (2, CONTEXT) if b % 2 == 0 else (0, CONTEXT[:0])
+        text = np.concatenate([context, np.asarray(batch.tokens[b, skipped:length])])
         alone = forward(params, batch_of(text[None]), taps=("layer_1",))
         for one, all_ in ((alone.head.hidden, output.head.hidden), (alone.taps["layer_1"], output.taps["layer_1"])):
-            np.testing.assert_allclose(all_[b, skipped:length], one[0, len(CONTEXT) :], atol=2e-5)
+            np.testing.assert_allclose(all_[b, skipped:length], one[0, len(context) :], atol=2e-5)
 
 
 def test_the_loss_is_that_of_scoring_by_hand():
@@ -55,8 +55,9 @@ def test_the_loss_is_that_of_scoring_by_hand():
     total = 0.0
     for b in range(8):
         length, skipped = int(batch.segments[b].sum()), 2 if b % 2 == 0 else 0
-        text = np.concatenate([CONTEXT, np.asarray(batch.tokens[b, skipped:length])])
-        p = jax.nn.log_softmax(logits(forward(teacher, batch_of(text[None])).head)[0, len(CONTEXT) :, :250], -1)
+        context = CONTEXT if b % 2 == 0 else CONTEXT[:0]
+        text = np.concatenate([context, np.asarray(batch.tokens[b, skipped:length])])
+        p = jax.nn.log_softmax(logits(forward(teacher, batch_of(text[None])).head)[0, len(context) :, :250], -1)
         own = np.asarray(batch.tokens[b, :length])
         q = jax.nn.log_softmax(logits(forward(student, batch_of(own[None])).head)[0, skipped:, :250], -1)
         total += float(((jnp.exp(p) * (p - q)).sum(-1) * batch.weights[b, skipped:length]).sum())
