@@ -80,6 +80,7 @@ def test_a_run_killed_while_it_writes_has_the_same_bits(run, on_policy, tmp_path
     assert_same_run(workdir, run)
 
 
+@pytest.mark.slow
 def test_a_share_of_nothing_is_the_run_without_rollouts(arguments, undisturbed, tmp_path):
     """GKD's lambda of 0: the rows of the data, to the last bit."""
     workdir = tmp_path / "zero"

@@ -30,6 +30,25 @@ def rows():
     return batch._replace(tokens=jnp.where(begins, jnp.asarray([3, 4])[jnp.arange(24) % 2], batch.tokens))
 
 
+def heads(b):
+    """Tokens of a row that the view leaves out, and that it begins with instead."""
+    return (2, len(CONTEXT)) if b % 2 == 0 else (0, 0)
+
+
+def seen(batch):
+    """The teacher's text of every row."""
+    parts = ((CONTEXT[: heads(b)[1]], row[heads(b)[0] :]) for b, row in enumerate(np.asarray(batch.tokens)))
+    return [np.concatenate(part) for part in parts]
+
+
+def alone(params, texts):
+    """What the model says of each text by itself; what is behind a text changes nothing before it."""
+    padded = np.zeros((len(texts), 40), np.int32)
+    for row, text in zip(padded, texts):
+        row[: len(text)] = text
+    return forward(params, batch_of(padded), taps=("layer_1",))
+
+
 @pytest.mark.parametrize("kind", [pytest.param("online", marks=pytest.mark.slow), "self"])
 def test_the_teacher_reads_its_context_before_the_same_text(kind):
     params, batch = random_params(CONFIG, 0, 0.3), rows()
@@ -39,28 +58,30 @@ def test_the_teacher_reads_its_context_before_the_same_text(kind):
     else:
         output = self_teacher(forward).signal({}, viewed, own=params, taps=("layer_1",))
     assert output.head.hidden.shape == (8, 24, 32)
+    by_itself = alone(params, seen(batch))
     for b in range(8):
-        length = int(batch.segments[b].sum())
-        skipped, context = (2, CONTEXT) if b % 2 == 0 else (0, CONTEXT[:0])
-        text = np.concatenate([context, np.asarray(batch.tokens[b, skipped:length])])
-        alone = forward(params, batch_of(text[None]), taps=("layer_1",))
-        for one, all_ in ((alone.head.hidden, output.head.hidden), (alone.taps["layer_1"], output.taps["layer_1"])):
-            np.testing.assert_allclose(all_[b, skipped:length], one[0, len(context) :], atol=2e-5)
+        length, (skipped, context) = int(batch.segments[b].sum()), heads(b)
+        of_text = slice(context, context + length - skipped)
+        for one, all_ in (
+            (by_itself.head.hidden, output.head.hidden),
+            (by_itself.taps["layer_1"], output.taps["layer_1"]),
+        ):
+            np.testing.assert_allclose(all_[b, skipped:length], one[b, of_text], atol=2e-5)
 
 
 def test_the_loss_is_that_of_scoring_by_hand():
     teacher, student, batch = random_params(CONFIG, 0, 0.3), random_params(CONFIG, 1, 0.3), rows()
     loss = objective({"kd": (1.0, match(divergences.forward_kl()))}, vocab=250, domains=("a", "b")).loss
     viewed = in_context(batch, jnp.asarray(CONTEXT), jnp.asarray(OPENING))
+    p, q = (
+        jax.nn.log_softmax(logits(alone(params, texts).head)[..., :250], -1)
+        for params, texts in ((teacher, seen(batch)), (student, [np.asarray(row) for row in batch.tokens]))
+    )
     total = 0.0
     for b in range(8):
-        length, skipped = int(batch.segments[b].sum()), 2 if b % 2 == 0 else 0
-        context = CONTEXT if b % 2 == 0 else CONTEXT[:0]
-        text = np.concatenate([context, np.asarray(batch.tokens[b, skipped:length])])
-        p = jax.nn.log_softmax(logits(forward(teacher, batch_of(text[None])).head)[0, len(context) :, :250], -1)
-        own = np.asarray(batch.tokens[b, :length])
-        q = jax.nn.log_softmax(logits(forward(student, batch_of(own[None])).head)[0, skipped:, :250], -1)
-        total += float(((jnp.exp(p) * (p - q)).sum(-1) * batch.weights[b, skipped:length]).sum())
+        length, (skipped, context) = int(batch.segments[b].sum()), heads(b)
+        lp, lq = p[b, context : context + length - skipped], q[b, skipped:length]
+        total += float(((jnp.exp(lp) * (lp - lq)).sum(-1) * batch.weights[b, skipped:length]).sum())
     # Tokens of the opening have no place in the view; they are in a prompt, whose weight is 0.
     inside = jnp.arange(24) >= jnp.where(jnp.arange(8) % 2 == 0, 2, 0)[:, None]
     value, _ = loss(
