@@ -68,6 +68,11 @@ def stream(writer: Writer, prompt: np.ndarray, settings: Settings) -> Iterator[s
         shown = safe
 
 
+def _has(writer: Writer, ids: np.ndarray, stops: Sequence[str]) -> bool:
+    text = writer.tokenizer.decode(ids)
+    return any(stop in text for stop in stops)
+
+
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of a text that a stop text begins with."""
     return next((k for k in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:k])), 0)
@@ -113,7 +118,7 @@ def _advance(
     )  # fmt: skip
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(settings.seed)))(np.arange(len(prompts)))
     params, queue, state = _begin(sampler, writer.params, padded, sizes, keys, limits)
-    stopped: dict[int, str] = {}
+    stopped: dict[int, tuple[str, int]] = {}  # text, and how many tokens it took
     goes_on: Any = True
     while goes_on:
         state, goes_on = _go_on(sampler, params, queue, state, _STEPS if look else None)
@@ -121,8 +126,11 @@ def _advance(
         texts = [writer.tokenizer.decode(ids[:n]) for ids, n in zip(output.tokens, output.lengths)]
         for i, text in enumerate(texts):
             places = [text.find(stop) for stop in settings.stop if stop in text]
-            if places:
-                stopped.setdefault(i, text[: min(places)])
+            if places and i not in stopped:
+                ids, count = output.tokens[i], int(output.lengths[i])
+                # Those of the last look at most: the text before had no stop.
+                shorter = (n for n in range(max(count - _STEPS, 0), count) if _has(writer, ids[:n], settings.stop))
+                stopped[i] = text[: min(places)], next(shorter, count)
         if stopped:
             ended = output.ended.copy()
             ended[list(stopped)] = True
@@ -130,9 +138,9 @@ def _advance(
             goes_on = sampler.unfinished(queue, state)
         flat = [
             Completion(
-                stopped.get(i, text),
-                output.tokens[i][: output.lengths[i]],
-                output.logprobs[i][: output.lengths[i]],
+                stopped[i][0] if i in stopped else text,
+                output.tokens[i][: stopped[i][1] if i in stopped else output.lengths[i]],
+                output.logprobs[i][: stopped[i][1] if i in stopped else output.lengths[i]],
                 "stop" if i in stopped else "end" if output.ended[i] else "" if goes_on else "length",
             )
             for i, text in enumerate(texts)

@@ -78,6 +78,9 @@ def test_stop_texts_and_streams(writer):
     [[cut]] = text.write(writer, [prompt], settings._replace(stop=(stop, "not in it")))
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.reason == "stop"
+    assert stop in writer.tokenizer.decode(cut.ids)  # the tokens of the stop text are the last ones
+    assert stop not in writer.tokenizer.decode(cut.ids[:-1])
+    assert len(cut.logprobs) == len(cut.ids)
     assert "".join(text.stream(writer, prompt, settings._replace(stop=(stop,)))) == cut.text
 
 
