@@ -28,7 +28,7 @@ from losses import QUICK_SECONDS, STARTED, _show
 from jaxkd.core.types import PyTree
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import Sampler, decoder, unrolled
 
 PROMPT, SLOTS = 16, 8

@@ -132,7 +132,7 @@ class RolloutBlock:
         int, "K of speculative text: tokens of the student outside the teacher's top K are drawn by the teacher; 0: off"
     ] = 0
     int8: Annotated[
-        bool, "the student writes with int8 matrices; its ratio is then to that law (`policy_gradient`)"
+        bool, "the student writes with int8 matrices; `old_logprob` is then that model's (`policy_gradient`)"
     ] = False
     buffer: Annotated[int, "rows of student's text to train on again (DistiLLM's replay); 0: none"] = 0
     adaptive: Annotated[

@@ -10,7 +10,7 @@ from jaxkd.config.schema import SELF, Experiment, RolloutBlock, Schedule, Teache
 from jaxkd.core import seeds
 from jaxkd.core.sharding import ROWS, TABLES
 from jaxkd.models import transformer
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.teachers import codec
 from jaxkd.teachers.signals import SIGNALS
 
@@ -83,13 +83,13 @@ def _check_rollout(e: Experiment) -> None:
     if r.context and e.data.context:
         raise ValueError("data.rollout.context is of all rows and data.context of each record: give one")
     if r.mix and r.proposals:
-        raise ValueError("data.rollout.mix and data.rollout.proposals are two laws of the student's text: give one")
+        raise ValueError("data.rollout.mix and proposals are two ways to draw the student's text: give one")
     if (r.buffer or r.adaptive or r.mix or r.proposals or r.int8) and not (r.student or r.adaptive):
         raise ValueError("data.rollout.student is 0, so no text is written: give it a share, such as 0.5")
     if (r.mix or r.proposals) and any(term.feature.startswith("policy_gradient") for term in e.objective.values()):
         raise ValueError(
             "policy_gradient compares with the probability under the student alone, and data.rollout.mix or proposals "
-            "draws from a law of both models: take minillm() or a divergence"
+            "draws from both models: take minillm() or a divergence"
         )
     if r.adaptive and not e.run.eval_every:
         raise ValueError("data.rollout.adaptive follows the evaluations while training: set run.eval_every")

@@ -10,7 +10,7 @@ from jaxkd.data import chat
 from jaxkd.evals.scoring import score
 from jaxkd.evals.subject import Subject, of_model, prefix_id, start_ids
 from jaxkd.runtime import extras
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.text import Settings
 
 try:

@@ -1,7 +1,7 @@
 """Figures of generated text, one per example, and intervals of their means."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +53,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct n-grams of words over all of them, of one prompt's completions; NaN without any (arXiv 1510.03055)."""
-    words = [text.split() for text in texts]
-    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+def distinct(texts: Iterable[Sequence[Hashable]], n: int) -> float:
+    """Distinct n-grams over all n-grams of texts, each its words or tokens; NaN without any (arXiv 1510.03055)."""
+    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
 

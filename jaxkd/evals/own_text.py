@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkd.core.types import Batch, Forward, Head, Metrics, Output, PyTree
+from jaxkd.evals.metrics import distinct
 from jaxkd.kernels.pointwise import logits
 
 ENTRIES = 16  # of the sets of most probable tokens that are compared
@@ -62,13 +63,6 @@ def _dot(lp: jax.Array, values: jax.Array) -> jax.Array:
     return jnp.where(lp > -jnp.inf, jnp.exp(lp) * jnp.where(lp > -jnp.inf, values, 0), 0).sum(-1)
 
 
-def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
-    """Different n-grams over all n-grams of token ids (Li et al. 2016, arXiv 1510.03055); None without any."""
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else None
-
-
 def is_degenerate(text: Sequence[int]) -> bool:
     """Nothing but an end token, or a text of 16 tokens or more that mostly repeats its own pairs of tokens."""
-    share = distinct([text], 2)
-    return len(text) < 2 or (len(text) >= 16 and share is not None and share < 0.3)
+    return len(text) < 2 or (len(text) >= 16 and distinct([text], 2) < 0.3)

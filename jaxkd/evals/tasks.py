@@ -15,7 +15,7 @@ from jaxkd.evals import judge, metrics
 from jaxkd.evals.subject import Prompt, Subject
 from jaxkd.evals.verify import Verifier
 from jaxkd.report.records import TaskScore
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.text import Completion, Settings
 
 _NUMBER = (int, float)
@@ -279,7 +279,7 @@ def _measure(
         figures[{"rouge": "rougeL", "judge": "win_rate"}[task.kind]] = [mean(row) for row in values]
     texts = [[one.text for one in row] for row in completions]
     for n in (1, 2):
-        figures[f"distinct-{n}"] = [metrics.distinct(row, n) for row in texts]
+        figures[f"distinct-{n}"] = [metrics.distinct(map(str.split, row), n) for row in texts]
     if task.settings.n > 1:
         figures["self-BLEU"] = [metrics.self_bleu(row) for row in texts]
     figures["tokens"] = [mean([float(len(one.ids)) for one in row]) for row in completions]

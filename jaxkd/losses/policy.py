@@ -2,10 +2,10 @@
 
 y_t is `batch.targets`, p the teacher, q the student; log p(y_t) - log q(y_t) is a reward without gradient, and a value
 is minimised. The terms read what rollouts write into `batch.aux`: `old_logprob` [B L], log q_old(y_t) of the student
-that wrote y, at temperature 1; `drawn_logprob` [B L], of the law that y_t was drawn from; `author` [B], of which only
-the student's rows count. Only tokens with weight have a value, a gradient or a reward; the step alone normalises. They
-need the teacher's whole distribution, since one that keeps a few entries has no log p(y_t) of the others. The backward
-pass computes the logits again: two matrix products more than a divergence.
+that wrote y, at temperature 1; `drawn_logprob` [B L], of the distribution that y_t was drawn from; `author` [B], of
+which only the student's rows count. Only tokens with weight have a value, a gradient or a reward; the step alone
+normalises. They need the teacher's whole distribution, since one that keeps a few entries has no log p(y_t) of the
+others. The backward pass computes the logits again: two matrix products more than a divergence.
 """
 
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def policy_gradient(clip: float = 0.0, baseline: bool = False, max_ratio: float 
 
     For text of an earlier student, or drawn at another temperature; at the same step and temperature 1 the gradient is
     that of `sampled_reverse_kl`. Its mean over y_t ~ drawn is the gradient of KL(q || p) - KL(q || q_old) at the
-    prefix. `drawn` is `aux["drawn_logprob"]`, q_old where that is missing; where the law of the text gives no
+    prefix. `drawn` is `aux["drawn_logprob"]`, q_old where that is missing; where the sampling distribution gives no
     probability to what q can say (top-p), no weight corrects it.
 
     Args:
@@ -68,7 +68,7 @@ def minillm(length_normalize: bool = True, max_ratio: float = 0.0) -> FeatureTer
     short answers away; without it, and on text drawn from q, the mean gradient is exactly that of the KL of the
     continuations, sum_t E[log q(y_t) - log p(y_t)]. w_t = q(y_t) / drawn(y_t) by `aux["drawn_logprob"]`, 1 where that
     is missing: for text from the mixture alpha p + (1 - alpha) q the paper's single-step ratio, at most 1/(1 - alpha),
-    which corrects the law of y_t and not that of what was before and after it. `max_ratio` limits w (0: no limit).
+    which corrects the distribution of y_t, not that of the tokens before and after it. `max_ratio` limits w (0: none).
 
     Raises ValueError: a negative `max_ratio`; in use, a top-k teacher. Add a cross-entropy on plain text, as the paper
     does, and start from a fine-tuned student. Source: MiniLLM (arXiv 2306.08543), section 2.2, derived.

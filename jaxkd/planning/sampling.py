@@ -24,7 +24,7 @@ from jaxkd.run import rollouts
 from jaxkd.run.open_models import Model
 from jaxkd.run.teacher import abstract_batch
 from jaxkd.sampling.sampler import Decoder
-from jaxkd.train.rollout import Limits, rollout
+from jaxkd.train.rollout import rollout
 
 
 class SamplingPlan(NamedTuple):
@@ -103,8 +103,7 @@ def plan(planned: Plan) -> SamplingPlan:
 
     def written(params: PyTree, batch: Batch, step: jax.Array) -> Batch:
         key = jax.random.fold_in(seeds.key(e.run.seed), step)
-        options: Any = {"vocab": models.vocab, "ends": models.tokenizer.ends}
-        options |= {"limits": Limits(r.prompt, r.length), "sampling": rollouts.sampling_of(r)}
+        options = rollouts.rollout_options(r, models)
         return rollout(writes, params, batch, key, micro_batches=e.optim.micro_batches, **options)
 
     with jax.set_mesh(mesh), progress(f"compiling a rollout for {topology.name}"):

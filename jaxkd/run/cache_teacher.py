@@ -19,9 +19,9 @@ from jaxkd.data import loader
 from jaxkd.evals.payload import payload_kl
 from jaxkd.models import flops, heads
 from jaxkd.report.text import amount
-from jaxkd.run import load
+from jaxkd.run import load, rollouts
 from jaxkd.run.open_models import Model, Models
-from jaxkd.run.teacher import cache_facts, cache_layouts, reduced, text_rollout
+from jaxkd.run.teacher import cache_facts, cache_layouts, reduced
 from jaxkd.runtime import multihost
 from jaxkd.runtime.progress import bar as progress_bar
 from jaxkd.teachers import codec
@@ -61,7 +61,7 @@ def make_recorder(e: Experiment, models: Models, mesh: Mesh, name: str = "teache
     def drawn(params: PyTree, batch: Batch) -> Any:
         batch = batch._replace(domain=name_ids[batch.domain])
         if e.teacher.signal == "token":
-            text = text_rollout(e.teacher, models)(params, batch, jax.random.fold_in(seeds.key(_SEED), 0))
+            text = rollouts.teacher_text(e.teacher, models)(params, batch, jax.random.fold_in(seeds.key(_SEED), 0))
             return codec.Text(*[getattr(text, name) for name in codec.Text._fields])
         options = {"step": jnp.zeros((), jnp.int32)} if "step" in reduced_teacher.requires else {}
         return reduced_teacher.signal(params, batch, **options)

@@ -17,7 +17,7 @@ from jaxkd.models.transformer import CausalLM
 from jaxkd.run import job, load, restore, saved_student
 from jaxkd.run.open_models import Model
 from jaxkd.sampling import text
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import decoder, unrolled
 from jaxkd.sampling.text import Completion, Settings, Writer
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxkd.config import resolve
-from jaxkd.config.schema import Experiment, RolloutBlock, Schedule
+from jaxkd.config.schema import Experiment, RolloutBlock, Schedule, TeacherBlock
 from jaxkd.core import schedules, seeds
 from jaxkd.core.sharding import batch_sharding
 from jaxkd.core.types import Batch, Metrics, PyTree
@@ -19,8 +19,8 @@ from jaxkd.data.tokenize import Tokenizer
 from jaxkd.models import quantized
 from jaxkd.run.batch import rows_batch
 from jaxkd.run.open_models import Model, Models
-from jaxkd.sampling.law import Sampling
 from jaxkd.sampling.mixed import mixed, mixture, speculative
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import Decoder, decoder
 from jaxkd.train import replay, view
 from jaxkd.train.replay import Replay
@@ -38,12 +38,26 @@ class Texts(NamedTuple):
 
 def block(e: Experiment) -> RolloutBlock | None:
     """The rollouts of an experiment, `teacher.signal=token` among them; None where rows are trained on as they are."""
-    t = e.teacher
-    if t.signal == "token":
-        text = RolloutBlock(teacher=1.0, prompt=t.prompt, temperature=t.temperatures[0])
-        return None if t.cache else text
+    if e.teacher.signal == "token":
+        return None if e.teacher.cache else _token_block(e.teacher)
     r = e.data.rollout
     return r if r.student or r.teacher or r.adaptive or r.context or e.data.context else None
+
+
+def _token_block(t: TeacherBlock) -> RolloutBlock:
+    return RolloutBlock(teacher=1.0, prompt=t.prompt, temperature=t.temperatures[0])
+
+
+def rollout_options(r: RolloutBlock, models: Models, documents: bool = False) -> dict[str, Any]:
+    """What `train.rollout.rollout` takes of a recipe; `documents` end with the tokenizer's own end alone."""
+    tokenizer = models.tokenizer
+    ends = tokenizer.ends if not documents else () if tokenizer.end is None else (tokenizer.end,)
+    return {"limits": Limits(r.prompt, r.length), "vocab": models.vocab, "sampling": sampling_of(r), "ends": ends}
+
+
+def teacher_text(t: TeacherBlock, models: Models) -> Callable[..., Batch]:
+    """`rollout(params, rows, key) -> Batch` of the teacher's own text, for the signal "token"."""
+    return partial(rollout, own_decoder(models.teacher), **rollout_options(_token_block(t), models, documents=True))
 
 
 def abstract_texts(e: Experiment, mesh: Mesh) -> Texts | None:
@@ -73,7 +87,7 @@ def _initial(e: Experiment, r: RolloutBlock) -> Texts:
 
 
 def sampling_of(r: RolloutBlock) -> Sampling:
-    """The law of the draws."""
+    """The sampling settings of a rollout block."""
     return Sampling(r.temperature, r.top_k, r.top_p, r.min_p)
 
 
@@ -86,8 +100,8 @@ def student_decoder(r: RolloutBlock, models: Models) -> Decoder:
     """What writes the student's text: its decoder, or one over (student, teacher) parameters."""
     if not (r.mix or r.proposals):
         return own_decoder(models.student)
-    law = mixture(r.mix) if r.mix else speculative(r.proposals)
-    return mixed(own_decoder(models.student), own_decoder(models.teacher), law, models.vocab)
+    combine = mixture(r.mix) if r.mix else speculative(r.proposals)
+    return mixed(own_decoder(models.student), own_decoder(models.teacher), combine, models.vocab)
 
 
 def params(e: Experiment, student: PyTree, teachers: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -135,12 +149,8 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
     if r is None:
         return None
     count = e.run.rollout_every
-    options: dict[str, Any] = {
-        "limits": Limits(r.prompt, r.length),
-        "vocab": models.vocab,
-        "sampling": sampling_of(r),
-        "ends": models.tokenizer.ends if e.teacher.signal != "token" else _document_end(models),
-        "micro_batches": e.optim.micro_batches,
+    options = rollout_options(r, models, documents=e.teacher.signal == "token") | {
+        "micro_batches": e.optim.micro_batches
     }
     named = {"student": r.student, "teacher": r.teacher}
     shares = [resolve.scalar(share, e.run.steps, f"data.rollout.{name}") for name, share in named.items()]
@@ -189,10 +199,10 @@ def jitted(e: Experiment, models: Models, mesh: Mesh) -> Rollouts | None:
         )
         return batch, measures | {"rollout_age": (jnp.float32(number), jnp.ones(()))}
 
-    kept = jax.tree.map(lambda leaf: leaf.sharding, abstract_texts(e, mesh))
-    presented = (batch_sharding(mesh), None)
+    of_texts = jax.tree.map(lambda leaf: leaf.sharding, abstract_texts(e, mesh))
+    of_rows = (batch_sharding(mesh), None)  # and their metrics
     return Rollouts(
-        jax.jit(write, out_shardings=(presented if count == 1 else None, kept)), jax.jit(pick, out_shardings=presented)
+        jax.jit(write, out_shardings=(of_rows if count == 1 else None, of_texts)), jax.jit(pick, out_shardings=of_rows)
     )
 
 
@@ -203,10 +213,6 @@ def abstract_written(rollouts: Rollouts, params: PyTree, batch: Batch, texts: Te
     if written is None:
         written = jax.eval_shape(rollouts.pick, texts.window, step)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch.row.sharding), written[0])
-
-
-def _document_end(models: Models) -> tuple[int, ...]:
-    return () if models.tokenizer.end is None else (models.tokenizer.end,)
 
 
 def make_view(e: Experiment, models: Models) -> Callable[[Batch], Batch]:

@@ -8,19 +8,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxkd.config.schema import Experiment
+from jaxkd.config.schema import Experiment, RolloutBlock
 from jaxkd.core import metrics, seeds
 from jaxkd.core.sharding import ROWS, batch_sharding
 from jaxkd.core.types import PyTree
 from jaxkd.data import loader
 from jaxkd.evals import own_text
+from jaxkd.evals.metrics import distinct
 from jaxkd.models import quantized
 from jaxkd.report import records
 from jaxkd.run import load, rollouts
 from jaxkd.run.open_models import Model, Models
 from jaxkd.run.teacher import Teachers
-from jaxkd.sampling.law import Sampling
-from jaxkd.train.rollout import STUDENT, TEACHER, Limits, prompts, rollout
+from jaxkd.train.rollout import STUDENT, TEACHER, prompts, rollout
 
 _LENGTH = 64  # most tokens of a sample where a run has no rollouts
 _KEY = 2**31 + 1  # of all samples, so that evaluations differ by the student alone
@@ -40,34 +40,33 @@ class Samples:
         self.batch = loader.to_devices(jax.tree.map(lambda x: x[local], values), count, local, sharding)
         r, length = rollouts.block(e), e.data.length
         conversations = not values["weights"][:, 0].any()
-        limits = Limits(0 if conversations else length // 4, _LENGTH) if r is None else Limits(r.prompt, r.length)
-        self.ends, self.names, self.models, self.count = models.tokenizer.ends, rows.names, models, count
-        options: dict[str, Any] = {
-            "limits": limits,
-            "vocab": models.vocab,
-            "sampling": Sampling(0.0) if r is None else rollouts.sampling_of(r),
-            "ends": self.ends,
-        }
+        r = r or RolloutBlock(prompt=0 if conversations else length // 4, length=_LENGTH, temperature=0.0)
+        self.sources = [(rows.names[d], int(i)) for d, i in zip(domain, row)]  # of the prompts
+        self.ends, self.tokenizer = models.tokenizer.ends, models.tokenizer
+        options = rollouts.rollout_options(r, models)
         replicated = NamedSharding(mesh, PartitionSpec())
         key = jax.random.fold_in(seeds.key(e.run.seed), _KEY)
 
         def write(model: Model, author: int) -> Any:
             decoder = rollouts.own_decoder(model)
-            own = quantized.quantize_traced if author == STUDENT and r is not None and r.int8 else lambda params: params
+            own = quantized.quantize_traced if author == STUDENT and r.int8 else lambda params: params
             return jax.jit(lambda params, batch: rollout(decoder, own(params), batch, key, author=author, **options))
 
         self._write = {STUDENT: write(models.student, STUDENT)}
         if not models.is_self and len(models.teachers) == 1 and not models.teacher.cache:
             self._write[TEACHER] = write(models.teacher, TEACHER)
-        wanted = lambda options: {name: options[name] for name in teachers.evaluate.requires if name in options}
-        signal = lambda inputs, batch: teachers.evaluate.signal(inputs[0], batch, **wanted(inputs[1]))
-        if any(model.cache for model in models.teachers.values()):
-            signal = lambda inputs, batch: None
+        cached = any(model.cache for model in models.teachers.values())  # of the data's text, not of this
+        signal = (lambda inputs, batch: None) if cached else teachers.held_out_signal
         diagnostics = own_text.make_diagnostics(models.student.forward, signal, models.vocab)
         viewed = rollouts.make_view(e, models)
         diagnose = lambda params, inputs, batch: diagnostics(params, inputs, viewed(batch))
         self._diagnose = jax.jit(diagnose, out_shardings=replicated)
-        fields = lambda written, batch: (written.tokens, written.weights, written.targets, prompts(batch, limits)[1])
+        fields = lambda written, batch: (
+            written.tokens,
+            written.weights,
+            written.targets,
+            prompts(batch, options["limits"])[1],
+        )
         self._gather = jax.jit(fields, out_shardings=replicated)  # every process reads all of it
 
     def at(
@@ -83,13 +82,12 @@ class Samples:
         if step == 0 and TEACHER in self._write:
             other = self._texts(self._write[TEACHER](next(iter(teachers.values())), self.batch))
             rows += [self._row(step, "teacher", i, prompt, ids) for i, (prompt, ids) in enumerate(other)]
-        state, number, average = inputs
-        values = metrics.read(self._diagnose(student, (state, {"step": number, "own": average}), written))
+        values = metrics.read(self._diagnose(student, inputs, written))
         ids = [text for _, text in own]
         values |= {
             "tokens": sum(map(len, ids)) / len(ids),
             "ended": sum(bool(text) and text[-1] in self.ends for text in ids) / len(ids),
-            **{f"distinct_{n}": share for n in (1, 2, 3) if (share := own_text.distinct(ids, n)) is not None},
+            **{f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)},
         }
         degenerate = [f"{row['domain']} {row['row']}" for row, text in zip(rows, ids) if own_text.is_degenerate(text)]
         return rows, records.diagnostics(step, values), degenerate
@@ -100,7 +98,5 @@ class Samples:
         return [(tokens[i, :n].tolist(), targets[i][weights[i] > 0].tolist()) for i, n in enumerate(lengths)]
 
     def _row(self, step: int, author: str, i: int, prompt: list[int], ids: list[int]) -> records.Row:
-        decode = self.models.tokenizer.decode
-        domain = self.names[i % len(self.names)]
-        ended = bool(ids) and ids[-1] in self.ends
-        return records.sample(step, author, domain, i // len(self.names), decode(prompt), decode(ids), len(ids), ended)
+        ended, decode = bool(ids) and ids[-1] in self.ends, self.tokenizer.decode
+        return records.sample(step, author, *self.sources[i], decode(prompt), decode(ids), len(ids), ended)

@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +19,11 @@ from jaxkd.evals import compare
 from jaxkd.models import heads
 from jaxkd.run.batch import rows_batch
 from jaxkd.run.open_models import Models
-from jaxkd.sampling.law import Sampling
-from jaxkd.sampling.sampler import decoder
 from jaxkd.teachers import codec, ensemble, signals
 from jaxkd.teachers.base import Teacher
 from jaxkd.teachers.cached import cached, recorded
 from jaxkd.teachers.online import no_teacher, online, self_teacher
 from jaxkd.teachers.store import Store
-from jaxkd.train.rollout import Limits, rollout
 
 
 class Teachers(NamedTuple):
@@ -36,19 +32,15 @@ class Teachers(NamedTuple):
     train: Teacher  # gives the signal that the objective learns from
     evaluate: Teacher  # always the whole distribution, on held-out rows
 
+    def held_out_signal(self, inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
+        """`evaluate`'s signal; `inputs` are its state, the step, and `TrainState.ema` or the student's parameters."""
+        state, step, average = inputs
+        options = {"step": step, "own": average}
+        return self.evaluate.signal(state, batch, **{n: options[n] for n in self.evaluate.requires if n in options})
+
     def comparison(self, models: Models) -> Callable[[PyTree, Any, Batch], compare.Sums]:
-        """`(student, inputs, batch) -> sums` against `evaluate`, jitted.
-
-        `inputs` are the state of `evaluate`, the step, and `TrainState.ema` or the student's parameters.
-        """
-
-        def signal(inputs: tuple[PyTree, Any, PyTree], batch: Batch) -> Any:
-            state, step, average = inputs
-            options = {"step": step, "own": average}
-            wanted = {name: options[name] for name in self.evaluate.requires if name in options}
-            return self.evaluate.signal(state, batch, **wanted)
-
-        return jax.jit(compare.make_comparison(models.student.forward, signal, models.vocab))
+        """`(student, inputs, batch) -> sums` against `evaluate`, jitted; `inputs` are those of `held_out_signal`."""
+        return jax.jit(compare.make_comparison(models.student.forward, self.held_out_signal, models.vocab))
 
 
 def build_teacher(
@@ -91,19 +83,6 @@ def reduced(t: TeacherBlock, models: Models, teacher: Teacher, seed: int) -> Tea
     if t.signal == "sampled":
         return signals.sampled(teacher, t.entries, seed, models.vocab)
     return teacher
-
-
-def text_rollout(t: TeacherBlock, models: Models) -> Callable[..., Batch]:
-    """`rollout(params, rows, key, micro_batches=1) -> Batch` of the teacher's own text, for the signal "token"."""
-    model, tokenizer = models.teacher, models.tokenizer
-    return partial(
-        rollout,
-        decoder(model.config, model.dtype, model.rules),
-        limits=Limits(t.prompt),
-        vocab=models.vocab,
-        sampling=Sampling(t.temperatures[0]),
-        ends=() if tokenizer.end is None else (tokenizer.end,),
-    )
 
 
 def cache_facts(

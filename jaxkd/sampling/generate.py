@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, Key
 
 from jaxkd.core.types import PyTree
 from jaxkd.models.transformer import Config
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import Sampler, decoder, sample
 
 

@@ -1,4 +1,4 @@
-"""Decoders that draw from a student and a teacher together, one law for every token."""
+"""Decoders that draw from a student and a teacher together, from one distribution for every token."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxkd.core.types import LOG_FLOOR, Head, PyTree, TopSet
 from jaxkd.kernels.attention import Cache
 from jaxkd.kernels.pointwise import logits, top_set
-from jaxkd.sampling.sampler import Decoder
+from jaxkd.sampling.sampler import Decoder, slots_of
 
 Combine = Callable[[jax.Array, jax.Array], jax.Array]
 """(log q, log p) [B V], of student and teacher -> log-probabilities [B V] of the draw."""
@@ -37,7 +37,7 @@ def speculative(entries: int) -> Combine:
 
         q(v) 1[v in K] + (1 - q(K)) p(v)
 
-    This is the law of speculative knowledge distillation (arXiv 2410.11325, algorithm 1): the student proposes, and the
+    This is the distribution of speculative knowledge distillation (arXiv 2410.11325): the student proposes, and the
     teacher draws the token in the place of a proposal that is not among its most probable ones.
     """
 
@@ -49,14 +49,14 @@ def speculative(entries: int) -> Combine:
 
 
 def mixed(student: Decoder, teacher: Decoder, combine: Combine, vocab: int) -> Decoder:
-    """The decoder over parameters (student's, teacher's) whose law `combine` makes of both models' at temperature 1.
+    """A decoder over parameters (student's, teacher's), with the distribution that `combine` makes of both.
 
-    Both models read every token. Ids at and above `vocab` have no mass.
+    Both models read every token, at temperature 1. Ids at and above `vocab` have no mass.
     """
 
     def prefill(params: tuple[PyTree, PyTree], tokens: jax.Array) -> _Caches:
         caches = [side.prefill(own, tokens) for side, own in zip((student, teacher), params, strict=True)]
-        return _Caches(_slots(caches[0]), _slots(caches[1]), caches[0].length)
+        return _Caches(slots_of(caches[0]), slots_of(caches[1]), caches[0].length)
 
     def decode(params: tuple[PyTree, PyTree], tokens: jax.Array, cache: _Caches) -> tuple[jax.Array, _Caches]:
         def side(decoder: Decoder, own: PyTree, slots: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
@@ -66,10 +66,6 @@ def mixed(student: Decoder, teacher: Decoder, combine: Combine, vocab: int) -> D
 
         lq, new_student = side(student, params[0], cache.student)
         lp, new_teacher = side(teacher, params[1], cache.teacher)
-        return combine(lq, lp), _Caches(_slots(new_student), _slots(new_teacher), new_student.length)
+        return combine(lq, lp), _Caches(slots_of(new_student), slots_of(new_teacher), new_student.length)
 
     return Decoder(prefill, decode, lambda params: (student.prepare(params[0]), teacher.prepare(params[1])))
-
-
-def _slots(cache: Any) -> dict[str, jax.Array]:
-    return {name: value for name, value in cache._asdict().items() if name != "length"}

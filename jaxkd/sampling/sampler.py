@@ -21,7 +21,7 @@ from jaxkd.kernels.pointwise import logits
 from jaxkd.kernels.tiling import current_chip
 from jaxkd.models import quantized, transformer
 from jaxkd.models.transformer import Config
-from jaxkd.sampling.law import Sampling, law, penalised
+from jaxkd.sampling.processors import Sampling, penalised, sampling_logprobs
 
 
 class Decoder(NamedTuple):
@@ -148,7 +148,9 @@ class Sampler(NamedTuple):
         prompt = slice(None) if count == total and self.n == 1 else entry // self.n
         # Room for the completion behind each prompt.
         pads = lambda x: [(0, self.length if axis == 3 else 0, 0) for axis in range(x.ndim)]
-        cache = jax.tree.map(lambda x: jax.lax.pad(x[:, prompt], jnp.zeros((), x.dtype), pads(x)), _slots(queue.cache))
+        cache = jax.tree.map(
+            lambda x: jax.lax.pad(x[:, prompt], jnp.zeros((), x.dtype), pads(x)), slots_of(queue.cache)
+        )
         cache = queue.cache._replace(**cache, length=queue.cache.length[prompt])
         last = _last(queue, prompt)
         seen = self._marks(queue, prompt) if self.sampling.repetition_penalty != 1 else None
@@ -204,7 +206,7 @@ class Sampler(NamedTuple):
                 rows = jnp.where(free[:, None, None, None], new[:, prompt], old[:, :, :, :width])
                 return old.at[:, :, :, :width].set(rows)
 
-            cache = jax.tree.map(put, _slots(state.cache), _slots(queue.cache))
+            cache = jax.tree.map(put, slots_of(state.cache), slots_of(queue.cache))
             seen, written = state.seen, state.written
             return State(
                 state.output,
@@ -243,14 +245,14 @@ class Sampler(NamedTuple):
         return state._replace(output=output, cache=cache, last=ids, seen=mark(state.seen), written=mark(state.written))
 
     def _draw(self, head: Any, keys: jax.Array, at: jax.Array, seen: Any, written: Any) -> tuple[jax.Array, ...]:
-        """Ids [B], and their log-probabilities under the model and under the law of the draw."""
+        """Ids [B], and their log-probabilities under the model and under the distribution of the draw."""
         z = head if isinstance(head, jax.Array) else logits(head, head.hidden[:, 0])
         z = z[:, : self.vocab] if seen is not None or written is not None else z
         z = jnp.where(jnp.arange(z.shape[1]) < self.vocab, z, -jnp.inf)
         left = penalised(z, self.sampling, seen, written)
         of = lambda lp, ids: jnp.take_along_axis(lp, ids[:, None], 1)[:, 0]
         if self.sampling.temperature:
-            lp = law(left, self.sampling)
+            lp = sampling_logprobs(left, self.sampling)
             own = jax.vmap(jax.random.fold_in)(keys, at)
             ids = jax.vmap(jax.random.categorical)(own, lp).astype(jnp.int32)
             drawn = of(lp, ids)
@@ -274,7 +276,8 @@ def sample(
     return sampler.advance(params, queue, sampler.start(queue)).output
 
 
-def _slots(cache: Any) -> dict[str, Any]:
+def slots_of(cache: Any) -> dict[str, Any]:
+    """A cache without the rows' lengths: the arrays with a slot per position."""
     return {name: value for name, value in cache._asdict().items() if name != "length"}
 
 

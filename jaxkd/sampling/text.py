@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkd.core.types import PyTree
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import Decoder, Queue, Sampler, State
 
 _STEP = 16  # prompts and completions are padded to multiples, so that similar ones share a program

@@ -12,7 +12,7 @@ MARGIN = 0.1  # nats by which the held-out loss must rise before the share does
 
 
 class Replay(NamedTuple):
-    """DistiLLM's adaptive off-policy state (arXiv 2402.03898, algorithm 1)."""
+    """DistiLLM's adaptive off-policy state (arXiv 2402.03898, and its code)."""
 
     rows: Batch  # [N ...], the last N rows that the student wrote
     added: jax.Array  # [] int32: rows ever added; row i is at i mod N

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 
 from jaxkd.core.types import Batch, PyTree
 from jaxkd.sampling.generate import rows
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import Decoder, Sampler
 from jaxkd.train.step import split
 
 DATA, STUDENT, TEACHER = range(3)
 """Who wrote a row's text: `Batch.aux["author"]`."""
 LOGPROBS = ("old_logprob", "drawn_logprob")
-"""Arrays [B L] of `Batch.aux`: log-probability of each target under the model that drew it, and under its law."""
+"""Arrays [B L] of `Batch.aux`: log-probability of each target under the model, and as it was drawn."""
 
-_LAW = Sampling()
+_PLAIN = Sampling()
 
 
 class Limits(NamedTuple):
@@ -53,7 +53,7 @@ def rollout(
     *,
     limits: Limits,
     vocab: int,
-    sampling: Sampling = _LAW,
+    sampling: Sampling = _PLAIN,
     ends: tuple[int, ...] = (),
     author: int = TEACHER,
     chosen: jax.Array | None = None,
@@ -72,7 +72,7 @@ def rollout(
         key: of the batch, or [B] the rows' own.
         limits: of prompt and text.
         vocab: true vocabulary size.
-        sampling: the law of the draws.
+        sampling: temperature and cut-offs of the draws.
         ends: end tokens.
         author: of these rows, for `aux["author"]`.
         chosen: [B] bool, rows to continue; the others keep their text. None: all.

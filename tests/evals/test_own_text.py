@@ -53,9 +53,6 @@ def test_figures_are_those_of_the_dense_distributions():
 
 
 def test_repetition_and_empty_texts_are_degenerate():
-    assert own_text.distinct([[1, 2, 1, 2], [3]], 1) == 3 / 5
-    assert own_text.distinct([[1, 2, 1, 2], [3]], 2) == 2 / 3
-    assert own_text.distinct([[1]], 2) is None
     assert own_text.is_degenerate([5])
     assert own_text.is_degenerate([1, 2] * 20)
     assert not own_text.is_degenerate(list(range(40)))

@@ -108,9 +108,9 @@ def test_figures_on_known_values():
         assert metrics.pass_at_k(n, correct, k) == pytest.approx(np.mean([any(draw) for draw in draws]))
     assert metrics.normalised("  The\n Cat. ") == metrics.normalised("the cat")
     assert metrics.normalised("3.5") != metrics.normalised("35")
-    assert metrics.distinct(["a b a", "a b"], 1) == 2 / 5
-    assert metrics.distinct(["a b a", "a b"], 2) == 2 / 3
-    assert math.isnan(metrics.distinct(["a", ""], 2))
+    assert metrics.distinct([["a", "b", "a"], ["a", "b"]], 1) == 2 / 5
+    assert metrics.distinct([[1, 2, 1], [1, 2]], 2) == 2 / 3
+    assert math.isnan(metrics.distinct([["a"], []], 2))
     assert metrics.rouge_l("the cat", ["a dog", "the cat sat"]) == pytest.approx(0.8)
     assert metrics.self_bleu(["a b c d e"] * 3) == pytest.approx(1.0)
     assert metrics.self_bleu(["a b c d e", "f g h i j"]) == 0.0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkd.sampling.law import Sampling, law, penalised
+from jaxkd.sampling.processors import Sampling, penalised, sampling_logprobs
 from jaxkd.sampling.sampler import Sampler, decoder, sample
 
 torch = pytest.importorskip("torch")
@@ -67,6 +67,6 @@ def test_the_law_is_that_of_their_processors(sampling, processors):
     theirs = torch.log_softmax(theirs, -1).numpy()
     seen = np.zeros(z.shape, bool)
     seen[np.arange(20)[:, None], ids] = True
-    ours = np.asarray(law(penalised(jnp.asarray(z), sampling, jnp.asarray(seen), None), sampling))
+    ours = np.asarray(sampling_logprobs(penalised(jnp.asarray(z), sampling, jnp.asarray(seen), None), sampling))
     np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
     np.testing.assert_allclose(np.exp(ours), np.exp(theirs), atol=1e-6)

@@ -11,7 +11,7 @@ from harness import fails, succeeds
 
 from jaxkd.run import generate
 from jaxkd.sampling import text
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.text import Settings
 
 

@@ -17,7 +17,7 @@ from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
 from jaxkd.models.transformer import CausalLM, Config, RopeScaling
 from jaxkd.sampling import generate
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import Decoder, Sampler, sample
 
 CONFIG = Config(vocab=100, embed=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_length=64)

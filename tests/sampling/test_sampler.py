@@ -10,7 +10,7 @@ from harness import random_params
 from test_generate import CONFIG, PROMPT_LENGTHS, VOCAB, plain_logprobs, row_keys, some_prompts
 
 from jaxkd.models import quantized
-from jaxkd.sampling.law import Sampling, law, penalised
+from jaxkd.sampling.processors import Sampling, penalised, sampling_logprobs
 from jaxkd.sampling.sampler import Sampler, decoder, sample, unrolled
 
 LENGTH = 9
@@ -105,7 +105,7 @@ def numpy_law(z, s):
 )
 def test_the_law_is_the_plain_one(sampling):
     z = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32) * 3
-    got = np.exp(np.asarray(law(jnp.asarray(z), sampling)))
+    got = np.exp(np.asarray(sampling_logprobs(jnp.asarray(z), sampling)))
     np.testing.assert_allclose(got, [numpy_law(row, sampling) for row in np.float64(z)], atol=1e-6)
 
 

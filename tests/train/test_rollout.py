@@ -13,7 +13,7 @@ from jaxkd.core import sharding
 from jaxkd.kernels.reference import logits
 from jaxkd.models import transformer
 from jaxkd.models.transformer import Config
-from jaxkd.sampling.law import Sampling
+from jaxkd.sampling.processors import Sampling
 from jaxkd.sampling.sampler import decoder
 from jaxkd.train.rollout import DATA, LOGPROBS, STUDENT, TEACHER, Limits, rollout
 

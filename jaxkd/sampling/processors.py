@@ -54,7 +54,7 @@ def penalised(z: jax.Array, sampling: Sampling, seen: jax.Array | None, written:
     return z
 
 
-def law(z: jax.Array, sampling: Sampling) -> jax.Array:
+def sampling_logprobs(z: jax.Array, sampling: Sampling) -> jax.Array:
     """Log-probabilities [B V] of the draw from penalised logits, -inf for what is cut off; of a temperature above 0."""
     lp = jax.nn.log_softmax(z / sampling.temperature, -1)
     if 0 < sampling.top_k < z.shape[-1]:
