@@ -41,7 +41,7 @@ def losses(workdir: Path) -> list[float]:
     [
         ("hidden32", {"signal": "hidden", "stored": "float32"}, 2e-6),
         pytest.param("hidden8", {"signal": "hidden", "stored": "int8"}, 2e-4, marks=pytest.mark.slow),
-        ("every", {"signal": "top_k", "entries": 257, "stored": "float32"}, 2e-5),
+        pytest.param("every", {"signal": "top_k", "entries": 257, "stored": "float32"}, 2e-5, marks=pytest.mark.slow),
     ],
 )
 def test_a_cached_teacher_trains_as_the_live_one(root, arguments, undisturbed, name, values, tolerance):
@@ -74,6 +74,7 @@ def test_an_int8_teacher_is_cached_and_judged(root, arguments):
     assert "check: held-out rows: teacher" in checked
 
 
+@pytest.mark.slow
 def test_draws_and_text_train(root, arguments):
     """The teacher's text from a cache; below it is written before every step."""
     options, workdir = teacher(root, "drawn", signal="sampled", entries=12), root / "run-drawn"
@@ -160,6 +161,7 @@ def members(**domains: str) -> list[str]:
     return given
 
 
+@pytest.mark.slow
 def test_several_teachers_train_and_are_evaluated(root, arguments):
     workdir = root / "many"
     output = good("train", "--workdir", str(workdir), *arguments, *members())

@@ -36,6 +36,7 @@ def run(on_policy, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_resumed_between_a_rollout_and_its_step_has_the_same_bits(run, on_policy):
     """Step 3 trains on the text that was written before it; the buffer is not empty."""
     rows = lines(run / "metrics.jsonl")
@@ -49,6 +50,7 @@ def test_a_run_resumed_between_a_rollout_and_its_step_has_the_same_bits(run, on_
     assert [lines(run / name) for name in WRITTEN] == texts
 
 
+@pytest.mark.slow
 def test_an_evaluation_continues_fixed_prompts(run):
     samples, figures = (lines(run / name) for name in WRITTEN)
     assert [row["step"] for row in figures] == [0, 6, 12]

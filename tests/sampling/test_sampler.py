@@ -47,7 +47,9 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", ["plain", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cut off", "penalties"))]
+)
 def test_slots_of_a_queue_change_no_text(params, name):
     """Completions of unequal lengths, three of each prompt, in as many slots as there are, in two and in one."""
     options = SETTINGS[name] | {"ends": tuple(range(0, VOCAB, 6)), "n": 3}
@@ -66,6 +68,7 @@ def test_layers_apart_change_no_text(params):
     assert_same(jax.tree.map(np.asarray, apart), write(params, **SETTINGS["cut off"]))
 
 
+@pytest.mark.slow
 def test_the_first_completion_is_the_only_one_and_rows_are_their_own(params):
     one, three = write(params), write(params, n=3, slots=4)
     assert_same(one, jax.tree.map(lambda x: x[::3], three))
