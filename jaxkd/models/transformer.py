@@ -328,17 +328,19 @@ def extend(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, *, d
     Returns:
         (head with hidden [B 1 D], the cache with the new tokens added).
     """
-    output = _extended(config, params, tokens, cache, dtype)
+    head, taps, _ = _extended(config, params, tokens, cache, dtype)
     rows = jnp.arange(tokens.shape[0])
+    # Nothing is written before every layer has read, or XLA copies each layer's cache at each token (jax 0.12 on CPUs).
+    hidden, taps = jax.lax.optimization_barrier((head.hidden, taps))
 
     def written(slots: jax.Array, new: jax.Array) -> jax.Array:
         # Advanced indices around a slice come first: [B layers K d].
         slots = slots.at[:, rows, :, cache.length].set(new[:, :, 0].swapaxes(0, 1), mode="drop")
         return constrain(slots, *CACHE_AXES)
 
-    keys = jax.tree.map(written, cache.keys, output.taps["key"])
-    values = jax.tree.map(written, cache.values, output.taps["value"])
-    return output.head, Cache(keys, values, cache.length + 1)
+    keys = jax.tree.map(written, cache.keys, taps["key"])
+    values = jax.tree.map(written, cache.values, taps["value"])
+    return head._replace(hidden=hidden), Cache(keys, values, cache.length + 1)
 
 
 def _extended(config: Config, params: PyTree, tokens: jax.Array, cache: Cache, dtype: Any) -> Output:

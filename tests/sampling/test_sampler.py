@@ -1,6 +1,7 @@
 """The queue of completions, and the distribution that tokens are drawn from."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +67,19 @@ def test_layers_apart_change_no_text(params):
     inputs = some_prompts(), PROMPT_LENGTHS, row_keys(range(4)), np.full(4, LENGTH)
     apart = jax.jit(lambda params, *inputs: sample(sampler, params, *inputs))(params, *inputs)
     assert_same(jax.tree.map(np.asarray, apart), write(params, **SETTINGS["cut off"]))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="XLA before it drops optimization_barrier on CPUs")
+def test_a_decoded_token_copies_no_cache(params):
+    """The loop's own copies, at its entry, are one of each layer's keys and values."""
+    sampler = Sampler(unrolled(decoder(CONFIG)), VOCAB, LENGTH, Sampling(0.0))
+    inner = jax.eval_shape(sampler.decoder.prepare, params)
+    queue = jax.eval_shape(sampler.queue, inner, some_prompts(), PROMPT_LENGTHS, row_keys(range(4)))
+    state = jax.eval_shape(sampler.start, queue)
+    text = jax.jit(sampler.advance).lower(inner, queue, state).compile().as_text()
+    shape = ",".join(map(str, state.cache.keys[0].shape))
+    copies = re.findall(rf"f32\[{shape}\]\S* copy\(", text)
+    assert len(copies) <= 2 * CONFIG.layers
 
 
 @pytest.mark.slow
