@@ -1,8 +1,8 @@
 """What writing text costs on TPUs that are not here: a decoded token against HBM, and its share of an on-policy step.
 
 The step of one token is compiled like the train step and read from its program. Rollouts follow from it: prefill and
-`tokens` such steps, before each training step, at peak rates: a lower bound. Of mixed and speculative text it is the
-student's part, and of rows that both models write that of all rows by the student.
+`tokens` such steps, before each training step, at peak rates: a lower bound. A token of mixed and speculative text is
+one of the student and one of the teacher. Of rows that both models write it is that of all rows by the student.
 """
 
 from typing import Any, NamedTuple, cast
@@ -31,7 +31,7 @@ class SamplingPlan(NamedTuple):
     """A batch's rollout on a slice; bytes are those of one device, numbers of rows and tokens those of all."""
 
     planned: Plan  # of the training step
-    writer: str  # "student", or "teacher" where the recipe has it write
+    writer: str  # "student", "teacher" where the recipe has it write, or "student and teacher" of mixed text
     rows: int  # decoded together
     prompt: int  # tokens of a row that are given
     tokens: int  # most tokens that are written after them
@@ -93,8 +93,12 @@ def plan(planned: Plan) -> SamplingPlan:
     e, models, mesh = built.experiment, built.models, built.mesh
     r = rollouts.block(e) or RolloutBlock(student=1.0, prompt=e.teacher.prompt)
     by_teacher = bool(r.teacher) and not (r.student or r.adaptive)
-    model = models.teacher if by_teacher else models.student
-    writes, length = rollouts.own_decoder(model), e.data.length
+    mixed = bool(r.mix or r.proposals) and not by_teacher
+    names = ("teacher",) if by_teacher else ("student", "teacher") if mixed else ("student",)
+    writers = [getattr(models, name) for name in names]
+    writes = rollouts.own_decoder(models.teacher) if by_teacher else rollouts.student_decoder(r, models)
+    abstract = tuple(model.abstract for model in writers) if mixed else writers[0].abstract
+    length = e.data.length
     width, room = min(r.prompt or length - 1, length - 1), min(r.length or length - 1, length - 1)
     tokens = min(room, length - r.prompt if r.prompt else length // 2)
     prompt = r.prompt or length - tokens
@@ -107,28 +111,40 @@ def plan(planned: Plan) -> SamplingPlan:
         return rollout(writes, params, batch, key, micro_batches=e.optim.micro_batches, **options)
 
     with jax.set_mesh(mesh), progress(f"compiling a rollout for {topology.name}"):
-        batch, own = abstract_batch(e, models, mesh), device_bytes(model.abstract)
+        batch, own = abstract_batch(e, models, mesh), device_bytes(abstract)
         of_window = lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype, sharding=x.sharding)
         batch = jax.tree.map(of_window, batch)
-        whole = jax.jit(written, out_shardings=batch_sharding(mesh)).lower(model.abstract, batch, built.state.step)
+        whole = jax.jit(written, out_shardings=batch_sharding(mesh)).lower(abstract, batch, built.state.step)
         compiled = compiled_or_short(whole)
         beside = planned.memory.params + planned.memory.optimizer + planned.memory.teacher - own
         if isinstance(compiled, oom.Oom):
             peak = beside + max(compiled.used or 0, topology.chip.hbm + 1)
         else:
             peak = beside + peak_bytes(compiled)
-        prepare = jax.jit(writes.prepare).lower(model.abstract).compile()
-        struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        params = jax.tree.map(struct, jax.eval_shape(writes.prepare, model.abstract), prepare.output_shardings)
-        cache = _cache(writes, model, params, rows, width + room, mesh)
-        last = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=batch_sharding(mesh))
+        tokens_of = [_token(model, rows, prompt, tokens, width + room, mesh, topology) for model in writers]
+    steps, others = zip(*tokens_of)
+    estimate, (read, at_mean, prepare_s, prefill_s) = Estimate(*map(sum, zip(*steps))), map(sum, zip(*others))
+    sizes = (rows, prompt, tokens, read, at_mean, peak)
+    return SamplingPlan(planned, " and ".join(names), *sizes, estimate, prepare_s, prefill_s)
 
-        def decode(params: PyTree, last: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            head, cache = writes.decode(params, last, cache)
-            head = cast(Head, head)
-            return jnp.argmax(logits(head, head.hidden[:, 0]), -1), cache
 
-        step = jax.jit(decode, donate_argnums=2).lower(params, last, cache).compile()
+def _token(
+    model: Model, rows: int, prompt: int, tokens: int, slots: int, mesh: Any, topology: Topology
+) -> tuple[Estimate, tuple[int, int, float, float]]:
+    """A model's token of `rows` rows; its weights' bytes, those of the cache, and the seconds of `prepare` and prefill."""
+    writes = rollouts.own_decoder(model)
+    prepare = jax.jit(writes.prepare).lower(model.abstract).compile()
+    struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    params = jax.tree.map(struct, jax.eval_shape(writes.prepare, model.abstract), prepare.output_shardings)
+    cache = _cache(writes, model, params, rows, slots, mesh)
+    last = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=batch_sharding(mesh))
+
+    def decode(params: PyTree, last: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        head, cache = writes.decode(params, last, cache)
+        head = cast(Head, head)
+        return jnp.argmax(logits(head, head.hidden[:, 0]), -1), cache
+
+    step = jax.jit(decode, donate_argnums=2).lower(params, last, cache).compile()
     mean = prompt + tokens // 2
     count = rows * (flops.body(model.config, 2 * mean) + flops.head(model.config))  # attends to `mean` tokens
     estimate, _ = estimate_of(step, count, mesh, topology)
@@ -137,11 +153,8 @@ def plan(planned: Plan) -> SamplingPlan:
     # A prefill gathers and reads what a step does, for `prompt` times the products.
     products = rows * prompt * flops.body(model.config, prompt) / mesh.size / topology.chip.flops
     prefill_s = max(products, estimate.links + estimate.network, read / topology.chip.bandwidth)
-    at_mean = device_bytes((cache.keys, cache.values)) * mean // (width + room)
-    writer = "teacher" if by_teacher else "student"
-    sizes = (rows, prompt, tokens, read, at_mean, peak)
-    prepare_s = estimate_of(prepare, 0, mesh, topology)[0].step_s
-    return SamplingPlan(planned, writer, *sizes, estimate, prepare_s, prefill_s)
+    at_mean = device_bytes((cache.keys, cache.values)) * mean // slots
+    return estimate, (read, at_mean, estimate_of(prepare, 0, mesh, topology)[0].step_s, prefill_s)
 
 
 def _cache(writes: Decoder, model: Model, params: PyTree, rows: int, slots: int, mesh: Any) -> Any:
