@@ -210,7 +210,9 @@ class RunBlock:
     rollout_every: Annotated[int, "steps whose rollouts are written at once, by the first one's student"] = 1
     eval_every: Annotated[int, "steps between evaluations; 0: only before and after training"] = 0
     eval_batch: Annotated[int, "rows in an evaluation batch"] = 8
-    samples: Annotated[int, "held-out prompts that are continued at every evaluation, for the report; 0: none"] = 0
+    samples: Annotated[
+        int, "held-out prompts that are continued at every evaluation, for the report; -1: 8 where the student writes"
+    ] = -1
     checkpoints: Annotated[str, "absolute path or gs://BUCKET/PATH; empty: in the workdir"] = ""
     checkpoint_every: Annotated[int, "steps between checkpoints"] = 100
     keep_checkpoints: Annotated[int, "latest checkpoints to keep"] = 2

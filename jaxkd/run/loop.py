@@ -21,10 +21,9 @@ from jaxkd.evals import compare
 from jaxkd.losses import group_dro
 from jaxkd.models import flops
 from jaxkd.report import records
-from jaxkd.run import load, preflight, program, restore, rollouts
+from jaxkd.run import load, preflight, program, restore, rollouts, samples
 from jaxkd.run.job import Job
 from jaxkd.run.mixing import Mixing, make_gradients, make_losses
-from jaxkd.run.samples import Samples
 from jaxkd.run.teacher import build_teacher, open_stores
 from jaxkd.runtime import log, multihost
 from jaxkd.runtime.phases import Phases
@@ -98,7 +97,8 @@ class Run:
             self.step = program.jitted_step(job, self.teachers.train)
             self.rollouts = rollouts.jitted(e, models, job.mesh)
             self.comparison = self.teachers.comparison(models)
-            self.samples = Samples(e, models, rows, self.teachers, job.mesh) if e.run.samples else None
+            count = samples.count(e)
+            self.samples = samples.Samples(e, models, rows, self.teachers, job.mesh, count) if count else None
             self.flops = program.flops_of(e, models, job.objective.uses_teacher).model
         except BaseException:
             self.close()

@@ -23,15 +23,24 @@ from jaxkd.run.teacher import Teachers
 from jaxkd.train.rollout import STUDENT, TEACHER, prompts, rollout
 
 _LENGTH = 64  # most tokens of a sample where a run has no rollouts
+_ON_POLICY = 8  # prompts
 _KEY = 2**31 + 1  # of all samples, so that evaluations differ by the student alone
 
 
-class Samples:
-    """The programs, and the held-out rows whose prompts are continued: `run.samples`, from all domains in turn."""
+def count(e: Experiment) -> int:
+    """`run.samples`, or by its default so many that an on-policy run is never without figures of its text."""
+    if e.run.samples >= 0:
+        return e.run.samples
+    r = rollouts.block(e)
+    return _ON_POLICY if r is not None and (r.student or r.adaptive) else 0
 
-    def __init__(self, e: Experiment, models: Models, rows: load.Domains, teachers: Teachers, mesh: Mesh):
+
+class Samples:
+    """The programs, and the `count` held-out rows whose prompts are continued, from all domains in turn."""
+
+    def __init__(self, e: Experiment, models: Models, rows: load.Domains, teachers: Teachers, mesh: Mesh, count: int):
         devices = math.prod(mesh.shape[name] for name in ROWS)
-        count = -(-e.run.samples // devices) * devices
+        count = -(-count // devices) * devices
         number = np.arange(count)
         domain, row = number % len(rows.names), number // len(rows.names)
         row = row % np.asarray([len(valid) for valid in rows.valid])[domain]

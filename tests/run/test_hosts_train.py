@@ -225,6 +225,24 @@ def test_cached_teachers_and_a_measuring_rule_in_two_processes(mesh, spread, tmp
 
 
 @pytest.mark.slow
+def test_two_processes_write_the_text_that_one_writes(spread, tmp_path):
+    """Student, teacher and replay buffer."""
+    written = [
+        *spread, "--config.data.rollout.student=0.5", "--config.data.rollout.teacher=0.2", "--config.data.rollout.prompt=8",
+        "--config.data.rollout.length=12", "--config.data.rollout.buffer=16", "--config.run.rollout_every=2",
+        "--config.run.samples=4",
+    ]  # fmt: skip
+    workdir, alone = tmp_path / "pair", tmp_path / "alone"
+    Job(2, "train", "--workdir", str(workdir), *written).ends(0)
+    result = jaxkd("train", "--workdir", str(alone), *written, devices=2)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(workdir, alone)
+    assert sum(row["rollout_share"] for row in lines(alone / "metrics.jsonl")) > 0
+    for name in ("samples.jsonl", "diagnostics.jsonl"):
+        assert lines(workdir / name) == lines(alone / name)
+
+
+@pytest.mark.slow
 def test_interrupt_of_one_stops_all(spread, tmp_path):
     job = Job(2, "train", "--workdir", str(tmp_path / "w"), *spread, "--config.run.steps=400")
     job.wait_for(tmp_path / "w" / "evals.jsonl", 1)

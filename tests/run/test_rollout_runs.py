@@ -125,6 +125,26 @@ def conversation(i, told):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", ["ddk(alpha=0.5)", "doremi_proxy(eta=5.0)"])
+def test_a_rule_weighs_domains_of_conversations(arguments, tmp_path, rule):
+    own = [argument for argument in arguments if "domains" not in argument]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("sums", "words")}
+    words = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "qzx vjk qzx vjk"}]}
+    files["sums"].write_text("".join(json.dumps(conversation(i, False)) + "\n" for i in range(60)))
+    files["words"].write_text("".join(json.dumps({**words, "id": i}) + "\n" for i in range(60)))
+    more = [
+        "--config.data.domains.code=", "--config.data.domains.manual=", f"--config.data.mixture={rule}",
+        *(f"--config.data.domains.{name}={file}" for name, file in files.items()),
+        f"--config.data.tokenizer={write_tokenizer(tmp_path, TEMPLATE)}", "--config.data.interval=4",
+    ]  # fmt: skip
+    succeeds("train", "--workdir", str(tmp_path / "run"), *own, *more)
+    file, key = ("mixture.jsonl", "share/") if rule.startswith("ddk") else ("metrics.jsonl", "weight/")
+    pairs = [(row[f"{key}sums"], row[f"{key}words"]) for row in lines(tmp_path / "run" / file)]
+    assert pairs[0] != pairs[-1]
+    assert all(sum(pair) == pytest.approx(1) and min(pair) > 0 for pair in pairs)
+
+
+@pytest.mark.slow
 def test_a_student_learns_from_itself_what_a_conversations_context_says(arguments, tmp_path):
     """Without the contexts teacher and student are one model, and there is nothing to learn."""
     own = [argument for argument in arguments if "domains" not in argument]
