@@ -22,9 +22,7 @@ AT_LEAST = {
         ("run.steps", "run.checkpoint_every", "run.log_every", "run.keep_checkpoints", "run.eval_batch"), 1
     ),
     **dict.fromkeys(("data.interval", "data.batch", "data.length", "optim.micro_batches", "run.rollout_every"), 1),
-    **dict.fromkeys(
-        ("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s", "data.context"), 0
-    ),
+    **dict.fromkeys(("run.eval_every", "run.keep_every", "run.keep_best", "run.stall_s", "data.context"), 0),
     "run.samples": -1,
     **dict.fromkeys(("optim.skip_limit", "optim.spike", "optim.lr.peak", "optim.lr.warmup", "optim.lr.end"), 0),
     **dict.fromkeys(("data.train_rows", "data.valid_rows", "optim.weight_decay", "optim.eps", "optim.clip"), 0),

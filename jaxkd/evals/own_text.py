@@ -11,6 +11,7 @@ from jaxkd.evals.metrics import distinct
 from jaxkd.kernels.pointwise import logits
 
 ENTRIES = 16  # of the sets of most probable tokens that are compared
+_LOGITS = 2**24  # at a time: of all rows, and of each model
 
 
 def make_diagnostics(student: Forward, signal: Callable[[PyTree, Batch], Any], vocab: int) -> Callable[..., Metrics]:
@@ -19,8 +20,8 @@ def make_diagnostics(student: Forward, signal: Callable[[PyTree, Batch], Any], v
     In nats: `student_entropy`, and beside a teacher whose `signal(inputs, batch)` is a whole distribution
     `teacher_entropy`, `forward_kl` KL(p || q), `reverse_kl` KL(q || p); `overlap`, the share of their `ENTRIES` most
     probable tokens that both have; `teacher_mass`, p of the student's. `importance_ratio` is the mean of q(y) over the
-    probability with which the text was sampled (1 where sampler and forward pass agree, and the text is not stale).
-    Logits exist of one row at a time.
+    probability of it under the model that wrote it, at temperature 1 (1 where sampler and forward pass agree).
+    Logits exist of some tokens at a time.
     """
 
     def diagnostics(params: PyTree, inputs: PyTree, batch: Batch) -> Metrics:
@@ -28,19 +29,19 @@ def make_diagnostics(student: Forward, signal: Callable[[PyTree, Batch], Any], v
         heads = [student(params, batch).head] + ([teacher.head] if isinstance(teacher, Output) else [])
 
         def log_probs(head: Head, hidden: jax.Array) -> jax.Array:
-            z = logits(head, hidden)
+            z = logits(head, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:2], -1)
             return jax.nn.log_softmax(jnp.where(jnp.arange(z.shape[-1]) < vocab, z, -jnp.inf), -1)
 
-        def row(values: tuple[list[jax.Array], Batch]) -> dict[str, jax.Array]:
-            hidden, one = values
+        def block(values: tuple[list[jax.Array], jax.Array, jax.Array, jax.Array]) -> dict[str, jax.Array]:
+            hidden, targets, old, weights = values
             lq = log_probs(heads[0], hidden[0])
-            of_target = jnp.take_along_axis(lq, one.targets[:, None], 1)[:, 0]
-            fields = {"student_entropy": -_dot(lq, lq), "importance_ratio": jnp.exp(of_target - one.aux["old_logprob"])}
+            of_target = jnp.take_along_axis(lq, targets[..., None], -1)[..., 0]
+            fields = {"student_entropy": -_dot(lq, lq), "importance_ratio": jnp.exp(of_target - old)}
             if len(heads) > 1:
                 lp = log_probs(heads[1], hidden[1])
                 own = jax.lax.top_k(lq, min(ENTRIES, vocab))[1]
-                least = jax.lax.top_k(lp, own.shape[1])[0][:, -1:]
-                of_own = jnp.take_along_axis(lp, own, 1)
+                least = jax.lax.top_k(lp, own.shape[-1])[0][..., -1:]
+                of_own = jnp.take_along_axis(lp, own, -1)
                 fields |= {
                     "teacher_entropy": -_dot(lp, lp),
                     "forward_kl": _dot(lp, lp - lq),
@@ -48,11 +49,18 @@ def make_diagnostics(student: Forward, signal: Callable[[PyTree, Batch], Any], v
                     "overlap": (of_own >= least).mean(-1),
                     "teacher_mass": jnp.exp(of_own).sum(-1),
                 }
-            live = one.weights > 0
-            return {name: jnp.where(live, field * one.weights, 0).sum() for name, field in fields.items()}
+            return {name: jnp.where(weights > 0, field * weights, 0).sum() for name, field in fields.items()}
 
-        bare = batch._replace(view=None, teacher=None)
-        sums = jax.lax.map(row, ([head.hidden for head in heads], bare))
+        rows, length = batch.weights.shape
+        size = min(length, max(_LOGITS // (rows * vocab), 1))
+        count = -(-length // size)
+
+        def blocks(x: jax.Array) -> jax.Array:  # of all rows, which stay on their devices
+            x = jnp.pad(x, [(0, 0), (0, count * size - length), *[(0, 0)] * (x.ndim - 2)])
+            return x.reshape(rows, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+        values = [head.hidden for head in heads], batch.targets, batch.aux["old_logprob"], batch.weights
+        sums = jax.lax.map(block, jax.tree.map(blocks, values))
         return {name: (x.sum(), batch.weights.sum()) for name, x in sums.items()}
 
     return diagnostics

@@ -2,7 +2,8 @@
 
 The step of one token is compiled like the train step and read from its program. Rollouts follow from it: prefill and
 `tokens` such steps, before each training step, at peak rates: a lower bound. A token of mixed and speculative text is
-one of the student and one of the teacher. Of rows that both models write it is that of all rows by the student.
+one of the student and one of the teacher; `int8` is not counted. Of rows that both models write it is that of all rows
+by the student.
 """
 
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,7 @@ from jaxkd.models import flops, transformer
 from jaxkd.planning import oom
 from jaxkd.planning.plan import Estimate, Plan, compiled_or_short, device_bytes, estimate_of, peak_bytes, progress
 from jaxkd.planning.plan_report import binary, digits
+from jaxkd.planning.topology import Topology
 from jaxkd.run import rollouts
 from jaxkd.run.open_models import Model
 from jaxkd.run.teacher import abstract_batch
@@ -70,7 +72,7 @@ class SamplingPlan(NamedTuple):
         """For the console."""
         values, limit = self.json(), self.planned.topology.chip.hbm
         text = [
-            f"rollout   the {self.writer} writes {self.tokens} tokens after {self.prompt}, {self.rows} rows at a time",
+            f"rollout   by the {self.writer}: {self.tokens} tokens after {self.prompt}, {self.rows} rows at a time",
             f"          memory {binary(self.peak)} of {binary(limit)} a device, "
             f"{'fits' if values['fits'] else 'DOES NOT FIT'}",
             f"decode    a token of all rows moves {binary(values['moved_bytes'])} between a device and its HBM; "
@@ -131,7 +133,7 @@ def plan(planned: Plan) -> SamplingPlan:
 def _token(
     model: Model, rows: int, prompt: int, tokens: int, slots: int, mesh: Any, topology: Topology
 ) -> tuple[Estimate, tuple[int, int, float, float]]:
-    """A model's token of `rows` rows; its weights' bytes, those of the cache, and the seconds of `prepare` and prefill."""
+    """A model's token of `rows` rows; bytes of weights and cache, seconds of `prepare` and of the prefill."""
     writes = rollouts.own_decoder(model)
     prepare = jax.jit(writes.prepare).lower(model.abstract).compile()
     struct = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

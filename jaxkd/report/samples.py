@@ -15,7 +15,7 @@ _CHARTS = (
     ("Distinct n-grams", "", {"distinct_1": "1 token", "distinct_2": "2 tokens", "distinct_3": "3 tokens"}),
     ("Tokens of a text", "tokens", {"tokens": "mean"}),
     ("Texts that end", "", {"ended": "share"}),
-    ("Importance ratio", "", {"importance_ratio": "student now over the distribution that it was drawn from"}),
+    ("Importance ratio", "", {"importance_ratio": "forward pass over sampler, at temperature 1"}),
 )
 
 

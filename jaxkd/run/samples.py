@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -39,18 +40,19 @@ class Samples:
     """The programs, and the `count` held-out rows whose prompts are continued, from all domains in turn."""
 
     def __init__(self, e: Experiment, models: Models, rows: load.Domains, teachers: Teachers, mesh: Mesh, count: int):
+        chosen = [(d, i) for i in range(count) for d, valid in enumerate(rows.valid) if i < len(valid)][:count]
+        self.sources = [(rows.names[d], i) for d, i in chosen]  # of the prompts
+        # Every device has as many rows; those that fill up do not count.
         devices = math.prod(mesh.shape[name] for name in ROWS)
-        count = -(-count // devices) * devices
-        number = np.arange(count)
-        domain, row = number % len(rows.names), number // len(rows.names)
-        row = row % np.asarray([len(valid) for valid in rows.valid])[domain]
+        count = -(-len(chosen) // devices) * devices
+        domain, row = np.asarray(chosen + chosen[:1] * (count - len(chosen))).T
         values, sharding = loader.read_rows(rows.valid, domain, row), batch_sharding(mesh)
         local = loader.local_rows(count, sharding)
         self.batch = loader.to_devices(jax.tree.map(lambda x: x[local], values), count, local, sharding)
+        counted = jnp.arange(count)[:, None] < len(chosen)
         r, length = rollouts.block(e), e.data.length
         conversations = not values["weights"][:, 0].any()
         r = r or RolloutBlock(prompt=0 if conversations else length // 4, length=_LENGTH, temperature=0.0)
-        self.sources = [(rows.names[d], int(i)) for d, i in zip(domain, row)]  # of the prompts
         self.ends, self.tokenizer = models.tokenizer.ends, models.tokenizer
         options = rollouts.rollout_options(r, models)
         replicated = NamedSharding(mesh, PartitionSpec())
@@ -68,7 +70,8 @@ class Samples:
         signal = (lambda inputs, batch: None) if cached else teachers.held_out_signal
         diagnostics = own_text.make_diagnostics(models.student.forward, signal, models.vocab)
         viewed = rollouts.make_view(e, models)
-        diagnose = lambda params, inputs, batch: diagnostics(params, inputs, viewed(batch))
+        only = lambda batch: batch._replace(weights=jnp.where(counted, batch.weights, 0))
+        diagnose = lambda params, inputs, batch: diagnostics(params, inputs, viewed(only(batch)))
         self._diagnose = jax.jit(diagnose, out_shardings=replicated)
         fields = lambda written, batch: (
             written.tokens,
@@ -104,7 +107,8 @@ class Samples:
     def _texts(self, written: Any) -> list[tuple[list[int], list[int]]]:
         """Ids of each row's prompt and of what was written after it."""
         tokens, weights, targets, lengths = jax.device_get(self._gather(written, self.batch))
-        return [(tokens[i, :n].tolist(), targets[i][weights[i] > 0].tolist()) for i, n in enumerate(lengths)]
+        n = len(self.sources)
+        return [(tokens[i, : lengths[i]].tolist(), targets[i][weights[i] > 0].tolist()) for i in range(n)]
 
     def _row(self, step: int, author: str, i: int, prompt: list[int], ids: list[int]) -> records.Row:
         ended, decode = bool(ids) and ids[-1] in self.ends, self.tokenizer.decode

@@ -43,14 +43,14 @@ def of_target(values):
     return jnp.take_along_axis(values, TEXT[..., None], -1)[..., 0]
 
 
-def law(logits):
+def distribution(logits):
     """Probability of each row; the junk after a stop is uniform."""
     return jnp.exp(jnp.where(ALIVE, of_target(log_probs(logits)), -jnp.log(VOCAB)).sum(1))
 
 
 def over_text(by_prefix, author=STUDENT):
     """The expected sum of a function of the prefix [prefixes] over the author's text, which carries no gradient."""
-    return jnp.sum(stop_gradient(law(author))[:, None] * ALIVE * by_prefix[PREFIX])
+    return jnp.sum(stop_gradient(distribution(author))[:, None] * ALIVE * by_prefix[PREFIX])
 
 
 def kl(a, b):
@@ -78,7 +78,7 @@ def program(term):
 
 def batch_by(author=STUDENT, **aux):
     """Every row, with its probability under its author as weight. A token is its prefix; `aux` is NaN after a stop."""
-    weights = law(author)[:, None] * ALIVE
+    weights = distribution(author)[:, None] * ALIVE
     aux = {name: jnp.where(ALIVE, value, jnp.nan) for name, value in aux.items()}
     return batch_of(PREFIX, targets=TEXT, weights=weights.astype(jnp.float32))._replace(aux=aux)
 
@@ -100,7 +100,7 @@ REVERSE_KL = exact(lambda logits: over_text(kl(logits, TEACHER)))
 
 
 def test_every_row_is_counted_once():
-    assert law(STUDENT).sum() == pytest.approx(1.0, abs=1e-6)
+    assert distribution(STUDENT).sum() == pytest.approx(1.0, abs=1e-6)
     assert len(np.unique(PREFIX)) == 21
 
 
@@ -149,7 +149,7 @@ def test_the_detached_skew_is_a_policy_gradient():
     def surrogate(logits):
         lq, lp = of_target(log_probs(logits)), of_target(log_probs(TEACHER))
         reward = jnp.log(a * jnp.exp(lp - stop_gradient(lq)) + 1 - a)
-        return -jnp.sum(stop_gradient(law(logits))[:, None] * ALIVE * reward * lq)
+        return -jnp.sum(stop_gradient(distribution(logits))[:, None] * ALIVE * reward * lq)
 
     assert_same(expected(objectives.match(d.skew_reverse_kl(1 - a, detach=True))), exact(surrogate))
     attached = expected(objectives.match(d.skew_reverse_kl(1 - a)))
@@ -205,8 +205,8 @@ def surrogate(loss, author=TEMPERED):
     old, lp = BY_OLD["old_logprob"], of_target(log_probs(TEACHER))
 
     def value(logits):
-        ratio, of_law = of_target(log_probs(logits)) - old, old - of_target(log_probs(author))
-        return jnp.sum(law(author)[:, None] * ALIVE * loss(jnp.exp(ratio), jnp.exp(of_law), lp - old))
+        ratio, of_draw = of_target(log_probs(logits)) - old, old - of_target(log_probs(author))
+        return jnp.sum(distribution(author)[:, None] * ALIVE * loss(jnp.exp(ratio), jnp.exp(of_draw), lp - old))
 
     return exact(value)
 
@@ -219,7 +219,7 @@ def test_policy_gradient_with_a_clip_is_that_of_ppo():
     assert np.linalg.norm(got - unclipped) > 0.1 * np.linalg.norm(got)
 
 
-def test_policy_gradient_truncates_the_ratio_to_the_law_of_the_text():
+def test_policy_gradient_truncates_the_ratio_to_the_distribution_of_the_text():
     """A truncated weight is a constant: -min(w, limit) A log q."""
     limit = lambda r, c, a: -stop_gradient(jnp.minimum(r * c, 1.1)) * a * jnp.log(r)
     assert_same(expected(policy.policy_gradient(max_ratio=1.1), TEMPERED, **BY_TEMPERED), surrogate(limit))
@@ -233,7 +233,7 @@ def test_minillm_is_the_gradient_of_the_kl_of_the_continuations():
 
     def whole(logits):
         ratio = of_target(log_probs(logits) - log_probs(TEACHER))
-        return jnp.sum(law(logits) * jnp.sum(ALIVE * ratio, 1))
+        return jnp.sum(distribution(logits) * jnp.sum(ALIVE * ratio, 1))
 
     for aux in ({}, {"drawn_logprob": of_target(log_probs(STUDENT))}):
         assert_same(expected(policy.minillm(length_normalize=False), **aux), exact(whole))
@@ -249,7 +249,7 @@ def test_minillm_divides_by_the_number_of_later_tokens():
         )
 
     def value(logits):
-        later = jnp.sum(law(STUDENT)[:, None] * ALIVE * mean * of_target(log_probs(logits)))
+        later = jnp.sum(distribution(STUDENT)[:, None] * ALIVE * mean * of_target(log_probs(logits)))
         return over_text(kl(logits, TEACHER)) - later
 
     assert_same(expected(policy.minillm()), exact(value))

@@ -58,7 +58,7 @@ def test_greedy_text_of_mixed_lengths(teacher, greedy, slots):
         ),
     ],
 )  # fmt: skip
-def test_the_law_is_that_of_their_processors(sampling, processors):
+def test_probabilities_are_those_of_their_processors(sampling, processors):
     rng = np.random.default_rng(0)
     z, ids = rng.normal(size=(20, 300)).astype(np.float32) * 3, rng.integers(0, 300, (20, 15))
     theirs = torch.tensor(z)

@@ -25,17 +25,18 @@ def probabilities(tokens):
     return (np.asarray(jax.nn.softmax(logits(head)[..., :VOCAB], -1), np.float64) for head in heads)
 
 
-def by_hand(q, p, law):
-    if law == "mixture":
+def by_hand(q, p, distribution):
+    if distribution == "mixture":
         return 0.2 * p + 0.8 * q
     inside = p >= np.sort(p, -1)[..., -5:][..., :1]
     return q * inside + (q * ~inside).sum(-1, keepdims=True) * p
 
 
 @pytest.mark.parametrize(
-    ("law", "combine"), [pytest.param("mixture", mixture(0.2), marks=pytest.mark.slow), ("speculative", speculative(5))]
+    ("distribution", "combine"),
+    [pytest.param("mixture", mixture(0.2), marks=pytest.mark.slow), ("speculative", speculative(5))],
 )
-def test_a_token_is_drawn_from_the_law_of_both(law, combine):
+def test_a_token_is_drawn_from_the_distribution_of_both(distribution, combine):
     sampler = Sampler(mixed(decoder(STUDENT), decoder(TEACHER), combine, VOCAB), VOCAB, 6, n=4)
     prompts, lengths = jax.random.randint(jax.random.key(2), (3, 5), 0, VOCAB), jnp.asarray([5, 2, 3])
     text = jax.jit(lambda params, keys: sample(sampler, params, prompts, lengths, keys))(
@@ -45,7 +46,7 @@ def test_a_token_is_drawn_from_the_law_of_both(law, combine):
     for m, row in enumerate(rows):  # what follows a text changes nothing before it
         length = lengths[m // 4]
         row[: length + 6] = np.concatenate([prompts[m // 4, :length], tokens[m]])
-    expected = np.log(by_hand(*probabilities(rows), law))
+    expected = np.log(by_hand(*probabilities(rows), distribution))
     for m in range(12):
         length = int(lengths[m // 4])
         drawn = np.take_along_axis(expected[m, length - 1 : length + 5], tokens[m][:, None], 1)[:, 0]
@@ -54,6 +55,6 @@ def test_a_token_is_drawn_from_the_law_of_both(law, combine):
 
 def test_what_the_student_proposes_and_the_teacher_refuses_is_the_teachers():
     q, p = jnp.asarray([[0.7, 0.2, 0.1, 0.0]]), jnp.asarray([[0.05, 0.55, 0.3, 0.1]])
-    law = jnp.exp(speculative(2)(jnp.log(q), jnp.log(p)))
-    np.testing.assert_allclose(law, [[0.035, 0.2 + 0.7 * 0.55, 0.1 + 0.7 * 0.3, 0.07]], rtol=1e-5)
-    np.testing.assert_allclose(law.sum(), 1, rtol=1e-6)
+    distribution = jnp.exp(speculative(2)(jnp.log(q), jnp.log(p)))
+    np.testing.assert_allclose(distribution, [[0.035, 0.2 + 0.7 * 0.55, 0.1 + 0.7 * 0.3, 0.07]], rtol=1e-5)
+    np.testing.assert_allclose(distribution.sum(), 1, rtol=1e-6)

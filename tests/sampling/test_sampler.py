@@ -99,7 +99,7 @@ def test_limits_hold_and_a_completion_without_room_is_empty(params):
     assert (text.logprobs[written] < 0).all()
 
 
-def numpy_law(z, s):
+def numpy_probabilities(z, s):
     """[V] probabilities, written plainly."""
     z = z / s.temperature
     p = np.exp(z - z.max())
@@ -120,10 +120,10 @@ def numpy_law(z, s):
     "sampling",
     [Sampling(0.7), Sampling(top_k=5), Sampling(top_p=0.6), Sampling(min_p=0.1), Sampling(1.3, 30, 0.8, 0.05)],
 )
-def test_the_law_is_the_plain_one(sampling):
+def test_probabilities_are_the_plain_ones(sampling):
     z = np.random.default_rng(0).normal(size=(40, 50)).astype(np.float32) * 3
     got = np.exp(np.asarray(sampling_logprobs(jnp.asarray(z), sampling)))
-    np.testing.assert_allclose(got, [numpy_law(row, sampling) for row in np.float64(z)], atol=1e-6)
+    np.testing.assert_allclose(got, [numpy_probabilities(row, sampling) for row in np.float64(z)], atol=1e-6)
 
 
 def test_penalties():
@@ -133,7 +133,7 @@ def test_penalties():
     np.testing.assert_allclose(got, [[0.5, -4.0, 1.0, -1.5]])
 
 
-def test_draws_follow_the_law_and_say_so(params):
+def test_draws_follow_the_distribution_and_say_so(params):
     count, sampling = 3000, Sampling(1.5, top_p=0.7)
     inputs = np.repeat(some_prompts()[1:2], count, 0), np.full(count, 7, np.int32), row_keys(range(count))
     text = run((("sampling", sampling), ("slots", 1000)), params, *inputs, np.ones(count, np.int32))

@@ -105,7 +105,7 @@ def test_only_chosen_rows_are_written_and_who_wrote_them_is_said():
     np.testing.assert_array_equal(again.aux["old_logprob"][chosen], mixed.aux["old_logprob"][chosen])
 
 
-def test_log_probabilities_are_of_the_targets_under_the_model_and_under_the_law_of_the_draw():
+def test_log_probabilities_are_of_the_targets_under_the_model_and_under_the_distribution_of_the_draw():
     text = jax.tree.map(jnp.asarray, write(make_batch(), sampling=Sampling(0.5, top_k=8)))
     z = logits(transformer.forward(CONFIG, params(), text).head)[..., :VOCAB]
     of = lambda lp: jnp.where(text.weights > 0, jnp.take_along_axis(lp, text.targets[..., None], -1)[..., 0], 0)
