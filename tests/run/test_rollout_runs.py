@@ -129,9 +129,9 @@ def conversation(i, told):
 def test_a_rule_weighs_domains_of_conversations(arguments, tmp_path, rule):
     own = [argument for argument in arguments if "domains" not in argument]
     files = {name: tmp_path / f"{name}.jsonl" for name in ("sums", "words")}
-    words = {"messages": [{"role": "user", "content": "say it"}, {"role": "assistant", "content": "qzx vjk qzx vjk"}]}
+    words = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "qzx vjk " * 3}] for i in range(60)]
     files["sums"].write_text("".join(json.dumps(conversation(i, False)) + "\n" for i in range(60)))
-    files["words"].write_text("".join(json.dumps({**words, "id": i}) + "\n" for i in range(60)))
+    files["words"].write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in words))
     more = [
         "--config.data.domains.code=", "--config.data.domains.manual=", f"--config.data.mixture={rule}",
         *(f"--config.data.domains.{name}={file}" for name, file in files.items()),
