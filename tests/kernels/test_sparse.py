@@ -46,7 +46,7 @@ def test_draws_with_a_hard_target_match_dense_float64():
     close(fused(*arguments, chunk=10), dense(*arguments), weights != 0)
 
 
-@pytest.mark.parametrize("mesh", [None, (1, 8)])
+@pytest.mark.parametrize("mesh", [None, pytest.param((1, 8), marks=pytest.mark.slow)])
 def test_padding_entries_change_nothing(mesh):
     """Ids out of range and log-probabilities of -inf."""
     student, teacher, targets, one = problem()

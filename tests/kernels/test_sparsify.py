@@ -61,7 +61,7 @@ def test_order_of_tokens_with_sharded_length():
     np.testing.assert_array_equal(found.ids.reshape(296, 5), run(head).ids)
 
 
-@pytest.mark.parametrize("mesh", [None, (1, 8), (4, 2)])
+@pytest.mark.parametrize("mesh", [None, *(pytest.param(m, marks=pytest.mark.slow) for m in ((1, 8), (4, 2)))])
 def test_draws_match_the_inverse_cdf(mesh):
     exact, head = teacher(296)
     uniforms = np.random.default_rng(0).uniform(size=(296, 40)).astype(np.float32)

@@ -236,6 +236,7 @@ def test_features_without_vocabulary_terms_call_no_kernel(monkeypatch):
     jax.eval_shape(make_gradient(student, teacher, objective), initial_params(objective), teacher.state, BATCH, STEP)
 
 
+@pytest.mark.slow
 def test_factors_scale_a_term_but_not_its_metric_or_the_token_weight():
     """With factors per token on one term, the gradient is the sum of the separate terms' gradients."""
     student, params, teacher = models()

@@ -116,6 +116,7 @@ def assert_same(one, other):
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_completion_depends_on_its_prompt_key_and_position_alone(params, text):
     order = np.array([2, 0, 3, 1])
     moved = run(CONFIG, params, some_prompts()[order], PROMPT_LENGTHS[order], row_keys(order))

@@ -45,6 +45,7 @@ def same(one, other):
     jax.tree.map(np.testing.assert_array_equal, bare(one), bare(other))
 
 
+@pytest.mark.slow
 def test_a_rows_text_is_its_own():
     """It depends on seed, step, domain and row, not on the place in the batch, the batch's size or the devices."""
     batch, order = make_batch(), np.asarray([3, 0, 7, 1, 2, 6, 5, 4])

@@ -105,14 +105,14 @@ def same(left, right, tolerance=1e-5):
     ("sizes", "micro_batches", "table", "narrow"),
     [
         (None, 2, "fsdp", False),
-        ({"data": 4, "model": 2}, 2, "replicated student", False),
-        ({"data": 2, "model": 4}, 4, "replicated", False),
         ({"replica": 2, "data": 2, "model": 2}, 2, "fsdp", False),
         ({"data": 1, "context": 2, "teacher": 2, "model": 2}, 1, "fsdp", True),
         *[
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 (None, 4, "fsdp", False),
+                ({"data": 4, "model": 2}, 2, "replicated student", False),
+                ({"data": 2, "model": 4}, 4, "replicated", False),
                 ({"data": 4, "model": 2}, 1, "fsdp", False),
                 ({"data": 8, "model": 1}, 1, "fsdp", False),
                 ({"data": 1, "model": 8}, 1, "fsdp", False),

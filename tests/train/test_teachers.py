@@ -104,6 +104,7 @@ def test_equal_teachers_are_one():
         assert distance(gradient(blend)[0], gradient(teacher)[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_blend_is_between_its_teachers():
     """Cross-entropy is linear in p, so the gradient of the average is the average of the gradients."""
     blend = both(lambda batch, step: jnp.tile(jnp.asarray([3.0, 1.0]), (batch.row.shape[0], 1)))
@@ -162,6 +163,7 @@ def test_text_may_be_the_most_probable_one(signal, temperatures, message):
         job.build(experiment(values))
 
 
+@pytest.mark.slow
 def test_each_row_has_the_teacher_of_its_route():
     batch = make_batch()
     routed = gradient(
@@ -203,6 +205,7 @@ def own_run(decay, steps=3):
     return states, metrics
 
 
+@pytest.mark.slow
 def test_the_average_follows_the_student():
     states, metrics = own_run(0.75)
     assert metrics[0]["kd"] == pytest.approx(0.0, abs=1e-3)  # of 148 tokens: both are the same at first
