@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 from jaxkd.core.types import Divergence
 
-LABELS: dict[str, Any] = {"ce": {"divergence": "next_token", "weight": 1.0}}
 JSD = {"kd": {"divergence": "generalized_jsd(beta=0.5)", "weight": 1.0}}
 STUDENT = {"student": 1.0}
 # What configs/on_policy.py does not have: rollouts and objective.
@@ -70,6 +69,6 @@ def get_config(arg: str = "gkd") -> ConfigDict:
         config.data.context = 16
     config.optim.lr = ConfigDict({"schedule": "cosine", "peak": 0.0, "warmup": 5})
     config.run.samples = 0  # benchmarks/on_policy.py measures all methods beside one teacher
-    if arg not in ("teacher", "start") and config.teacher.path != "self":
+    if arg not in ("teacher", "start"):
         config.student = ConfigDict({"path": ""})
     return config

@@ -59,7 +59,7 @@ EARLY = 500
 COUNTS = {"student": 1000, "teacher": 8000, "test": 300, "valid": 200}
 # Turns as they are, so that a row is the problem and not SmolLM2's system prompt.
 TEMPLATE = (
-    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% else %}\\n{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% else %}\n{% endif %}{% endfor %}"
 )
 
 

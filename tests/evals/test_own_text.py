@@ -20,7 +20,9 @@ def forward(params, batch, *, taps=()):
     return transformer.forward(CONFIG, params, batch)
 
 
-def test_figures_are_those_of_the_dense_distributions():
+@pytest.mark.parametrize("block", [12, 5])
+def test_figures_are_those_of_the_dense_distributions(monkeypatch, block):
+    monkeypatch.setattr(own_text, "_LOGITS", 3 * block * VOCAB)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, VOCAB, (3, 12))
     weights = jnp.asarray((np.arange(12) >= 4) & (np.arange(12) < [[11], [8], [4]]), jnp.float32)

@@ -230,7 +230,7 @@ def test_two_processes_write_the_text_that_one_writes(spread, tmp_path):
     written = [
         *spread, "--config.data.rollout.student=0.5", "--config.data.rollout.teacher=0.2",
         "--config.data.rollout.prompt=8", "--config.data.rollout.length=12", "--config.data.rollout.buffer=16",
-        "--config.data.interval=6", "--config.run.rollout_every=2", "--config.run.samples=4",
+        "--config.data.interval=6", "--config.run.rollout_every=2", "--config.run.samples=3",
     ]  # fmt: skip
     workdir, alone = tmp_path / "pair", tmp_path / "alone"
     Job(2, "train", "--workdir", str(workdir), *written).ends(0)
@@ -240,6 +240,8 @@ def test_two_processes_write_the_text_that_one_writes(spread, tmp_path):
     assert sum(row["rollout_share"] for row in lines(alone / "metrics.jsonl")) > 0
     for name in ("samples.jsonl", "diagnostics.jsonl"):
         assert lines(workdir / name) == lines(alone / name)
+    first = [row for row in lines(alone / "samples.jsonl") if (row["step"], row["author"]) == (0, "student")]
+    assert len(first) == 3  # and not a fourth, which fills the second device
 
 
 @pytest.mark.slow

@@ -111,6 +111,8 @@ def test_a_teacher_with_a_context_is_another_teacher(arguments, undisturbed, tmp
     succeeds("train", "--workdir", str(workdir), *arguments, *more, "--config.run.steps=3")
     assert logged(workdir)[0]["kd"] > 0
     assert logged(workdir)[0]["rollout_share"] == 1.0
+    assert len(lines(workdir / "samples.jsonl")) >= 8  # by default where the student writes, and not elsewhere
+    assert not (undisturbed / "samples.jsonl").exists()
 
 
 TEMPLATE = (

@@ -188,4 +188,8 @@ def test_a_rollout_is_planned():
     text = ("--config.teacher.signal=token", "--config.objective.kd.divergence=next_token")
     teacher = planned("v5e:2x2", "--sampling", *text)["sampling"]
     assert teacher["writer"] == "teacher"
+    mix = ("--config.data.rollout.student=1.0", "--config.data.rollout.prompt=16", "--config.data.rollout.mix=0.2")
+    both = planned("v5e:2x2", "--sampling", *mix)["sampling"]
+    assert both["writer"] == "student and teacher"
+    assert both["hbm_bytes"]["weights"] > teacher["hbm_bytes"]["weights"]  # those of both
     assert teacher["hbm_bytes"]["weights"] != memory["weights"]
