@@ -105,19 +105,23 @@ def plan(options: argparse.Namespace) -> Lines:
     from jaxkd.planning import plan as planning
     from jaxkd.planning import plan_report, sampling, search
     from jaxkd.planning import topology as topologys
+    from jaxkd.runtime import compile_cache
 
     topology = topologys.topology(options.topology, options.slices)
     if options.suggest and options.sampling:
         raise ValueError("--sampling plans the recipe's own mesh: give it without --suggest")
-    if options.suggest:
-        suggested = search.suggest(e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True))
-        values, text = suggested.json(), suggested.lines()
-    else:
-        planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
-        values, text = planned.json(), plan_report.lines(planned)
-        if options.sampling:
-            written = sampling.plan(planned)
-            values, text = values | {"sampling": written.json()}, [*text, *written.lines()]
+    with compile_cache.disabled():
+        if options.suggest:
+            suggested = search.suggest(
+                e, topology, options.budget, lambda line: print(line, file=sys.stderr, flush=True)
+            )
+            values, text = suggested.json(), suggested.lines()
+        else:
+            planned = planning.plan(planning.build(e, planning.devices(topology)), topology)
+            values, text = planned.json(), plan_report.lines(planned)
+            if options.sampling:
+                written = sampling.plan(planned)
+                values, text = values | {"sampling": written.json()}, [*text, *written.lines()]
     yield json.dumps(values) if options.json else "\n".join(text)
 
 

@@ -1,5 +1,7 @@
 """JAX's persistent compilation cache: where it is, and how many programs were compiled or read from it."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,19 @@ def configure(directory: Path, platform: str) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     compilation_cache.reset_cache()  # it reads the setting only once, at the first program
     return directory
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Programs are neither stored nor read: XLA stores one for devices that are not attached, and cannot read it."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 class CompileCounter:

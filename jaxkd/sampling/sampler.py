@@ -66,7 +66,7 @@ def unrolled(decoder: Decoder) -> Decoder:
     """A transformer's decoder with a program of each layer's own instead of a scan over them.
 
     On a CPU a scan copies each layer's matrices for each token: at batch 1 the unrolled program takes 0.6 times as long
-    per token (SmolLM2-135M, docs/results.md), at batch 8 no less, and some seconds more to compile.
+    per token (SmolLM2-135M, jax 0.10, docs/log.md), at batch 8 no less, and some seconds more to compile.
     """
     return decoder._replace(prepare=lambda params: transformer.unstacked(decoder.prepare(params)))
 
